@@ -1,0 +1,6 @@
+"""The training engine: one loop over the method contract."""
+
+from common.engine.method import Method
+from common.engine.train import fit
+
+__all__ = ["Method", "fit"]

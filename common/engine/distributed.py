@@ -1,0 +1,97 @@
+"""Ranks, devices and the few collectives that the engine needs; everything works on one process too."""
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def start(device: str | None = None) -> torch.device:
+    """Join the process group that torchrun announced, if any, and return this rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device is None:
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def barrier() -> None:
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def all_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum over ranks, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def all_mean(tensor: Tensor) -> Tensor:
+    """Elementwise mean over ranks, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Elementwise sum over ranks, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; every rank must hold the same number of rows."""
+    if not dist.is_initialized() or world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def synchronise_batchnorm(module: nn.Module, norm: str, device: torch.device) -> nn.Module:
+    """SyncBN when it is asked for and several GPUs train; the CPU has none, so there ordinary BN stays."""
+    if norm != "sync_bn" or world_size() == 1:
+        return module
+    if device.type != "cuda":
+        if rank() == 0:
+            warnings.warn("SyncBN needs GPUs: on the CPU each rank normalises with its own batch", stacklevel=2)
+        return module
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+
+@torch.no_grad()
+def average_batchnorm(module: nn.Module) -> None:
+    """Make the running statistics of ordinary BN equal on all ranks, so that a checkpoint is one set of files."""
+    if world_size() == 1:
+        return
+    plain = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    plain = [m for m in plain if not isinstance(m, nn.SyncBatchNorm) and m.running_mean is not None]
+    statistics = [s for m in plain for s in (m.running_mean, m.running_var)]
+    if not statistics:
+        return
+    flat = all_mean(torch.cat([s.reshape(-1) for s in statistics]))
+    for statistic, values in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+        statistic.copy_(values.view_as(statistic))

@@ -1,0 +1,165 @@
+"""What a run leaves behind: console lines, `log.jsonl`, TensorBoard scalars and `run.json`."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import Config, save_config
+from common.engine import distributed
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, accelerator and versions, as results have to name them."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "ranks": distributed.world_size(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The repository's commit, marked when files differ from it; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip()[:12] + ("+changes" if changed.stdout.strip() else "")
+
+
+class RunLog:
+    """The log of one run; on ranks other than 0 every call does nothing."""
+
+    def __init__(self, cfg: Config, start_step: int):
+        self.cfg, self.active = cfg, distributed.rank() == 0
+        self.started, self.start_step = time.monotonic(), start_step
+        self.images = sum(stream.batch_size for stream in cfg.data.streams.values())
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second to import
+
+        self.folder = cfg.folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_config(cfg, self.folder / "config.yaml")
+        earlier = _truncate(self.folder / "log.jsonl", start_step)
+        self.earlier_minutes = earlier if start_step else 0.0
+        self.file = (self.folder / "log.jsonl").open("a", buffering=1)
+        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
+        self._describe()
+
+    def _describe(self, minutes: float | None = None) -> None:
+        record = {
+            "name": self.cfg.name,
+            "command": shlex.join(["python", *sys.argv]) if sys.argv[0] else None,
+            "commit": commit() if minutes is None else self.record["commit"],
+            "seed": self.cfg.seed,
+            "started": time.strftime("%Y-%m-%d %H:%M") if minutes is None else self.record["started"],
+            "minutes": minutes,
+            "machine": describe_machine(),
+        }
+        self.record = record
+        write_json(self.folder / "run.json", record)
+
+    def train(self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Record the step that was just done (1-based count `step`) and print one progress line."""
+        if not self.active:
+            return
+        seconds = time.monotonic() - self.started
+        pace = seconds / max(step - self.start_step, 1)
+        rate = next(iter(rates.values()))
+        self._write({"kind": "train", "step": step, **scalars, "lr": rate, "minutes": self.minutes})
+        for name, value in scalars.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        for name, value in rates.items():
+            self.board.add_scalar(f"lr/{name}", value, step)
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.cfg.train.steps - step)))
+        print(
+            f"[{self.cfg.name}] {step}/{self.cfg.train.steps}  loss {scalars['loss']:.4f}  lr {rate:.2e}  "
+            f"{self.images / pace:.1f} images/s  ETA {left}",
+            flush=True,
+        )
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Record validation metrics; per-class values go to TensorBoard."""
+        if not self.active:
+            return
+        scalars = {k: v for k, v in result.items() if isinstance(v, int | float)}
+        self._write({"kind": "eval", "step": step, "convention": result.get("convention"), **scalars})
+        for name, value in scalars.items():
+            self.board.add_scalar(f"val/{name}", value, step)
+        for item in result.get("per_class", ()):
+            if item["iou"] is not None:
+                self.board.add_scalar(f"val_iou/{item['name']}", item["iou"], step)
+        for name, image in result.get("images_for_log", {}).items():
+            self.board.add_image(name, image, step)
+        tail = result.get("miou_tail")
+        tail = "" if tail is None else f"  mIoU(tail) {100 * tail:.2f}"
+        print(f"[{self.cfg.name}] step {step}  mIoU {100 * result['miou']:.2f}{tail}", flush=True)
+
+    def message(self, text: str) -> None:
+        if self.active:
+            print(f"[{self.cfg.name}] {text}", flush=True)
+
+    @property
+    def minutes(self) -> float:
+        return round(self.earlier_minutes + (time.monotonic() - self.started) / 60, 3)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        if self.active:
+            self._describe(self.minutes)
+            self.file.close()
+            self.board.close()
+
+
+def _truncate(path: Path, step: int) -> float:
+    """Drop records after `step`, which a resumed run writes again; returns the minutes spent until there."""
+    if not path.exists():
+        return 0.0
+    kept, minutes = [], 0.0
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a killed run
+            continue
+        if record["step"] <= step and step > 0:
+            kept.append(line)
+            minutes = record.get("minutes", minutes)
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(line + "\n" for line in kept))
+    os.replace(draft, path)
+    return minutes
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps(value, indent=1))
+    os.replace(draft, path)

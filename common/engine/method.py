@@ -1,0 +1,78 @@
+"""The contract between a paper's method and the engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import OptimConfig
+from common.engine.optim import parameter_groups
+
+Batch = Mapping[str, Any]  # collated samples of one stream
+Losses = dict[str, Tensor]  # "loss" is back-propagated, every other scalar is logged
+
+
+class Method(nn.Module, ABC):
+    """One paper: it owns its networks, and its `state_dict()` is all that a resume restores.
+
+    `forward(streams, step)` returns a dict with "loss" and scalars to log, or is a generator of `backwards` such
+    dicts: the engine back-propagates each before it asks for the next, so the graph of one is freed before that of
+    the next is built. Only the last one synchronises ranks, so it must reach every trained parameter.
+    Randomness comes from torch's global generators, which the engine seeds by (seed, rank, step).
+    """
+
+    backwards = 1
+    predict_prefix = "model."  # where the network that `predict` uses stands in the state dict
+
+    def __init__(self, optim: OptimConfig):
+        super().__init__()
+        self.optim = optim
+
+    @abstractmethod
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Losses | Iterator[Losses]:
+        """The losses of one micro-batch of every stream at 0-based `step`."""
+
+    def after_step(self, step: int) -> None:
+        """What follows the optimiser's step: a teacher's moving average, queues, counts."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that `predict` uses."""
+        return self.get_submodule(self.predict_prefix.rstrip("."))
+
+    def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the input's."""
+        return self.network.predict(images, size)
+
+    def labels(self, images: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Predicted class and confidence, both (B, H, W), without a K-channel map at full size."""
+        return self.network.labels(images, size)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for the engine; each names its optimiser, so an adversary is one more group."""
+        return parameter_groups(self, self.optim)
+
+
+class Parts(nn.Module):
+    """A method as something DDP can wrap: the first call of a micro-batch starts it, each call gives the next dict."""
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = method
+        self._parts: Iterator[Losses] = iter(())
+
+    def forward(self, streams: Mapping[str, Batch] | None, step: int) -> Losses:
+        if streams is not None:
+            out = self.method(streams, step)
+            self._parts = iter((out,)) if isinstance(out, dict) else out
+        return next(self._parts)
+
+
+@torch.no_grad()
+def move_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student for parameters; buffers are copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        ours.copy_(theirs)

@@ -1,0 +1,96 @@
+"""Parameter groups by name, optimisers by group, and the learning-rate schedule as a function of the step."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import ConfigError, OptimConfig
+
+
+def parameter_groups(module: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters of `module` in groups: one for each rule of `cfg.groups` and one for the rest.
+
+    The first rule whose regular expression is found in a parameter's name takes it. A rule that takes nothing is
+    an error, since a misspelt rule silently trains with the wrong decay.
+    """
+    chosen: list[list[nn.Parameter]] = [[] for _ in range(len(cfg.groups) + 1)]
+    patterns = [re.compile(group.match) for group in cfg.groups]
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            index = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), len(patterns))
+            chosen[index].append(parameter)
+    groups = []
+    for rule, parameters in zip((*cfg.groups, None), chosen, strict=True):
+        if not parameters:
+            if rule is not None:
+                raise ConfigError(f"optim.groups: no parameter's name matches {rule.match!r}")
+            continue
+        groups.append(_group(parameters, cfg, rule))
+    return groups
+
+
+def _group(parameters: list[nn.Parameter], cfg: OptimConfig, rule: Any) -> dict[str, Any]:
+    decay = cfg.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+    group = {
+        "params": parameters,
+        "name": "rest" if rule is None else rule.match,
+        "optimizer": cfg.name,
+        "lr": cfg.lr * (1.0 if rule is None else rule.lr_mult),
+        "weight_decay": decay,
+    }
+    if cfg.name == "sgd":
+        return group | {"momentum": cfg.momentum, "nesterov": cfg.nesterov}
+    return group | {"betas": cfg.betas}
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+
+def build_optimizers(groups: Iterable[dict[str, Any]]) -> dict[str, torch.optim.Optimizer]:
+    """One optimiser for each name in the groups' "optimizer"; every group remembers its own initial lr."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        group = dict(group)
+        by_name.setdefault(group.pop("optimizer"), []).append(group | {"initial_lr": group["lr"]})
+    return {name: OPTIMIZERS[name](members, lr=members[0]["lr"]) for name, members in by_name.items()}
+
+
+def learning_rate(initial: float, step: int, cfg: OptimConfig, steps: int) -> float:
+    """The rate of 0-based `step`: poly (lr0 − floor)(1 − t/T)^power + floor, or steps; then linear warm-up."""
+    if cfg.schedule == "poly":
+        rate = (initial - cfg.floor) * (1 - step / steps) ** cfg.power + cfg.floor
+    else:
+        passed = sum(step >= milestone for milestone in cfg.milestones) if cfg.schedule == "step" else 0
+        rate = initial * cfg.gamma**passed
+    if step < cfg.warmup:
+        rate *= 1 - (1 - step / cfg.warmup) * (1 - cfg.warmup_ratio)
+    return rate
+
+
+def set_learning_rates(optimizers: dict[str, torch.optim.Optimizer], step: int, cfg: OptimConfig, steps: int) -> None:
+    """Give every group the rate of `step`."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(group["initial_lr"], step, cfg, steps)
+
+
+def rates(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
+    """Current rates by optimiser and group name, for the log."""
+    return {f"{key}/{group['name']}": group["lr"] for key, opt in optimizers.items() for group in opt.param_groups}
+
+
+def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Tensor:
+    """Clip in place as `cfg` says and return the total L2 norm before clipping (a device scalar, no host sync)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(gradients)
+    if cfg.clip_each is not None:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        scales = (cfg.clip_each / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    if cfg.clip is not None:
+        scale = (cfg.clip / (total + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale)
+    return total

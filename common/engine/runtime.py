@@ -1,0 +1,52 @@
+"""What surrounds a step: threads and determinism, seeds, moving batches, accumulation, and signals."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import torch
+
+from common.config import Config, TrainConfig
+from common.engine import distributed
+from common.engine.method import Batch
+
+
+def configure(cfg: TrainConfig, device: torch.device) -> None:
+    """Set CPU threads and deterministic algorithms: on the CPU always, on CUDA where `deterministic` asks for it."""
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    exact = device.type == "cpu" or cfg.deterministic
+    torch.use_deterministic_algorithms(exact, warn_only=device.type != "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every empty tensor
+    torch.backends.cudnn.benchmark = not exact
+
+
+def seed_step(seed: int, slot: int, step: int) -> None:
+    """Seed torch's generators from (seed, slot, step): what is random inside a step needs no state to be saved."""
+    mixed = (seed * 1_000_003 + slot) * 1_000_000_007 + step
+    torch.manual_seed(mixed % (1 << 63))
+
+
+def accumulation(cfg: Config) -> int:
+    """Micro-batches a step: the batch is stated for `train.devices` processes, and fewer take turns."""
+    world, devices = distributed.world_size(), cfg.train.devices
+    if devices % world and world % devices:
+        raise ValueError(f"train.devices: {devices} is not a multiple of the {world} processes started")
+    return max(devices // world, 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list in place of dying in the middle of a step."""
+    received: list[int] = []
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
+    try:
+        yield received
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

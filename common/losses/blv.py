@@ -1,0 +1,145 @@
+"""BLV: Balancing Logit Variation for Long-Tailed Semantic Segmentation (CVPR 2023).
+
+During training every logit is perturbed by noise whose size grows with the rarity of its class:
+
+    z'[b,k,h,w] = z[b,k,h,w] + sign · w_k · e[b,k,h,w],   w_k = c_k / max_j c_j,   c_k = log(Σ_j q_j / q_k)
+
+with q_k the pixel count of class k and e an independent draw for every image, class and pixel, limited to [0, 1].
+The loss is the cross-entropy of z'. Evaluation uses z: the noise exists only here.
+
+Two facts that the equation hides. With σ = 6 the limited draw is close to a fair coin: 50 % are 0 and 43 % are 1
+(`paper`); in the released form |clamp(e, −1, 1)|, σ = 4, 80 % are exactly 1, so its "noise" is mostly a constant
+offset. And the offset is *added* for rare classes, opposite to logit adjustment: see `sign` and the README.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ConfigError, typed
+from common.losses.cross_entropy import Average, pixel_cross_entropy
+
+# The release's class counts: the GTA5 histogram, with the leading digit of `car` (id 13) lost. It gave them to
+# Cityscapes models. Kept only to reproduce the release; counts come from the training labels otherwise.
+RELEASED_COUNTS = (
+    16099193283, 4155428633, 8478285320, 925367586, 317481282, 531401266, 67288808, 40463971, 3810296251, 1074861777,
+    6784666433, 181828023, 15321782, 259269812, 564950248, 184638969, 32522117, 15799033, 2718199,
+)  # fmt: skip
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released-head": {"limit": "folded", "sigma": 4.0, "counts": "released", "average": "all"},
+    "released-first": {
+        "coefficient": "max", "limit": "folded", "sigma": 4.0, "counts": "released", "average": "all",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BLVOptions:
+    """Defaults are the paper's (preset `paper`)."""
+
+    counts: str | tuple[int, ...] = "dataset"  # "dataset", "released", or one count a class
+    coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
+    sigma: float = 6.0  # of the Gaussian
+    limit: Literal["positive", "folded", "signed", "none"] = "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
+    sign: Literal[1, -1] = 1
+    centre: bool = False  # subtract the mean of the limited draw
+    average: Average | None = None  # None: as the method averages
+    schedule: Literal["constant", "rise_fall"] = "constant"  # σ rises linearly to mid-training, then falls to 0
+
+
+def blv_options(mapping: Mapping[str, Any], where: str) -> BLVOptions:
+    """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
+    chosen = dict(mapping)
+    preset = chosen.pop("preset", "paper")
+    if preset not in PRESETS:
+        raise ConfigError(f"{where}: preset {preset!r} is not one of {', '.join(PRESETS)}")
+    options = typed(BLVOptions, PRESETS[preset] | chosen, where)
+    if isinstance(options.counts, str) and options.counts not in ("dataset", "released"):
+        raise ConfigError(f"{where}: counts: {options.counts!r} is neither dataset, released nor a list of counts")
+    if options.noise == "gaussian" and options.sigma <= 0:
+        raise ConfigError(f"{where}: sigma: {options.sigma} is not positive")
+    return options
+
+
+def class_weights(counts: Sequence[int] | Tensor, coefficient: str = "paper") -> Tensor:
+    """w_k in [0, 1], float32 (K,): computed in float64, counts floored at 1 so that absent classes stay finite."""
+    q = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
+    if coefficient == "none":
+        return torch.ones_like(q, dtype=torch.float32)
+    c = torch.log((q.sum() if coefficient == "paper" else q.max()) / q)
+    largest = c.max()
+    return torch.where(largest > 0, c / largest.clamp(min=1e-300), torch.zeros_like(c)).float()
+
+
+class BLVLoss(nn.Module):
+    """Cross-entropy of class-wise perturbed logits; any head's logits at label resolution."""
+
+    def __init__(self, options: BLVOptions, counts: Sequence[int] | Tensor | None, average: Average = "valid"):
+        """`counts`: pixels of each class in the training labels; used where the options say "dataset"."""
+        super().__init__()
+        self.options, self.average = options, options.average or average
+        if options.counts != "dataset":
+            given = RELEASED_COUNTS if options.counts == "released" else options.counts
+            if counts is not None and len(given) != len(counts):
+                raise ConfigError(f"BLV counts: {len(given)} given for {len(counts)} classes")
+            counts = given
+        if counts is None:
+            raise ConfigError("BLV counts: the dataset's statistics are needed")
+        self.register_buffer("weight", class_weights(counts, options.coefficient), persistent=False)
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Use new class counts, e.g. refreshed by pseudo-labels."""
+        self.weight.copy_(class_weights(counts.cpu(), self.options.coefficient))
+
+    def forward(
+        self, logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, progress: float = 0.0
+    ) -> Tensor:
+        """Scalar loss of logits (B, K, H, W), label (B, H, W); `progress` in [0, 1] is the share of training done."""
+        variation = self.draw(logits, progress).mul_(self.weight.view(1, -1, *[1] * (logits.dim() - 2)))
+        perturbed = torch.add(logits.float(), variation, alpha=self.options.sign)
+        return pixel_cross_entropy(perturbed, label, pixel_weight=pixel_weight, average=self.average)
+
+    def draw(self, like: Tensor, progress: float = 0.0) -> Tensor:
+        """Limited draws e of the shape and device of `like`, float32."""
+        o = self.options
+        scale = 1.0 if o.schedule == "constant" else 1.0 - abs(2.0 * progress - 1.0)
+        e = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+        with torch.no_grad():
+            if o.noise == "gaussian":
+                e = torch.randn_like(e).mul_(o.sigma * scale)
+            elif o.noise == "uniform":
+                e = torch.rand_like(e).mul_(scale)
+            elif o.noise == "beta":  # Beta(½, ½) is the arcsine law
+                e = torch.rand_like(e).mul_(math.pi / 2).sin_().square_().mul_(scale)
+            elif o.noise == "exponential":
+                e = torch.rand_like(e).neg_().log1p_().mul_(-scale)
+            else:
+                e = torch.full_like(e, scale)
+            if o.limit == "positive":
+                e.clamp_(0, 1)
+            elif o.limit in ("folded", "signed"):
+                e.clamp_(-1, 1)
+                e = e.abs_() if o.limit == "folded" else e
+            return e.sub_(draw_mean(o, scale)) if o.centre else e
+
+
+def draw_mean(options: BLVOptions, scale: float = 1.0) -> float:
+    """Exact mean of the limited draw."""
+    unlimited = options.limit == "none"
+    if options.noise == "gaussian":
+        if options.limit in ("signed", "none") or scale == 0:
+            return 0.0
+        s = options.sigma * scale
+        above = 0.5 * math.erfc(1 / (s * math.sqrt(2)))  # P(e > 1)
+        density = (1 - math.exp(-0.5 / s**2)) / math.sqrt(2 * math.pi)  # φ(0) − φ(1/σ)
+        return (above + s * density) * (2 if options.limit == "folded" else 1)
+    if options.noise == "exponential":
+        return scale if unlimited else scale * (1 - math.exp(-1 / scale)) if scale > 0 else 0.0
+    return scale if options.noise == "constant" else scale / 2

@@ -1,0 +1,35 @@
+"""Options and settings that all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+CAMVID = Path(os.environ.get("LTS_CAMVID", Path(os.environ.get("LTS_DATA", "datasets")) / "camvid"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def camvid() -> Path:
+    """The root of CamVid (11 classes); the test is skipped where it is absent."""
+    if not (CAMVID / "images" / "train").is_dir():
+        pytest.skip(f"CamVid is not at {CAMVID} (set LTS_DATA or LTS_CAMVID)")
+    return CAMVID

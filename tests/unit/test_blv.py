@@ -1,0 +1,163 @@
+"""BLV against closed forms, the paper's tables and plain cross-entropy."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.config import ConfigError
+from common.losses.blv import RELEASED_COUNTS, BLVLoss, BLVOptions, blv_options, class_weights, draw_mean
+from common.losses.cross_entropy import pixel_cross_entropy
+
+CITYSCAPES = (
+    2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536,
+    221979646, 67326424, 7463162, 386328286, 14772328, 12990290, 12863955, 5449152, 22861233,
+)  # fmt: skip
+# (σ, folded: P(1), mean, std; positive part: P(1), mean, std), the exact moments of the two limited Gaussians
+MOMENTS = [
+    (1, 0.317, 0.631, 0.343, 0.159, 0.316, 0.398),
+    (3, 0.739, 0.868, 0.266, 0.369, 0.434, 0.473),
+    (4, 0.803, 0.901, 0.238, 0.401, 0.450, 0.481),
+    (6, 0.868, 0.934, 0.200, 0.434, 0.467, 0.488),
+]
+
+
+def options(**changes):
+    return blv_options(changes, "test")
+
+
+def data(shape=(2, 5, 8, 9)):
+    logits = torch.randn(shape, requires_grad=True)
+    label = torch.randint(-1, shape[1], (shape[0], *shape[2:]), dtype=torch.int16)
+    return logits, label
+
+
+def test_weights_of_published_counts():
+    released = class_weights(RELEASED_COUNTS)
+    assert released[[0, 2, 12, 13, 18]].tolist() == pytest.approx([0.1028, 0.1690, 0.8214, 0.5292, 1.0], abs=1e-4)
+    first = class_weights(RELEASED_COUNTS, "max")
+    assert first[[0, 2, 12, 13, 18]].tolist() == pytest.approx([0.0, 0.0738, 0.8009, 0.4753, 1.0], abs=1e-4)
+    paper = class_weights(CITYSCAPES)
+    assert paper[[0, 8, 12, 14, 17]].tolist() == pytest.approx([0.1442, 0.2654, 0.9546, 0.8559, 1.0], abs=1e-4)
+
+
+def test_weights_stay_finite_for_absent_equal_and_single_classes():
+    assert torch.isfinite(class_weights([10, 0, 5])).all()
+    assert class_weights([7, 7, 7]).tolist() == [1, 1, 1]
+    assert class_weights([7, 7, 7], "max").tolist() == [0, 0, 0]
+    assert class_weights([7]).tolist() == [0]
+
+
+@pytest.mark.parametrize("sigma, f_one, f_mean, f_std, p_one, p_mean, p_std", MOMENTS)
+def test_moments_of_the_limited_draw(sigma, f_one, f_mean, f_std, p_one, p_mean, p_std):
+    like = torch.empty(2, 4, 300, 300)
+    for limit, one, mean, std in (("folded", f_one, f_mean, f_std), ("positive", p_one, p_mean, p_std)):
+        chosen = options(sigma=float(sigma), limit=limit)
+        e = BLVLoss(chosen, [1, 2, 3, 4]).draw(like)
+        assert (e == 1).float().mean().item() == pytest.approx(one, abs=3e-3)
+        assert e.mean().item() == pytest.approx(mean, abs=3e-3)
+        assert e.std().item() == pytest.approx(std, abs=3e-3)
+        assert draw_mean(chosen) == pytest.approx(mean, abs=6e-4)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "uniform", "beta", "exponential", "constant"])
+@pytest.mark.parametrize("limit", ["positive", "folded", "signed", "none"])
+def test_centred_draws_have_mean_zero(noise, limit):
+    loss = BLVLoss(options(noise=noise, limit=limit, centre=True, sigma=2.0), [1, 2])
+    assert loss.draw(torch.empty(1, 2, 500, 500)).mean().item() == pytest.approx(0, abs=1e-2)
+
+
+def test_vanishing_sigma_is_cross_entropy():
+    logits, label = data()
+    loss = BLVLoss(options(sigma=1e-7), [9, 5, 3, 2, 1])(logits, label)
+    expected = F.cross_entropy(logits, label.long(), ignore_index=-1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_constant_offset_equals_shifted_logits(sign):
+    logits, label = data()
+    counts = [900, 50, 30, 20, 1]
+    loss = BLVLoss(options(noise="constant", sign=sign), counts)(logits, label)
+    shifted = logits + sign * class_weights(counts).view(1, -1, 1, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(shifted, label.long(), ignore_index=-1))
+
+
+def test_gradient_is_softmax_of_perturbed_logits_minus_one_hot():
+    logits, label = data()
+    loss = BLVLoss(options(average="all"), [900, 50, 30, 20, 1])
+    torch.manual_seed(7)
+    variation = loss.draw(logits) * loss.weight.view(1, -1, 1, 1)
+    torch.manual_seed(7)
+    loss(logits, label).backward()
+    valid = (label >= 0).unsqueeze(1)
+    one_hot = F.one_hot(label.long().clamp(min=0), 5).permute(0, 3, 1, 2)
+    expected = ((logits + variation).softmax(1) - one_hot) * valid / label.numel()
+    torch.testing.assert_close(logits.grad, expected.detach(), rtol=1e-5, atol=1e-7)
+    assert (logits.grad * ~valid).abs().sum() == 0
+
+
+def test_averages_differ_by_the_share_of_valid_pixels():
+    logits, label = data()
+    every, valid = (pixel_cross_entropy(logits, label, average=a) for a in ("all", "valid"))
+    torch.testing.assert_close(every, valid * (label >= 0).float().mean())
+
+
+@pytest.mark.parametrize("average", ["all", "valid"])
+def test_all_ignored_gives_zero_and_finite_gradient(average):
+    logits, label = data()
+    loss = BLVLoss(options(average=average), [9, 5, 3, 2, 1])(logits, torch.full_like(label, -1))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.abs().sum() == 0
+
+
+def test_pixel_weight_scales_each_pixel():
+    logits, label = data()
+    weight = torch.rand(label.shape)
+    each = F.cross_entropy(logits, label.long(), ignore_index=-1, reduction="none")
+    expected = (each * weight).sum() / (label >= 0).sum()
+    torch.testing.assert_close(pixel_cross_entropy(logits, label, pixel_weight=weight), expected)
+
+
+def test_sigma_schedule_rises_and_falls():
+    loss = BLVLoss(options(noise="constant", limit="none", schedule="rise_fall"), [1, 2])
+    means = [loss.draw(torch.empty(1, 2, 2, 2), p).mean().item() for p in (0, 0.25, 0.5, 0.75, 1)]
+    assert means == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def test_half_precision_and_compile_give_the_float32_loss():
+    logits, label = data()
+    loss = BLVLoss(options(noise="constant"), [9, 5, 3, 2, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(logits, label).dtype == torch.float32
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, label), loss(logits, label))
+
+
+def test_refreshed_counts_change_the_weights():
+    loss = BLVLoss(BLVOptions(), [9, 5])
+    loss.set_counts(torch.tensor([1, 3]))
+    expected = [1.0, math.log(4 / 3) / math.log(4)]
+    assert loss.weight.tolist() == pytest.approx(expected)
+    assert not loss.state_dict()
+
+
+@pytest.mark.parametrize(
+    "section, words",
+    [
+        ({"preset": "papr"}, "preset 'papr'"),
+        ({"sgima": 3.0}, "did you mean 'sigma'"),
+        ({"sigma": 0.0}, "not positive"),
+        ({"counts": "gta5"}, "neither dataset, released"),
+        ({"sign": 2}, "not one of 1, -1"),
+    ],
+)
+def test_bad_options_are_named(section, words):
+    with pytest.raises(ConfigError, match=words):
+        blv_options(section, "head")
+
+
+def test_released_counts_need_nineteen_classes():
+    with pytest.raises(ConfigError, match="19 given for 11"):
+        BLVLoss(options(preset="released-head"), [1] * 11)

@@ -1,0 +1,73 @@
+"""Schedules against their closed forms, groups against names, clipping against torch."""
+
+import pytest
+import torch
+from torch import nn
+
+from common.config import ConfigError, GroupConfig, OptimConfig
+from common.engine.optim import build_optimizers, clip_gradients, learning_rate, parameter_groups
+
+
+def test_poly_has_an_absolute_floor():
+    cfg = OptimConfig(schedule="poly", power=0.9, floor=1e-4)
+    assert learning_rate(0.01, 0, cfg, 40000) == 0.01
+    assert learning_rate(0.01, 20000, cfg, 40000) == pytest.approx((0.01 - 1e-4) * 0.5**0.9 + 1e-4)
+
+
+@pytest.mark.parametrize("initial, step, expected", [(5e-4, 998, 4.950072e-4), (6e-3, 998, 5.940087e-3)])
+def test_poly_gives_the_rates_of_published_logs(initial, step, expected):
+    assert learning_rate(initial, step, OptimConfig(), 90000) == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_and_warmup():
+    cfg = OptimConfig(schedule="step", milestones=(60, 72), warmup=10, warmup_ratio=1e-3)
+    got = [learning_rate(1.0, t, cfg, 80) for t in (0, 5, 10, 59, 60, 72)]
+    assert got == pytest.approx([1e-3, 0.5005, 1.0, 1.0, 0.1, 0.01])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Linear(2, 2), nn.LayerNorm(2), nn.Linear(2, 3)
+
+
+def test_first_matching_rule_takes_a_parameter():
+    rules = (GroupConfig("norm", weight_decay=0.0), GroupConfig("norm|head", lr_mult=10.0))
+    groups = parameter_groups(Net(), OptimConfig(lr=0.1, weight_decay=0.01, groups=rules))
+    assert [(len(g["params"]), g["lr"], g["weight_decay"]) for g in groups] == [
+        (2, 0.1, 0.0), (2, 1.0, 0.01), (2, 0.1, 0.01),
+    ]  # fmt: skip
+
+
+def test_rule_without_parameters_is_an_error():
+    with pytest.raises(ConfigError, match="no parameter's name matches 'nrom'"):
+        parameter_groups(Net(), OptimConfig(groups=(GroupConfig("nrom"),)))
+
+
+def test_groups_name_their_optimizer():
+    net = Net()
+    groups = parameter_groups(net.conv, OptimConfig()) + [
+        {"params": net.head.parameters(), "optimizer": "adam", "lr": 1e-4, "betas": (0.9, 0.99), "name": "adversary"}
+    ]
+    optimizers = build_optimizers(groups)
+    assert isinstance(optimizers["sgd"], torch.optim.SGD) and isinstance(optimizers["adam"], torch.optim.Adam)
+    assert optimizers["adam"].param_groups[0]["initial_lr"] == 1e-4
+
+
+def test_total_clipping_equals_torch():
+    nets = [Net(), Net()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        (net.head(net.norm(net.conv(torch.tensor([[3.0, -2.0]])))).square().sum() * 50).backward()
+    norm = clip_gradients(list(nets[0].parameters()), OptimConfig(clip=0.5))
+    expected = nn.utils.clip_grad_norm_(nets[1].parameters(), 0.5)
+    torch.testing.assert_close(norm, expected)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_each_gradient_can_be_clipped_alone():
+    net = Net()
+    (net.conv(torch.ones(1, 2)).sum() * 100).backward()
+    clip_gradients(list(net.conv.parameters()), OptimConfig(clip_each=0.01))
+    assert all(p.grad.norm() <= 0.01 + 1e-6 for p in net.conv.parameters())
