@@ -245,7 +245,7 @@ def typed(cls: type, mapping: Mapping[str, Any], where: str) -> Any:
     hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key {key!r}; {_nearest(str(key), fields)}")
+            raise ConfigError(f"{where}: unknown key {key!r}; {nearest(str(key), fields)}")
     missing = [n for n, f in fields.items() if n not in mapping and _required(f)]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
@@ -256,7 +256,7 @@ def _required(item: dataclasses.Field) -> bool:
     return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
+def nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
 

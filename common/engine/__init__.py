@@ -1,6 +1,7 @@
 """The training engine: one loop over the method contract."""
 
 from common.engine.method import Method
+from common.engine.runtime import prepare
 from common.engine.train import fit
 
-__all__ = ["Method", "fit"]
+__all__ = ["Method", "fit", "prepare"]

@@ -62,15 +62,6 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """Rows of all ranks in rank order; every rank must hold the same number of rows."""
-    if not dist.is_initialized() or world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
-
-
 def synchronise_batchnorm(module: nn.Module, norm: str, device: torch.device) -> nn.Module:
     """SyncBN when it is asked for and several GPUs train; the CPU has none, so there ordinary BN stays."""
     if norm != "sync_bn" or world_size() == 1:

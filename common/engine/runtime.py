@@ -2,13 +2,13 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from common.config import Config, TrainConfig
 from common.engine import distributed
-from common.engine.method import Batch
+from common.engine.method import Batch, Method
 
 
 def configure(cfg: TrainConfig, device: torch.device) -> None:
@@ -50,3 +50,18 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
+
+
+def prepare(cfg: Config, build: Callable[[], Method], device: torch.device) -> Method:
+    """The method on its device: weights seeded, BN synchronised over GPUs, memory format and compilation as asked for.
+
+    Every rank builds the same weights. `compile` needs a C compiler on the CPU and Triton on CUDA.
+    """
+    torch.manual_seed(cfg.seed)
+    method = build()
+    method = distributed.synchronise_batchnorm(method, cfg.model.norm, device).to(device)
+    if cfg.train.channels_last:
+        method = method.to(memory_format=torch.channels_last)
+    if cfg.train.compile:
+        method.network.compile()
+    return method

@@ -95,16 +95,20 @@ class BLVLoss(nn.Module):
         self.register_buffer("weight", class_weights(counts, options.coefficient), persistent=False)
 
     def set_counts(self, counts: Tensor) -> None:
-        """Use new class counts, e.g. refreshed by pseudo-labels."""
-        self.weight.copy_(class_weights(counts.cpu(), self.options.coefficient))
+        """Use new class counts (K,), e.g. refreshed by pseudo-labels; no host sync."""
+        self.weight.copy_(class_weights(counts, self.options.coefficient))
 
     def forward(
         self, logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, progress: float = 0.0
     ) -> Tensor:
         """Scalar loss of logits (B, K, H, W), label (B, H, W); `progress` in [0, 1] is the share of training done."""
-        variation = self.draw(logits, progress).mul_(self.weight.view(1, -1, *[1] * (logits.dim() - 2)))
-        perturbed = torch.add(logits.float(), variation, alpha=self.options.sign)
+        perturbed = self.perturb(logits, progress)
         return pixel_cross_entropy(perturbed, label, pixel_weight=pixel_weight, average=self.average)
+
+    def perturb(self, logits: Tensor, progress: float = 0.0) -> Tensor:
+        """z' in float32, for any loss of logits (B, K, …)."""
+        variation = self.draw(logits, progress).mul_(self.weight.view(1, -1, *[1] * (logits.dim() - 2)))
+        return torch.add(logits.float(), variation, alpha=self.options.sign)
 
     def draw(self, like: Tensor, progress: float = 0.0) -> Tensor:
         """Limited draws e of the shape and device of `like`, float32."""
