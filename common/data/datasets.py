@@ -1,0 +1,266 @@
+"""The data sets: one row each. Adding one is adding a row.
+
+A row's root is `root` of the config, else $LTS_DATA/<folder>, else ./datasets/<folder>.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config import SourceConfig, typed
+from common.data import layouts
+from common.data.labels import IGNORE, Colour, LabelTable, colour_codes
+from common.data.layouts import Layout, Paired
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """What a data set is. Nothing here depends on where it lies.
+
+    label_maps: (ending of the label file's stem, stored value → class id or IGNORE) pairs; the first ending that fits
+    applies. Empty: stored values are class ids. `ignore` are stored values without a class; a value listed nowhere is
+    an error, or ignored where that is the data set's convention (`unlisted`).
+    tail: class ids of mIoU(tail). counts: pixels of each class in the training split, where they are published.
+    resize_labels: some labels of the release are smaller than their image and are brought to its size (nearest).
+    """
+
+    name: str
+    folder: str
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    layout: Layout
+    label_maps: tuple[tuple[str, Mapping[int, int]], ...] = ()
+    ignore: tuple[int, ...] = (255,)
+    unlisted: Literal["error", "ignore"] = "error"
+    encoding: Literal["index", "rgb"] = "index"
+    tail: tuple[int, ...] = ()
+    counts: tuple[int, ...] | None = None
+    resize_labels: bool = False
+    env: str = "LTS_DATA"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def _tables(self) -> tuple[tuple[str, LabelTable], ...]:
+        maps = self.label_maps or (("", {k: k for k in range(self.num_classes)}),)
+        n = self.num_classes
+        return tuple((end, LabelTable(n, values, self.ignore, self.unlisted, self.encoding)) for end, values in maps)
+
+    def label_table(self, path: Path) -> LabelTable:
+        """The table that decodes the label file `path`."""
+        return next(table for end, table in self._tables if path.stem.endswith(end))
+
+
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+CITYSCAPES_PALETTE = (
+    *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)),
+    *((250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0)),
+    *((0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
+)
+CITYSCAPES_TAIL = (3, 6, 7, 12, 14, 15, 16, 17, 18)  # the nine smallest training counts
+CITYSCAPES_COUNTS = (  # gtFine train, 2975 images; 715 747 311 further pixels are void
+    *(2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536),
+    *(221979646, 67326424, 7463162, 386328286, 14772328, 12990290, 12863955, 5449152, 22861233),
+)
+GTA5_COUNTS = (  # all 24 966 images; 5 605 086 111 further pixels are void
+    *(16099193283, 4155428633, 8478285320, 925367586, 317481282, 531401266, 67288808, 40463971, 3810296251),
+    *(1074861777, 6784666433, 181828023, 15321782, 1259269812, 564950248, 184638969, 32522117, 15799033, 2718199),
+)
+_RAW_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of train ids 0..18
+_RAW = dict.fromkeys(range(35), IGNORE) | {raw: k for k, raw in enumerate(_RAW_IDS)}
+_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14}
+_SYNTHIA |= {19: 15, 20: 16, 12: 17, 11: 18}
+_ALL = tuple(range(19))
+_SIXTEEN = tuple(k for k in _ALL if k not in (9, 14, 16))  # the classes that SYNTHIA shares with Cityscapes
+_THIRTEEN = tuple(k for k in _SIXTEEN if k not in (3, 4, 5))
+
+
+def _street(name: str, folder: str, keep: tuple[int, ...], *, counts: tuple[int, ...] | None, **fields) -> DatasetRow:
+    """A row over the Cityscapes train ids in `keep`, renumbered in order; the others are ignored."""
+    new = dict.fromkeys(_ALL, IGNORE) | {old: k for k, old in enumerate(keep)} | {IGNORE: IGNORE}
+    maps = tuple((end, {raw: new[k] for raw, k in values.items()}) for end, values in fields.pop("maps"))
+    return DatasetRow(
+        name=name,
+        folder=folder,
+        classes=tuple(CITYSCAPES_CLASSES[k] for k in keep),
+        palette=tuple(CITYSCAPES_PALETTE[k] for k in keep),
+        label_maps=maps,
+        tail=tuple(new[k] for k in CITYSCAPES_TAIL if k in keep),
+        counts=counts and tuple(counts[k] for k in keep),
+        **fields,
+    )
+
+
+def _cityscapes(name: str, keep: tuple[int, ...]) -> DatasetRow:
+    maps = (("_labelTrainIds", {k: k for k in _ALL}), ("", _RAW))
+    return _street(name, "cityscapes", keep, counts=CITYSCAPES_COUNTS, maps=maps, layout=layouts.cityscapes)
+
+
+def _synthia(name: str, keep: tuple[int, ...]) -> DatasetRow:
+    layout = Paired("RGB", "GT/LABELS", unsplit=True)
+    maps = (("", _SYNTHIA),)
+    return _street(name, "synthia", keep, counts=None, maps=maps, layout=layout, ignore=(), unlisted="ignore")
+
+
+def _voc_palette(n: int) -> tuple[Colour, ...]:
+    """The VOC colours: bits 0, 1, 2 of the class id are the highest bits of red, green, blue, bits 3-5 the next."""
+    return tuple(
+        tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
+        for k in range(n)
+    )
+
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+CAMVID_CLASSES = (
+    *("sky", "building", "pole", "road", "pavement", "tree"),
+    *("sign", "fence", "car", "pedestrian", "bicyclist"),
+)
+CAMVID_PALETTE = (
+    *((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0)),
+    *((192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
+)
+
+_ROWS = (
+    _cityscapes("cityscapes", _ALL),
+    _cityscapes("cityscapes16", _SIXTEEN),
+    _cityscapes("cityscapes13", _THIRTEEN),
+    _street(
+        "gta5",
+        "gta5",
+        _ALL,
+        counts=GTA5_COUNTS,
+        maps=(("", _RAW),),
+        layout=Paired("images", "labels", unsplit=True),
+        resize_labels=True,
+    ),
+    _synthia("synthia", _SIXTEEN),
+    _synthia("synthia13", _THIRTEEN),
+    _synthia("synthia19", _ALL),
+    DatasetRow("voc", "voc", VOC_CLASSES, _voc_palette(21), layouts.voc),
+    DatasetRow(
+        "camvid",
+        "camvid",
+        CAMVID_CLASSES,
+        CAMVID_PALETTE,
+        Paired("images/{split}", "labels/{split}"),
+        tail=(2, 6, 7, 9, 10),
+    ),
+)
+DATASETS: dict[str, DatasetRow] = {row.name: row for row in _ROWS}
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """A data set described wholly in the config (`dataset: folder`); paths are relative to `root`.
+
+    images, labels: folders, `{split}` stands for the split. lists: split → file of image names (else all images).
+    image_end, label_end: endings of the stems that differ (`_leftImg8bit`, `_gtFine_labelIds`).
+    encoding: `index` (8- or 16-bit, grey or palette) or `rgb` (a colour is a class, by `palette`).
+    ignore: stored values without a class; ignore_colours: the same of colour-coded labels.
+    label_map: stored value → class id or -1, where they differ. tail: names of the tail classes.
+    """
+
+    images: str
+    classes: tuple[str, ...]
+    labels: str | None = None
+    lists: Mapping[str, str] = field(default_factory=dict)
+    image_end: str = ""
+    label_end: str = ""
+    encoding: Literal["index", "rgb"] = "index"
+    palette: tuple[tuple[int, int, int], ...] = ()
+    ignore: tuple[int, ...] = (255,)
+    ignore_colours: tuple[tuple[int, int, int], ...] = ()
+    unlisted: Literal["error", "ignore"] = "error"
+    label_map: Mapping[str, int] = field(default_factory=dict)
+    tail: tuple[str, ...] = ()
+    counts: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A layout whose splits are list files."""
+
+    inner: Paired
+    lists: Mapping[str, str]
+
+    def __call__(self, root: Path, split: str, names: Any = None) -> list[layouts.Record]:
+        if names is None and split in self.lists:
+            names = layouts.read_list(root / self.lists[split])
+        return self.inner(root, split, names)
+
+
+def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
+    """The row that a `folder` section describes. ValueError for what contradicts itself."""
+    config = typed(FolderConfig, options, "data.folder")
+    n = len(config.classes)
+    palette = config.palette or _voc_palette(n)
+    if len(palette) != n:
+        raise ValueError(f"data.folder: palette has {len(palette)} colours for {n} classes")
+    unknown = [c for c in config.tail if c not in config.classes]
+    if unknown:
+        raise ValueError(f"data.folder: tail class {unknown[0]!r} is none of the classes {', '.join(config.classes)}")
+    if config.counts is not None and len(config.counts) != n:
+        raise ValueError(f"data.folder: counts has {len(config.counts)} values for {n} classes")
+    maps, ignore = (), config.ignore
+    if config.encoding == "rgb":
+        if not config.palette:
+            raise ValueError("data.folder: encoding rgb needs a palette, one colour a class")
+        maps = (("", {code: k for k, code in enumerate(colour_codes(palette))}),)
+        ignore = tuple(colour_codes(config.ignore_colours))
+    elif config.label_map:
+        maps = (("", _integer_keys(config.label_map)),)
+    return DatasetRow(
+        name=name,
+        folder=name,
+        classes=config.classes,
+        palette=palette,
+        layout=_Listed(Paired(config.images, config.labels, config.image_end, config.label_end), config.lists),
+        label_maps=maps,
+        ignore=ignore,
+        unlisted=config.unlisted,
+        encoding=config.encoding,
+        tail=tuple(config.classes.index(c) for c in config.tail),
+        counts=config.counts,
+    )
+
+
+def _integer_keys(label_map: Mapping[str, int]) -> dict[int, int]:
+    for key in label_map:
+        if not key.isdigit():
+            raise ValueError(f"data.folder: label_map key {key!r} is no stored value (a whole number)")
+    return {int(key): value for key, value in label_map.items()}
+
+
+def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
+    """The row and the root folder of a source. ValueError says what was looked for and how to set it."""
+    if source.dataset == "folder":
+        if source.folder is None or source.root is None:
+            raise ValueError("dataset: folder needs `root` and a `folder` section that describes it")
+        row = folder_row(source.folder)
+    elif source.dataset in DATASETS:
+        row = DATASETS[source.dataset]
+    else:
+        raise ValueError(f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder")
+    if source.root is not None:
+        root, origin = Path(source.root).expanduser(), "`root` of the config"
+    elif os.environ.get(row.env):
+        root, origin = Path(os.environ[row.env]).expanduser() / row.folder, f"${row.env}"
+    else:
+        root, origin = Path("datasets") / row.folder, f"${row.env} is not set"
+    if not root.is_dir():
+        raise ValueError(
+            f"data set {row.name!r}: no folder {root} ({origin}); "
+            f"set `root`, or {row.env} to the folder that holds {row.folder}/"
+        )
+    return row, root

@@ -1,0 +1,148 @@
+"""One dataset class over the rows of `datasets.py`."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.config import SourceConfig
+from common.data.datasets import resolve
+from common.data.images import Picture
+from common.data.labels import IGNORE, read_index
+from common.data.layouts import Record, read_list
+
+Transform = Callable[[dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]]
+
+
+class SegmentationDataset:
+    """Images, labels and further maps of one source.
+
+    `sample(index, rng)` is a pure function of its arguments: all randomness comes from `rng`. Errors in the files are
+    ValueErrors of one line that name the file, the value and the fix. With `labels: false` no label file is needed.
+
+    Further maps (`maps`: sample key → folder) are files of an earlier step, named after the image's stem:
+    `.png` holds labels (8-bit with 255 ignored, 16-bit with 65535 ignored) and has the image's size; `.npy` holds any
+    array (H, W) or (C, H, W), at the image's size or at a stride of its own. A value that contains `{name}` is the
+    file itself, e.g. `pseudo/{name}_conf.npy`.
+    """
+
+    def __init__(self, source: SourceConfig, transform: Transform | None = None):
+        self.source = source
+        self.row, self.root = resolve(source)
+        names = read_list(Path(source.list)) if source.list else None
+        self.records: list[Record] = self.row.layout(self.root, source.split, names)
+        self.names: list[str] = [record.name for record in self.records]
+        self.transform = transform
+        if source.labels:
+            self._require_labels()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _require_labels(self) -> None:
+        missing = [record for record in self.records if record.label is None]
+        if missing:
+            raise ValueError(
+                f"{missing[0].image}: no label file for this image ({len(missing)} of {len(self)} have none); "
+                "add the labels, restrict the split by a `list`, or set `labels: false`"
+            )
+
+    def open(self, index: int) -> dict[str, Any]:
+        """The raw sample, its pixels still encoded: `image` Picture, `label` int16 (H, W), maps, `name`, `index`."""
+        record = self.records[index]
+        sample = {"image": Picture(record.image), "name": record.name, "index": index}
+        if self.source.labels:
+            sample["label"] = self._label(record, sample["image"].size)
+        for key, folder in self.source.maps.items():
+            sample[key] = self._map(map_path(folder, record.name), record, sample["image"].size)
+        return sample
+
+    def load(self, index: int) -> dict[str, Any]:
+        """The raw sample: `image` uint8 (H, W, 3), `label` int16 (H, W), further maps, `name`, `index`."""
+        sample = self.open(index)
+        return {**sample, "image": sample["image"].pixels()}
+
+    def label(self, index: int) -> np.ndarray:
+        """The label alone, int16 (H, W); the image is not opened."""
+        record = self.records[index]
+        return self.row.label_table(record.label).read(record.label)
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The sample as training sees it: `image` uint8 (3, H, W), `label` int16 (H, W), maps, `name`, `index`,
+        `geometry` int32 (7,) = original height, width, resized height, width, crop row, column, mirrored."""
+        if self.transform is not None:
+            return self.transform(self.open(index), rng, self, index)
+        sample = self.load(index)
+        height, width = sample["image"].shape[:2]
+        sample["geometry"] = np.array([height, width, height, width, 0, 0, 0], np.int32)
+        return tensors(sample)
+
+    def _label(self, record: Record, size: tuple[int, int]) -> np.ndarray:
+        label = self.row.label_table(record.label).read(record.label)
+        if label.shape != size:
+            if self.row.resize_labels:
+                return label[_nearest(size[0], label.shape[0])][:, _nearest(size[1], label.shape[1])]
+            raise ValueError(_mismatch(record.label, label.shape, record.image, size))
+        return label
+
+    def _map(self, path: Path, record: Record, size: tuple[int, int]) -> np.ndarray:
+        if path.suffix != ".png":
+            try:
+                return np.load(path, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(f"{path}: cannot read the array of {record.name} ({error})") from error
+        if not path.is_file():
+            raise ValueError(f"{path}: no such map for {record.image}; run the step that writes it first")
+        raw = read_index(path)
+        if raw.shape != size:
+            raise ValueError(_mismatch(path, raw.shape, record.image, size))
+        ignore = 255 if raw.dtype == np.uint8 else 65535
+        return np.where(raw == ignore, IGNORE, raw).astype(np.int16)
+
+
+def map_path(folder: str, name: str) -> Path:
+    """The file of an earlier step for the image `name`: the pattern, else <folder>/<name>.npy or .png."""
+    if "{name}" in folder:
+        return Path(folder.format(name=name))
+    array = Path(folder) / f"{name}.npy"
+    return array if array.is_file() else Path(folder) / f"{name}.png"
+
+
+def _nearest(size: int, stored: int) -> np.ndarray:
+    return np.arange(size) * stored // size
+
+
+def _mismatch(path: Path, shape: tuple[int, ...], image: Path, size: tuple[int, int]) -> str:
+    return f"{path}: is {shape[1]}x{shape[0]} pixels, but its image {image.name} is {size[1]}x{size[0]}; re-create it"
+
+
+def tensors(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw sample with its arrays as tensors; the image becomes (3, H, W)."""
+    result = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in sample.items()}
+    result["image"] = result["image"].permute(2, 0, 1).contiguous()
+    return result
+
+
+def check(dataset: SegmentationDataset, workers: int = 8) -> None:
+    """Every file that training will open exists and is not empty; nothing is decoded. ValueError names the first."""
+    paths: list[Path] = []
+    for record in dataset.records:
+        paths.append(record.image)
+        paths += [record.label] if dataset.source.labels else []
+        paths += [map_path(folder, record.name) for folder in dataset.source.maps.values()]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        sizes = list(pool.map(_size, paths, chunksize=256))
+    for path, size in zip(paths, sizes, strict=True):
+        if not size:
+            raise ValueError(f"{path}: {'the file is empty' if size == 0 else 'no such file'}")
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None

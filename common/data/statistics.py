@@ -1,0 +1,195 @@
+"""Class frequencies of a dataset, and what the long-tail methods derive from them."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from common.data.labels import IGNORE
+from common.data.segmentation import SegmentationDataset
+
+_VERSION = 1  # of the cached files; raise it when their meaning changes
+
+Level = Literal["image", "pixel"]
+Mode = Literal["max", "mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Pixels of each class in each image: `pixels` int32 (N, K), `ignored` int32 (N,), in the dataset's order."""
+
+    pixels: np.ndarray
+    ignored: np.ndarray
+
+    @property
+    def num_images(self) -> int:
+        return len(self.pixels)
+
+    @cached_property
+    def presence(self) -> np.ndarray:
+        """bool (N, K): the image shows the class."""
+        return self.pixels > 0
+
+    @cached_property
+    def image_count(self) -> np.ndarray:
+        """int64 (K,): images that show the class."""
+        return self.presence.sum(0)
+
+    @cached_property
+    def pixel_count(self) -> np.ndarray:
+        """int64 (K,): pixels of the class in the whole set."""
+        return self.pixels.sum(0, dtype=np.int64)
+
+    @cached_property
+    def area(self) -> np.ndarray:
+        """float64 (K,): the class's share of the image (ignored pixels included in the whole), summed over images."""
+        total = self.pixels.sum(1, dtype=np.int64) + self.ignored
+        return (self.pixels / np.maximum(total, 1)[:, None]).sum(0)
+
+    def count(self, level: Level) -> np.ndarray:
+        """Class counts as the LTSS benchmark has them: images that show the class, or summed image shares."""
+        return self.image_count if level == "image" else self.area
+
+    def frequency(self, level: Level) -> np.ndarray:
+        """`count` over the number of images, float64 (K,)."""
+        return self.count(level) / self.num_images
+
+
+def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str | Path | None = None) -> Statistics:
+    """Count the labels of a dataset (un-augmented), in `workers` processes; a progress bar runs on a terminal.
+
+    With a `cache` folder the result is kept in a file named after everything it depends on: the label files, their
+    sizes and dates, the label map and the classes. Two processes may count at the same time; the file is written whole
+    or not at all.
+    """
+    path = Path(cache) / f"statistics-{dataset.row.name}-{_key(dataset)}.npz" if cache is not None else None
+    if path is not None and (stored := _load(path)) is not None:
+        return stored
+    loader = DataLoader(
+        _Counts(dataset),
+        batch_size=8,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # leave torch's global generator alone
+    )
+    rows: list[np.ndarray] = []
+    with tqdm(total=len(dataset), desc=f"counting {dataset.row.name}", unit="image", disable=None) as bar:
+        for batch in loader:
+            for row in batch:
+                if isinstance(row, Exception):
+                    raise row
+                rows.append(row)
+            bar.update(len(batch))
+    counts = np.stack(rows).astype(np.int32)
+    statistics = Statistics(counts[:, 1:], counts[:, 0])
+    if path is not None:
+        _save(path, statistics)
+    return statistics
+
+
+class _Counts(torch.utils.data.Dataset):
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> np.ndarray | Exception:
+        try:
+            label = self.dataset.label(index)
+        except (ValueError, OSError) as error:
+            return ValueError(str(error))
+        return np.bincount((label - IGNORE).ravel(), minlength=self.dataset.row.num_classes + 1)
+
+
+def _key(dataset: SegmentationDataset) -> str:
+    row = dataset.row
+    digest = hashlib.sha256()
+    maps = [[end, sorted(values.items())] for end, values in row.label_maps]
+    meaning = [_VERSION, row.classes, maps, row.ignore, row.unlisted, row.encoding]
+    digest.update(json.dumps(meaning).encode())
+    for record in dataset.records:
+        if record.label is None:
+            raise ValueError(f"{record.image}: no label file for this image; class statistics need labels")
+        stat = os.stat(record.label)
+        digest.update(f"{record.label.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load(path: Path) -> Statistics | None:
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return Statistics(data["pixels"], data["ignored"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        warnings.warn(f"{path}: the cached class statistics cannot be read ({error}); counting again", stacklevel=3)
+        return None
+
+
+def _save(path: Path, statistics: Statistics) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        np.savez_compressed(file, pixels=statistics.pixels, ignored=statistics.ignored)
+    os.replace(temporary, path)
+
+
+def gini(counts: np.ndarray) -> float:
+    """Gini coefficient of per-class counts (K,): 0 is balanced, towards 1 is long-tailed; empty classes take part.
+
+    G = (n + 1 - 2 · Σ_i C_i / C_n) / n, with C the cumulative sums of the ascending counts (LTSS, TMM 2024).
+    """
+    cumulative = np.cumsum(np.sort(np.asarray(counts, np.float64)))
+    n = len(cumulative)
+    if n == 0 or cumulative[-1] <= 0:
+        raise ValueError("the Gini coefficient needs at least one class that occurs")
+    return float((n + 1 - 2 * cumulative.sum() / cumulative[-1]) / n)
+
+
+def groups(counts: np.ndarray) -> np.ndarray:
+    """0 rare, 1 common, 2 frequent for each class (K,), by the rank of its training count.
+
+    The thresholds are the ⌊0.2 n⌋-th and ⌊0.4 n⌋-th smallest counts; a class at a threshold belongs above it (LTSS).
+    """
+    ascending = np.sort(counts)
+    n = len(ascending)
+    thresholds = ascending[[n * 2 // 10, n * 4 // 10]]
+    return np.searchsorted(thresholds, counts, side="right")
+
+
+GROUPS = ("rare", "common", "frequent")
+
+
+def repeat_factors(statistics: Statistics, threshold: float, level: Level = "image", mode: Mode = "max") -> np.ndarray:
+    """Repeat factor of each image, float32 (N,): the max, mean or sum of r_c over the classes that it shows.
+
+    r_c = max(1, sqrt(threshold / f_c)), f_c the class's frequency at the level. An image without labels has factor 1
+    (max, mean) or 0 (sum: it is never shown).
+    """
+    return image_factors(statistics.presence, statistics.frequency(level), threshold, mode)
+
+
+def image_factors(presence: np.ndarray, frequency: np.ndarray, threshold: float, mode: Mode) -> np.ndarray:
+    """`repeat_factors` of a presence matrix (N, K) and class frequencies (K,)."""
+    factors = np.sqrt(threshold / np.maximum(frequency, np.finfo(np.float64).tiny)).clip(min=1)
+    factors = np.where(frequency > 0, factors, 1.0)  # shown by no image
+    if mode == "max":
+        result = np.where(presence, factors, 1.0).max(1)
+    else:
+        result = presence @ factors
+        if mode == "mean":
+            shown = presence.sum(1)
+            result = np.where(shown > 0, result / np.maximum(shown, 1), 1.0)
+    return result.astype(np.float32)

@@ -1,0 +1,227 @@
+"""Named training streams: which image each draw shows, and the loaders that run them.
+
+A stream numbers its draws over all ranks and epochs. Everything about draw d (index, augmentation) follows from
+(seed, stream name, d) alone, so a stream's whole state is the next draw: a run resumes at any step, with any number of
+ranks or loader processes, and sees the same samples.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from common.config import DataConfig, StreamConfig, TrainConfig, typed
+from common.data.segmentation import SegmentationDataset
+from common.data.statistics import class_statistics, repeat_factors
+from common.data.transforms import build_transform
+
+
+def generator(seed: int, stream: str, purpose: str, number: int) -> np.random.Generator:
+    """The random generator of one purpose: `number` is a draw or an epoch."""
+    return np.random.default_rng((seed, zlib.crc32(stream.encode()), zlib.crc32(purpose.encode()), number))
+
+
+class Order:
+    """draw → index of the dataset. Epoch e is a permutation of the whole set, or the set in order."""
+
+    def __init__(self, size: int, seed: int, stream: str, shuffle: bool = True):
+        self.size, self.seed, self.stream, self.shuffle = size, seed, stream, shuffle
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def index(self, draw: int) -> int:
+        """The dataset index of a draw."""
+        epoch, position = self.locate(draw)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._indices(epoch))
+        return int(self._epoch[1][position])
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        """Epoch of a draw, and its position there."""
+        return divmod(draw, self.size)
+
+    def _indices(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.size)
+        return generator(self.seed, self.stream, "order", epoch).permutation(self.size)
+
+
+class RepeatOrder(Order):
+    """Repeat-factor sampling: in each epoch image i is shown ⌊r_i⌋ or ⌊r_i⌋ + 1 times, r_i on average.
+
+    The extra showings are drawn anew for each epoch, so epochs differ in length.
+    """
+
+    def __init__(self, factors: np.ndarray, seed: int, stream: str):
+        super().__init__(len(factors), seed, stream)
+        self.whole = np.floor(factors).astype(np.int64)
+        self.fraction = np.asarray(factors, np.float64) - self.whole
+        if not factors.sum() > 0:
+            raise ValueError(f"stream {stream!r}: the repeat factors of all images are 0")
+        self._starts = [0]  # first draw of each epoch
+
+    def locate(self, draw: int) -> tuple[int, int]:
+        while self._starts[-1] <= draw:
+            self._starts.append(self._starts[-1] + int(self._repeats(len(self._starts) - 1).sum()))
+        epoch = int(np.searchsorted(self._starts, draw, side="right")) - 1
+        return epoch, draw - self._starts[epoch]
+
+    def _repeats(self, epoch: int) -> np.ndarray:
+        extra = generator(self.seed, self.stream, "repeat", epoch).random(self.size) < self.fraction
+        return self.whole + extra
+
+    def _indices(self, epoch: int) -> np.ndarray:
+        indices = np.repeat(np.arange(self.size), self._repeats(epoch))
+        return generator(self.seed, self.stream, "order", epoch).permutation(indices)
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The `sampler` section of a stream. threshold, level, mode: those of repeat-factor sampling."""
+
+    order: Literal["shuffle", "sequential", "repeat_factor"] = "shuffle"
+    threshold: float = 0.001
+    level: Literal["image", "pixel"] = "image"
+    mode: Literal["max", "mean", "sum"] = "max"
+
+
+class Stream:
+    """A dataset, its order and its batch size. `sample(draw)` is a pure function."""
+
+    def __init__(self, name: str, dataset: SegmentationDataset, batch_size: int, seed: int, order: Order | None = None):
+        if batch_size < 1:
+            raise ValueError(f"stream {name!r}: batch_size {batch_size} must be at least 1")
+        self.name, self.dataset, self.batch_size, self.seed = name, dataset, batch_size, seed
+        self.order = Order(len(dataset), seed, name) if order is None else order
+
+    def sample(self, draw: int, index: int | None = None) -> dict[str, Any]:
+        """The sample of a draw: the dataset's, and `draw`."""
+        index = self.order.index(draw) if index is None else index
+        sample = self.dataset.sample(index, generator(self.seed, self.name, "sample", draw))
+        return {**sample, "draw": draw}
+
+    def draws(self, step: int, slot: int, slots: int) -> list[int]:
+        """The draws of one micro-batch: step t consumes [t·B, (t+1)·B), its slot v the v-th of `slots` equal parts."""
+        size = self.batch_size // slots
+        start = step * self.batch_size + slot * size
+        return list(range(start, start + size))
+
+
+def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict[str, Stream]:
+    """The streams of a config by name. `cache` is the folder of dataset statistics (repeat-factor sampling)."""
+    if not data.streams:
+        raise ValueError("data.streams names no training stream")
+    streams = {}
+    for name, config in data.streams.items():
+        dataset = SegmentationDataset(config, build_transform(config.augment, f"data.streams.{name}.augment"))
+        order = _order(name, config, dataset, seed, data.workers, cache)
+        streams[name] = Stream(name, dataset, config.batch_size, seed, order)
+    return streams
+
+
+def _order(
+    name: str, config: StreamConfig, dataset: SegmentationDataset, seed: int, workers: int, cache: Path | None
+) -> Order:
+    sampler = typed(SamplerConfig, config.sampler, f"data.streams.{name}.sampler")
+    if sampler.order != "repeat_factor":
+        return Order(len(dataset), seed, name, shuffle=sampler.order == "shuffle")
+    statistics = class_statistics(dataset, workers, cache)
+    return RepeatOrder(repeat_factors(statistics, sampler.threshold, sampler.level, sampler.mode), seed, name)
+
+
+def make_loaders(
+    data: DataConfig,
+    train: TrainConfig,
+    start_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    seed: int = 0,
+    cache: Path | None = None,
+    streams: Mapping[str, Stream] | None = None,
+) -> dict[str, Iterator[dict[str, Any]]]:
+    """One endless iterator of micro-batches a stream, beginning at `start_step`.
+
+    The batch of a step is divided into `train.devices` slots; rank r yields slots r, r + world, … of each step in turn
+    (train.devices / world micro-batches a step). Tensors are stacked, where their shapes allow it; names are lists.
+    A ValueError about a sample is raised here as the one line it was.
+    """
+    if train.devices % world:
+        raise ValueError(f"train.devices {train.devices} must be a multiple of the {world} processes")
+    streams = make_streams(data, seed, cache) if streams is None else streams
+    for stream in streams.values():
+        if stream.batch_size % train.devices:
+            raise ValueError(
+                f"stream {stream.name!r}: batch_size {stream.batch_size} must be a multiple of "
+                f"train.devices {train.devices}"
+            )
+    slots = range(rank, train.devices, world)
+    return {
+        name: _batches(_loader(stream, _Schedule(stream, start_step, slots, train.devices), data.workers))
+        for name, stream in streams.items()
+    }
+
+
+class _Schedule:
+    """The (draw, index) pairs of each micro-batch of this rank, endless."""
+
+    def __init__(self, stream: Stream, start_step: int, slots: range, count: int):
+        self.stream, self.step, self.slots, self.count = stream, start_step, slots, count
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        step = self.step
+        while True:
+            for slot in self.slots:
+                draws = self.stream.draws(step, slot, self.count)
+                yield [(draw, self.stream.order.index(draw)) for draw in draws]
+            step += 1
+
+
+class _Samples(torch.utils.data.Dataset):
+    """What a loader process holds. Errors about files are handed over as values, to be raised in the main process."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Exception:
+        try:
+            return self.stream.sample(*key)
+        except (ValueError, OSError) as error:
+            return ValueError(str(error))
+
+
+def collate(samples: list[dict[str, Any] | Exception]) -> dict[str, Any] | Exception:
+    """Stacks tensors of equal shape; other tensors and strings become lists, numbers an int64 tensor."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    batch: dict[str, Any] = {}
+    for key in samples[0]:
+        values = [sample[key] for sample in samples]
+        if isinstance(values[0], torch.Tensor) and all(v.shape == values[0].shape for v in values):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values) if isinstance(values[0], int) else values
+    return batch
+
+
+def _loader(stream: Stream, schedule: _Schedule, workers: int) -> DataLoader:
+    return DataLoader(
+        _Samples(stream),
+        batch_sampler=schedule,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else making an iterator would advance torch's global generator
+    )
+
+
+def _batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -1,0 +1,60 @@
+"""The augmentations of USRN (CVPR 2022): labelled images, and two aligned views of unlabelled ones."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms import functional
+
+from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
+from common.data.geometry import Geometry, draw_offset, pad, pillow, warp_maps
+from common.data.segmentation import SegmentationDataset
+
+
+@dataclass(frozen=True)
+class USRN:
+    """Resize by the long side, pad, crop, mirror; then colour.
+
+    crop: height, width. base: pixels of the long side at ratio 1 (VOC 400, Cityscapes 2048); the long side is drawn
+    from the whole numbers int(base·low) … int(base·high). jitter: colour jitter on every image (labelled Cityscapes).
+    views: give `weak` (no colour change) and `strong` (blur, jitter, greyscale) of the same crop in place of `image`.
+    Images are resized with Pillow's bicubic filter, labels with OpenCV's nearest rule. Padding lies at the bottom
+    and the right, before the crop is mirrored.
+    """
+
+    crop: tuple[int, int]
+    base: int
+    ratio: tuple[float, float] = (0.5, 2.0)
+    flip: float = 0.5
+    jitter: bool = False
+    views: bool = False
+
+    def __call__(
+        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+    ) -> dict[str, Any]:
+        g = self.draw(sample["image"].size, rng)
+        left = bool(g.flip)
+        result = warp_maps(sample, g, self.crop, left=left)
+        weak = pad(pillow(sample["image"], g, self.crop, Image.Resampling.BICUBIC), self.crop, left=left)
+        if self.jitter:
+            weak = from_pillow(colour_jitter(to_pillow(weak), rng, 0.4, 0.1))
+        if not self.views:
+            return {**result, "image": weak}
+        strong = binomial_blur(weak) if rng.random() < 0.5 else weak
+        image = to_pillow(strong)
+        if rng.random() < 0.8:
+            image = colour_jitter(image, rng, 0.4, 0.1)
+        if rng.random() < 0.2:
+            image = functional.to_grayscale(image, 3)
+        return {**result, "weak": weak, "strong": from_pillow(image)}
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
+        """Size, crop and mirror."""
+        low, high = (int(self.base * r) for r in self.ratio)
+        longest = int(rng.integers(low, high + 1))
+        shortest = int(min(size) / max(size) * longest + 0.5)
+        height, width = (shortest, longest) if size[1] >= size[0] else (longest, shortest)
+        return Geometry(
+            *size, height, width, *draw_offset((height, width), self.crop, rng), int(rng.random() < self.flip)
+        )

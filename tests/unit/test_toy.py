@@ -1,0 +1,226 @@
+"""The procedural toy sets: what they promise to those who train on them, and the files of the real layouts."""
+
+import json
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import decode_png
+
+from common.data import DATASETS, IGNORE, toy
+from common.data.toy_canvas import DOMAINS
+from common.data.toy_glyphs import ADE_IDS, ade_scene, voc_scene
+from common.data.toy_scene import street_scene
+
+REPO = Path(__file__).resolve().parents[2]
+SMALL = {"train": 3, "val": 2, "size": (64, 128)}
+EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # cityscapesScripts, labels.py
+TAIL = (12, 19, 20, 25, 27, 28, 31, 32, 33)
+
+
+def read(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(image)
+
+
+@pytest.fixture(scope="module")
+def day() -> list:
+    return [street_scene(0, "day", i, (128, 256)) for i in range(48)]
+
+
+@pytest.mark.parametrize("draw", [street_scene, voc_scene, ade_scene])
+def test_a_scene_is_a_function_of_its_arguments(draw):
+    first, again = draw(3, "day", 5, (64, 96)), draw(3, "day", 5, (64, 96))
+    assert np.array_equal(first.image, again.image) and np.array_equal(first.label, again.label)
+    assert first.image.dtype == np.uint8 and first.image.shape == (*first.label.shape, 3)
+    for other in (draw(4, "day", 5, (64, 96)), draw(3, "fog", 5, (64, 96)), draw(3, "day", 8, (64, 96))):
+        assert not np.array_equal(first.label, other.label)
+
+
+def test_the_class_distribution_has_a_long_tail_that_small_sets_hold_too(day):
+    counts = np.bincount(np.concatenate([s.label.ravel() for s in day]), minlength=256)
+    share = counts[list(EVALUATED)] / counts.sum()
+    assert (share > 0.0008).all()  # every class is there and not hopeless
+    assert share.min() < 0.003 and share.max() > 0.3
+    validation = np.concatenate([street_scene(0, "day", 1_000_000 + i, (128, 256)).label.ravel() for i in range(16)])
+    assert set(EVALUATED) <= set(validation.tolist())
+
+
+def test_colour_alone_does_not_tell_the_tail_apart(day):
+    """The best classifier of single colours (a MAP table of 16³ bins) finds little of the tail."""
+    bins = [(s.image // 16).astype(np.int64) @ np.array([256, 16, 1]) for s in day]
+    table = np.zeros((4096, 256), np.int64)
+    for colour, scene in zip(bins[:32], day[:32], strict=True):
+        np.add.at(table, (colour.ravel(), scene.label.ravel()), 1)
+    guess = np.concatenate([table.argmax(1)[colour].ravel() for colour in bins[32:]])
+    truth = np.concatenate([s.label.ravel() for s in day[32:]])
+    ious = [((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in TAIL]
+    assert np.mean(ious) < 0.1
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_the_scene_does_not_depend_on_the_resolution(index):
+    small, large = (street_scene(0, "day", index, size) for size in ((128, 256), (640, 1280)))
+    assert (large.label[2::5, 2::5] == small.label).mean() > 0.98  # the same pixel centres
+    assert np.abs(large.image[2::5, 2::5].astype(float) - small.image).mean() < 16  # texture edges and noise differ
+
+
+def test_domains_look_different():
+    mean = {d: np.mean([street_scene(0, d, i, (64, 128)).image for i in range(6)], (0, 1, 2)) for d in DOMAINS}
+    colourful = {d: np.ptp(street_scene(0, d, 0, (64, 128)).image.astype(float), axis=-1).mean() for d in DOMAINS}
+    assert mean["dusk"].mean() < 0.8 * mean["day"].mean() < mean["day"].mean() < mean["fog"].mean()
+    assert colourful["fog"] < colourful["day"] < colourful["render"]
+
+
+def test_real_size():
+    scene = street_scene(0, "render", 0, (1024, 2048))
+    assert scene.image.shape == (1024, 2048, 3) and len(np.unique(scene.label)) >= 12
+
+
+def test_cityscapes_layout(tmp_path):
+    root = toy.make("cityscapes", tmp_path / "city", **SMALL, train_ids=True)
+    row = DATASETS["cityscapes"]
+    assert len(row.layout(root, "val", None)) == 2
+    for i, record in enumerate(row.layout(root, "train", None)):
+        assert record.name.endswith("_000019_leftImg8bit") and record.label.name.endswith("_labelTrainIds.png")
+        scene = street_scene(0, "day", i, (64, 128))
+        assert np.array_equal(read(record.image), scene.image)
+        raw = read(Path(str(record.label).replace("TrainIds", "Ids")))
+        assert raw.dtype == np.uint8 and np.array_equal(raw, scene.label)
+        expected = np.full(256, 255)
+        expected[list(EVALUATED)] = range(19)
+        assert np.array_equal(read(record.label), expected[raw])
+        loaded = row.label_table(record.label).read(record.label)
+        assert np.array_equal(loaded, np.where(expected[raw] == 255, IGNORE, expected[raw]))
+
+
+def test_gta5_layout(tmp_path):
+    root = toy.make("gta5", tmp_path / "gta", train=2, size=(64, 128))
+    assert sorted(os.listdir(root / "images")) == sorted(os.listdir(root / "labels")) == ["00001.png", "00002.png"]
+    with Image.open(root / "labels" / "00001.png") as label:
+        assert label.mode == "P" and label.getpalette()[3 * 26 : 3 * 27] == [0, 0, 142]  # car
+        assert np.array_equal(np.array(label), street_scene(0, "render", 0, (64, 128)).label)
+    with pytest.warns(UserWarning, match="one split"):
+        toy.make("gta5", root, train=2, val=2, size=(64, 128))
+
+
+def test_synthia_layout(tmp_path):
+    root = toy.make("synthia", tmp_path / "synthia", train=4)
+    pairs = {7: 3, 8: 4, 11: 2, 12: 21, 13: 5, 17: 7, 19: 15, 20: 9, 21: 6, 23: 1, 24: 10, 25: 17, 26: 8, 28: 19}
+    pairs |= {32: 12, 33: 11, 22: 0, 27: 0, 31: 0, 1: 0}  # Cityscapes id: SYNTHIA id
+    row, seen = DATASETS["synthia"], set()
+    for i, record in enumerate(row.layout(root, "train", None)):
+        data = torch.frombuffer(bytearray(record.label.read_bytes()), dtype=torch.uint8)
+        stored = decode_png(data)
+        assert stored.dtype == torch.uint16 and tuple(stored.shape) == (3, 128, 216)
+        scene = street_scene(0, "render", i, (128, 216))
+        for raw, k in pairs.items():
+            assert (stored[0].numpy()[scene.label == raw] == k).all()
+        assert np.array_equal(stored[1].numpy(), scene.instance) and scene.instance.max() > 3
+        seen |= set(np.unique(row.label_table(record.label).read(record.label)).tolist())
+    assert seen <= set(range(IGNORE, 16)) and len(seen) > 12
+
+
+def test_voc_layout(tmp_path):
+    root = toy.make("voc", tmp_path / "voc", train=6, val=3)
+    base, row = root / "VOCdevkit" / "VOC2012", DATASETS["voc"]
+    assert len((base / "ImageSets" / "Segmentation" / "train_aug.txt").read_text().split()) == 6
+    records = row.layout(root, "train_aug", None) + row.layout(root, "val", None)
+    assert len(records) == 9
+    for record in records:
+        with Image.open(record.image) as image, Image.open(record.label) as label:
+            assert image.size == label.size and label.mode == "P"
+            assert label.getpalette()[3:6] == [128, 0, 0]  # aeroplane
+            values = set(np.unique(np.array(label)).tolist())
+        assert {0, 255} < values <= {*range(21), 255}
+    with Image.open(records[2].image) as image:
+        assert image.size == (128, 170)  # upright: width, height
+
+
+def test_ade20k_full_layout(tmp_path):
+    assert len(set(ADE_IDS)) >= 60 and 255 in ADE_IDS and max(ADE_IDS) == 846
+    root = toy.make("ade20k_full", tmp_path / "ade", train=12, val=2)
+    values = set()
+    for split, n in (("training", 12), ("validation", 2)):
+        images = sorted((root / "images_detectron2" / split).glob("*.jpg"))
+        labels = sorted((root / "annotations_detectron2" / split).glob("*.tif"))
+        assert [p.stem for p in images] == [p.stem for p in labels] and len(images) == n
+        for path in labels:
+            label = read(path)
+            assert label.dtype == np.uint16
+            values |= set(np.unique(label).tolist())
+    assert values <= {*ADE_IDS, 65535} and 65535 in values and len(values) > 25
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 3), (64, 33, 3)])
+def test_16_bit_png_reads_back(shape):
+    image = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
+    data = torch.frombuffer(bytearray(toy.encode_png16(image)), dtype=torch.uint8)
+    assert np.array_equal(decode_png(data).permute(1, 2, 0).numpy(), image)
+    with pytest.raises(ValueError, match="uint16"):
+        toy.encode_png16(image.astype(np.uint8))
+
+
+def test_a_complete_set_is_left_alone_and_another_replaces_it(tmp_path):
+    root = toy.make("cityscapes", tmp_path / "city", **SMALL)
+    image = next(root.rglob("*_leftImg8bit.png"))
+    stamp = image.stat().st_mtime_ns
+    toy.make("cityscapes", root, **SMALL)
+    assert image.stat().st_mtime_ns == stamp
+    toy.make("cityscapes", root, **SMALL | {"train": 1})
+    assert len(list(root.rglob("*_leftImg8bit.png"))) == 3
+    assert os.listdir(tmp_path) == ["city"]
+
+
+def test_a_broken_off_writer_leaves_the_old_set(tmp_path, monkeypatch):
+    root = toy.make("cityscapes", tmp_path / "city", **SMALL)
+    before = json.loads((root / toy.MARKER).read_text())
+
+    def fail(seed, domain, index, size):
+        if index:
+            raise OSError("No space left on device")
+        return street_scene(seed, domain, index, size)
+
+    monkeypatch.setattr(toy, "street_scene", fail)
+    with pytest.raises(OSError, match="No space"):
+        toy.make("cityscapes", root, **SMALL | {"seed": 1})
+    assert json.loads((root / toy.MARKER).read_text()) == before and os.listdir(tmp_path) == ["city"]
+
+
+def test_never_touches_a_folder_it_did_not_write(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="no toy set"):
+        toy.make("cityscapes", tmp_path, **SMALL)
+    assert os.listdir(tmp_path) == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layout": "cityscape"}, "known: cityscapes, gta5"),
+        ({"domain": "night"}, "known: day, dusk, fog, render"),
+        ({"size": (16, 64)}, "32 pixels"),
+        ({"train": 0}, "train = 0"),
+        ({"val": -1}, "must not be negative"),
+    ],
+)
+def test_bad_requests_say_what_is_possible(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        toy.make(**{"layout": "cityscapes", "root": tmp_path / "x"} | arguments)
+    assert "\n" not in str(error.value) and not (tmp_path / "x").exists()
+
+
+def test_command_line(tmp_path, capsys):
+    main = runpy.run_path(str(REPO / "scripts" / "make_toy.py"))["main"]
+    root = str(tmp_path / "voc")
+    assert main(["voc", "--root", root, "--train", "2", "--val", "1", "--size", "48x64"]) == 0
+    assert "background" in capsys.readouterr().out
+    assert sum(toy.shares(root).values()) == pytest.approx(1)
+    for bad in (["--domain", "mars"], ["--train-ids"], ["--train", "0"]):
+        assert main(["voc", "--root", str(tmp_path / "x"), *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
