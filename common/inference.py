@@ -1,0 +1,150 @@
+"""Whole-image, sliding-window and multi-scale inference over a model's (or method's) `predict` and `labels`.
+
+Images are (B, 3, h, w) in 0–255; scores are (B, K, H, W) at `size`, the original image's, or at the input's size.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import EvalConfig
+from common.models.layers import resize, resize_rows
+
+Size = tuple[int, int]
+Predict = Callable[[Tensor, Size | None], Tensor]
+BAND = 1 << 22  # scores that a band of rows holds at most
+
+
+def whole(model: Any, images: Tensor, size: Size | None = None) -> Tensor:
+    """Class scores from one pass over the whole image."""
+    return model.predict(images, size)
+
+
+def slide(
+    model: Any, images: Tensor, crop: Size, stride: Size, size: Size | None = None, window_batch: int = 4
+) -> Tensor:
+    """Mean of the class scores of overlapping windows, then resized to `size` (MMSegmentation's rule).
+
+    crop, stride: height and width of a window and of its steps. An axis has max(⌈(length − crop) / stride⌉, 0) + 1
+    windows; the last one is shifted back to fit, and an image smaller than the crop is one window, unpadded.
+    `window_batch` windows (of any images of the batch) go through the model at once.
+    """
+    height, width = images.shape[-2:]
+    tall, wide = min(crop[0], height), min(crop[1], width)
+    rows, columns = window_starts(height, crop[0], stride[0]), window_starts(width, crop[1], stride[1])
+    every = list(product(range(len(images)), rows, columns))
+    total: Tensor | None = None
+    for first in range(0, len(every), window_batch):
+        places = every[first : first + window_batch]
+        windows = torch.stack([images[b, :, y : y + tall, x : x + wide] for b, y, x in places])
+        scores = model.predict(windows, None)
+        if total is None:
+            total = scores.new_zeros((len(images), scores.shape[1], height, width))
+        for (b, y, x), window in zip(places, scores, strict=True):
+            total[b, :, y : y + tall, x : x + wide] += window
+    assert total is not None, "a batch holds at least one image"
+    if len(rows) * len(columns) > 1:
+        total /= _coverage(rows, tall, height, total)[:, None] * _coverage(columns, wide, width, total)
+    return total if size is None else resize(total, size, network(model).align_corners)
+
+
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
+    """Offsets of the windows along one axis, in pixels."""
+    if crop < 1 or stride < 1:
+        raise ValueError(f"a window of {crop} pixels with a stride of {stride}: both must be at least 1")
+    last = max(length - crop, 0)
+    return [min(i * stride, last) for i in range(-(-last // stride) + 1)]
+
+
+def _coverage(starts: Sequence[int], window: int, length: int, like: Tensor) -> Tensor:
+    """How many windows cover each of `length` positions; the windows of an image are a product of two axes."""
+    counts = torch.zeros(length, dtype=like.dtype)
+    for start in starts:
+        counts[start : start + window] += 1
+    return counts.to(like.device)
+
+
+def multi_scale(
+    predict: Predict,
+    images: Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    size: Size | None = None,
+    *,
+    softmax: bool = True,
+) -> Tensor:
+    """Mean of the softmax maps at `size` over scaled and, with `flip`, also mirrored images.
+
+    `predict(images, size)` gives scores, by `whole` or `slide`. Without `softmax` the scores themselves are averaged:
+    what query models do, whose scores are sums of probabilities already. Images are resized bilinearly without
+    antialiasing, to sides rounded half up.
+    """
+    height, width = images.shape[-2:]
+    size = size or (height, width)
+    total: Tensor | None = None
+    for scale in scales:
+        scaled = resize(images.float(), (int(height * scale + 0.5), int(width * scale + 0.5)))
+        for mirrored in (False, True) if flip else (False,):
+            scores = predict(scaled.flip(-1) if mirrored else scaled, size)
+            scores = scores.softmax(1) if softmax else scores
+            scores = scores.flip(-1) if mirrored else scores
+            total = scores if total is None else total.add_(scores)
+    if total is None:
+        raise ValueError("eval.scales is empty; give at least one scale")
+    return total / (len(scales) * (2 if flip else 1))
+
+
+def predict_scores(model: Any, images: Tensor, cfg: EvalConfig, size: Size | None = None) -> Tensor:
+    """Class scores (B, K, H, W) as the config's mode, scales and flip ask for."""
+    predict = _single(model, cfg)
+    if not _augmented(cfg):
+        return predict(images, size)
+    softmax = getattr(network(model), "scores_are_logits", True)
+    return multi_scale(predict, images, cfg.scales, cfg.flip, size, softmax=softmax)
+
+
+def predict_labels(model: Any, images: Tensor, cfg: EvalConfig, size: Size | None = None) -> Tensor:
+    """Predicted classes (B, H, W), int64: the argmax of `predict_scores`.
+
+    Without test-time augmentation no K-channel map is made at `size`: whole mode leaves that to the model, and of the
+    mean of the windows only a band of rows is resized at a time.
+    """
+    if _augmented(cfg):
+        return predict_scores(model, images, cfg, size).argmax(1)
+    if cfg.mode == "whole":
+        return model.labels(images, size)[0]
+    return _argmax(_single(model, cfg)(images, None), size, network(model).align_corners)
+
+
+def _argmax(scores: Tensor, size: Size | None, align_corners: bool) -> Tensor:
+    """The classes (B, H, W) with the highest of the scores (B, K, h, w) resized to `size`."""
+    batch, classes = scores.shape[:2]
+    height, width = size = size or tuple(scores.shape[-2:])
+    label = torch.empty(batch, height, width, dtype=torch.int64, device=scores.device)
+    step = max(BAND // (batch * classes * width), 1)
+    for start in range(0, height, step):
+        rows = (start, min(start + step, height))
+        label[:, slice(*rows)] = resize_rows(scores, size, rows, align_corners).argmax(1)
+    return label
+
+
+def _single(model: Any, cfg: EvalConfig) -> Predict:
+    if cfg.mode == "whole":
+        return partial(whole, model)
+    if cfg.crop is None:
+        raise ValueError("eval.mode slide needs eval.crop: [height, width]")
+    crop, stride = cfg.crop, cfg.stride or cfg.crop
+    return lambda images, size: slide(model, images, crop, stride, size, cfg.window_batch)
+
+
+def _augmented(cfg: EvalConfig) -> bool:
+    return cfg.flip or tuple(cfg.scales) != (1.0,)
+
+
+def network(model: Any) -> Any:
+    """The network of a method, or the model itself; it owns the upsampling rule."""
+    return getattr(model, "network", model)

@@ -1,0 +1,153 @@
+"""Segmentation scores: one int64 confusion matrix, and the papers' differing conventions under their names.
+
+Rows of a matrix are the truth, columns the prediction. Every score is a fraction in 0..1, unrounded.
+
+| convention | IoU of a class that neither truth nor prediction has | that is only predicted | mIoU |
+|---|---|---|---|
+| `nan_mean` | NaN | 0 | mean of the defined IoUs (MMSegmentation, CPSL) |
+| `absent_zero` | 0 | 0 | mean over all K classes (USRN) |
+| `ltss` | NaN | NaN | sum of the defined IoUs over the classes that truth or prediction has (LTSS) |
+| `detectron2` | NaN | NaN | mean of the defined IoUs (detectron2 since July 2022) |
+
+`nan_mean` and `ltss` give the same mIoU: a class that is only predicted adds nothing and counts one. It does not
+count at all under `detectron2`. The accuracy of a class without truth is NaN (0 under `absent_zero`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Convention = Literal["nan_mean", "absent_zero", "ltss", "detectron2"]
+CONVENTIONS: tuple[str, ...] = get_args(Convention)
+GROUPS = ("rare", "common", "frequent")
+
+
+def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Pixels of every (true, predicted) pair, int64 (K, K) on the inputs' device.
+
+    pred, label: integer tensors of one shape; pred in [0, K), label in [-1, K) where -1 is not counted.
+    Raises ValueError for another shape or a value outside these ranges.
+    """
+    if pred.shape != label.shape:
+        raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+    k = num_classes
+    if not pred.numel():
+        return torch.zeros(k, k, dtype=torch.int64, device=pred.device)
+    # Ignored pixels get a row of their own, dropped at the end: cheaper than selecting the others.
+    bins = k * (k + 1)
+    dtype = torch.int16 if bins <= torch.iinfo(torch.int16).max else torch.int32  # bandwidth is the cost
+    _check(pred, 0, k, "prediction")
+    _check(label, -1, k, "label")
+    pair = torch.add(pred.reshape(-1).to(dtype), label.reshape(-1).to(dtype), alpha=k).add_(k)
+    return torch.bincount(pair, minlength=bins).view(k + 1, k)[1:]
+
+
+def _check(values: Tensor, low: int, high: int, what: str) -> None:
+    smallest, largest = torch.stack(values.aminmax()).tolist()
+    if smallest < low or largest >= high:
+        value = smallest if smallest < low else largest
+        raise ValueError(f"{what} holds the class {value}; {high} classes allow {low} to {high - 1}")
+
+
+class ConfusionMatrix:
+    """A confusion matrix summed over images, and over ranks on request."""
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        self.num_classes = num_classes
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, pred: Tensor, label: Tensor) -> None:
+        """Count one image or batch; see `confusion_matrix`."""
+        self.matrix += confusion_matrix(pred, label, self.num_classes).to(self.matrix.device)
+
+    def reduce(self) -> Tensor:
+        """The matrix of all ranks, int64 (K, K) on the CPU; what this rank holds stays as it is."""
+        total = self.matrix.clone()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if dist.get_backend() == "nccl":
+                total = total.cuda()
+            dist.all_reduce(total)
+        return total.cpu()
+
+
+def scores(matrix: Tensor | np.ndarray, convention: Convention) -> dict[str, Any]:
+    """Every score of a confusion matrix (K, K), as fractions in 0..1.
+
+    Gives `miou`, `macc`, `aacc`, `fwiou` (floats; NaN when nothing was counted), `iou` and `acc` (float64 (K,), NaN
+    for an undefined class), and `convention`. Sources: module docstring.
+    """
+    counts = _Counts(matrix, convention)
+    total = counts.truth.sum()
+    return {
+        "convention": convention,
+        "miou": counts.mean_iou(np.ones(len(counts.iou), bool)),
+        "macc": _mean(counts.acc),
+        "aacc": _ratio(counts.hits.sum(), total),
+        "fwiou": _ratio(np.nansum(counts.iou * counts.truth), total),
+        "iou": counts.iou,
+        "acc": counts.acc,
+    }
+
+
+def tail_miou(iou: np.ndarray, ids: Sequence[int]) -> float:
+    """Plain mean IoU over the class ids of the tail; undefined classes are left out, NaN when none is left."""
+    return _mean(np.asarray(iou, np.float64)[list(ids)])
+
+
+def group_scores(
+    matrix: Tensor | np.ndarray, groups: Mapping[str, Sequence[str]], convention: Convention
+) -> dict[str, dict[str, float]]:
+    """mIoU of rare, common and frequent classes at every level, in 0..1; NaN for an empty group.
+
+    groups: level ("image", "pixel") -> each class's group, K names. All levels use the same IoU, only the grouping
+    differs; both index sets of the convention are intersected with the group.
+    """
+    counts = _Counts(matrix, convention)
+    result: dict[str, dict[str, float]] = {}
+    for level, names in groups.items():
+        names = np.asarray(names)
+        if names.shape != counts.iou.shape:
+            raise ValueError(f"{level} level: {len(names)} groups for {len(counts.iou)} classes")
+        unknown = set(names.tolist()) - set(GROUPS)
+        if unknown:
+            raise ValueError(f"{level} level: {min(unknown)!r} is not one of {', '.join(GROUPS)}")
+        result[level] = {group: counts.mean_iou(names == group) for group in GROUPS}
+    return result
+
+
+class _Counts:
+    """What the scores of a confusion matrix are made of, float64 (exact up to 2^53 pixels)."""
+
+    def __init__(self, matrix: Tensor | np.ndarray, convention: Convention):
+        if convention not in CONVENTIONS:
+            raise ValueError(f"convention {convention!r} is not one of {', '.join(CONVENTIONS)}")
+        matrix = np.asarray(matrix)
+        self.hits = np.diagonal(matrix).astype(np.float64)
+        self.truth = matrix.sum(1).astype(np.float64)
+        predicted = matrix.sum(0).astype(np.float64)
+        self.acc = _divide(self.hits, self.truth)
+        self.iou = _divide(self.hits, self.truth + predicted - self.hits)
+        if convention == "absent_zero":
+            self.acc, self.iou = np.nan_to_num(self.acc), np.nan_to_num(self.iou)
+        elif convention in ("ltss", "detectron2"):
+            self.iou[self.truth == 0] = np.nan
+        self.counted = self.truth + predicted > 0 if convention == "ltss" else np.isfinite(self.iou)
+
+    def mean_iou(self, members: np.ndarray) -> float:
+        return _ratio(np.nansum(self.iou[members]), (members & self.counted).sum())
+
+
+def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total / count) if count else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    return _ratio(np.nansum(values), np.isfinite(values).sum())

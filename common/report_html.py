@@ -1,0 +1,164 @@
+"""The page around a report: styles, the few lines of script, and small pieces of markup."""
+
+from collections.abc import Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark;
+  --page: #f4f5f7; --card: #ffffff; --ink: #1b2027; --soft: #5b6572; --edge: #dfe3e8; --grid: #e6e9ed; --tint: #f0f3f7;
+  --share: #a9b3bf; --heat: #1f5fbf; --up: #0b6e4f; --down: #b3400a;
+  --c0: #6b7684; --c1: #2470c8; --c2: #c85a08; --c3: #0f8a66; --c4: #8a4fc4; --c5: #c22f7d; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #12151a; --card: #1a1f26; --ink: #e6e9ee; --soft: #9aa5b3; --edge: #2d343e; --grid: #2a313a; --tint: #222933;
+  --share: #56616f; --heat: #5a9cf0; --up: #4fc79c; --down: #f2915c;
+  --c0: #99a4b2; --c1: #5aa2f0; --c2: #f08c3c; --c3: #34b98f; --c4: #b488ea; --c5: #ee6aaf; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", Arial, sans-serif; }
+main { max-width: 1200px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 27px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -.01em; text-wrap: balance; }
+h2 { font-size: 19px; margin: 0 0 4px; }
+h3 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
+p { margin: 0 0 12px; max-width: 82ch; }
+.soft, .hint { color: var(--soft); } .hint { font-size: 13.5px; }
+section { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 20px 22px;
+  margin-top: 18px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 0; font-size: 14px; }
+a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underline; }
+.runs { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 6px 20px; padding: 9px 14px;
+  margin-top: 18px; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; font-size: 14px; }
+.runs label { display: flex; align-items: center; gap: 7px; cursor: pointer; }
+.swatch { width: 14px; height: 14px; border-radius: 3px; display: inline-block; flex: none; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 9px; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
+th.group { text-align: center; border-left: 1px solid var(--edge); }
+th:first-child, td:first-child { text-align: left; padding-left: 2px; }
+tbody tr:last-child td { border-bottom: 0; }
+td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; min-width: 200px; }
+.left th { text-align: left; }
+.best { font-weight: 700; }
+.delta { display: block; font-size: 12px; line-height: 1.3; } .up { color: var(--up); } .down { color: var(--down); }
+.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 16px; }
+.tile { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 12px 18px;
+  min-width: 168px; }
+.tile b { display: block; font-size: 25px; line-height: 1.3; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: 13px; } .tile .up, .tile .down { font-size: 14px; font-weight: 600; }
+.tile .up { color: var(--up); } .tile .down { color: var(--down); }
+.notes { border-left: 4px solid var(--c2); } .notes ul { margin: 6px 0 0; padding-left: 20px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 22px;
+  margin-top: 14px; }
+.stack { display: flex; flex-wrap: wrap; gap: 18px 28px; } .stack > div { min-width: 0; max-width: 100%; }
+.charts > div { min-width: 0; overflow-x: auto; }
+svg { width: 100%; height: auto; display: block; font: 12px system-ui, "DejaVu Sans", Arial, sans-serif; }
+svg text { fill: var(--ink); } svg .tick { fill: var(--soft); font-size: 11px; }
+svg .label { fill: var(--soft); font-size: 12px; } svg .name { font-size: 12.5px; }
+svg .value { font-size: 10px; font-variant-numeric: tabular-nums; }
+svg .tailmark { fill: var(--c2); font-size: 10px; font-weight: 700; }
+svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); } svg .rule { stroke: var(--grid); }
+svg .share { fill: var(--share); }
+svg .line { fill: none; stroke: var(--run); stroke-width: 2; stroke-linejoin: round; }
+svg .dashed { stroke-dasharray: 7 4; }
+svg .raw { fill: none; stroke: var(--run); stroke-width: 1; opacity: .3; }
+svg circle, svg .bar { fill: var(--run); }
+svg .cell { fill: var(--heat); } svg .cellback { fill: var(--tint); }
+svg .hit { stroke: var(--ink); stroke-width: 1.4; }
+svg .cellvalue { font-size: 11px; } svg .cellvalue.strong { fill: var(--card); font-weight: 600; }
+.panels { display: grid; gap: 6px 8px; align-items: start; min-width: 760px; margin-top: 10px; }
+.panels .head { font-size: 13px; font-weight: 600; align-self: end; line-height: 1.35; }
+.panels .run { grid-column: span 2; overflow-wrap: anywhere; }
+.panels .caption { grid-column: 1 / -1; font-size: 12.5px; color: var(--soft); margin-top: 8px; }
+.panels figure { margin: 0; } .panels figcaption { font-size: 12px; color: var(--soft); }
+.panels img { width: 100%; display: block; border-radius: 4px; cursor: zoom-in; }
+.chips { display: flex; flex-wrap: wrap; gap: 5px 14px; font-size: 12.5px; margin-top: 14px; }
+.chips span { display: flex; align-items: center; gap: 6px; }
+.chips .swatch { border: 1px solid var(--edge); }
+#zoom { position: fixed; inset: 0; background: rgb(0 0 0 / .82); display: none; place-items: center; z-index: 9;
+  cursor: zoom-out; }
+#zoom img { max-width: 94vw; max-height: 92vh; min-width: min(94vw, 900px); image-rendering: auto; }
+details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; font-size: 14px; }
+pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--tint);
+  padding: 12px 14px; border-radius: 6px; overflow-x: auto; margin: 10px 0 0; }
+code { font: 12.5px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+footer { margin-top: 24px; color: var(--soft); font-size: 13px; }
+@media print { .runs { position: static; } section { break-inside: avoid-page; } }
+"""
+
+SCRIPT = """
+document.querySelectorAll('.runs input').forEach(box => box.addEventListener('change', () =>
+  document.body.classList.toggle('hide-' + box.dataset.run, !box.checked)));
+const zoom = document.getElementById('zoom');
+document.querySelectorAll('.panels img').forEach(img => img.addEventListener('click', () => {
+  zoom.replaceChildren(img.cloneNode()); zoom.style.display = 'grid'; }));
+const shut = () => { zoom.style.display = 'none'; };
+zoom.addEventListener('click', shut);
+document.addEventListener('keydown', event => { if (event.key === 'Escape') shut(); });
+"""
+COLOURS = 6
+
+
+def page(title: str, body: str, runs: int) -> str:
+    """A whole document; nothing in it points outside the file."""
+    rules = ":root { --c0: var(--c1); }\n" if runs == 1 else ""
+    rules += "".join(
+        f".r{r} {{ --run: var(--c{run_colour(r)}); }} .hide-r{r} .r{r}:not(.keep) {{ display: none; }}\n"
+        for r in range(runs)
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{rules}</style></head>"
+        f'<body><main>{body}</main><div id="zoom"></div><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def run_colour(run: int) -> int:
+    """The baseline (run 0) has the grey; the others take turns with the rest."""
+    return run if run < COLOURS else 1 + (run - 1) % (COLOURS - 1)
+
+
+def swatch(run: int) -> str:
+    return f'<i class="swatch" style="background:var(--c{run_colour(run)})"></i>'
+
+
+def chip(colour: Sequence[int], name: str) -> str:
+    r, g, b = colour
+    return f'<span><i class="swatch" style="background:rgb({r},{g},{b})"></i>{escape(name)}</span>'
+
+
+def section(anchor: str, title: str, body: str, hint: str = "") -> str:
+    """`hint` and `body` are markup; an empty body gives no section."""
+    if not body:
+        return ""
+    lead = f'<p class="hint">{hint}</p>' if hint else ""
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{lead}{body}</section>'
+
+
+def details(title: str, body: str) -> str:
+    return f'<details><summary>{escape(title)}</summary><div class="scroll">{body}</div></details>' if body else ""
+
+
+def table(head: str, rows: Sequence[Sequence[str]]) -> str:
+    """`head` is the markup of the header rows; cells are markup, or whole `<td …>` elements."""
+    lines = ["".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def header(names: Sequence[str], css: str = "") -> str:
+    return f'<tr class="{css}">' + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
+
+
+def points(value: float | None) -> str:
+    """A score (0..1) in percent."""
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def delta(value: float | None, before: float | None, css: str = "delta") -> str:
+    """The change in points, marked by sign, arrow and colour; empty where there is none to show."""
+    if value is None or before is None:
+        return ""
+    change = round(100 * (value - before), 2) + 0.0  # no negative zero
+    kind, arrow = ("up", "▲") if change > 0 else ("down", "▼") if change < 0 else ("soft", "=")
+    return f'<span class="{css} {kind}">{arrow} {change:+.2f}</span>'
