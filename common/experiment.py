@@ -1,0 +1,103 @@
+"""The wiring that every entry point shares: streams, validation, and the last files of a run's folder."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.config import Config, ConfigError
+from common.data import SegmentationDataset, check, make_loaders, make_streams
+from common.data.statistics import GROUPS, Statistics, class_statistics, groups
+from common.engine import distributed
+from common.engine.logging import write_json
+from common.engine.method import Method
+from common.engine.train import Streams
+from common.evaluate import evaluate, format_table
+
+
+class Experiment:
+    """The data of a run: streams, validation set, and statistics of the stream that says what is rare.
+
+    Everything that can be wrong with the files is found here, before a process group is joined or a model built:
+    folders, pairing, empty files, and a model whose class count is not the data set's. Raises ValueError.
+    """
+
+    def __init__(self, cfg: Config, counted: str | None = None, train: bool = True):
+        """`counted`: the stream whose labels are counted; None counts nothing. `train`: whether streams are needed."""
+        self.cfg, self.cache = cfg, Path(cfg.data.cache or Path(cfg.output) / ".cache")
+        self.streams = make_streams(cfg.data, cfg.seed, self.cache) if train else {}
+        self.val = SegmentationDataset(cfg.data.val)
+        for dataset in (*(stream.dataset for stream in self.streams.values()), self.val):
+            check(dataset)
+        self._check_classes()
+        self.statistics: Statistics | None = None
+        if counted is not None:
+            self.statistics = class_statistics(self.streams[counted].dataset, cfg.data.workers, self.cache)
+
+    def _check_classes(self) -> None:
+        for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):
+            known, wanted = dataset.row.num_classes, self.cfg.model.num_classes
+            if known != wanted:
+                raise ConfigError(
+                    f"{self.cfg.name}: model.num_classes is {wanted}, but data set {dataset.row.name!r} ({name}) has "
+                    f"{known} classes; make them equal"
+                )
+
+    def open(self, step: int) -> Streams:
+        """The iterators of all streams from `step` on, for this rank."""
+        rank, world = distributed.rank(), distributed.world_size()
+        return make_loaders(self.cfg.data, self.cfg.train, step, rank, world, streams=self.streams)
+
+    def evaluator(self, method: Method, device: torch.device) -> Callable[[int], dict[str, Any]]:
+        """What `fit` calls to validate; the newest result stands in the run's `evaluation.json`."""
+
+        def validate(step: int) -> dict[str, Any]:
+            result = {"step": step, **self.score(method, device, panels=self.cfg.folder / "panels")}
+            if distributed.rank() == 0:
+                write_json(self.cfg.folder / "evaluation.json", result)
+            return result
+
+        return validate
+
+    def score(self, model: torch.nn.Module, device: torch.device, **options: Any) -> dict[str, Any]:
+        """`evaluate` on the validation set, with rare, common and frequent groups where classes were counted."""
+        rank, world = distributed.rank(), distributed.world_size()
+        levels = levels_of(self.statistics) if self.statistics is not None else None
+        return evaluate(model, self.val, self.cfg.eval, device=device, rank=rank, world=world, groups=levels, **options)
+
+    def last_result(self) -> dict[str, Any]:
+        """The newest validation of this run."""
+        return json.loads((self.cfg.folder / "evaluation.json").read_text())
+
+    def begin(self) -> None:
+        """Make the run's folder (an error here costs nothing yet) and leave the statistics in it."""
+        if distributed.rank() != 0:
+            return
+        self.cfg.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.cfg.folder, os.W_OK):
+            raise OSError(f"{self.cfg.folder}: not writable; set `output` to another folder")
+        if self.statistics is not None:
+            write_json(self.cfg.folder / "statistics.json", counts_of(self.statistics))
+
+
+def levels_of(statistics: Statistics) -> dict[str, list[str]]:
+    """Rare, common or frequent for each class, at image and pixel level."""
+    return {level: [GROUPS[g] for g in groups(statistics.count(level))] for level in ("image", "pixel")}
+
+
+def counts_of(statistics: Statistics) -> dict[str, Any]:
+    """What the report shows of the training labels."""
+    return {
+        "class_pixels": statistics.pixel_count.tolist(),
+        "class_images": statistics.image_count.tolist(),
+        "num_images": statistics.num_images,
+    }
+
+
+def print_result(result: dict[str, Any], baseline: dict[str, Any] | None = None) -> None:
+    """The table of an evaluation, on rank 0."""
+    if distributed.rank() == 0:
+        print(format_table(result, baseline))

@@ -1,0 +1,24 @@
+"""Train a supervised model, with or without BLV: `python fully_sup/train.py CONFIG [--resume] [key=value …]`."""
+
+from common import cli
+from common.config import load_config
+from common.engine import distributed, fit, prepare
+from common.experiment import Experiment, print_result
+from fully_sup.supervised import Supervised
+
+
+def main() -> None:
+    args = cli.train_parser(__doc__).parse_args()
+    cfg = load_config(args.config, args.overrides)
+    experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
+    device = distributed.start(args.device)
+    experiment.begin()
+    method = prepare(cfg, lambda: Supervised(cfg, experiment.statistics.pixel_count), device)
+    validate = experiment.evaluator(method, device)
+    fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
+    print_result(experiment.last_result())
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    cli.run(main)

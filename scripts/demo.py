@@ -1,0 +1,68 @@
+"""Baseline against BLV on toy street scenes, in minutes on two CPU cores: trains, evaluates and writes a report.
+
+Runs in pairs, one thread each, so that both cores work. Everything lies under runs/demo; a second call goes on where
+a stopped one ended.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from common import cli
+from common.evaluate import format_table
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "fully_sup" / "configs" / "toy"
+RUNS = ("upernet_r18", "upernet_r18_blv", "upernet_r18_blv_minus")
+OUTPUT = Path("runs/demo")
+
+
+def main() -> None:
+    started = time.monotonic()
+    os.chdir(ROOT)
+    call("scripts/make_toy.py", "cityscapes", "--root", "datasets/toy_cityscapes", "--train", "96", "--val", "32")
+    slots = threading.Semaphore(os.cpu_count() or 2)
+    failed: list[str] = []
+    threads = [threading.Thread(target=train, args=(name, slots, failed)) for name in RUNS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise ValueError(f"training failed: {', '.join(failed)}")
+    report = OUTPUT / "report.html"
+    folders = [str(OUTPUT / name) for name in RUNS]
+    call("scripts/report.py", *folders, "--baseline", folders[0], "--out", str(report))
+    results = [json.loads((OUTPUT / name / "evaluation.json").read_text()) for name in RUNS]
+    for name, result in zip(RUNS, results, strict=True):
+        print(f"\n{name}" + ("" if result is results[0] else ", change against the baseline"))
+        print(format_table(result, None if result is results[0] else results[0]))
+    print("\nBLV adds an offset to rare classes, its `minus` twin subtracts it: see 'The sign of BLV' in README.md.")
+    print(f"report: {report.resolve()}  ({(time.monotonic() - started) / 60:.1f} minutes)")
+
+
+def call(script: str, *words: str, threads: int | None = None) -> int:
+    """Run a script of the project; its failure ends the demo."""
+    environment = os.environ if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, script, *words], env=environment)
+    if done.returncode:
+        raise ValueError(f"{script} ended with exit code {done.returncode}")
+    return done.returncode
+
+
+def train(name: str, slots: threading.Semaphore, failed: list[str]) -> None:
+    """One training run, when a core is free."""
+    with slots:
+        words = (str(CONFIGS / f"{name}.yaml"), "--resume", f"output={OUTPUT}", "train.threads=1")
+        try:
+            call("fully_sup/train.py", *words, threads=1)
+        except ValueError:
+            failed.append(name)
+
+
+if __name__ == "__main__":
+    cli.run(main)
