@@ -1,0 +1,72 @@
+"""Hard pixel mining: the mean of the largest pixel losses (DeepLab project of detectron2, after Wu et al., 2016)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data import IGNORE
+from common.models.layers import resize_rows
+
+BAND = 1 << 22  # logits at full size that are made at a time
+
+
+def hardest(losses: Tensor, fraction: float = 0.2) -> Tensor:
+    """Mean of the largest ⌊fraction · n⌋ of n pixel losses (any shape), which count ignored pixels as 0."""
+    flat = losses.flatten()
+    return flat.topk(max(int(fraction * flat.numel()), 1), sorted=False).values.mean()
+
+
+def hard_pixel_cross_entropy(
+    logits: Tensor, label: Tensor, *, fraction: float = 0.2, stride: int = 4, align_corners: bool = False
+) -> Tensor:
+    """Mean cross-entropy of the hardest pixels of a batch, of logits enlarged `stride` times.
+
+    Equal to `hardest` of the pixel losses of the enlarged logits, which are never kept: the pixels are chosen from
+    losses that are made a few rows at a time, and only theirs are interpolated with a gradient.
+
+    Args:
+        logits: (B, K, h, w).
+        label: (B, H, W) with H ≤ stride · h, W ≤ stride · w: the upper left part of the enlarged logits; −1 is ignored.
+        fraction: of all B·H·W pixels, ignored ones (of loss 0) included.
+    """
+    losses = _pixel_losses(logits.detach(), label, stride, align_corners)
+    count = max(int(fraction * losses.numel()), 1)
+    pixels = losses.flatten().topk(count, sorted=False).indices
+    chosen = _interpolate(logits, pixels, label.shape[-2:], stride, align_corners)
+    label = label.flatten()[pixels].long()
+    return F.cross_entropy(chosen.float(), label, ignore_index=IGNORE, reduction="sum") / count
+
+
+@torch.no_grad()
+def _pixel_losses(logits: Tensor, label: Tensor, stride: int, align_corners: bool) -> Tensor:
+    """(B, H, W) cross-entropies, 0 where ignored."""
+    batch, classes, height, width = logits.shape
+    size = (stride * height, stride * width)
+    step = max(BAND // (batch * classes * size[1]), 1)
+    bands = []
+    for start in range(0, label.shape[1], step):
+        rows = (start, min(start + step, label.shape[1]))
+        band = resize_rows(logits, size, rows, align_corners)[..., : label.shape[2]].float()
+        bands.append(F.cross_entropy(band, label[:, slice(*rows)].long(), ignore_index=IGNORE, reduction="none"))
+    return torch.cat(bands, 1)
+
+
+def _interpolate(logits: Tensor, pixels: Tensor, size: tuple[int, int], stride: int, align_corners: bool) -> Tensor:
+    """Bilinear logits (n, K) at flat pixel numbers of the batch's label maps of `size`."""
+    batch, classes, height, width = logits.shape
+    column, row = pixels % size[1], pixels // size[1] % size[0]
+    first = pixels // (size[0] * size[1]) * (height * width)
+
+    def taps(place: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        if align_corners:
+            source = place * ((length - 1) / max(stride * length - 1, 1))
+        else:
+            source = ((place + 0.5) / stride - 0.5).clamp(min=0)
+        low = source.floor().long()
+        return low, (low + 1).clamp(max=length - 1), source - low
+
+    (top, bottom, y), (left, right, x) = taps(row, height), taps(column, width)
+    corners = torch.stack([top * width + left, top * width + right, bottom * width + left, bottom * width + right], 1)
+    weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 1).to(logits.dtype)
+    table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
+    return F.embedding_bag(corners + first.unsqueeze(1), table, per_sample_weights=weights, mode="sum")

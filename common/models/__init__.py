@@ -1,0 +1,17 @@
+"""Networks: `build_model(config.model)` makes one, `load_weights(model, path)` fills it from any known file."""
+
+from common.models.backbones import BACKBONES, build_backbone
+from common.models.build import MODELS, build_model
+from common.models.pretrained import load_weights
+from common.models.segmentor import Geometry, SegmentationModel, Segmentor
+
+__all__ = [
+    "BACKBONES",
+    "MODELS",
+    "Geometry",
+    "SegmentationModel",
+    "Segmentor",
+    "build_backbone",
+    "build_model",
+    "load_weights",
+]

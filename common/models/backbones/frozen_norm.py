@@ -1,0 +1,60 @@
+"""Batch norm with fixed statistics and affine, as detectron2 trains backbones: only the convolutions learn.
+
+The norm is folded into its convolution at every forward (weight · scale, bias = shift), so it costs no pass over the
+map and keeps no map alive for the backward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Buffers of a batch norm, named as there; maps pass unchanged because the convolution before has applied it."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(norm, name).detach().clone())
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class FrozenNormConv2d(nn.Conv2d):
+    """A bias-free convolution followed by a frozen norm, which keeps its own place and names in the network."""
+
+    def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d):
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        super().__init__(*shape, conv.groups, bias=False, device="meta")
+        self.weight = conv.weight
+        self.norm = (norm,)  # in a tuple: the buffers belong to the norm's own place
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.norm[0].affine()
+        weight = self.weight * scale.view(-1, 1, 1, 1)
+        return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
+
+
+def freeze_batchnorm(network: nn.Module) -> nn.Module:
+    """Replace every batch norm of a timm ResNet, in place: `bn1` follows `conv1`, `downsample.1` `downsample.0`, …"""
+    for parent in list(network.modules()):
+        children = dict(parent.named_children())
+        for name, norm in children.items():
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue
+            before = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
+            holder = parent
+            if isinstance(children[before], nn.Sequential):  # the deep stem: its last convolution
+                holder, before = children[before], str(len(children[before]) - 1)
+            frozen = FrozenBatchNorm2d(norm)
+            conv = FrozenNormConv2d(getattr(holder, before), frozen)
+            setattr(parent, name, frozen)
+            setattr(holder, before, conv)
+    return network

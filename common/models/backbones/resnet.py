@@ -1,0 +1,17 @@
+"""ResNet with the plain or the deep stem ("c": three 3×3 convolutions), from timm; parameters keep timm's names."""
+
+import timm
+from torch import nn
+
+
+def resnet(name: str, *, output_stride: int = 32, drop_path: float = 0.0) -> nn.Module:
+    """Four maps at strides 4, 8, 16, 32; with `output_stride` 8 or 16 later stages are dilated instead.
+
+    The first block of a dilated stage keeps the dilation of the stage before, as in MMSegmentation. Convolutions are
+    Kaiming normal over the fan-out and the last BN of each residual block starts at 0.
+    """
+    net = timm.create_model(
+        name, features_only=True, out_indices=(1, 2, 3, 4), output_stride=output_stride, drop_path_rate=drop_path
+    )
+    net.family, net.channels = "resnet", tuple(net.feature_info.channels())
+    return net

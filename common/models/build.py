@@ -1,0 +1,159 @@
+"""MODELS: the networks by name; `build_model` makes the one that a config describes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from common.config import ConfigError, ModelConfig, nearest, typed
+from common.models.backbones import build_backbone
+from common.models.deeplab import deeplabv2
+from common.models.deeplab_d2 import deeplabv3plus_d2
+from common.models.deeplabv3plus import deeplabv3plus, usrn
+from common.models.heads.fcn import FCNHead
+from common.models.heads.knet import KNetHead
+from common.models.heads.ocr import OCRHead
+from common.models.heads.psp import PSPHead
+from common.models.heads.segformer import SegFormerHead
+from common.models.heads.uper import UPerHead
+from common.models.mask2former import mask2former
+from common.models.neck import MultiLevelNeck
+from common.models.pretrained import load_weights
+from common.models.segmentor import Segmentor
+
+
+@dataclass(frozen=True)
+class PyramidOptions:
+    """Options of UPerNet and PSPNet."""
+
+    channels: int = 512
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    dropout: float = 0.1  # of whole channels, before the classifiers
+    auxiliary: bool = True  # an FCN head on map `auxiliary_level`
+    auxiliary_level: int = 2
+    auxiliary_channels: int = 256
+    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
+
+
+@dataclass(frozen=True)
+class UPerNetOptions(PyramidOptions):
+    """Options of UPerNet: backbones with one stride (ViT) need the multi-level neck."""
+
+    neck: Literal["mln"] | None = None
+
+
+@dataclass(frozen=True)
+class KNetOptions(PyramidOptions):
+    """Options of K-Net on UPerNet."""
+
+    stages: int = 3  # refinements after UPerNet's own logits
+
+
+@dataclass(frozen=True)
+class OCRNetOptions:
+    """Options of OCRNet."""
+
+    channels: int = 512
+    context_channels: int = 256  # of query, key and value
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SegFormerOptions:
+    """Options of SegFormer."""
+
+    channels: int = 256
+    dropout: float = 0.1
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+
+def upernet(config: ModelConfig) -> Segmentor:
+    """UPerNet: logits at stride 4."""
+    options = typed(UPerNetOptions, config.options, "model.options")
+    backbone = build_backbone(config, **options.backbone)
+    neck = MultiLevelNeck(backbone.channels, backbone.channels[-1]) if options.neck == "mln" else None
+    channels = backbone.channels if neck is None else neck.channels
+    head = UPerHead(channels, options.channels, config.num_classes, **_head(config, options))
+    return segmentor(config, backbone, head, neck=neck, auxiliary_head=_auxiliary(config, options, channels))
+
+
+def knet(config: ModelConfig) -> Segmentor:
+    """K-Net on UPerNet: logits of every stage, at stride 4."""
+    options = typed(KNetOptions, config.options, "model.options")
+    backbone = build_backbone(config, **options.backbone)
+    generate = UPerHead(backbone.channels, options.channels, config.num_classes, **_head(config, options))
+    auxiliary = _auxiliary(config, options, backbone.channels)
+    return segmentor(config, backbone, KNetHead(generate, stages=options.stages), auxiliary_head=auxiliary)
+
+
+def ocrnet(config: ModelConfig) -> Segmentor:
+    """OCRNet: logits at stride 4; `aux` holds those of the coarse stage."""
+    options = typed(OCRNetOptions, config.options, "model.options")
+    backbone = build_backbone(config, **options.backbone)
+    shared = {"context_channels": options.context_channels, "align_corners": config.align_corners}
+    return segmentor(config, backbone, OCRHead(backbone.channels, options.channels, config.num_classes, **shared))
+
+
+def segformer(config: ModelConfig) -> Segmentor:
+    """SegFormer: logits at stride 4."""
+    options = typed(SegFormerOptions, config.options, "model.options")
+    backbone = build_backbone(config, **options.backbone)
+    shared = {"dropout": options.dropout, "align_corners": config.align_corners}
+    return segmentor(config, backbone, SegFormerHead(backbone.channels, options.channels, config.num_classes, **shared))
+
+
+def pspnet(config: ModelConfig) -> Segmentor:
+    """PSPNet: logits at the backbone's stride, 8 unless `options.backbone.output_stride` says otherwise."""
+    options = typed(PyramidOptions, config.options, "model.options")
+    backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
+    head = PSPHead(backbone.channels, options.channels, config.num_classes, **_head(config, options))
+    return segmentor(config, backbone, head, auxiliary_head=_auxiliary(config, options, backbone.channels))
+
+
+def _head(config: ModelConfig, options: PyramidOptions) -> dict[str, Any]:
+    shared = {"dropout": options.dropout, "align_corners": config.align_corners}
+    return {"pool_scales": options.pool_scales, **shared}
+
+
+def _auxiliary(config: ModelConfig, options: PyramidOptions, channels: tuple[int, ...]) -> FCNHead | None:
+    if not options.auxiliary:
+        return None
+    shared = {"dropout": options.dropout, "align_corners": config.align_corners}
+    level = options.auxiliary_level
+    return FCNHead(channels, options.auxiliary_channels, config.num_classes, level=level, **shared)
+
+
+def segmentor(config: ModelConfig, backbone: nn.Module, decode_head: nn.Module, **parts: nn.Module | None) -> Segmentor:
+    """A Segmentor with the class count, pixel statistics and resizing rule of `config`."""
+    shared = {"mean": config.mean, "std": config.std, "align_corners": config.align_corners}
+    return Segmentor(backbone, decode_head, num_classes=config.num_classes, **shared, **parts)
+
+
+MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+    "upernet": upernet,
+    "pspnet": pspnet,
+    "ocrnet": ocrnet,
+    "segformer": segformer,
+    "knet": knet,
+    "deeplabv2": deeplabv2,
+    "deeplabv3plus": deeplabv3plus,
+    "usrn": usrn,
+    "deeplabv3plus_d2": deeplabv3plus_d2,
+    "mask2former": mask2former,
+}
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The network that `config` describes, with the weights that it names.
+
+    Under `torch.device("meta")` nothing is allocated or read. Raises ConfigError for an unknown model or option,
+    ValueError for weights that do not fit.
+    """
+    if config.name not in MODELS:
+        raise ConfigError(f"model.name: unknown {config.name!r}; {nearest(config.name, MODELS)}")
+    model = MODELS[config.name](config)
+    if config.checkpoint and torch.get_default_device().type != "meta":
+        load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)
+    return model

@@ -1,0 +1,245 @@
+"""DeepLabV3+ (ECCV 2018) as USRN builds it, with one branch, or with a second one for the subclasses of its classes.
+
+ResNet with the plain stem at stride 16, multi-grid dilations 2, 4, 8 in the last stage, ASPP, a decoder at stride 4.
+The second branch shares stem and first stage, and has its own copy of everything else. Modules carry the names of the
+official checkpoints.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
+
+from common.config import ConfigError, ModelConfig, nearest, typed
+from common.models.layers import resize
+from common.models.pretrained import load_backbone
+from common.models.segmentor import SegmentationModel
+
+BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+RATES = (6, 12, 18)  # dilations of the ASPP's 3×3 branches
+SUFFIX = "_SubCls"  # of the second branch's ASPP, decoder and classifier; its stages end in _aux
+DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the classifier
+
+
+@dataclass(frozen=True)
+class DeepLabV3PlusOptions:
+    """Options of DeepLabV3+; the defaults are the official network."""
+
+    blocks: tuple[int, ...] = ()  # bottlenecks of the four stages; empty: those of model.backbone
+    width: int = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
+    channels: int = 256  # of every ASPP branch and of the decoder
+    low_channels: int = 48  # that the first stage's map is reduced to
+    dropout: tuple[float, float, float] = DROPOUT
+
+
+@dataclass(frozen=True)
+class USRNOptions(DeepLabV3PlusOptions):
+    """Options of the network with two branches."""
+
+    subclasses: int = 0  # K, all subclasses together
+
+
+class Backbone(nn.Module):
+    """(B, 3, H, W) to the maps of the first stage (stride 4) and of the last one (stride 16), this one per branch."""
+
+    def __init__(self, blocks: tuple[int, ...], width: int, dual: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        grid = [2 * 2 ** min(i, 2) for i in range(blocks[3])]
+        self.layer1 = stage(width, width, [1] * blocks[0])
+        for suffix in ("", "_aux") if dual else ("",):
+            self.add_module(f"layer2{suffix}", stage(4 * width, 2 * width, [1] * blocks[1], stride=2))
+            self.add_module(f"layer3{suffix}", stage(8 * width, 4 * width, [1] * blocks[2], stride=2))
+            self.add_module(f"layer4{suffix}", stage(16 * width, 8 * width, grid))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.copy_stages()
+
+    def copy_stages(self) -> None:
+        """Start the second copy of stages 2 to 4 where the first one is."""
+        for name in ("layer2", "layer3", "layer4"):
+            if hasattr(self, f"{name}_aux"):
+                getattr(self, f"{name}_aux").load_state_dict(getattr(self, name).state_dict())
+
+    def forward(self, x: Tensor, dual: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        low = self.layer1(F.max_pool2d(x, 3, 2, 1))
+        high = self.layer4(self.layer3(self.layer2(low)))
+        return low, high, self.layer4_aux(self.layer3_aux(self.layer2_aux(low))) if dual else None
+
+
+def stage(channels: int, width: int, dilations: list[int], stride: int = 1) -> nn.Sequential:
+    """Bottlenecks that stride in their 3×3 convolution: (B, channels, h, w) to (B, 4·width, h/stride, w/stride)."""
+    shortcut = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+    blocks = [Bottleneck(channels, width, stride, shortcut, dilation=dilations[0])]
+    return nn.Sequential(*blocks, *(Bottleneck(4 * width, width, dilation=dilation) for dilation in dilations[1:]))
+
+
+class Branch(nn.Module):
+    """One dilated convolution of the ASPP, batch norm, ReLU."""
+
+    def __init__(self, channels: int, out: int, dilation: int):
+        super().__init__()
+        kernel, padding = (1, 0) if dilation == 1 else (3, dilation)
+        self.atrous_conv = nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation, bias=False)
+        self.bn = nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.atrous_conv(x)), inplace=True)
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: four convolutions and the image's mean, joined by a 1×1 convolution."""
+
+    def __init__(self, channels: int, out: int, dropout: float):
+        super().__init__()
+        for i, dilation in enumerate((1, *RATES), 1):
+            self.add_module(f"aspp{i}", Branch(channels, out, dilation))
+        pool = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        self.global_avg_pool = nn.Sequential(*pool)
+        self.conv1 = nn.Conv2d(5 * out, out, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) < 2 and not isinstance(self.bn1, nn.SyncBatchNorm):
+            raise ValueError("DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance")
+        pooled = self.global_avg_pool(x).expand(-1, -1, *x.shape[2:])
+        x = torch.cat([self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled], 1)
+        return self.dropout(F.relu(self.bn1(self.conv1(x)), inplace=True))
+
+
+class Decoder(nn.Module):
+    """The ASPP's map, enlarged and joined with the reduced map of the first stage: (B, out, H/4, W/4)."""
+
+    def __init__(self, low_channels: int, reduced: int, out: int, dropout: float):
+        super().__init__()
+        self.conv1 = nn.Conv2d(low_channels, reduced, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(reduced)
+        first = (nn.Conv2d(out + reduced, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+        second = (nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+        self.last_conv = nn.Sequential(*first, nn.Dropout(dropout), *second)
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        low = F.relu(self.bn1(self.conv1(low)), inplace=True)
+        return self.last_conv(torch.cat([resize(x, low.shape[-2:], align_corners=True), low], 1))
+
+
+class Encoder(nn.Module):
+    """Backbone, ASPP and decoder, the latter two once per branch: (B, 3, H, W) to maps at stride 4."""
+
+    def __init__(self, blocks: tuple[int, ...], options: DeepLabV3PlusOptions, dual: bool):
+        super().__init__()
+        o, (after_aspp, inside, _) = options, options.dropout
+        self.backbone = Backbone(blocks, o.width, dual)
+        for suffix in ("", SUFFIX) if dual else ("",):
+            self.add_module(f"aspp{suffix}", ASPP(32 * o.width, o.channels, after_aspp))
+            self.add_module(f"decoder{suffix}", Decoder(4 * o.width, o.low_channels, o.channels, inside))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor, dual: bool = False) -> tuple[Tensor, Tensor | None]:
+        low, high, high_sub = self.backbone(x, dual)
+        sub = self.decoder_SubCls(self.aspp_SubCls(high_sub), low) if dual else None
+        return self.decoder(self.aspp(high), low), sub
+
+
+class DeepLabV3Plus(SegmentationModel):
+    """Logits at stride 4; images are padded by reflection to a multiple of 8.
+
+    subclasses: K, the outputs of the second branch; 0: there is none.
+    """
+
+    def __init__(
+        self, num_classes: int, mean, std, blocks: tuple[int, ...], options: DeepLabV3PlusOptions, subclasses: int = 0
+    ):
+        super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
+        self.subclasses, self.dual = subclasses, subclasses > 0
+        self.encoder = Encoder(blocks, options, self.dual)
+        self.classifier = classifier(options.channels, num_classes, options.dropout[2])
+        if self.dual:
+            self.classifier_SubCls = classifier(options.channels, subclasses, options.dropout[2])
+        self.classifiers = ("classifier.1",)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """RGB in 0–255 to what `segment` takes, padded by reflection at the bottom and right."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
+        (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
+        x = (images - self.mean) / self.std
+        if (height, width) == (padded_height, padded_width):
+            return x
+        return F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="reflect")
+
+    def encode(self, x: Tensor, subclasses: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Normalised images (B, 3, H, W) to the maps (B, 256, H/4, W/4) that `classifier` and `classifier_SubCls`
+        read; the second one is None without `subclasses`, or where the network has one branch."""
+        return self.encoder(x, subclasses and self.dual)
+
+    def segment(self, x: Tensor, *, subclasses: bool | None = None) -> dict[str, Any]:
+        """Normalised images (B, 3, H, W) to `logits` (B, C, H/4, W/4) and `features` (B, 256, H/4, W/4); with
+        `subclasses` (default: in training) `sub_logits` (B, K, H/4, W/4) and `sub_features` too."""
+        features, sub_features = self.encode(x, self.training if subclasses is None else subclasses)
+        out = {"logits": self.classifier(features), "features": features, "aux": []}
+        if sub_features is not None:
+            out |= {"sub_logits": self.classifier_SubCls(sub_features), "sub_features": sub_features}
+        return out
+
+    def infer(self, images: Tensor) -> dict[str, Any]:
+        """`logits` alone, from the first branch."""
+        return {"logits": self.segment(self.normalise(images), subclasses=False)["logits"]}
+
+
+def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:
+    """Dropout and the 1×1 convolution (Kaiming normal over the fan-in)."""
+    conv = nn.Conv2d(channels, classes, 1)
+    nn.init.kaiming_normal_(conv.weight)
+    return nn.Sequential(nn.Dropout(dropout), conv)
+
+
+def deeplabv3plus(config: ModelConfig) -> DeepLabV3Plus:
+    """The network with one branch: USRN's baseline, and what predicts after USRN's training."""
+    return _build(config, typed(DeepLabV3PlusOptions, config.options, "model.options"))
+
+
+def usrn(config: ModelConfig) -> DeepLabV3Plus:
+    """The network with a second branch for `options.subclasses` subclasses; both start from the same weights."""
+    options = typed(USRNOptions, config.options, "model.options")
+    if options.subclasses < config.num_classes:
+        raise ConfigError(
+            f"model.options.subclasses: {options.subclasses} for {config.num_classes} classes; it is the sum of "
+            "the classes' numbers of subclasses, each 1 or more"
+        )
+    return _build(config, options, options.subclasses)
+
+
+def _build(config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int = 0) -> DeepLabV3Plus:
+    if config.backbone not in BLOCKS:
+        raise ConfigError(f"model.backbone: unknown {config.backbone!r}; {nearest(config.backbone, BLOCKS)}")
+    blocks = options.blocks or BLOCKS[config.backbone]
+    if len(blocks) != 4 or min(*blocks, options.width, options.channels, options.low_channels) < 1:
+        raise ConfigError(f"model.options: blocks {list(blocks)}, width {options.width}: four stages, each 1 or more")
+    if not config.align_corners:
+        raise ConfigError("model.align_corners: USRN's DeepLabV3+ resizes with aligned corners; set it to true")
+    model = DeepLabV3Plus(config.num_classes, config.mean, config.std, blocks, options, subclasses)
+    if config.pretrained and not config.checkpoint:  # a checkpoint holds the backbone too
+        load_backbone(_Stages(model.encoder.backbone), config.backbone, config.pretrained)
+        model.encoder.backbone.copy_stages()
+    return model
+
+
+class _Stages(nn.Module):
+    """The parts of a backbone that ImageNet weights fill, as a module of their own."""
+
+    family = "resnet"
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, getattr(backbone, name))

@@ -1,0 +1,1 @@
+"""Decode heads; each takes the list of a backbone's maps."""

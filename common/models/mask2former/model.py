@@ -1,0 +1,126 @@
+"""Mask2Former (CVPR 2022) for semantic segmentation: backbone, pixel decoder, masked-attention decoder.
+
+Each of Q queries predicts a class distribution p_q and a mask m_q; the score of class k at a pixel is Σ_q p_qk · σ(m_q).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ModelConfig, typed
+from common.models.backbones import build_backbone
+from common.models.backbones.frozen_norm import freeze_batchnorm
+from common.models.layers import resize_rows, source_rows
+from common.models.mask2former.decoder import MaskedDecoder, masks
+from common.models.mask2former.pixel_decoder import PixelDecoder
+from common.models.segmentor import Geometry, SegmentationModel
+
+
+@dataclass(frozen=True)
+class Mask2FormerOptions:
+    """Defaults are the paper's; smaller values give a small network of the same form."""
+
+    hidden_dim: int = 256  # a multiple of 32 and of `heads`
+    num_queries: int = 100
+    heads: int = 8
+    points: int = 4  # sampled a head and level in the pixel decoder
+    encoder_layers: int = 6
+    encoder_hidden: int = 1024
+    decoder_layers: int = 9
+    decoder_hidden: int = 2048
+    class_head: Literal["softmax", "seesaw"] = "softmax"  # K + 1 logits, or K class and 2 objectness logits
+    frozen_norm: bool = True  # batch norm of a ResNet is constant; False: it is trained
+    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
+
+
+def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
+    """Probability (…, K) of each class, "no object" left out, in float32.
+
+    Of K + 1 logits: their softmax without the last. Of K + 2 logits (Seesaw, CVPR 2021): the softmax of the first K
+    times the probability of "object", the first of the last two.
+    """
+    logits = logits.float()
+    if logits.shape[-1] == num_classes + 1:
+        return logits.softmax(-1)[..., :-1]
+    return logits[..., :num_classes].softmax(-1) * logits[..., num_classes:].softmax(-1)[..., :1]
+
+
+class Mask2Former(SegmentationModel):
+    """`segment` gives `pred_logits` (B, Q, K + 1 or K + 2) and, in evaluation, `pred_masks` (B, Q, H/4, W/4).
+
+    In training it gives `mask_embed` (B, Q, d) and `mask_features` (B, d, H/4, W/4) instead of the masks, whose product
+    the masks are, and in `aux` the `pred_logits` and `mask_embed` of the initial queries and of each layer but the
+    last: a loss makes only the masks and the points that it needs.
+    """
+
+    classifiers = ("decoder.class_embed",)
+
+    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions):
+        super().__init__(num_classes, mean, std, align_corners=False, divisor=32)
+        self.backbone = backbone
+        self.pixel_decoder = PixelDecoder(
+            backbone.channels,
+            options.hidden_dim,
+            layers=options.encoder_layers,
+            hidden=options.encoder_hidden,
+            heads=options.heads,
+            points=options.points,
+        )
+        self.decoder = MaskedDecoder(
+            num_classes + (1 if options.class_head == "softmax" else 2),
+            options.num_queries,
+            options.hidden_dim,
+            layers=options.decoder_layers,
+            hidden=options.decoder_hidden,
+            heads=options.heads,
+        )
+
+    def segment(self, x: Tensor) -> dict[str, Any]:
+        pixels = self.pixel_decoder(self.backbone(x))
+        predictions = self.decoder(pixels)
+        if not self.training:
+            pred_masks = masks(predictions.embeddings[-1], pixels.mask_features)
+            return {"pred_logits": predictions.logits[-1], "pred_masks": pred_masks, "aux": []}
+        layers = [
+            {"pred_logits": logits, "mask_embed": embedding}
+            for logits, embedding in zip(predictions.logits, predictions.embeddings, strict=True)
+        ]
+        return {**layers[-1], "mask_features": pixels.mask_features, "aux": layers[:-1]}
+
+    def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+        """Rows [a, b) of Σ_q p_qk · σ(m_q).
+
+        The Q masks are resized to the input, cropped, and resized to the final size before the classes are mixed:
+        resizing is linear, so this equals resizing the K class maps, without ever having them at any size but a band.
+        """
+        padded, inner, size = geometry
+        band = rows if inner == size else source_rows(inner[0], size[0], rows)
+        x = resize_rows(self._masks(out), padded, band)[..., : inner[1]].float().sigmoid()
+        if inner != size:
+            x = resize_rows(x, size, rows, first=band[0], height=inner[0])
+        probability = class_probabilities(out["pred_logits"], self.num_classes)
+        return (probability.transpose(1, 2) @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def confidence(self, scores: Tensor) -> Tensor:
+        """The best class's share of all scores."""
+        return scores.amax(1) / scores.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)
+
+    @staticmethod
+    def _masks(out: dict[str, Any]) -> Tensor:
+        return out["pred_masks"] if "pred_masks" in out else masks(out["mask_embed"], out["mask_features"])
+
+
+def mask2former(config: ModelConfig) -> Mask2Former:
+    """The network of a config: backbone resnet18/50/101 or swin_{tiny,small,base,large}."""
+    options = typed(Mask2FormerOptions, config.options, "model.options")
+    if options.hidden_dim % 32 or options.hidden_dim % options.heads:
+        raise ValueError(
+            f"model.options.hidden_dim: {options.hidden_dim} must be a multiple of 32 and of heads ({options.heads})"
+        )
+    backbone = build_backbone(config, **options.backbone)
+    if options.frozen_norm:
+        freeze_batchnorm(backbone)
+    return Mask2Former(backbone, config.num_classes, config.mean, config.std, options)

@@ -1,0 +1,152 @@
+"""The base of every network: pixel statistics, padding, upsampling and row-wise decisions, written once.
+
+A family implements `segment`; one whose classes are not the channels of `logits` also overrides `scores`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.models.layers import resize_rows, source_rows
+
+BAND = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that a band of `labels` holds: the cache, or 64 MiB
+
+
+class Geometry(NamedTuple):
+    """Heights and widths on the way from a net's output to the scores that a user asked for."""
+
+    padded: tuple[int, int]  # what `segment` saw
+    inner: tuple[int, int]  # the images without padding
+    size: tuple[int, int]  # the scores
+
+
+class SegmentationModel(nn.Module):
+    """A network that turns images into class scores.
+
+    Args:
+        num_classes: number of classes K.
+        mean, std: pixel statistics on the 0–255 scale, RGB.
+        align_corners: how logits are resized, by the losses too.
+        divisor: images are padded at the bottom and right to a multiple of it, with 0 after normalisation.
+    """
+
+    classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
+
+    def __init__(self, num_classes: int, mean, std, align_corners: bool = False, divisor: int = 1):
+        super().__init__()
+        self.num_classes, self.align_corners, self.divisor = num_classes, align_corners, divisor
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    def segment(self, x: Tensor) -> dict[str, Any]:
+        """Normalised images (B, 3, H, W) to `logits` (B, K, h, w) at the net's own stride, and what losses need."""
+        raise NotImplementedError
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
+        x = (images - self.mean) / self.std
+        (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
+        if (height, width) == (padded_height, padded_width):
+            return x
+        return F.pad(x, (0, padded_width - width, 0, padded_height - height))
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`."""
+        return self.segment(self.normalise(images))
+
+    def infer(self, images: Tensor) -> dict[str, Any]:
+        """The outputs that `scores` needs; heads that only training uses may be left out."""
+        return self(images)
+
+    def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the images' size."""
+        geometry = self._geometry(images, size)
+        return self.scores(self.infer(images), geometry, (0, geometry.size[0]))
+
+    @torch.no_grad()
+    def labels(self, images: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Label int64 and confidence float32, both (B, H, W), of images (B, 3, h, w) at `size` or the images' size.
+
+        The label is the argmax of `predict`; scores are made for a band of rows at a time.
+        """
+        geometry, batch = self._geometry(images, size), images.shape[0]
+        out, (height, width) = self.infer(images), geometry.size
+        label = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
+        confidence = torch.empty(batch, height, width, dtype=torch.float32, device=images.device)
+        step = max(BAND.get(images.device.type, BAND["cuda"]) // (batch * self.num_classes * width), 1)
+        for start in range(0, height, step):
+            rows = (start, min(start + step, height))
+            band = self.scores(out, geometry, rows)
+            best, label[:, slice(*rows)] = band.max(1)
+            confidence[:, slice(*rows)] = self.confidence(band, best)
+        return label, confidence
+
+    def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+        """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""
+        return self.upsample(out["logits"], geometry, rows)
+
+    def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
+        """Probability (B, h, w) of the best class, of scores (B, K, h, w) and their maximum; softmax, as for logits."""
+        return (best.float() - scores.float().logsumexp(1)).exp_()
+
+    def upsample(self, x: Tensor, geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+        """Rows [a, b) of a map (B, C, h, w) resized to the net's input, freed of padding, resized to the final size."""
+        padded, inner, size = geometry
+        if inner == size:
+            return resize_rows(x, padded, rows, self.align_corners)[..., : inner[1]]
+        band = source_rows(inner[0], size[0], rows, self.align_corners)
+        x = resize_rows(x, padded, band, self.align_corners)[..., : inner[1]]
+        return resize_rows(x, size, rows, self.align_corners, first=band[0], height=inner[0])
+
+    def _padded(self, size) -> tuple[int, int]:
+        return tuple(-(-side // self.divisor) * self.divisor for side in size)
+
+    def _geometry(self, images: Tensor, size: tuple[int, int] | None) -> Geometry:
+        inner = tuple(images.shape[-2:])
+        return Geometry(self._padded(inner), inner, inner if size is None else tuple(size))
+
+
+class Segmentor(SegmentationModel):
+    """Backbone, optional neck, decode head and optional auxiliary head, named as in MMSegmentation.
+
+    The backbone (and neck) give a list of maps; a head takes that list and gives logits, or a dict with `logits` and
+    more (`aux`: further logits that need a loss, `stages`: the logits of every stage, …).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decode_head: nn.Module,
+        *,
+        num_classes: int,
+        mean,
+        std,
+        align_corners: bool = False,
+        neck: nn.Module | None = None,
+        auxiliary_head: nn.Module | None = None,
+    ):
+        super().__init__(num_classes, mean, std, align_corners)
+        self.backbone, self.neck = backbone, neck
+        self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
+        self.classifiers = tuple(name for name, _ in self.named_modules() if name.endswith("conv_seg"))
+
+    def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
+        """Normalised images (B, 3, H, W) to a dict: `logits` (B, K, h, w), `aux` (list of logits), `features`
+        (the maps that the heads read), and what the decode head gives beside them."""
+        features = list(self.backbone(x))
+        if self.neck is not None:
+            features = list(self.neck(features))
+        out = self.decode_head(features)
+        out = dict(out) if isinstance(out, dict) else {"logits": out}
+        aux = list(out.get("aux", ()))
+        if auxiliary and self.auxiliary_head is not None:
+            aux.append(self.auxiliary_head(features))
+        return {**out, "aux": aux, "features": features}
+
+    def infer(self, images: Tensor) -> dict[str, Any]:
+        """`logits` alone, without the auxiliary head."""
+        return {"logits": self.segment(self.normalise(images), auxiliary=False)["logits"]}

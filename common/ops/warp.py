@@ -1,0 +1,83 @@
+"""The device side of a strongly augmented view: its geometry applied to maps that live on a coarser grid.
+
+`warp` is one 3×3 matrix for everything that was done to the image, in the order it was done; it takes pixel centres
+(x + ½, y + ½) of the view to coordinates of the crop that the view was made from, both H × W pixels. A map (h, w) of
+the same field has cells of H/h × W/w pixels, so cell centres go through the same matrix.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data import IGNORE
+
+Size = tuple[int, int]
+
+
+def warp_labels(labels: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None) -> Tensor:
+    """Labels (B, h, w), integers, as the view shows them: nearest cell, −1 outside the crop and inside the cutout.
+
+    warp: (B, 3, 3) float. crop: H, W in pixels. cutout: (B, 4) integers y0, x0, y1, x1 in pixels of the view, ends
+    excluded; on the grid it covers the rows from y0 // (H/h) up to y1 // (H/h), and columns likewise.
+    """
+    size = tuple(labels.shape[-2:])
+    index, seen = _nearest(_source(warp, size, crop), size)
+    moved = labels.flatten(1).gather(1, index).view_as(labels)
+    return moved.masked_fill(~_visible(seen.view_as(labels), cutout, crop), IGNORE)
+
+
+def warp_maps(
+    maps: Tensor,
+    warp: Tensor,
+    crop: Size,
+    cutout: Tensor | None = None,
+    mode: Literal["nearest", "bilinear"] = "nearest",
+) -> tuple[Tensor, Tensor]:
+    """Maps (B, C, h, w) as the view shows them, 0 outside the crop, and the bool mask (B, h, w) of what is visible.
+
+    The mask is False outside the crop and inside the cutout; the other arguments are those of `warp_labels`.
+    """
+    size = tuple(maps.shape[-2:])
+    source = _source(warp, size, crop)
+    index, seen = _nearest(source, size)
+    seen = seen.view(-1, *size)
+    if mode == "nearest":
+        moved = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1)).view_as(maps)
+        moved = moved * seen[:, None]
+    else:
+        x, y = source.unbind(-1)
+        grid = torch.stack((2 * x / size[1] - 1, 2 * y / size[0] - 1), -1)
+        moved = F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", align_corners=False)
+    return moved, _visible(seen, cutout, crop)
+
+
+def _source(warp: Tensor, size: Size, crop: Size) -> Tensor:
+    """Where each cell centre of the view lies in the crop, in cells: (B, h, w, 2) as x, y; cell i covers [i, i + 1)."""
+    (h, w), (height, width) = size, crop
+    with torch.autocast(warp.device.type, enabled=False):
+        y = (torch.arange(h, device=warp.device, dtype=torch.float32) + 0.5) * (height / h)
+        x = (torch.arange(w, device=warp.device, dtype=torch.float32) + 0.5) * (width / w)
+        m = warp.float()[:, :2, :, None, None]  # (B, row, column, 1, 1)
+        xy = m[:, :, 0] * x + m[:, :, 1] * y[:, None] + m[:, :, 2]
+        return torch.stack((xy[:, 0] * (w / width), xy[:, 1] * (h / height)), -1)
+
+
+def _nearest(source: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+    """The flat cell index and whether it lies in the map, both (B, h·w)."""
+    x, y = source.floor().long().flatten(1, 2).unbind(-1)
+    seen = (x >= 0) & (x < size[1]) & (y >= 0) & (y < size[0])
+    return y.clamp(0, size[0] - 1) * size[1] + x.clamp(0, size[1] - 1), seen
+
+
+def _visible(seen: Tensor, cutout: Tensor | None, crop: Size) -> Tensor:
+    """`seen` (B, h, w) without the cutout."""
+    if cutout is None:
+        return seen
+    h, w = seen.shape[-2:]
+    y0, x0, y1, x1 = cutout.long()[:, :, None].unbind(1)
+    rows, columns = (torch.arange(n, device=seen.device) for n in (h, w))
+    down = (rows >= y0 * h // crop[0]) & (rows < y1 * h // crop[0])
+    across = (columns >= x0 * w // crop[1]) & (columns < x1 * w // crop[1])
+    return seen & ~(down[:, :, None] & across[:, None, :])

@@ -1,0 +1,240 @@
+"""Operations and losses of self-labelling against published numbers, literal forms and brute force."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from common.losses.self_training import (
+    assignment_cross_entropy,
+    consistency,
+    distillation,
+    pixel_contrast,
+    symmetric_cross_entropy,
+)
+from common.ops.lab import lab_statistics, lab_to_rgb, rgb_to_lab, transfer
+from common.ops.sinkhorn import sinkhorn
+from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
+
+REFERENCE = Path(__file__).parents[1] / "golden" / "data" / "cpsl_ops.npz"
+SCORES = torch.tensor([[0.9, 0.2, 0.1], [0.8, 0.3, 0.2], [0.1, 0.7, 0.3], [0.2, 0.1, 0.6], [0.7, 0.6, 0.0]])
+SHARES = torch.tensor([0.5, 0.3, 0.2])
+
+# Sinkhorn ----------------------------------------------------------------------------------------------------------
+
+
+def literal_sinkhorn(scores: Tensor, share: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Linear domain, float64, one row and one column at a time."""
+    q = (scores.double() / epsilon).exp()
+    q /= q.sum()
+    for _ in range(iterations):
+        for k in range(q.shape[1]):
+            q[:, k] *= share[k].double() / q[:, k].sum()
+        for n in range(q.shape[0]):
+            q[n] /= q[n].sum() * q.shape[0]
+    return q * q.shape[0]
+
+
+def test_published_assignments():
+    expected = [
+        [0.999969, 0.000015, 0.000016], [0.998294, 0.000825, 0.000881], [0.000000, 0.997358, 0.002642],
+        [0.000002, 0.000006, 0.999992], [0.288817, 0.711149, 0.000035],
+    ]  # fmt: skip
+    q = sinkhorn(SCORES, SHARES)
+    assert torch.allclose(q, torch.tensor(expected), atol=2e-6)
+    assert torch.allclose(q.mean(0), torch.tensor([0.457416, 0.341870, 0.200713]), atol=2e-6)
+    assert float(assignment_cross_entropy(SCORES, q)) == pytest.approx(0.237037, abs=2e-6)
+    uniform = sinkhorn(SCORES)[-1]
+    assert torch.allclose(uniform, torch.tensor([0.096703, 0.903134, 0.000163]), atol=2e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_sinkhorn_equals_brute_force(iterations):
+    scores, share = torch.rand(40, 6) * 2 - 1, torch.rand(6).softmax(0)
+    expected = literal_sinkhorn(scores, share, 0.05, iterations)
+    assert torch.allclose(sinkhorn(scores.double(), share, 0.05, iterations), expected, rtol=1e-9)
+    assert torch.allclose(sinkhorn(scores, share, 0.05, iterations).double(), expected, atol=2e-6)
+    last = sinkhorn(scores, share, 0.05, iterations, keep=7)
+    assert torch.equal(last, sinkhorn(scores, share, 0.05, iterations)[-7:])
+
+
+def test_sinkhorn_needs_no_bound_on_the_scores():
+    scores, share = torch.randn(200, 5, dtype=torch.float64) * 4, torch.rand(5).softmax(0)
+    expected = literal_sinkhorn(scores, share, 0.05, 3)  # float64 still holds e^±400
+    assert torch.allclose(sinkhorn(scores.float(), share).double(), expected, atol=1e-4)
+    assert sinkhorn(scores.float() * 1000, share).isfinite().all()
+    assert sinkhorn(scores.half(), share).dtype == torch.float32
+
+
+def test_absent_class_is_assigned_nothing():
+    scores = torch.randn(100, 3)
+    q = sinkhorn(scores, torch.tensor([0.6, 0.0, 0.4]), iterations=20)
+    without = sinkhorn(scores[:, ::2], torch.tensor([0.6, 0.4]), iterations=20)
+    assert not q[:, 1].any() and torch.allclose(q[:, ::2], without)
+
+
+def test_shares_are_met_within_a_percent_at_the_bank_size():
+    generator = torch.Generator().manual_seed(1)
+    z = F.normalize(torch.randn(65536, 256, generator=generator), dim=1)
+    prototypes = F.normalize(torch.randn(19, 256, generator=generator), dim=1)
+    share = torch.from_numpy(np.load(REFERENCE)["class_distribution"])
+    assert ((sinkhorn(z @ prototypes.T, share).mean(0) / share - 1).abs() < 0.01).all()
+
+
+def test_sinkhorn_reads_nothing_back():
+    with FakeTensorMode():  # tensors without data: any look at a value raises
+        scores, share = torch.empty(64, 5, device="cuda"), torch.empty(5, device="cuda")
+        assert sinkhorn(scores, share, keep=8).shape == (8, 5)
+
+
+# Losses ------------------------------------------------------------------------------------------------------------
+
+
+def test_symmetric_cross_entropy_numbers():
+    logits, label = torch.tensor([2.0, 1.0, 0.0]).view(1, 3, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int16)
+    assert float(symmetric_cross_entropy(logits, label, 1.0, 0.0)) == pytest.approx(0.407606, abs=1e-6)
+    assert float(symmetric_cross_entropy(logits, label, 0.0, 1.0)) == pytest.approx(3.083245, abs=1e-5)
+    assert float(symmetric_cross_entropy(logits, label, 0.1, 1.0)) == pytest.approx(3.124005, abs=1e-5)
+
+
+def test_symmetric_cross_entropy_equals_the_literal_form():
+    logits = (torch.randn(2, 5, 6, 7) * 8).requires_grad_()
+    label = torch.randint(-1, 5, (2, 6, 7))
+    symmetric_cross_entropy(logits, label).backward()
+    ours, valid, literal = logits.grad.clone(), label >= 0, logits.detach().clone().requires_grad_()
+    p = literal.softmax(1).clamp(1e-7, 1)
+    onehot = F.one_hot(label.clamp(min=0), 5).permute(0, 3, 1, 2).float().clamp(1e-4, 1)
+    rce = (-(p * onehot.log()).sum(1) * valid).sum() / (valid.sum() + 1e-6)
+    loss = 0.1 * F.cross_entropy(literal, label, ignore_index=-1) + rce
+    loss.backward()
+    assert torch.allclose(symmetric_cross_entropy(logits, label), loss, rtol=1e-6)
+    assert torch.allclose(ours, literal.grad, atol=1e-6)
+
+
+def test_nothing_to_learn_from_is_zero():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = symmetric_cross_entropy(logits, torch.full((1, 4, 4), -1))
+    loss = loss + consistency(logits, torch.randn(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+
+
+def test_distillation_numbers():
+    student, teacher = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([0.7, 0.2, 0.1]).log()
+    student, teacher = student.view(1, 3, 1, 1), teacher.view(1, 3, 1, 1)
+    assert float(distillation(student, teacher, "inner_product")) == pytest.approx(-0.441812, abs=1e-6)
+    assert float(distillation(student, teacher, "kl")) == pytest.approx(0.001929, abs=1e-6)
+
+
+def test_consistency_is_the_masked_divergence_over_classes():
+    student, teacher, mask = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), torch.rand(2, 3, 5) < 0.6
+    total = 0.0
+    for b, y, x in mask.nonzero().tolist():
+        t = (teacher[b, :, y, x].double() / 0.08).softmax(0)
+        s = (student[b, :, y, x].double() / 0.08).log_softmax(0)
+        total += float((torch.special.xlogy(t, t) - t * s).sum())
+    assert float(consistency(student, teacher, mask)) == pytest.approx(total / (int(mask.sum()) * 4), rel=1e-5)
+
+
+def test_contrast_equals_the_double_loop():
+    anchors, bank = (F.normalize(torch.randn(n, 8), dim=1) for n in (6, 40))
+    labels, bank_labels = torch.randint(0, 3, (6,)), torch.randint(0, 2, (40,))  # class 2 is not in the bank
+    total = 0.0
+    for a, y in zip(anchors.double(), labels, strict=True):
+        logits = bank.double() @ a / 0.08
+        logits -= logits.max()
+        negatives = sum(math.exp(v) for v, k in zip(logits, bank_labels, strict=True) if k != y)
+        positives = [float(v) for v, k in zip(logits, bank_labels, strict=True) if k == y]
+        total -= sum(v - math.log(math.exp(v) + negatives) for v in positives) / (len(positives) + 1e-5)
+    anchors.requires_grad_()
+    loss = pixel_contrast(anchors, labels, bank, bank_labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(total / 6, rel=1e-5) and anchors.grad.isfinite().all()
+
+
+# Colour ------------------------------------------------------------------------------------------------------------
+
+
+def planes(rows) -> np.ndarray:
+    return np.ascontiguousarray(np.array(rows, np.uint8).transpose(2, 0, 1))
+
+
+SOURCE_COLOURS = planes([[(200, 30, 60), (0, 0, 255), (12, 200, 99)], [(128, 128, 128), (90, 60, 30), (250, 240, 10)]])
+TARGET_COLOURS = planes([[(40, 60, 50), (100, 110, 90), (70, 75, 80)], [(20, 25, 22), (180, 190, 185), (60, 50, 45)]])
+
+
+def test_lab_numbers():
+    lab = rgb_to_lab(np.array([200, 30, 60], np.uint8)[:, None])
+    assert np.allclose(lab.ravel(), [43.5630, 64.0570, 28.4723], atol=1e-4)
+    moved = transfer(SOURCE_COLOURS, lab_statistics(SOURCE_COLOURS), lab_statistics(TARGET_COLOURS))
+    expected = [[(62, 57, 52), (35, 34, 42), (104, 127, 113)], [(73, 83, 77), (23, 28, 22), (170, 180, 161)]]
+    assert moved.dtype == np.uint8 and np.array_equal(moved, planes(expected))
+
+
+def test_every_colour_survives_the_round_trip():
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels)).reshape(3, -1)
+    assert np.allclose(lab_to_rgb(rgb_to_lab(colours)) * 255, colours, atol=0.02)
+    grey = rgb_to_lab(np.array([[0, 255]] * 3, np.uint8))
+    assert np.allclose(grey, [[0, 100], [0, 0], [0, 0]], atol=0.02)
+
+
+def test_statistics_and_transfer_of_a_part():
+    image = np.random.default_rng(0).integers(0, 256, (3, 150, 233), dtype=np.uint8)
+    lab = rgb_to_lab(image).astype(np.float64).reshape(3, -1)
+    own = lab_statistics(image)
+    assert np.allclose(own, [lab.mean(1), lab.std(1)], rtol=1e-6)
+    assert np.abs(transfer(image, own, own).astype(int) - image).max() <= 1
+    target = lab_statistics(TARGET_COLOURS)
+    whole, part = transfer(image, own, target), transfer(image[:, 20:90, 100:180], own, target)
+    assert np.array_equal(whole[:, 20:90, 100:180], part)
+
+
+def test_flat_image_takes_the_target_mean():
+    flat = np.full((3, 4, 4), 90, np.uint8)
+    moved = transfer(flat, lab_statistics(flat), lab_statistics(TARGET_COLOURS))
+    assert np.allclose(lab_statistics(moved)[0], lab_statistics(TARGET_COLOURS)[0], atol=1)
+
+
+# Adversary ---------------------------------------------------------------------------------------------------------
+
+
+def test_discriminator_size_and_start():
+    with torch.device("meta"):
+        assert Discriminator(19)(torch.empty(1, 19, 512, 896)).shape == (1, 1, 32, 56)
+
+
+@pytest.mark.parametrize("criterion", ["LS", "Vanilla"])
+def test_one_joint_backward_is_the_alternating_update(criterion):
+    network, adversary = torch.nn.Conv2d(3, 4, 1), Discriminator(4, width=4)
+    image = torch.randn(1, 3, 32, 32)
+    fooled = adversarial_loss(adversary(network(image).softmax(1)), SOURCE, criterion)
+    expected = torch.autograd.grad(fooled, list(network.parameters()))
+    told = adversarial_loss(adversary(network(image).softmax(1).detach()), TARGET, criterion)
+    expected += torch.autograd.grad(told, list(adversary.parameters()))
+    p = network(image).softmax(1)
+    generator = adversarial_loss(adversary.constant(p), SOURCE, criterion)
+    (generator + adversarial_loss(adversary(p.detach()), TARGET, criterion)).backward()
+    ours = [w.grad for w in (*network.parameters(), *adversary.parameters())]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(ours, expected, strict=True))
+
+
+def test_adversarial_losses():
+    scores = torch.tensor([0.5, -1.0])
+    assert float(adversarial_loss(scores, TARGET)) == pytest.approx((0.25 + 4) / 2)
+    expected = (math.log1p(math.exp(0.5)) + math.log1p(math.exp(-1))) / 2
+    assert float(adversarial_loss(scores, SOURCE, "Vanilla")) == pytest.approx(expected)
+
+
+def test_official_discriminator_fills_ours_in_order():
+    theirs, ours = Discriminator(4, width=4), Discriminator(4, width=4)
+    ours.load_official({f"layer{i}": t for i, t in enumerate(theirs.state_dict().values())})
+    x = torch.rand(1, 4, 32, 32)
+    assert torch.equal(ours(x), theirs(x))
+    with pytest.raises(ValueError, match="discriminator of 4 classes: expected 10 tensors"):
+        ours.load_official({"conv1.weight": torch.zeros(4, 5, 3, 3)})

@@ -1,0 +1,114 @@
+"""What the stages share: the quarter grid, losses with or without BLV, parameter groups, files of earlier steps."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import ConfigError, OptimConfig
+from common.engine.optim import parameter_groups
+from common.losses.blv import BLVLoss, blv_options
+from common.losses.cross_entropy import pixel_cross_entropy
+from common.losses.refreshed import RefreshedBLV
+from common.losses.self_training import symmetric_cross_entropy
+
+STRIDE = 4  # of the grid on which target losses live
+CONFIDENCE_STEPS = 254  # a confidence of 1 in 8-bit maps, where 255 marks ignored pixels
+
+
+def to_grid(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Network outputs (B, C, h, w) on another grid, bilinear with aligned corners."""
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+
+
+class SegmentationLoss(nn.Module):
+    """The student's segmentation losses; with BLV the logits are perturbed first, on source and target alike.
+
+    BLV's counts are those of the source labels; `refresh: N` adds the target's pseudo-labels every N steps.
+    """
+
+    def __init__(self, blv: Mapping[str, Any] | None, counts: Any, where: str):
+        super().__init__()
+        self.blv, self.refreshed, self.every = None, None, 0
+        if blv is None:
+            return
+        options = dict(blv)
+        self.every = options.pop("refresh", 0)
+        self.blv = BLVLoss(blv_options(options, where), counts)
+        if self.every:
+            self.refreshed = RefreshedBLV(self.blv, torch.as_tensor(counts))
+
+    def forward(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
+        """Cross-entropy over valid pixels, of logits (B, K, H, W) and label (B, H, W)."""
+        return pixel_cross_entropy(self.perturb(logits, progress), label)
+
+    def symmetric(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
+        """Symmetric cross-entropy with the factors `rce` of its two terms."""
+        return symmetric_cross_entropy(self.perturb(logits, progress), label, *rce)
+
+    def perturb(self, logits: Tensor, progress: float) -> Tensor:
+        return logits if self.blv is None else self.blv.perturb(logits, progress)
+
+    def count(self, label: Tensor) -> None:
+        """Remember pseudo-labels for the next refresh."""
+        if self.refreshed is not None:
+            self.refreshed.count(label)
+
+    def after_step(self, step: int) -> None:
+        if self.refreshed is not None and (step + 1) % self.every == 0:
+            self.refreshed.refresh()
+
+
+def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float) -> list[dict[str, Any]]:
+    """Backbone and head (with the extra norm) at multiples of `optim.lr`; rules of `optim.groups` come first.
+
+    The release's optimiser visits most backbone tensors three times a step, so its nominal rate acts threefold; the
+    multiplier says so openly.
+    """
+    if optim.groups:
+        return parameter_groups(model, optim)
+    head = re.compile(r"^(layer5|bn_pretrain)\.")
+    rest, chosen = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (chosen if head.search(name) else rest).append(parameter)
+    common = {"optimizer": optim.name, "weight_decay": optim.weight_decay}
+    if optim.name == "sgd":
+        common |= {"momentum": optim.momentum, "nesterov": optim.nesterov}
+    else:
+        common |= {"betas": optim.betas}
+    parts = (("backbone", rest, backbone_mult), ("head", chosen, head_mult))
+    return [{"params": p, "name": name, "lr": optim.lr * mult, **common} for name, p, mult in parts if p]
+
+
+def read_prototypes(path: str, classes: int) -> Tensor:
+    """Prototypes float32 (C, D) of calc_prototype.py: torch-saved tensor, or .npy. ValueError names the fix."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{path}: no prototypes there; calc_prototype.py makes them from the warm-up's checkpoint")
+    if file.suffix == ".npy":
+        value = torch.from_numpy(np.load(file, allow_pickle=False))
+    else:
+        value = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != classes:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{path}: prototypes of shape {shape} for {classes} classes; run calc_prototype.py again")
+    return value.detach().float()
+
+
+def read_distribution(path: str, classes: int) -> Tensor:
+    """Class shares float32 (C,) of generate_class_distribution.py. ValueError names the fix."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{path}: no class distribution there; generate_class_distribution.py makes it")
+    value = np.load(file, allow_pickle=False)
+    if value.shape != (classes,):
+        raise ValueError(f"{path}: {value.shape[0]} class shares for {classes} classes; make the file again")
+    if not np.isfinite(value).all() or value.min() < 0 or abs(value.sum() - 1) > 1e-3:
+        raise ConfigError(f"{path}: class shares must be at least 0 and sum to 1, the sum is {value.sum():.4f}")
+    return torch.from_numpy(value / value.sum()).float()

@@ -1,0 +1,247 @@
+"""CPSL: Class-Balanced Pixel-Level Self-Labeling for Domain Adaptive Semantic Segmentation (CVPR 2022), stage 1.
+
+A warmed-up network has left soft pseudo-labels P_ST of every target image, one prototype a class, and the class
+distribution δ of its predictions. A step of self-labelling, with θ the student, θ' and c' moving averages of the
+student and of the learned prototypes c, n(·) = L2 normalisation:
+
+    source    CE of the labelled source crop
+    labels    P_SL(k) = softmax_k( n(z')·n(c'_k) / τ ),   ŷ = argmax_k P_SL(k) · P_ST(k)       (rectification)
+    target    α·CE + β·RCE of the weak target crop, into which CutMix pastes source pixels, against ŷ
+    L_SL      the prototypes learn to predict a Sinkhorn assignment of teacher features whose class shares are δ
+    L_REG     KL between the teacher's similarities, warped to the strong view, and the student's there
+
+L_SL trains the prototypes alone: z' comes from the teacher. The network learns from the other terms. Everything on the
+target lives on the crop's quarter grid. Where the release differs from the paper, an option holds its behaviour.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import Config, typed
+from common.data import IGNORE
+from common.engine.method import Batch, Losses, Method, move_average
+from common.losses.self_training import (
+    assignment_cross_entropy,
+    consistency,
+    pixel_contrast,
+)
+from common.models import build_model
+from common.ops.resize_chain import feature_matrices, resample, resample_labels
+from common.ops.ring import RingBank, gather_rows, write
+from common.ops.sinkhorn import sinkhorn
+from common.ops.warp import warp_maps
+from uda.base import STRIDE, SegmentationLoss, groups_of, read_distribution, read_prototypes, to_grid
+from uda.mixing import Box, draw_box, paste, paste_labels
+from uda.sampling import class_balanced, uniform
+
+
+@dataclass(frozen=True)
+class CPSLConfig:
+    """The `method:` section of stage 1. Defaults are the paper's; comments name what the release does."""
+
+    prototypes: str  # file of calc_prototype.py
+    class_distribution: str  # file of generate_class_distribution.py
+    momentum: float = 0.999  # of θ' and c'
+    temperature: float = 0.08  # τ
+    rectify: bool = True  # False: ŷ = argmax P_ST, plain self-training
+    threshold: float = 0.0  # rectified probability below which a pixel is ignored
+    rce: tuple[float, float] = (0.1, 1.0)  # α, β of the symmetric cross-entropy
+    consistency: float = 5.0
+    self_label: float = 0.1
+    contrastive: float = 0.0  # release: 0.001, with `bank_labels: first`
+    bank_labels: Literal["matched", "first"] = "matched"  # release: the first entries of the map, whatever was sampled
+    bank: int = 65536
+    samples: int = 256  # pixels an image and step that enter the bank
+    sampling: Literal["class_balanced", "uniform"] = "class_balanced"  # release: uniform
+    marginal: Literal["pseudo_labels", "uniform"] = "pseudo_labels"  # uniform: as in SwAV
+    epsilon: float = 0.05  # of Sinkhorn
+    sinkhorn_iterations: int = 3
+    normalise_bank: bool = True  # release: False, scores of the bank use raw prototypes
+    cutmix: float = 0.5  # probability
+    cutmix_labels: Literal["source", "target"] = "source"  # release before September 2022: target
+    teacher_mode: Literal["eval", "train"] = "eval"  # release: train, with dropout and batch statistics
+    head_lr_mult: float = 5.0  # of the head and the prototypes
+    backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
+    blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
+
+
+class CPSL(Method):
+    """Stage 1. Batches: `source` (image, label), `target` (weak, strong, full, soft, geometry, warp, cutout)."""
+
+    backwards = 3
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        """`counts`: pixels of each class in the source labels; only BLV needs them."""
+        super().__init__(cfg.optim)
+        self.options = o = typed(CPSLConfig, options, f"{cfg.name}: method")
+        self.steps = cfg.train.steps
+        self.model = build_model(cfg.model)
+        self.teacher = deepcopy(self.model).requires_grad_(False)
+        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
+        classes = cfg.model.num_classes
+        start = read_prototypes(o.prototypes, classes)
+        self.prototypes = nn.Parameter(F.normalize(start, dim=1))
+        self.register_buffer("prototypes_ema", F.normalize(start, dim=1))
+        self.register_buffer("distribution", read_distribution(o.class_distribution, classes))
+        self.features = RingBank(o.bank, start.shape[1])
+        self.scores = RingBank(o.bank, classes)
+        self.bank_labels = RingBank(o.bank, dtype=torch.int64)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        o = self.options
+        groups = groups_of(self.model, self.optim, o.backbone_lr_mult, o.head_lr_mult)
+        rate = {"lr": self.optim.lr * o.head_lr_mult, "name": "prototypes"}
+        return [*groups, {**groups[0], **rate, "params": [self.prototypes]}]
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
+        """Three parts, back-propagated one by one: source, weak target view, strong target view."""
+        source, target, progress = streams["source"], streams["target"], step / self.steps
+        loss = self.segmentation_loss(self.upsampled(source["image"]), source["label"], progress)
+        yield {"loss": loss, "source_ce": loss}
+        similarity, features, logits = self.look(target)
+        label, changed = self.rectify(similarity, target)
+        yield self.weak_terms(source, target, label, features, logits, progress) | {"changed": changed}
+        del features, logits
+        yield self.strong_terms(target, similarity)
+
+    def upsampled(self, images: Tensor) -> Tensor:
+        logits = self.model(images)["logits"]
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
+
+    @torch.no_grad()
+    def look(self, target: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher on the whole image, brought to the quarter grid of the crop: similarities (B, C, h, w) with the
+        moving prototypes, features (B, D, h, w), logits (B, C, h, w)."""
+        self.teacher.train(self.options.teacher_mode == "train")
+        out = self.teacher(target["full"])
+        crop = tuple(target["weak"].shape[-2:])
+        matrices = feature_matrices(target["geometry"], tuple(out["features"].shape[-2:]), crop, stride=STRIDE)
+        features, logits = (resample(out[key], *matrices) for key in ("features", "logits"))
+        return self.similarity(features), features, logits
+
+    def similarity(self, features: Tensor) -> Tensor:
+        """n(z)·n(c'_k): features (B, D, h, w) → (B, C, h, w)."""
+        prototypes = F.normalize(self.prototypes_ema, dim=1)
+        dots = torch.einsum("bdhw,cd->bchw", features.float(), prototypes)
+        return dots / features.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    @torch.no_grad()
+    def rectify(self, similarity: Tensor, target: Batch) -> tuple[Tensor, Tensor]:
+        """Labels ŷ (B, h, w), and the share of pixels at which they differ from argmax P_ST."""
+        crop = tuple(target["weak"].shape[-2:])
+        warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
+        if not self.options.rectify:
+            rectified = warm
+        else:
+            rectified = (similarity / self.options.temperature).softmax(1).mul_(warm)
+        best, label = rectified.max(1)
+        changed = (label != warm.argmax(1)).float().mean()
+        if self.options.threshold > 0:
+            label = label.masked_fill(best < self.options.threshold * rectified.sum(1), IGNORE)
+        return label, changed
+
+    # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
+
+    def weak_terms(
+        self, source: Batch, target: Batch, label: Tensor, features: Tensor, logits: Tensor, progress: float
+    ) -> Losses:
+        o, images, mixed = self.options, target["weak"], label
+        box = draw_box(images.shape[-2:], o.cutmix)
+        if box is not None:
+            images = paste(images, source["image"], box)
+            mixed = self.mixed_labels(label, source["label"], box)
+        out = self.model(images)
+        sampled = self.sample(label, features, logits)
+        self.segmentation_loss.count(label)
+        ce = self.segmentation_loss.symmetric(to_grid(out["logits"], label.shape[-2:]), mixed, o.rce, progress)
+        first, second = self.self_label(*sampled)
+        terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
+        total = ce + o.self_label * (first + second)
+        if o.contrastive > 0:
+            terms["contrastive"] = self.contrast(out["features"], label, mixed=box is not None)
+            total = total + o.contrastive * terms["contrastive"]
+        return {"loss": total, **terms, "bank_fill": ce.new_tensor(self.features.fill)}
+
+    def mixed_labels(self, label: Tensor, source_label: Tensor, box: Box) -> Tensor:
+        if self.options.cutmix_labels == "target":
+            return label
+        return paste_labels(label, source_label, box)
+
+    @torch.no_grad()
+    def sample(self, label: Tensor, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels for the bank: unit features (B, n, D), unit logits (B, n, C), labels (B, n)."""
+        flat, n = label.flatten(1), min(self.options.samples, label[0].numel())
+        if self.options.sampling == "uniform":
+            index = uniform(flat, n)
+        else:
+            index = class_balanced(flat, self.distribution, n)
+        labels = flat.gather(1, index) if self.options.bank_labels == "matched" else flat[:, :n]
+        return unit_rows(features, index), unit_rows(logits, index), labels
+
+    def self_label(self, features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_SL from features (B, n, D), logits (B, n, C): image by image, so each sees the earlier ones in the bank."""
+        prototypes = F.normalize(self.prototypes, dim=1)
+        basis = (prototypes if self.options.normalise_bank else self.prototypes).detach()
+        bank = self.features.rows @ basis.T  # kept up to date below, as images enter the bank
+        losses: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for z, o, y in zip(features, logits, labels, strict=True):
+            scores = z @ prototypes.T
+            assigned = self.assign(bank, scores.detach()), self.assign(self.scores.rows, o)
+            for terms, q in zip(losses, assigned, strict=True):
+                terms.append(assignment_cross_entropy(scores, q, self.options.temperature))
+            everywhere = gather_rows(z)
+            write(bank, self.features.slots(len(everywhere)), everywhere @ basis.T)
+            self.features.push(everywhere, gather=False)
+            self.scores.push(o)
+            self.bank_labels.push(y)
+        return torch.stack(losses[0]).mean(), torch.stack(losses[1]).mean()
+
+    def assign(self, bank: Tensor, scores: Tensor) -> Tensor:
+        """Sinkhorn assignment (n, C) of the newest rows, together with the bank once that is full."""
+        o = self.options
+        marginal = None if o.marginal == "uniform" else self.distribution
+        rows = torch.cat((bank, scores)) if self.features.full else scores
+        return sinkhorn(rows, marginal, o.epsilon, o.sinkhorn_iterations, keep=len(scores))
+
+    def contrast(self, features: Tensor, label: Tensor, mixed: bool) -> Tensor:
+        """Student pixels against the bank; 0 (with a graph) before the bank is full, and in CutMix steps."""
+        if mixed or not self.features.full:
+            return features.sum() * 0
+        grid = to_grid(features, label.shape[-2:])
+        index = uniform(label.flatten(1), self.options.samples)
+        anchors, labels = unit_rows(grid, index), label.flatten(1).gather(1, index)
+        bank = self.features.rows, self.bank_labels.rows, self.options.temperature
+        return torch.stack([pixel_contrast(a, y, *bank) for a, y in zip(anchors, labels, strict=True)]).mean()
+
+    # Strong view ----------------------------------------------------------------------------------------------------
+
+    def strong_terms(self, target: Batch, similarity: Tensor) -> Losses:
+        """Consistency with the teacher's similarities. Classifier and prototypes get a gradient of 0 here: under DDP
+        the last part has to reach every parameter."""
+        crop = tuple(target["weak"].shape[-2:])
+        out = self.model(target["strong"])
+        teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
+        student = self.similarity(to_grid(out["features"], similarity.shape[-2:]))
+        term = consistency(student, teacher, mask, self.options.temperature)
+        untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum())
+        return {"loss": self.options.consistency * term + untouched, "consistency": term}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        move_average(self.teacher, self.model, self.options.momentum)
+        self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
+        self.segmentation_loss.after_step(step)
+
+
+def unit_rows(maps: Tensor, index: Tensor) -> Tensor:
+    """Columns (B, n) of maps (B, C, h, w) as rows of unit length (B, n, C)."""
+    rows = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))
+    return F.normalize(rows.transpose(1, 2).float(), dim=2)

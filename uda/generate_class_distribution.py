@@ -1,0 +1,39 @@
+"""Class shares of the warmed-up network's predictions: `python generate_class_distribution.py CONFIG`.
+
+Read off the soft pseudo-labels where they are complete, else from a pass over the target images.
+"""
+
+import os
+
+import numpy as np
+
+from common import cli
+from common.engine import distributed
+from uda.config import DISTRIBUTION, SOFT, stage_config, stage_parser
+from uda.pseudo_labels import TargetImages, class_distribution, distribution_of_soft, open_network
+
+
+def main() -> None:
+    parser = stage_parser(__doc__, stage="warm_up")
+    parser.add_argument("--checkpoint", help="default: the stage's newest")
+    args = parser.parse_intermixed_args()
+    cfg = stage_config(args)
+    data, soft = TargetImages(cfg), cfg.folder / SOFT
+    if args.checkpoint is None and all((soft / f"{name}.npy").exists() for name in data.dataset.names):
+        shares = distribution_of_soft(soft, data.dataset.names, cfg.model.num_classes)
+    else:
+        device = distributed.start(args.device)
+        shares = class_distribution(open_network(cfg, args.checkpoint, device), data, cfg.data.workers, device)
+    path = cfg.folder / DISTRIBUTION
+    draft = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with draft.open("wb") as file:
+        np.save(file, shares.numpy())
+    os.replace(draft, path)
+    for name, share in zip(data.dataset.row.classes, shares.tolist(), strict=True):
+        print(f"{name:<16} {share:.6f}")
+    print(f"class distribution in {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,110 @@
+"""ProDA (CVPR 2021), the parent of CPSL, as a baseline: prototypes are class means that move, nothing is learned there.
+
+Rectification weights are softmax_k(−(d_k − min d)) with d the Euclidean distance of raw teacher features to raw
+prototypes; consistency is on softmax(−d). No bank, no CutMix, no self-labelling loss; logits get a pull towards the
+uniform distribution.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.config import Config, typed
+from common.engine.method import Batch, Losses, Method, move_average
+from common.losses.self_training import consistency
+from common.models import build_model
+from common.ops.resize_chain import feature_matrices, resample, resample_labels
+from common.ops.ring import gather_rows
+from common.ops.warp import warp_maps
+from uda.base import STRIDE, SegmentationLoss, groups_of, read_prototypes, to_grid
+from uda.pseudo_labels import FEWEST_PIXELS, class_sums
+
+
+@dataclass(frozen=True)
+class ProDAConfig:
+    """The `method:` section of ProDA's stage 1."""
+
+    prototypes: str
+    momentum: float = 0.999  # of the teacher
+    prototype_momentum: float = 1e-4
+    rce: tuple[float, float] = (0.1, 1.0)
+    consistency: float = 10.0
+    regulariser: float = 0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
+    head_lr_mult: float = 1.0
+    backbone_lr_mult: float = 1.0
+    blv: Mapping[str, Any] | None = None
+
+
+class ProDA(Method):
+    """Batches as in `cpsl.CPSL`."""
+
+    backwards = 3
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        super().__init__(cfg.optim)
+        self.options = o = typed(ProDAConfig, options, f"{cfg.name}: method")
+        self.steps = cfg.train.steps
+        self.model = build_model(cfg.model)
+        self.teacher = deepcopy(self.model).requires_grad_(False)
+        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
+        self.register_buffer("prototypes", read_prototypes(o.prototypes, cfg.model.num_classes))
+        self._means: list[tuple[Tensor, Tensor]] = []  # class means of this step's images, used after the update
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
+        source, target, progress = streams["source"], streams["target"], step / self.steps
+        logits = to_grid(self.model(source["image"])["logits"], source["label"].shape[-2:])
+        loss = self.segmentation_loss(logits, source["label"], progress)
+        yield {"loss": loss, "source_ce": loss}
+        del logits
+        closeness, label = self.look(target)
+        self.segmentation_loss.count(label)
+        logits = to_grid(self.model(target["weak"])["logits"], label.shape[-2:])
+        sce = self.segmentation_loss.symmetric(logits, label, self.options.rce, progress)
+        pull = -logits.float().log_softmax(1).mean()
+        yield {"loss": sce + self.options.regulariser * pull, "target_sce": sce, "regulariser": pull}
+        del logits
+        yield self.strong_terms(target, closeness)
+
+    @torch.no_grad()
+    def look(self, target: Batch) -> tuple[Tensor, Tensor]:
+        """−d of the teacher's features on the crop's grid (B, C, h, w), and the rectified labels (B, h, w)."""
+        out = self.teacher.eval()(target["full"])
+        self._means = [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
+        crop = tuple(target["weak"].shape[-2:])
+        grid = tuple(out["features"].shape[-2:])
+        features = resample(out["features"], *feature_matrices(target["geometry"], grid, crop, stride=STRIDE))
+        closeness = self.closeness(features)
+        warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
+        return closeness, (closeness.softmax(1) * warm).argmax(1)
+
+    def closeness(self, features: Tensor) -> Tensor:
+        """−‖z − η_k‖: features (B, D, h, w) → (B, C, h, w)."""
+        rows = features.float().flatten(2).transpose(1, 2)
+        prototypes = self.prototypes.expand(len(rows), *self.prototypes.shape)
+        return -torch.cdist(prototypes, rows).view(len(rows), -1, *features.shape[-2:])
+
+    def strong_terms(self, target: Batch, closeness: Tensor) -> Losses:
+        out = self.model(target["strong"])
+        crop = tuple(target["weak"].shape[-2:])
+        teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
+        student = self.closeness(to_grid(out["features"], closeness.shape[-2:]))
+        term = consistency(student, teacher, mask, temperature=1.0)
+        untouched = 0.0 * out["logits"].sum()  # the last part has to reach every parameter
+        return {"loss": self.options.consistency * term + untouched, "consistency": term}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        move_average(self.teacher, self.model, self.options.momentum)
+        sums, counts = (gather_rows(torch.stack(values)) for values in zip(*self._means, strict=True))
+        for total, count in zip(sums, counts, strict=True):
+            share = ((count >= FEWEST_PIXELS) * self.options.prototype_momentum)[:, None]
+            self.prototypes += share * (total / count.clamp(min=1)[:, None] - self.prototypes)
+        self._means = []
+        self.segmentation_loss.after_step(step)

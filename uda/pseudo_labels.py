@@ -1,0 +1,171 @@
+"""What a trained network says about every target image: soft and hard pseudo-labels, prototypes, class distribution."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common.config import Config, ConfigError
+from common.data import SegmentationDataset
+from common.models import build_model, load_weights
+from common.models.layers import resize_rows
+from uda.base import CONFIDENCE_STEPS
+
+FEWEST_PIXELS = 10  # of a class in an image, for its mean feature to count
+MEMORY = 3000  # image-level vectors after which a prototype's running mean becomes a moving average
+
+
+class TargetImages(Dataset):
+    """Whole target training images, without labels and without augmentation."""
+
+    def __init__(self, cfg: Config, stream: str = "target", skip: Callable[[str], bool] = lambda name: False):
+        if stream not in cfg.data.streams:
+            raise ConfigError(f"{cfg.name}: data.streams has no {stream!r}")
+        source = replace(cfg.data.streams[stream], labels=False, maps={})
+        self.dataset = SegmentationDataset(source)
+        if not len(self.dataset):
+            raise ValueError(f"{self.dataset.root}: no target images in split {source.split!r}")
+        self.indices = [i for i, name in enumerate(self.dataset.names) if not skip(name)]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[str, Tensor]:
+        sample = self.dataset.load(self.indices[position])
+        return sample["name"], torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
+
+
+def open_network(
+    cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None
+) -> nn.Module:
+    """The stage's network in evaluation mode, from `checkpoint` or the newest of the stage's run.
+
+    prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
+    """
+    path = Path(checkpoint) if checkpoint else cfg.folder / "checkpoints" / "last"
+    if not path.exists():
+        stage = cfg.name.removesuffix("_blv")
+        raise ValueError(f"{path}: no checkpoint there; train.py --stage {stage} makes it, or give --checkpoint")
+    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
+    load_weights(model, path, prefix=prefix)
+    return model.to(device).eval()
+
+
+def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and image (1, 3, H, W) on the device, one by one, under a progress bar."""
+    loader = DataLoader(data, batch_size=None, num_workers=min(workers, len(data)))
+    for name, image in tqdm(loader, desc=what, unit="image", mininterval=2.0):
+        yield name, image[None].to(device)
+
+
+@torch.no_grad()
+def write_soft(model: nn.Module, data: TargetImages, folder: Path, workers: int, device: torch.device) -> None:
+    """Class probabilities float16 (C, h, w) at the network's stride, `<name>.npy`."""
+    for name, image in images(data, workers, device, "soft pseudo-labels"):
+        probabilities = model(image)["logits"].float().softmax(1)[0]
+        _replace(folder / f"{name}.npy", lambda file, p=probabilities: np.save(file, p.half().cpu().numpy()))
+
+
+@torch.no_grad()
+def write_hard(
+    model: nn.Module, data: TargetImages, folder: Path, workers: int, device: torch.device, flip: bool = True
+) -> None:
+    """`<name>.png` with class ids and `<name>_conf.png` with the confidence in 254ths, rounded down, at image size.
+
+    Probabilities (with `flip` the mean of the image's and its mirror's) are resized bilinearly, corners aligned.
+    """
+    for name, image in images(data, workers, device, "hard pseudo-labels"):
+        probabilities = model(image)["logits"].float().softmax(1)
+        if flip:  # mirroring commutes with the resize, so the mean is taken at the network's stride
+            probabilities = (probabilities + model(image.flip(3))["logits"].float().softmax(1).flip(3)) / 2
+        label, confidence = best_class(probabilities, tuple(image.shape[-2:]))
+        values = (confidence * CONFIDENCE_STEPS).floor().clamp(max=CONFIDENCE_STEPS)
+        for end, value in (("_conf.png", values), (".png", label)):  # the label last: it marks the pair as complete
+            picture = Image.fromarray(value.byte().cpu().numpy())
+            _replace(folder / f"{name}{end}", lambda file, p=picture: p.save(file, format="PNG"))
+
+
+def best_class(probabilities: Tensor, size: tuple[int, int], rows: int = 128) -> tuple[Tensor, Tensor]:
+    """Class and its probability (H, W) after a bilinear resize of (1, C, h, w), made in bands of rows."""
+    label, confidence = [], []
+    for start in range(0, size[0], rows):
+        band = resize_rows(probabilities, size, (start, min(start + rows, size[0])), True)[0]
+        best = band.max(0)
+        confidence.append(best.values)
+        label.append(best.indices)
+    return torch.cat(label), torch.cat(confidence)
+
+
+@torch.no_grad()
+def prototypes(model: nn.Module, data: TargetImages, workers: int, device: torch.device, epochs: int = 4) -> Tensor:
+    """Mean feature of each class (C, D): a running mean over image-level means, every image alike whatever its area.
+
+    An image's mean of a class is taken over the pixels predicted as it, if there are at least ten. The release runs
+    four identical passes over the images, which matters only beyond 3000 vectors; here the vectors are kept instead.
+    A class that no image shows gets a prototype of 0, with a warning.
+    """
+    outs = (model(image) for _, image in images(data, workers, device, "prototypes"))
+    pairs = [class_sums(out["logits"][0], out["features"][0]) for out in outs]
+    sums, counts = (torch.stack(values).double().cpu() for values in zip(*pairs, strict=True))
+    means, shown = sums / counts.clamp(min=1)[..., None], counts >= FEWEST_PIXELS
+    if not shown.any(0).all():
+        missing = [data.dataset.row.classes[k] for k in torch.nonzero(~shown.any(0)).flatten().tolist()]
+        warn_absent(missing)
+    result, seen = torch.zeros_like(means[0]), torch.zeros(means.shape[1], dtype=torch.float64)
+    for _ in range(epochs):
+        for mean, here in zip(means, shown, strict=True):
+            share = (here / (seen + 1))[:, None]
+            result += share * (mean - result)
+            seen = (seen + here.double()).clamp(max=MEMORY)
+    return result.float()
+
+
+def class_sums(logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the features (C, D) and number (C,) of the pixels predicted as each class, of one image (C|D, h, w)."""
+    logits, features = logits.flatten(1), features.flatten(1)
+    onehot = F.one_hot(logits.argmax(0), len(logits)).to(features.dtype)
+    return (features @ onehot).T, onehot.sum(0)
+
+
+def warn_absent(classes: list[str]) -> None:
+    """A class without a prototype can never be assigned by rectification: say so."""
+    names = ", ".join(classes)
+    warnings.warn(f"never predicted on {FEWEST_PIXELS} pixels of a target image, prototype 0: {names}", stacklevel=3)
+
+
+@torch.no_grad()
+def class_distribution(model: nn.Module, data: TargetImages, workers: int, device: torch.device) -> Tensor:
+    """Share of each class among the predicted pixels at the network's stride, float64 (C,)."""
+    counts = torch.zeros(model.num_classes, dtype=torch.float64)
+    for _, image in images(data, workers, device, "class distribution"):
+        label = model(image)["logits"].argmax(1).flatten()
+        counts += torch.bincount(label, minlength=len(counts)).cpu()
+    return counts / counts.sum()
+
+
+def distribution_of_soft(folder: Path, names: list[str], classes: int) -> Tensor:
+    """The same from soft pseudo-labels on disk: no pass over the images."""
+    counts = np.zeros(classes, np.int64)
+    for name in tqdm(names, desc="class distribution", unit="image", mininterval=2.0):
+        best = np.load(folder / f"{name}.npy", allow_pickle=False).argmax(0)
+        counts += np.bincount(best.ravel(), minlength=classes)
+    return torch.from_numpy(counts / counts.sum())
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
+        write(file)
+    os.replace(draft, path)

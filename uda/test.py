@@ -1,0 +1,74 @@
+"""Evaluate a stage: `python test.py configs/gta5_to_cityscapes --stage stage3 [CHECKPOINT] [--eval teacher]`.
+
+One evaluation gives the means over 19, 16 and 13 Cityscapes classes: mIoU16 and mIoU13 are means over subsets of the
+model's own classes. `--history` also prints the target mIoU of the stages before.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from common import cli
+from common.config import Config
+from common.data import DATASETS
+from common.engine import distributed
+from common.engine.logging import write_json
+from common.experiment import Experiment, print_result
+from uda.config import STAGES, stage_config, stage_parser
+from uda.pseudo_labels import open_network
+
+SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
+
+
+def main() -> None:
+    parser = stage_parser(__doc__, stage="stage3")
+    parser.add_argument("--checkpoint", "--resume_path", "--resume", help="default: the stage's newest")
+    parser.add_argument("--eval", choices=("student", "teacher"), default="student", help="stage 1: which network")
+    parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
+    parser.add_argument("--history", action="store_true")
+    args = parser.parse_intermixed_args()
+    cfg = stage_config(args)
+    experiment = Experiment(cfg, train=False)  # inference needs no source data
+    device = distributed.start(args.device)
+    prefix = "teacher." if args.eval == "teacher" else None
+    model = open_network(cfg, args.checkpoint, device, prefix)
+    result = experiment.score(model, device, save_predictions=args.save_predictions)
+    result |= subset_means(result)
+    print_result(result)
+    print_lines(result)
+    if args.history:
+        print_history(cfg)
+    write_json(Path(cfg.folder) / "test.json", result) if cfg.folder.is_dir() else None
+
+
+def subset_means(result: dict) -> dict[str, float]:
+    """Means over the 16 and 13 classes of the SYNTHIA protocols, where the model has them all."""
+    iou = {item["name"]: item["iou"] or 0.0 for item in result["per_class"]}
+    means = {}
+    for key, row in SUBSETS.items():
+        names = DATASETS[row].classes
+        if set(names) <= iou.keys():
+            means[key] = sum(iou[name] for name in names) / len(names)
+    return means
+
+
+def print_lines(result: dict) -> None:
+    """The lines of the release's log, which users' scripts read: fractions."""
+    for name, key in (("Overall Acc", "aacc"), ("Mean Acc ", "macc"), ("FreqW Acc ", "fwiou"), ("Mean IoU ", "miou")):
+        print(f"{name}: \t: {result[key]}")
+    for key in SUBSETS:
+        if key in result:
+            print(f"{key}: {100 * result[key]:.2f}")
+
+
+def print_history(cfg: Config) -> None:
+    """Target mIoU of every stage of the task that has been evaluated."""
+    end = "_blv" if cfg.name.endswith("_blv") else ""
+    for stage in STAGES:
+        path = replace(cfg, name=stage + end).folder / "evaluation.json"
+        if path.is_file():
+            print(f"{stage + end:<14} target mIoU {100 * json.loads(path.read_text())['miou']:.2f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

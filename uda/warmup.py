@@ -1,0 +1,73 @@
+"""The start of CPSL: source training with output-space adversarial alignment (AdaptSegNet style), or source only.
+
+    network        CE of the source + λ · GAN(D(softmax(target logits)), "source")
+    discriminator  GAN(D(softmax(source logits)), "source") + GAN(D(softmax(target logits)), "target")
+
+One backward of the joint loss: D's weights are constants in the network's term and the network's output is detached in
+D's, which gives the alternating update exactly.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.config import Config, typed
+from common.engine.method import Batch, Losses, Method
+from common.models import build_model
+from uda.base import SegmentationLoss, groups_of
+from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
+
+
+@dataclass(frozen=True)
+class WarmUpConfig:
+    """The `method:` section of the warm-up. `adversarial: 0` trains on the source alone, without a discriminator."""
+
+    adversarial: float = 0.01  # λ
+    gan: Literal["LS", "Vanilla"] = "LS"  # least squares, or cross-entropy
+    discriminator_lr: float = 1e-4
+    discriminator_width: int = 64
+    head_lr_mult: float = 10.0
+    backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
+    blv: Mapping[str, Any] | None = None
+
+
+class WarmUp(Method):
+    """Batches: `source` (image, label), and `target` (image) unless `adversarial` is 0."""
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        super().__init__(cfg.optim)
+        self.options = o = typed(WarmUpConfig, options, f"{cfg.name}: method")
+        self.steps = cfg.train.steps
+        self.model = build_model(cfg.model)
+        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
+        self.discriminator = None
+        if o.adversarial > 0:
+            self.discriminator = Discriminator(cfg.model.num_classes, o.discriminator_width)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+        if self.discriminator is None:
+            return groups
+        adversary = {"params": list(self.discriminator.parameters()), "name": "discriminator", "optimizer": "adam"}
+        return [*groups, {**adversary, "lr": self.options.discriminator_lr, "betas": (0.9, 0.99), "weight_decay": 0.0}]
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
+        source = streams["source"]
+        logits = self.upsampled(source["image"])
+        ce = self.segmentation_loss(logits, source["label"], step / self.steps)
+        if self.discriminator is None:
+            return {"loss": ce, "source_ce": ce}
+        target = self.upsampled(streams["target"]["image"]).softmax(1)
+        gan, judge = self.options.gan, self.discriminator
+        fooled = adversarial_loss(judge.constant(target), SOURCE, gan)
+        told = adversarial_loss(judge(logits.detach().softmax(1)), SOURCE, gan)
+        told = told + adversarial_loss(judge(target.detach()), TARGET, gan)
+        loss = ce + self.options.adversarial * fooled + told
+        return {"loss": loss, "source_ce": ce, "adversarial": fooled, "discriminator": told}
+
+    def upsampled(self, images: Tensor) -> Tensor:
+        logits = self.model(images)["logits"]
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
