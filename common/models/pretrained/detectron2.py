@@ -1,7 +1,7 @@
-"""detectron2 checkpoints of Mask2Former and DeepLabV3+: `.pth` of a training run, `.pkl` of the model zoo (NumPy arrays).
+"""detectron2 files of Mask2Former and DeepLabV3+: `.pth` of a training run, `.pkl` of the model zoo (NumPy arrays).
 
-ResNets are timm's here, so detectron2's names (`stem.conv1.norm`, `res2.0.shortcut`) are renamed, and heads likewise, by
-the patterns below; Swins have the names of their first release.
+ResNets are timm's here, so detectron2's names (`stem.conv1.norm`, `res2.0.shortcut`) are renamed, and heads likewise,
+by the patterns below; Swins have the names of their first release.
 """
 
 import logging

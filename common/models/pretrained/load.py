@@ -13,16 +13,19 @@ from common.models.pretrained.containers import read, short, state_dict, tensors
 READERS = (mmseg, cpsl, usrn, detectron2)
 
 
-def load_weights(model: nn.Module, path: str | Path, *, reset_classifier: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: str | Path, *, reset_classifier: bool = False, prefix: str | None = None
+) -> None:
     """Fill `model` from `path`, recognised by content: our safetensors files and checkpoint folders (of a method, too:
     the network that predicts), MMSegmentation 0.x/1.x, and what the other readers know.
 
     Every tensor must be there and have its shape. `reset_classifier` keeps the model's own classifier where the file
-    was trained on another number of classes. Raises FileNotFoundError, or ValueError that says what does not fit.
+    was trained on another number of classes. `prefix` names another network of a method's checkpoint, e.g. "teacher.".
+    Raises FileNotFoundError, or ValueError that says what does not fit.
     """
     raw, metadata = read(path)
     try:
-        raw = _predicting(raw, metadata.get("predict_prefix", ""))
+        raw = _predicting(raw, metadata.get("predict_prefix", "") if prefix is None else prefix)
         reader = None if _ours(raw, model) else next((reader for reader in READERS if reader.matches(raw)), None)
         state = tensors(state_dict(raw)) if reader is None else reader.convert(raw, model)
     except ValueError as error:

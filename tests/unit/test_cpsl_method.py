@@ -1,0 +1,278 @@
+"""CPSL's step: who gets a gradient from what, rectification, sampling, mixing, bank, counts, the release's files."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.config import Config, ModelConfig
+from uda.base import read_distribution, read_prototypes, to_grid
+from uda.cpsl import CPSL
+from uda.distill import Distill
+from uda.mixing import Box, draw_box, paste, paste_labels
+from uda.proda import ProDA
+from uda.pseudo_labels import MEMORY, best_class, class_sums
+from uda.sampling import class_balanced
+from uda.warmup import WarmUp
+
+CLASSES, CROP, FULL = 5, (32, 48), (64, 96)
+SMALL = {"blocks": [1, 1, 1, 1], "width": 4, "head_channels": 8, "features": 8}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    np.save(tmp_path / "delta.npy", np.array([0.5, 0.2, 0.15, 0.1, 0.05]))
+    torch.save(torch.randn(CLASSES, 8), tmp_path / "prototypes.pt")
+    model = ModelConfig(
+        name="deeplabv2", num_classes=CLASSES, mean=(0, 0, 0), std=(255, 255, 255), align_corners=True, options=SMALL
+    )
+    return Config(name="test", output=str(tmp_path), model=model)
+
+
+@pytest.fixture
+def options(tmp_path):
+    files = {"prototypes": str(tmp_path / "prototypes.pt"), "class_distribution": str(tmp_path / "delta.npy")}
+    return {**files, "bank": 64, "samples": 16, "cutmix": 0.0}
+
+
+def batches(size=2):
+    g = torch.Generator().manual_seed(1)
+    images = lambda *shape: torch.randint(0, 256, (size, 3, *shape), generator=g, dtype=torch.uint8)  # noqa: E731
+    soft = torch.randn(size, CLASSES, 9, 13, generator=g).softmax(1).half()
+    geometry = torch.tensor([[*FULL, 72, 108, 16, 24, 1], [*FULL, 60, 90, 4, 8, 0]], dtype=torch.int32)[:size]
+    label = torch.randint(-1, CLASSES, (size, *CROP), generator=g, dtype=torch.int16)
+    target = {
+        "weak": images(*CROP), "strong": images(*CROP), "full": images(*FULL), "soft": soft, "geometry": geometry,
+        "warp": torch.eye(3).repeat(size, 1, 1), "cutout": torch.tensor([[0, 0, 8, 8]] * size, dtype=torch.int32),
+        "pseudo": label.clamp(min=0),
+        "confidence": torch.randint(0, 255, (size, *CROP), generator=g, dtype=torch.int16),
+    }  # fmt: skip
+    return {"source": {"image": images(*CROP), "label": label}, "target": target}
+
+
+def test_parts_train_what_they_should(cfg, options):
+    method = CPSL(cfg, options)
+    parts = method(batches(), 0)
+    gradients = []
+    for _ in range(3):
+        method.zero_grad(set_to_none=True)
+        losses = next(parts)
+        losses["loss"].backward()
+        gradients.append({name: p.grad for name, p in method.named_parameters() if p.requires_grad})
+    source, weak, strong = gradients
+    assert source["prototypes"] is None and weak["prototypes"].abs().sum() > 0
+    assert strong["prototypes"].abs().sum() == 0 and strong["model.conv1.weight"].abs().sum() > 0
+    assert all(g is not None for g in strong.values()), "the last part reaches every parameter"
+    assert all(p.grad is None for p in method.teacher.parameters())
+
+
+def test_self_labelling_gives_the_network_no_gradient(cfg, options):
+    method = CPSL(cfg, options)
+    _, features, logits = method.look(batches()["target"])
+    label = torch.zeros(2, 8, 12, dtype=torch.int64)
+    first, second = method.self_label(*method.sample(label, features, logits))
+    (first + second).backward()
+    assert method.prototypes.grad is not None
+    assert all(p.grad is None for p in method.model.parameters())
+
+
+def test_one_hot_soft_labels_survive_rectification_and_equal_similarities_change_nothing(cfg, options):
+    method = CPSL(cfg, options)
+    target = batches()["target"]
+    warm = target["soft"]
+    similarity = torch.randn(2, CLASSES, 8, 12)
+    target["soft"] = F.one_hot(torch.full((2, 9, 13), 3), CLASSES).permute(0, 3, 1, 2).half()
+    assert (method.rectify(similarity, target)[0] == 3).all()
+    target["soft"] = warm
+    label, changed = method.rectify(torch.zeros_like(similarity), target)
+    assert changed == 0 and label.shape == (2, 8, 12)
+
+
+def test_rectification_of_known_numbers():
+    similarity, warm = torch.tensor([0.52, 0.60, 0.40]), torch.tensor([0.6, 0.3, 0.1])
+    weights = (similarity / 0.08).softmax(0)
+    product = weights * warm
+    assert weights.tolist() == pytest.approx([0.253716, 0.689672, 0.056612], abs=1e-5)
+    assert (product / product.sum()).tolist() == pytest.approx([0.417305, 0.567176, 0.015519], abs=1e-5)
+
+
+def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
+    method = CPSL(cfg, options)
+    streams = batches()
+    for step in range(2):  # 64 rows, 2 images of 16 samples a step
+        assert not method.features.full
+        parts = list(method(streams, step))
+        method.after_step(step)
+    assert method.features.full and all(losses["loss"].isfinite() for losses in parts)
+    again = CPSL(cfg, options)
+    again.load_state_dict(method.state_dict())
+    assert again.features.full and again.features.pointer == method.features.pointer
+    torch.testing.assert_close(again.prototypes_ema, method.prototypes_ema)
+
+
+def test_bank_of_normalised_prototypes_scores_like_the_current_rows(cfg, options):
+    """With the option of the release, bank scores use raw prototypes: they differ once the norms have drifted."""
+    losses = []
+    for normalise in (True, False):
+        torch.manual_seed(0)
+        method = CPSL(cfg, options | {"normalise_bank": normalise})
+        with torch.no_grad():
+            method.prototypes *= torch.tensor([1.0, 4.0, 1.0, 1.0, 1.0])[:, None]
+        generator = torch.Generator().manual_seed(3)
+        rows = F.normalize(torch.randn(8, 16, 8, generator=generator), dim=2)
+        outs = F.normalize(torch.randn(8, 16, CLASSES, generator=generator), dim=2)
+        losses.append(method.self_label(rows, outs, torch.zeros(8, 16, dtype=torch.int64))[0].item())
+    assert losses[0] != pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("quota", [[0.5, 0.2, 0.15, 0.1, 0.05], [0.97, 0.01, 0.01, 0.005, 0.005]])
+def test_class_balanced_sampling_follows_the_distribution(quota):
+    labels = torch.arange(CLASSES).repeat(2, 400)
+    labels[:, ::7] = -1
+    index = class_balanced(labels, torch.tensor(quota), 100)
+    assert all(len(set(row.tolist())) == 100 for row in index)
+    for row in labels.gather(1, index):
+        counts = torch.bincount(row, minlength=CLASSES)
+        assert (row >= 0).all() and counts.sum() == 100
+        assert (counts >= 1).all(), "every class that is present gets a pixel"
+        assert all(abs(counts[k] - 100 * quota[k]) <= 5 for k in range(CLASSES))
+
+
+def test_absent_and_scarce_classes_leave_their_quota_to_the_others():
+    labels = torch.full((1, 300), 0)
+    labels[0, :3] = 1
+    row = labels.gather(1, class_balanced(labels, torch.tensor([0.1, 0.8, 0.1]), 50))
+    assert torch.bincount(row[0], minlength=3).tolist() == [47, 3, 0]
+
+
+def test_cutmix_equals_pasting_at_full_size():
+    torch.manual_seed(0)
+    for _ in range(50):
+        box = draw_box((32, 48), 1.0)
+        assert abs((box.y1 - box.y0) * (box.x1 - box.x0) / (32 * 48) - 0.5) < 0.05
+        label = torch.randint(0, 5, (2, 8, 12))
+        source = torch.randint(-1, 5, (2, 32, 48), dtype=torch.int16)
+        full = F.interpolate(label[:, None].float(), scale_factor=4.0, mode="nearest")[:, 0].long()
+        full[:, box.y0 : box.y1, box.x0 : box.x1] = source[:, box.y0 : box.y1, box.x0 : box.x1].long()
+        assert torch.equal(paste_labels(label, source, box), full[:, ::4, ::4])
+    assert draw_box((32, 48), 0.0) is None
+    with pytest.raises(ValueError, match="same batch_size and crop"):
+        paste(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 9), Box(0, 4, 0, 4))
+
+
+def test_blv_counts_are_refreshed_and_saved(cfg, options):
+    method = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=[100, 50, 20, 10, 5])
+    before = method.segmentation_loss.blv.weight.clone()
+    for _ in method(batches(), 0):
+        pass
+    method.after_step(0)
+    after = method.segmentation_loss.blv.weight
+    assert not torch.equal(before, after)
+    again = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=[100, 50, 20, 10, 5])
+    again.load_state_dict(method.state_dict())
+    torch.testing.assert_close(again.segmentation_loss.blv.weight, after)
+
+
+def test_warm_up_equals_alternating_updates(cfg):
+    """One joint backward gives the gradients of the network's and the discriminator's own losses."""
+    torch.manual_seed(0)
+    method = WarmUp(cfg, {"discriminator_width": 4}).eval()
+    streams = batches()
+    streams["target"] = {"image": streams["target"]["weak"]}
+    method(streams, 0)["loss"].backward()
+    joint = {name: p.grad.clone() for name, p in method.named_parameters()}
+    method.zero_grad()
+    source, target = (method.upsampled(streams[k]["image"]) for k in ("source", "target"))
+    judge = method.discriminator
+    ce = F.cross_entropy(source, streams["source"]["label"].long(), ignore_index=-1)
+    net = ce + 0.01 * judge(target.softmax(1)).square().mean()
+    for name, gradient in zip(
+        dict(method.model.named_parameters()), torch.autograd.grad(net, list(method.model.parameters())), strict=True
+    ):
+        torch.testing.assert_close(joint[f"model.{name}"], gradient, rtol=1e-4, atol=1e-6)
+    told = judge(source.detach().softmax(1)).square().mean() + (judge(target.detach().softmax(1)) - 1).square().mean()
+    for name, gradient in zip(
+        dict(judge.named_parameters()), torch.autograd.grad(told, list(judge.parameters())), strict=True
+    ):
+        torch.testing.assert_close(joint[f"discriminator.{name}"], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_distillation_threshold_and_frozen_teacher(cfg, tmp_path):
+    from safetensors.torch import save_file
+
+    from common.models import build_model
+
+    teacher = build_model(cfg.model)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    method = Distill(cfg, {"teacher": str(tmp_path / "teacher.safetensors"), "threshold": 0.5})
+    target = batches()["target"]
+    label = method.labels_on_grid(target)
+    sure = (target["confidence"][:, ::4, ::4].float() / 254 > 0.5) & (label != -1)
+    assert ((label != -1) == sure).all() and (label[:, :2, :2] == -1).all()  # the cutout
+    for losses in method(batches(), 0):
+        losses["loss"].backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    float_target = target | {"confidence": target["confidence"].half() / 254}
+    agreement = (method.labels_on_grid(float_target) == label).float().mean()
+    assert agreement > 0.99  # the release stores float16
+
+
+def test_proda_moves_its_prototypes_towards_class_means(cfg, tmp_path):
+    method = ProDA(cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
+    before = method.prototypes.clone()
+    streams = batches()
+    out = method.teacher.eval()(streams["target"]["full"])
+    for losses in method(streams, 0):
+        losses["loss"].backward()
+    method.after_step(0)
+    expected = before
+    for logits, features in zip(out["logits"], out["features"], strict=True):
+        mask = logits.argmax(0)
+        for k in range(CLASSES):
+            if (mask == k).sum() >= 10:
+                expected[k] += 0.5 * (features[:, mask == k].mean(1) - expected[k])
+    torch.testing.assert_close(method.prototypes, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prototype_sums_equal_masked_means():
+    logits, features = torch.randn(CLASSES, 6, 7), torch.randn(8, 6, 7)
+    sums, counts = class_sums(logits, features)
+    for k in range(CLASSES):
+        mask = logits.argmax(0) == k
+        assert counts[k] == mask.sum()
+        torch.testing.assert_close(sums[k], features[:, mask].sum(1))
+    assert MEMORY == 3000
+
+
+def test_hard_labels_in_bands_equal_the_whole_resize():
+    p = torch.randn(1, CLASSES, 9, 13).softmax(1)
+    label, confidence = best_class(p, (64, 96), rows=7)
+    whole = to_grid(p, (64, 96))[0].max(0)
+    torch.testing.assert_close(confidence, whole.values)
+    assert (label == whole.indices).float().mean() > 0.999
+
+
+def test_files_of_the_release_are_read(tmp_path):
+    prototypes = torch.randn(19, 256)
+    torch.save(prototypes, tmp_path / "prototypes_on_cityscapes_from_deeplabv2")
+    assert torch.equal(read_prototypes(tmp_path / "prototypes_on_cityscapes_from_deeplabv2", 19), prototypes)
+    released = [
+        0.379220, 0.049299, 0.226651, 0.015507, 0.017205, 0.014027, 0.002186, 0.002213, 0.133376, 0.024243, 0.043411,
+        0.013146, 0.001615, 0.066048, 0.004075, 0.002789, 0.001847, 0.001229, 0.001912,
+    ]  # fmt: skip
+    np.save(tmp_path / "class_distribution.npy", np.array(released))
+    assert read_distribution(tmp_path / "class_distribution.npy", 19).sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda d: read_prototypes(d / "none.pt", 5), "calc_prototype.py makes them"),
+        (lambda d: read_distribution(d / "none.npy", 5), "generate_class_distribution.py makes it"),
+        (lambda d: read_prototypes(d / "prototypes.pt", 19), r"shape \(5, 8\) for 19 classes"),
+        (lambda d: read_distribution(d / "delta.npy", 19), "5 class shares for 19 classes"),
+    ],
+)
+def test_missing_or_wrong_files_name_the_command(cfg, tmp_path, make, words):
+    with pytest.raises(ValueError, match=words):
+        make(tmp_path)

@@ -1,0 +1,68 @@
+"""The house rules that a machine can check: imports point one way, files and functions stay short."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEMS = ("fully_sup", "semi_sup", "uda", "ltss_benchmark")
+# A module may import those before it in this list, and its own package.
+ORDER = (
+    "config", "data", "ops", "models", "losses", "engine", "inference", "metrics", "evaluate", "visualize", "report",
+    "experiment", "cli",
+)  # fmt: skip
+FILES = sorted(p for top in ("common", *SYSTEMS, "scripts") for p in (ROOT / top).rglob("*.py"))
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+            if node.module == "common":
+                names += [f"common.{alias.name}" for alias in node.names]
+    return names
+
+
+def level(module: str) -> int:
+    """The place in ORDER of `common.x…`; report_* count with report."""
+    part = module.split(".")[1]
+    return ORDER.index("report" if part.startswith("report") else part)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    top, *rest = path.relative_to(ROOT).with_suffix("").parts
+    for name in imported(path):
+        package = name.split(".")[0]
+        if top == "common":
+            assert package not in SYSTEMS, f"common imports {name}"
+            if package == "common" and "." in name and rest != ["__init__"]:
+                assert level(name) <= level(f"common.{rest[0]}"), f"{path.name} imports {name}"
+        elif top in SYSTEMS:
+            assert package not in SYSTEMS or package == top, f"{top} imports {name}"
+
+
+def test_files_and_functions_stay_short():
+    long = []
+    for path in FILES:
+        text = path.read_text()
+        if text.count("\n") > 400:
+            long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path.relative_to(ROOT)}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def test_importing_the_core_is_quick_and_needs_no_gpu():
+    code = "import time; t = time.time(); import common; assert time.time() - t < 3; print('ok')"
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden)
+    assert done.stdout.strip() == "ok", done.stderr
