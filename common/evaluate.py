@@ -57,6 +57,7 @@ def evaluate(
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model):
         for samples in _loader(dataset, chosen[rank::world], cfg, resize):
+            _raise_first(samples)
             for sample, pred in zip(samples, _predict(model, samples, cfg, device), strict=True):
                 matrix.update(pred, sample["label"].to(device))
                 if save_predictions:
@@ -153,8 +154,13 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self.indices[position]
+    def __getitem__(self, position: int) -> dict[str, Any] | Exception:
+        try:
+            return self._load(self.indices[position])
+        except (ValueError, OSError) as error:  # raised in a loader process it would arrive with a whole traceback
+            return ValueError(str(error))
+
+    def _load(self, index: int) -> dict[str, Any]:
         sample = self.dataset.load(index)
         if sample.get("label") is None:
             raise ValueError(f"{sample['name']}: evaluation needs labels; set `labels: true` for this split")
@@ -175,6 +181,12 @@ def _loader(dataset: Any, indices: Sequence[int], cfg: EvalConfig, resize: Resiz
         collate_fn=list,
         generator=torch.Generator(),  # its own, so that the training's random numbers do not move
     )
+
+
+def _raise_first(samples: Sequence[dict[str, Any] | Exception]) -> None:
+    for sample in samples:
+        if isinstance(sample, Exception):
+            raise sample
 
 
 def _predict(model: Any, samples: list[dict[str, Any]], cfg: EvalConfig, device: torch.device | str) -> list[Tensor]:

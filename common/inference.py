@@ -79,8 +79,9 @@ def multi_scale(
 ) -> Tensor:
     """Mean of the softmax maps at `size` over scaled and, with `flip`, also mirrored images.
 
-    `predict(images, size)` gives scores, by `whole` or `slide`. Without `softmax` the scores themselves are averaged:
-    what query models do, whose scores are sums of probabilities already. Images are resized bilinearly without
+    `predict(images, size)` gives scores, by `whole` or `slide`. Without `softmax` the scores themselves are averaged,
+    as detectron2 does (a query model's are sums of probabilities already); a network says so by `average_softmax`.
+    Images are resized bilinearly without
     antialiasing, to sides rounded half up.
     """
     height, width = images.shape[-2:]
@@ -103,7 +104,7 @@ def predict_scores(model: Any, images: Tensor, cfg: EvalConfig, size: Size | Non
     predict = _single(model, cfg)
     if not _augmented(cfg):
         return predict(images, size)
-    softmax = getattr(network(model), "scores_are_logits", True)
+    softmax = getattr(network(model), "average_softmax", True)
     return multi_scale(predict, images, cfg.scales, cfg.flip, size, softmax=softmax)
 
 

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.data.statistics import GROUPS
+
 Convention = Literal["nan_mean", "absent_zero", "ltss", "detectron2"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
-GROUPS = ("rare", "common", "frequent")
 
 
 def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:

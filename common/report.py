@@ -139,7 +139,8 @@ class Report:
 
     def _logged_convention(self) -> str:
         named = [line["convention"] for run in self.runs for line in run.log if line.get("convention")]
-        return named[0] if named else "not recorded"
+        configured = [run.tree.get("eval", {}).get("convention") for run in self.runs]
+        return next((c for c in (*named, *configured) if c), "not recorded")
 
     def _result(self, run: RunFolder, name: str) -> dict[str, Any] | None:
         """The run's evaluation under the report's convention."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from common.metrics import CONVENTIONS, GROUPS, scores, tail_miou
+from common.data.statistics import GROUPS
+from common.metrics import CONVENTIONS, scores, tail_miou
 from common.report_html import delta, details, header, points, section, swatch, table
 from common.report_svg import ClassRow, Run, Series, class_chart, heatmap, line_chart
 
@@ -67,6 +68,8 @@ def summary(report: Any) -> str:
     """One row a run: every score, the groups at both levels, and the change against the baseline."""
     rows = [_summary_row(report, i) for i in range(len(report.runs))]
     columns = [column for column in _columns(report) if any(column[2](row) is not None for row in rows)]
+    if not columns:
+        return ""
     values = [[get(row) for _, _, get in columns] for row in rows]
     best = [max((v[c] for v in values if v[c] is not None), default=None) for c in range(len(columns))]
     cells = []
@@ -275,7 +278,7 @@ def confusion(report: Any) -> str:
             [_row_shares(matrix[k], columns) for k in ids],
         )
         title = f"<h3>{swatch(i)} {escape(report.names[i])}</h3>"
-        basis = 190 + 31 * len(columns)  # narrow ones stand side by side
+        basis = 190 + (31 if len(runs) > 1 else 40) * len(columns)  # narrow ones stand side by side
         charts.append(f'<div class="r{i}" style="flex:0 1 {basis}px">{title}<div class="scroll">{chart}</div></div>')
     hint = (
         f"Rows: true class, the {called} (rarest last). Columns: predicted class, first these classes, then those that "

@@ -5,29 +5,25 @@ import shlex
 import sys
 from pathlib import Path
 
+from common import cli
 from common.report import RunFolder, write_report
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--baseline", metavar="RUN", help="what changes are measured against (default: the first)")
     parser.add_argument("--out", metavar="FILE", help="default: report.html in the run, or beside the first of several")
-    options = parser.parse_args(arguments)
-    paths = [Path(run) for run in options.runs]
+    options = parser.parse_args()
+    paths = list(dict.fromkeys(Path(run) for run in options.runs))
     if options.baseline and Path(options.baseline) not in paths:
         paths.insert(0, Path(options.baseline))
     baseline = paths.index(Path(options.baseline)) if options.baseline else 0
     out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else paths[0].parent) / "report.html"
-    command = shlex.join(["python", "scripts/report.py", *(sys.argv[1:] if arguments is None else arguments)])
-    try:
-        written = write_report(out, [RunFolder.load(path) for path in paths], baseline, command=command)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
+    written = write_report(out, [RunFolder.load(path) for path in paths], baseline, command=command)
     print(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from common.config import Config, save_config
 from common.engine import distributed
@@ -115,11 +117,12 @@ class RunLog:
         for item in result.get("per_class", ()):
             if item["iou"] is not None:
                 self.board.add_scalar(f"val_iou/{item['name']}", item["iou"], step)
-        for name, image in result.get("images_for_log", {}).items():
-            self.board.add_image(name, image, step)
-        tail = result.get("miou_tail")
-        tail = "" if tail is None else f"  mIoU(tail) {100 * tail:.2f}"
-        print(f"[{self.cfg.name}] step {step}  mIoU {100 * result['miou']:.2f}{tail}", flush=True)
+        for path in sorted((self.folder / "panels").glob("*_prediction.png")):
+            picture = np.asarray(Image.open(path).convert("RGB"))
+            self.board.add_image(f"prediction/{path.stem.partition('_')[0]}", picture, step, dataformats="HWC")
+        shown = {"mIoU": result.get("miou"), "mIoU(tail)": result.get("miou_tail")}
+        text = "  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items() if value is not None)
+        print(f"[{self.cfg.name}] step {step}  {text}", flush=True)
 
     def message(self, text: str) -> None:
         if self.active:

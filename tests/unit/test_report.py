@@ -1,0 +1,308 @@
+"""The HTML report of fabricated runs, its charts, and the pictures in it."""
+
+import base64
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import cli
+from common.evaluate import summarise, write_label
+from common.report import Report, RunFolder, write_report
+from common.report_sections import running_mean
+from common.report_svg import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
+from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, confidence_map, error_map, overlay
+from scripts.report import main
+
+CLASSES = ("road", "sky", "person", "lamp & <post>")
+PALETTE = ((128, 64, 128), (70, 130, 180), (220, 20, 60), (250, 170, 30))
+GROUPS = {"image": ["frequent", "frequent", "common", "rare"], "pixel": ["frequent", "common", "common", "rare"]}
+MATRIX = np.array([[700, 60, 30, 10], [30, 400, 5, 5], [20, 10, 60, 0], [9, 8, 3, 20]])
+BETTER = np.array([[690, 60, 40, 10], [30, 400, 5, 5], [10, 5, 75, 0], [4, 4, 2, 30]])
+
+
+def make_run(folder: Path, matrix=MATRIX, convention="nan_mean", drop=(), tail=(2, 3), classes=CLASSES) -> Path:
+    """A complete run folder, without the parts in `drop`."""
+    folder.mkdir(parents=True)
+    k = len(classes)
+    palette = [*PALETTE, *[(i % 256, i // 256, 7) for i in range(4, k)]]
+    row = SimpleNamespace(name="street", classes=classes, palette=palette, tail=tail, counts=None)
+    groups = GROUPS if k == 4 else {"image": ["rare"] * k}
+    evaluation = {**summarise(matrix, row, convention, groups), "images": 7, "seconds": 1.5, "ms_per_image": 214.3}
+    machine = {"processor": "Some CPU", "cores": 2, "gpu": None, "torch": "2.15"}
+    record = {"command": "python train.py a.yaml", "commit": "abc123", "seed": 5, "started": "2025-01-02", "minutes": 3}
+    log = [{"kind": "train", "step": 10 * i, "loss": 3 / i, "lr": 0.01 / i, "grad_norm": 1.0} for i in range(1, 60)]
+    scored = {"kind": "eval", "convention": convention, "miou_tail": 0.3}
+    log += [{**scored, "step": 300, "miou": 0.4}, {**scored, "step": 590, "miou": 0.5}]
+    texts = {
+        "config.yaml": f"name: {folder.name}\noptim:\n  lr: 0.01\n",
+        "run.json": json.dumps({**record, "machine": machine}),
+        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+        "evaluation.json": json.dumps(evaluation),
+        "statistics.json": json.dumps({"class_pixels": [8000, 1900, 90, 10], "class_images": [9, 9, 5, 1]}),
+    }
+    for name, text in texts.items():
+        if name not in drop:
+            (folder / name).write_text(text)
+    if "panels" not in drop:
+        make_panels(folder / "panels")
+    return folder
+
+
+def make_panels(folder: Path) -> None:
+    rng, colours = np.random.default_rng(0), dict(enumerate(PALETTE))
+    truth = rng.integers(-1, 4, (20, 30))
+    write_label(folder / "00003_truth.png", truth, colours)
+    pred = truth.clip(0)
+    pred[:, :3] = 1
+    write_label(folder / "00003_prediction.png", pred, colours)
+    Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / "00003_image.png")
+
+
+def report_text(tmp_path: Path, *folders: Path, baseline=0) -> str:
+    out = write_report(tmp_path / "out" / "report.html", [RunFolder.load(f) for f in folders], baseline)
+    return out.read_text()
+
+
+class Balance(HTMLParser):
+    """Fails on tags that are not closed in order."""
+
+    VOID = {"meta", "img", "input", "br"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("src", "href", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def check_page(html: str) -> None:
+    page = Balance()
+    page.feed(html)
+    assert not page.open
+    assert all(link.startswith(("data:image/", "#")) for link in page.links), "the page points outside itself"
+    anchors = [link for link in page.links if link.startswith("#")]
+    assert all(f'id="{link[1:]}"' in html for link in anchors)
+    assert not re.search(r"https?://|@import|url\(", html)
+    for drawing in re.findall(r"<svg.*?</svg>", html, re.S):
+        tree = ElementTree.fromstring(drawing)
+        left, top, width, height = map(float, tree.get("viewBox").split())
+        for mark in tree.iter("rect"):
+            assert left <= float(mark.get("x")) and float(mark.get("x")) + float(mark.get("width")) <= width
+            assert top <= float(mark.get("y")) <= height
+        for mark in tree.iter("circle"):
+            assert left <= float(mark.get("cx")) <= width and top <= float(mark.get("cy")) <= height
+    assert "nan" not in re.sub(r"<[^>]*>", " ", html).lower().replace("nan_mean", "").split()
+
+
+def test_a_comparison_has_every_part_and_the_right_changes(tmp_path):
+    first, second = make_run(tmp_path / "ours", BETTER), make_run(tmp_path / "plain")
+    html = report_text(tmp_path, first, second, baseline=1)
+    check_page(html)
+    assert "ours against plain" in html and "plain (baseline)" in html
+    for anchor in ("scores", "training", "classes", "confusion", "images", "making", "configuration"):
+        assert f'<section id="{anchor}">' in html
+    assert '<section class="notes">' not in html
+    before, after = (np.diag(m) / (m.sum(0) + m.sum(1) - np.diag(m)) for m in (MATRIX, BETTER))
+    table = html[html.index('id="scores"') : html.index('id="training"')]
+    for members in ([0, 1, 2, 3], [2, 3], [3]):  # mIoU, tail, rare
+        assert f">{100 * after[members].mean():.2f}<" in table
+        assert f"{100 * (after[members].mean() - before[members].mean()):+.2f}<" in table
+    assert "convention <b>nan_mean</b>" in table
+    assert "python train.py a.yaml" in html and "Some CPU, 2 cores, torch 2.15" in html and "7 images, 214 ms" in html
+    assert "lamp &amp; &lt;post&gt;" in html and "lamp & <post>" not in html
+
+
+def test_one_run_alone(tmp_path):
+    html = report_text(tmp_path, make_run(tmp_path / "plain"))
+    check_page(html)
+    assert "against" not in html[: html.index('id="scores"')] and "change against the baseline" not in html
+
+
+def test_classes_stand_in_the_order_of_their_training_frequency(tmp_path):
+    html = report_text(tmp_path, make_run(tmp_path / "plain"))
+    chart = html[html.index('id="classes"') : html.index("<details", html.index('id="classes"'))]
+    names = re.findall(r'class="name"[^>]*><title>(.*?)</title>', chart)
+    assert names == ["road", "sky", "person", "lamp &amp; &lt;post&gt;"]
+    assert "80 %" in chart and "0.1 %" in chart and "share of training pixels" in chart
+
+
+@pytest.mark.parametrize(
+    "part", ["config.yaml", "run.json", "log.jsonl", "evaluation.json", "statistics.json", "panels"]
+)
+def test_a_missing_part_is_named_and_leaves_the_rest(tmp_path, part):
+    folders = make_run(tmp_path / "short", drop=(part,)), make_run(tmp_path / "whole")
+    for runs in (folders, folders[:1], folders[::-1]):
+        html = report_text(tmp_path, *runs)
+        check_page(html)
+        if part != "statistics.json":
+            assert f"short has no {part}." in html
+    if part == "statistics.json":
+        assert "No run has statistics.json" in report_text(tmp_path, folders[0])
+
+
+def test_without_an_evaluation_the_log_speaks(tmp_path):
+    html = report_text(tmp_path, make_run(tmp_path / "short", drop=("evaluation.json",)))
+    assert ">50.00<" in html and ">30.00<" in html
+
+
+def test_runs_are_compared_under_one_convention(tmp_path):
+    absent = MATRIX.copy()
+    absent[3] = 0  # the lamp is predicted, never true
+    base = make_run(tmp_path / "base", absent, "detectron2")
+    other = make_run(tmp_path / "other", absent, "nan_mean")
+    report = Report([RunFolder.load(base), RunFolder.load(other)], 0)
+    assert report.convention == "detectron2"
+    assert report.results[0]["miou"] == pytest.approx(report.results[1]["miou"])
+    assert report.results[1]["groups"] == report.results[0]["groups"]
+    html = report_text(tmp_path, base, other)
+    check_page(html)
+    assert "other was scored by nan_mean; shown here is detectron2." in html
+    assert "under every convention" in html
+
+
+def test_runs_on_other_classes_are_left_out(tmp_path):
+    names = tuple(f"class {i}" for i in range(5))
+    other = make_run(tmp_path / "other", np.eye(5, dtype=int), classes=names, tail=())
+    html = report_text(tmp_path, make_run(tmp_path / "base"), other)
+    check_page(html)
+    assert "other was evaluated on other classes" in html
+
+
+def test_many_classes_without_a_tail(tmp_path):
+    names = tuple(f"a thing with a very long name, number {i}" for i in range(300))
+    matrix = np.random.default_rng(0).integers(0, 50, (300, 300)) + np.diag(np.arange(300) * 20)
+    html = report_text(tmp_path, make_run(tmp_path / "many", matrix, classes=names, tail=(), drop=("panels",)))
+    check_page(html)
+    assert "rank 1 to 15" in html and "Confusion of the rarest classes" in html
+    assert len(html) < 1e6
+
+
+def test_panels_hold_the_pictures_that_they_name(tmp_path):
+    html = report_text(tmp_path, make_run(tmp_path / "plain"))
+    pictures = re.findall(r'src="data:image/(\w+);base64,([^"]+)" alt="([^"]+)"', html)
+    sizes = {alt: Image.open(io.BytesIO(base64.b64decode(data))).size for _, data, alt in pictures}
+    assert set(sizes) == {"image 00003", *(f"{p} image 00003" for p in ("truth of", "prediction for", "errors in"))}
+    assert set(sizes.values()) == {(30, 20)}
+    with Image.open(tmp_path / "plain" / "panels" / "00003_truth.png") as png:
+        truth = np.array(png)
+    with Image.open(tmp_path / "plain" / "panels" / "00003_prediction.png") as png:
+        right = (np.array(png) == truth)[truth != 255].mean()
+    assert f"{100 * right:.1f} % right" in html
+
+
+def test_a_run_that_is_still_training_is_readable(tmp_path):
+    folder = make_run(tmp_path / "plain")
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"kind": "train", "step": 600, "lo')
+    (folder / "run.json").write_text(json.dumps({"command": "x", "minutes": None}))
+    check_page(report_text(tmp_path, folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("evaluation.json", "{", "evaluation.json: not valid JSON"),
+        ("log.jsonl", '{"step": 1\n{"step": 2}\n', "log.jsonl: line 1 is not valid JSON"),
+        ("config.yaml", "a: [1", "config.yaml: not valid YAML"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, text, message):
+    folder = make_run(tmp_path / "plain")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        report_text(tmp_path, folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_writes_beside_the_runs_and_names_its_errors(tmp_path, capsys, monkeypatch):
+    def call(*words) -> int:
+        monkeypatch.setattr("sys.argv", ["report.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.run(main)
+        return end.value.code
+
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", BETTER)
+    assert call(first) == 0 and (first / "report.html").is_file()
+    assert call(first, second, "--baseline", second) == 0
+    assert "a against b" in (tmp_path / "report.html").read_text()
+    assert call(first, "--baseline", second, "--out", tmp_path / "x.html") == 0
+    assert "a against b" in (tmp_path / "x.html").read_text()
+    capsys.readouterr()
+    assert call(tmp_path / "none") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such run folder\n"
+    assert call(tmp_path) == 2 and "not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.334), (-3, 1200), (0, 1e-4), (99, 101), (1e6, 9e6)])
+def test_ticks_are_round_and_inside(low, high):
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 8 and low <= marks[0] and marks[-1] <= high
+    assert np.ptp(np.diff(marks)) < 1e-6 * (high - low)
+    digits = f"{np.diff(marks)[0]:.3e}".partition("e")[0].rstrip("0")
+    assert digits in ("1.", "2.", "2.5", "5.")
+
+
+def test_tick_labels_and_log_ticks():
+    assert [number(v) for v in (0, 0.25, 1e-5, 9.75e-4, 750, 2500, 20000, 1.5e6)] == [
+        *("0", "0.25", "1e-5", "9.75e-4", "750", "2.5k", "20k", "1.5M")
+    ]
+    assert log_ticks(0.001, 1) == pytest.approx([0.001, 0.01, 0.1, 1])
+    assert log_ticks(0.1, 1) == pytest.approx([0.1, 0.2, 0.5, 1])
+
+
+def test_line_chart_places_points_and_skips_what_is_not_finite():
+    points = [(0, 0.0), (50, float("nan")), (100, 0.5)]
+    drawing = ElementTree.fromstring(line_chart("x", [Series(Run(0, "a"), points)], y_label="y", scale=100))
+    circles = [(float(c.get("cx")), float(c.get("cy"))) for c in drawing.iter("circle")]
+    assert len(circles) == 2 and circles[0][0] < circles[1][0] and circles[0][1] > circles[1][1]
+    assert line_chart("x", [Series(Run(0, "a"), [])], y_label="y") == ""
+    assert "log scale" in line_chart("x", [Series(Run(0, "a"), [(0, 1), (1, 50)])], y_label="y", log=True)
+    assert "log scale" not in line_chart("x", [Series(Run(0, "a"), [(0, 0), (1, 50)])], y_label="y", log=True)
+
+
+def test_class_bars_are_as_long_as_their_values():
+    rows = [ClassRow("a", False, 0.9, [0.25, 0.5]), ClassRow("b", True, 0.0, [None, 0.75])]
+    drawing = ElementTree.fromstring(class_chart(rows, [Run(0, "x"), Run(1, "y")], "share", "IoU"))
+    bars = {b.findtext("title"): float(b.get("width")) for b in drawing.iter("rect") if b.get("class") == "bar"}
+    assert bars["a, y: IoU 50.00 %"] == pytest.approx(2 * bars["a, x: IoU 25.00 %"], abs=0.2)
+    assert bars["b, y: IoU 75.00 %"] == pytest.approx(3 * bars["a, x: IoU 25.00 %"], abs=0.2)
+    assert "a, y: IoU 50.00 % (+25.00 points)" in bars and len(bars) == 4
+    assert "undefined" in "".join(drawing.itertext())
+
+
+def test_heatmap_outlines_the_correct_cell():
+    drawing = ElementTree.fromstring(heatmap("x", ["a", "b"], ["a", "b"], [[0.75, 0.25], [None, None]]))
+    hits = [r.findtext("title") for r in drawing.iter("rect") if "hit" in r.get("class")]
+    assert hits[0] == "true a, predicted a: 75.00 %" and len(hits) == 2
+
+
+def test_running_mean_is_the_mean_of_the_neighbours():
+    values = [(i, float(i * i)) for i in range(9)]
+    got = running_mean(values, 3)
+    assert got[4] == (4, pytest.approx((9 + 16 + 25) / 3)) and got[0] == (0, pytest.approx(0.5))
+
+
+def test_pictures():
+    label = np.array([[0, 1, -1]])
+    assert colourise(label, PALETTE).tolist() == [[list(PALETTE[0]), list(PALETTE[1]), list(IGNORED)]]
+    image = np.full((1, 3, 3), 100, np.uint8)
+    assert overlay(image, np.full((1, 3, 3), 201, np.uint8), 0.25)[0, 0].tolist() == [125] * 3
+    truth, pred = np.array([[0, 1, 2, -1]]), np.array([[0, 0, 0, 0]])
+    errors = error_map(np.zeros((1, 4, 3), np.uint8), truth, pred, tail=[2])
+    assert errors[0].tolist() == [[110] * 3, list(WRONG), list(WRONG_TAIL), list(IGNORED)]
+    heat = confidence_map(np.array([[0.0, 1.0]]))
+    assert heat.dtype == np.uint8 and heat.tolist() == [[[68, 1, 84], [253, 231, 37]]]
