@@ -26,13 +26,13 @@ def main() -> None:
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
     parser.add_argument("--json", metavar="FILE", help="where the scores go; default: <run folder>/test.json")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     if args.tta:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True))
     experiment = Experiment(cfg, train=False)
     device = distributed.start(args.device)
-    model = build_model(dataclasses.replace(cfg.model, pretrained=False))
+    model = build_model(dataclasses.replace(cfg.model, pretrained=False, checkpoint=None))
     load_weights(model, args.checkpoint)
     result = experiment.score(model.to(device), device, save_predictions=args.save_predictions)
     result |= {"checkpoint": args.checkpoint, "scales": cfg.eval.scales, "flip": cfg.eval.flip}

@@ -8,7 +8,7 @@ from fully_sup.supervised import Supervised
 
 
 def main() -> None:
-    args = cli.train_parser(__doc__).parse_args()
+    args = cli.train_parser(__doc__).parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)

@@ -1,4 +1,4 @@
-"""DeepLabV3+ (ECCV 2018) as the DeepLab project of detectron2 builds it: ResNet at stride 16, ASPP, decoder at stride 4.
+"""DeepLabV3+ (ECCV 2018) as detectron2's DeepLab project builds it: ResNet at stride 16, ASPP, decoder at stride 4.
 
 Differences from other DeepLabs: every block of the last stage has dilation 2, the first included; the pooled branch of
 the ASPP has a bias instead of a norm; the finest map is reduced to 48 channels.

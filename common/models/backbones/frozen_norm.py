@@ -4,7 +4,6 @@ The norm is folded into its convolution at every forward (weight · scale, bias 
 map and keeps no map alive for the backward.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

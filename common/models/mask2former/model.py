@@ -1,6 +1,6 @@
 """Mask2Former (CVPR 2022) for semantic segmentation: backbone, pixel decoder, masked-attention decoder.
 
-Each of Q queries predicts a class distribution p_q and a mask m_q; the score of class k at a pixel is Σ_q p_qk · σ(m_q).
+Each of Q queries predicts a class distribution p_q and a mask m_q; a pixel's score of class k is Σ_q p_qk · σ(m_q).
 """
 
 from collections.abc import Mapping
