@@ -49,43 +49,43 @@ def _look_up(image: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 
 
 def shift_hsv(image: torch.Tensor, saturation: float = 1.0, hue: int = 0) -> torch.Tensor:
-    """One round trip through 8-bit HSV (H = degrees/2 in 0..179) with S scaled and H shifted; uint8 (3, H, W)."""
+    """One round trip through 8-bit HSV with S scaled and H (degrees/2) shifted by -30 … 30; uint8 (3, H, W)."""
     result = torch.empty_like(image)
     for start in range(0, image.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
         h, s, v = rgb_to_hsv(image[:, rows].float())
         if saturation != 1.0:
             s = s.mul_(saturation).clamp_(0, 255).floor_()
-        if hue:
-            h = torch.where((h := h + hue % 180) >= 180, h - 180, h)
-        result[:, rows] = hsv_to_rgb(h, s, v)
+        result[:, rows] = hsv_to_rgb(h.add_(hue), s, v)
     return result
 
 
 def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """float (3, h, w) of whole numbers 0–255 → H (0–179), S, V (0–255), rounded as 8-bit OpenCV does (within 1)."""
+    """float (3, h, w) of whole numbers 0–255 → H (degrees/2, -30 … 150), S, V (0–255), rounded as in 8-bit OpenCV
+    (within 1, H modulo 180)."""
     r, g, b = rgb
     value = torch.maximum(torch.maximum(r, g), b)
     span = value - torch.minimum(torch.minimum(r, g), b)
     scale = 30 / span.clamp(min=1)
-    red, green = (g - b).mul_(scale), (b - r).mul_(scale).add_(60)
-    hue = torch.where(value == r, red, torch.where(value == g, green, (r - g).mul_(scale).add_(120))).round_()
-    hue = torch.where(hue < 0, hue + 180, hue)
+    red, green, blue = (g - b).mul_(scale), (b - r).mul_(scale).add_(60), (r - g).mul_(scale).add_(120)
+    # torch.where and == are several times slower than this: 1 where the channel is the largest, else 0
+    is_red, is_green = ((channel - value).add_(1).clamp_(min=0) for channel in (r, g))
+    hue = blue.lerp_(green, is_green).lerp_(red, is_red).round_()
     return hue, span.mul_(255).div_(value.clamp(min=1)).round_(), value
 
 
 def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse: float H (0–179), S, V → uint8 (3, h, w), truncated as OpenCV does.
+    """The inverse: float H (degrees/2, -60 … 180), S, V → uint8 (3, h, w), truncated as OpenCV does.
 
-    Channel c is V·(1 - S·clamp(2 - d, 0, 1)), d the distance on the circle of six sectors from the hue opposite to c.
+    Channel c is V·(1 - S·clamp(2 - d, 0, 1)), d the distance on the circle of six sectors from the hue h' opposite to
+    c. Without a modulo: clamp(2 - d, 0, 1) = clamp(||h - h'| - 3|, 1, 2) - 1.
     """
-    sector, chroma = hue / 30, value * saturation / -255
-    value = value + 1e-4  # whole numbers must survive the truncation
+    sector, drop = hue / 30, (value * saturation).mul_(-1 / 255)
+    base = (value - drop).add_(1e-4)  # whole numbers must survive the truncation
     result = torch.empty((3, *hue.shape), dtype=torch.uint8)
     for channel, opposite in enumerate((3, 5, 1)):
-        apart = (sector - opposite).abs_()
-        share = torch.maximum(2 - apart, apart - 4).clamp_(0, 1)
-        result[channel] = torch.addcmul(value, share, chroma)
+        share = (sector - opposite).abs_().sub_(3).abs_().clamp_(1, 2)
+        result[channel] = torch.addcmul(base, share, drop).int()  # float → uint8 at once is slower
     return result
 
 

@@ -62,10 +62,11 @@ class CPSL:
         if self.colour_from is not None:
             picture = Recoloured(picture, self._reference_colours(int(rng.integers(len(self.reference)))))
         g = self.draw(picture.size, rng)
-        result = warp_maps(sample, g, self.crop, pillow_nearest_index)
+        left = bool(g.flip)  # a padded crop is mirrored with its padding, so that the mirror is about the crop's middle
+        result = warp_maps(sample, g, self.crop, pillow_nearest_index, left)
         if self.full:
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
-        weak = pad(pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop)
+        weak = pad(pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop, left=left)
         return {**result, "weak": weak, **strong_view(weak, rng)} if self.strong else {**result, "image": weak}
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:

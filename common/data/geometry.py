@@ -107,7 +107,7 @@ def bilinear(picture: Picture, g: Geometry, crop: tuple[int, int]) -> torch.Tens
     left, right, across = (_mirrored(index, g) for index in (left - left[0], right - left[0], across))
     down, across = _weights(down)[:, None, None], _weights(across)[:, None]
     if (g.height, g.width) == picture.size:
-        return _planes(torch.from_numpy(window[:, left]))
+        return _planes(torch.from_numpy(window[top][:, left]))
     if window.shape[2] == 4:  # four channels are one 32-bit value: gathering columns of those is fast
         packed = window.view(np.uint32)[..., 0]
         part = _float(packed.take(left, 1), window).lerp_(_float(packed.take(right, 1), window), across)
@@ -117,7 +117,7 @@ def bilinear(picture: Picture, g: Geometry, crop: tuple[int, int]) -> torch.Tens
         part = _float(window[top], window).lerp_(_float(window[bottom], window), down)
         low, high = (part.index_select(1, torch.from_numpy(index)) for index in (left.copy(), right.copy()))
         part = low.lerp_(high, across)
-    return _planes(part.add_(0.5).to(torch.uint8))
+    return _planes(part.add_(0.5).int().byte())  # float → uint8 at once is slower
 
 
 def _float(pixels: np.ndarray, like: np.ndarray) -> torch.Tensor:
@@ -134,7 +134,10 @@ def _planes(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def pillow(picture: Picture, g: Geometry, crop: tuple[int, int], kernel: Image.Resampling) -> torch.Tensor:
-    """As `bilinear`, with one of Pillow's antialiased filters: the crop of the image that Pillow would resize whole."""
+    """As `bilinear`, with one of Pillow's antialiased filters: the crop of the image that Pillow would resize whole.
+
+    Equal but for roundings (2 levels at most): Pillow keeps the edges of a crop in single precision.
+    """
     h, w = g.extent(crop)
     reach = 3 if kernel == Image.Resampling.BICUBIC else 2  # the filter's radius in source pixels, and one
     rows, top, bottom = _span(g.y, h, picture.height / g.height, picture.height, reach)
@@ -142,7 +145,8 @@ def pillow(picture: Picture, g: Geometry, crop: tuple[int, int], kernel: Image.R
     window = np.ascontiguousarray(picture.window(rows, columns))
     mode = "RGBX" if window.shape[2] == 4 else "RGB"
     image = Image.frombuffer(mode, (window.shape[1], window.shape[0]), window, "raw", mode, 0, 1)
-    resized = np.asarray(image.resize((w, h), kernel, box=(left, top, right, bottom)))
+    image = image.resize((w, image.height), kernel, box=(left, 0, right, image.height))
+    resized = np.asarray(image.resize((w, h), kernel, box=(0, top, w, bottom)))  # some releases of Pillow begin here
     return _planes(torch.from_numpy(resized[:, ::-1].copy() if g.flip else resized.copy()))
 
 

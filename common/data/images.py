@@ -66,8 +66,8 @@ class Picture:
     def _guarded(self, decode: Callable[..., np.ndarray], *arguments) -> np.ndarray:
         try:
             return decode(*arguments)
-        except (OSError, RuntimeError, SyntaxError, struct.error) as error:
-            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]
+        except (OSError, RuntimeError, SyntaxError, ValueError, struct.error) as error:
+            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1] if self._data else "the file is empty"
             raise ValueError(f"{self.path}: cannot decode the image ({reason}); the file is damaged") from error
 
 

@@ -13,7 +13,7 @@ _WHITE = (0.95047, 1.0, 1.08883)
 _FORWARD = torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]
 _INVERSE = torch.linalg.inv(_FORWARD)
 _LEVELS = torch.arange(256, dtype=torch.float64) / 255
-_LINEAR = torch.where(_LEVELS > 0.04045, ((_LEVELS + 0.055) / 1.055) ** 2.4, _LEVELS / 12.92).float()
+_LINEAR = torch.where(_LEVELS > 0.04045, ((_LEVELS + 0.055) / 1.055) ** 2.4, _LEVELS / 12.92).float().numpy()
 
 
 class ColourStatistics(NamedTuple):
@@ -25,8 +25,7 @@ class ColourStatistics(NamedTuple):
 
 def rgb_to_lab(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) → float32 (3, H, W): L in 0–100, a, b."""
-    planes = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-    linear = _LINEAR[planes.int()]
+    linear = torch.from_numpy(np.take(_LINEAR, np.ascontiguousarray(pixels.transpose(2, 0, 1))))
     xyz = (_FORWARD.float() @ linear.flatten(1)).view_as(linear)
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)))
@@ -45,8 +44,10 @@ def lab_to_rgb(lab: torch.Tensor) -> np.ndarray:
 
 def colour_statistics(lab: torch.Tensor) -> ColourStatistics:
     """Of a whole image, float32 (3, H, W)."""
-    std, mean = torch.std_mean(lab.double().flatten(1), dim=1, correction=0)
-    return ColourStatistics(mean, std)
+    flat = lab.flatten(1)
+    mean = flat.mean(1, keepdim=True)
+    variance = (flat - mean).square_().mean(1)
+    return ColourStatistics(mean.flatten().double(), variance.double().sqrt())
 
 
 class Recoloured(Picture):

@@ -28,7 +28,7 @@ def read_index(path: Path) -> np.ndarray:
     try:
         data = path.read_bytes()
         depth, kind = (data[24], data[25]) if data[1:4] == b"PNG" and len(data) > 25 else (8, 0)
-        if depth == 16 and kind in (2, 6):  # PIL cuts 16-bit RGB to 8 bits
+        if depth in (8, 16) and kind in (0, 2, 6) and data[1:4] == b"PNG":  # PIL cuts 16-bit RGB to 8 bits
             return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0].numpy()
         with Image.open(io.BytesIO(data)) as image:
             raw = np.array(image)
@@ -107,7 +107,11 @@ class LabelTable:
         """`raw` (H, W) through the table of 2^bits entries."""
         if raw.dtype.itemsize > 2 and raw.size and not 0 <= raw.min() <= raw.max() < 1 << bits:
             raise ValueError(f"{path}: label value {raw.max() if raw.max() >= 1 << bits else raw.min()} is no class id")
-        label = np.take(self._table(bits), raw)
+        if bits == 8 and self.num_classes < 127:  # a table of bytes is the fastest
+            table = self._table(8).astype(np.int8).tobytes()
+            label = np.frombuffer(raw.tobytes().translate(table), np.int8).reshape(raw.shape).astype(np.int16)
+        else:
+            label = np.take(self._table(bits), raw)
         if label.size and label.min() == _UNKNOWN:
             raise ValueError(self._complaint(raw, label, path))
         return label

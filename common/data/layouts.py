@@ -119,7 +119,11 @@ def voc(root: Path, split: str, names: Sequence[str] | None = None) -> list[Reco
     base = root / "VOCdevkit" / "VOC2012"
     base = base if base.is_dir() else root
     if names is None:
-        names = read_list(base / "ImageSets" / "Segmentation" / f"{split}.txt")
+        path = base / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not path.is_file():
+            known = sorted(other.stem for other in path.parent.glob("*.txt"))
+            raise ValueError(f"{path}: no such split; here are {', '.join(known) or 'none'}; or give a `list`")
+        names = read_list(path)
     images = files(base / "JPEGImages", (".jpg",))
     label_files = optional_files(base / "SegmentationClass", (".png",))
     label_files |= optional_files(base / "SegmentationClassAug", (".png",))

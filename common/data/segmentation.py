@@ -100,8 +100,10 @@ class SegmentationDataset:
         raw = read_index(path)
         if raw.shape != size:
             raise ValueError(_mismatch(path, raw.shape, record.image, size))
-        ignore = 255 if raw.dtype == np.uint8 else 65535
-        return np.where(raw == ignore, IGNORE, raw).astype(np.int16)
+        label = raw.astype(np.int16)  # 65535 becomes -1
+        if raw.dtype == np.uint8:
+            label[raw == 255] = IGNORE
+        return label
 
 
 def map_path(folder: str, name: str) -> Path:

@@ -5,6 +5,7 @@ A stream numbers its draws over all ranks and epochs. Everything about draw d (i
 ranks or loader processes, and sees the same samples.
 """
 
+import signal
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -216,8 +217,15 @@ def _loader(stream: Stream, schedule: _Schedule, workers: int) -> DataLoader:
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals if workers else None,
         generator=torch.Generator(),  # else making an iterator would advance torch's global generator
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole process group is the main process's affair: it saves, and ends its loaders itself."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 def _batches(loader: DataLoader) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The countable things of the procedural street scenes, built from a pen's boxes, ellipses and lines.
 
-Measures are in metres. Vehicles share one range of paints, people and riders one range of clothes, two-wheelers and
-street furniture are dark or grey: colour alone does not tell these classes apart.
+Measures are in metres. Vehicles share a range of paints, people and riders a range of clothes, two-wheelers and street
+furniture are dark or grey: colour alone does not tell these classes apart.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ PAINTS = ((0.62, 0.62, 0.64), (0.85, 0.85, 0.85), (0.16, 0.17, 0.19), (0.60, 0.1
           (0.72, 0.62, 0.22), (0.17, 0.38, 0.28))  # fmt: skip
 CLOTHES = ((0.18, 0.20, 0.30), (0.62, 0.20, 0.20), (0.75, 0.73, 0.68), (0.25, 0.38, 0.30), (0.70, 0.55, 0.25),
            (0.33, 0.30, 0.30), (0.25, 0.35, 0.60))  # fmt: skip
+JACKETS = (CLOTHES[4], (0.84, 0.82, 0.18), (0.90, 0.48, 0.12), (0.72, 0.84, 0.20))  # riders', most seen from afar
 SKIN = ((0.78, 0.58, 0.47), (0.50, 0.35, 0.26), (0.88, 0.70, 0.58))
 GLASS, RUBBER, METAL = (0.17, 0.22, 0.27), (0.07, 0.07, 0.08), (0.45, 0.46, 0.47)
 
@@ -129,10 +130,10 @@ def person(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
 
 def _rider(pen: Pen, rng: np.random.Generator, seat: float) -> None:
     """Leans forward (to the right) on a two-wheeler, knees bent, with a helmet."""
-    label, top, legs = RAW_IDS["rider"], pick(rng, CLOTHES), pick(rng, CLOTHES) * 0.7
+    label, top, legs = RAW_IDS["rider"], pick(rng, JACKETS), pick(rng, CLOTHES) * 0.7
     helmet = pick(rng, ((0.92, 0.90, 0.85), (0.85, 0.80, 0.25)))
     pen.fill(pen.line(-0.2, seat, 0.22, seat - 0.12, 0.13) | pen.line(0.22, seat - 0.12, 0.05, 0.3, 0.10), legs, label)
-    pen.fill(pen.line(-0.18, seat + 0.08, 0.12, seat + 0.55, 0.22), top, label)
+    pen.fill(pen.line(-0.18, seat + 0.08, 0.12, seat + 0.55, 0.25), top, label)
     pen.fill(pen.line(0.14, seat + 0.5, 0.5, seat + 0.2, 0.08), top * 0.85, label)
     pen.fill(pen.ellipse(0.24, seat + 0.84, 0.15, 0.17), pick(rng, SKIN), label)
     pen.fill(pen.ellipse(0.22, seat + 0.92, 0.18, 0.13), helmet, label)
@@ -161,14 +162,14 @@ def bicycle(canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool
 
 def motorcycle(canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool = False) -> None:
     """Fat solid wheels, a body with a tank, a lamp and an exhaust."""
-    label, paint = RAW_IDS["motorcycle"], pick(rng, PAINTS)
+    label, paint = RAW_IDS["motorcycle"], pick(rng, ((0.66, 0.10, 0.10), (0.80, 0.36, 0.10)))
     pen = canvas.pen(place, 1.2, 1.2, 1.85 if ridden else 1.25, 0.15)
     _shadow(pen, 1.1)
     _wheels(pen, (-0.7, 0.72), 0.36, label)
     pen.fill(pen.line(-0.75, 0.72, 0.1, 0.62, 0.16) | pen.box(-0.35, 0.4, 0.22, 0.62), (0.16, 0.16, 0.17), label)
-    pen.fill(pen.ellipse(0.22, 0.75, 0.40, 0.20) | pen.line(-0.9, 0.75, -0.5, 0.7, 0.11), paint, label)
+    pen.fill(pen.ellipse(0.2, 0.7, 0.5, 0.28) | pen.line(-0.9, 0.75, -0.5, 0.7, 0.11), paint, label)
     pen.fill(pen.line(0.42, 1.0, 0.72, 0.36, 0.08) | pen.line(0.3, 1.05, 0.5, 1.02, 0.07), METAL, label)
-    pen.fill(pen.line(-0.8, 0.28, -0.1, 0.3, 0.07), (0.75, 0.75, 0.77), label)
+    pen.fill(pen.line(-0.9, 0.28, -0.1, 0.3, 0.10), (0.75, 0.75, 0.77), label)
     pen.fill(pen.ellipse(0.62, 0.9, 0.12, 0.12), (0.97, 0.93, 0.7), label)
     if ridden:
         canvas.count += 1

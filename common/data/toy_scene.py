@@ -27,7 +27,7 @@ _TRAFFIC = {
     things.train: (0.26, (-4.5, -2.0), (0.04, 0.07)),
 }
 # Two-wheelers: expected number, share with a rider.
-_CYCLES = {things.bicycle: (0.8, 0.4), things.motorcycle: (0.5, 0.6)}
+_CYCLES = {things.bicycle: (0.7, 0.45), things.motorcycle: (0.42, 0.65)}
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _queue(rng: np.random.Generator, street: Street, quota: Quota) -> list:
             queue.append((scale, draw, side_place(lane, scale), {}))
     for draw, (expected, ridden) in _CYCLES.items():
         for _ in range(quota(expected)):
-            scale, rides = _uniform(rng, (0.08, 0.14)), rng.random() < ridden
+            scale, rides = _uniform(rng, (0.085, 0.15)), rng.random() < ridden
             lane = (-2.0, -0.6) if rides else (0.2, 1.6)
             queue.append((scale, draw, side_place(lane, scale), {"ridden": bool(rides)}))
     return sorted(queue, key=lambda item: item[0])

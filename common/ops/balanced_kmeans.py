@@ -11,7 +11,7 @@ for the sizes that it happens to have, so only k prices have to be found. One ro
    all of them; Newton's method on its smoothed dual, the smoothing lowered step by step, corrects the prices.
 
 A few rounds bring the sizes within a fraction of a percent of n/k. The points that are still in surplus then move along
-cheapest paths from cluster to cluster (`_repair`), after which the sizes are exact and, for these sizes, the assignment
+cheapest paths from cluster to cluster (`_Repair`), after which the sizes are exact and, for these sizes, the assignment
 still optimal up to a chosen slack. Measured per point and iteration this is two or three passes over the distances.
 """
 
@@ -175,9 +175,12 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
     best, best_prices, stale, rising = float("inf"), prices, 0, True
     for _ in range(60):
         share = torch.softmax((cost + prices) * (-1 / softness), 1)
-        weighted = share * weights[:, None]
-        sizes = weighted.sum(0)
-        step = torch.linalg.solve((torch.diag(sizes) - share.T @ weighted).double() + ridge, (sizes - target).double())
+        sizes = weights @ share
+        open_rows = (share.amax(1) < 1 - 1e-5).nonzero()[:, 0]  # the others add nothing to the Hessian
+        share = share[open_rows]
+        weighted = share * weights[open_rows, None]
+        hessian = (torch.diag(weighted.sum(0)) - share.T @ weighted).double() + ridge
+        step = torch.linalg.solve(hessian, (sizes - target).double())
         length = float(step.max() - step.min())
         if rising and length > 16:
             softness *= 3
@@ -200,12 +203,13 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
 def _equalise(costs: _Costs, prices: Tensor, limit: float, generator: torch.Generator) -> tuple[_Scan, Tensor]:
     """Prices (k,) that leave at most the share `limit` of the points in surplus, and the scan under them."""
     n, k = costs.n, costs.k
+    size = max(8192, 192 * k)
     scan = _scan(costs, prices)
     best = scan, prices
     for _ in range(ROUNDS):
         if best[0].excess <= max(limit, 0.5 / n):
             break
-        rows, weights = _model(scan, max(8192, 256 * k), generator)
+        rows, weights = _model(scan, size, generator)
         cost = costs.take(rows)
         sizes = torch.zeros(k, device=cost.device)
         sizes.index_add_(0, scan.labels[torch.from_numpy(rows).to(cost.device)], weights)
@@ -213,84 +217,105 @@ def _equalise(costs: _Costs, prices: Tensor, limit: float, generator: torch.Gene
         target *= weights.sum() / target.sum()
         softness = _quantile(scan.margin, 2 * scan.excess)
         softness = softness if softness > 0 else float(cost.std()) + 1e-30
-        prices = _newton(cost, weights, target, prices, softness, limit * n / 2)
+        # a part of the points foresees what the change does to all of them only so well
+        enough = n * max(limit / 2, scan.excess / 10 if n > size else 0.0)
+        prices = _newton(cost, weights, target, prices, softness, enough)
         scan = _scan(costs, prices)
         if scan.excess < best[0].excess:
             best = scan, prices
     return best
 
 
-def _edges(cost: np.ndarray, labels: np.ndarray, clusters: np.ndarray, out: np.ndarray) -> None:
-    """out[j,l] = what it costs at least to move a point of cluster j to l, for the given `clusters` j."""
-    out[clusters] = np.inf
-    rows = np.flatnonzero(np.isin(labels, clusters))
-    rows = rows[labels[rows].argsort(kind="stable")]
-    if len(rows):
-        present, starts = np.unique(labels[rows], return_index=True)
-        out[present] = np.minimum.reduceat(cost[rows] - cost[rows, labels[rows]][:, None], starts)
+class _Repair:
+    """Moves points of `cost` (m,k), which contains `prices` (k,), until `labels` (m,) have the sizes that are wanted.
 
-
-def _path(edges: np.ndarray, surplus: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Cheapest path from a cluster with surplus to one with a deficit (Bellman-Ford), and all distances."""
-    distance = np.where(surplus > 0, 0.0, np.inf)
-    before = np.full(len(surplus), -1)
-    while True:
-        through = distance[:, None] + edges
-        shorter = (nearest := through.min(0)) < distance
-        if not shorter.any():
-            break
-        before[shorter] = through.argmin(0)[shorter]
-        distance = np.minimum(distance, nearest)
-    path = [int(np.where(surplus < 0, distance, np.inf).argmin())]
-    while surplus[path[-1]] <= 0:
-        path.append(int(before[path[-1]]))
-    return path[::-1], distance
-
-
-def _repair(cost: np.ndarray, labels: np.ndarray, surplus: np.ndarray, slack: float) -> np.ndarray:
-    """Labels (m,) after integer `surplus` (k,) has been moved out of its clusters, into those where it is negative.
-
-    cost (m,k) contains the prices, so nobody gains by moving. Successive cheapest paths keep that true: the distances
-    become part of the prices. Along a path as many points move as are wanted and cost at most `slack` more than free.
+    surplus: what each cluster has above its wanted size, before the move. small: bool (k,), the clusters that are to
+    have ⌊n/k⌋ points where others have one more; any cluster can take the role, at the price of its last point.
+    In the beginning nobody gains by moving. Successive cheapest paths between clusters (edges: the point that loses
+    least by moving, or the role of being small) keep that true, the distances becoming part of the prices: the result
+    is a min-cost flow, exact for `slack` 0. A path takes as many points as are wanted and lose at most `slack` by it.
     """
-    labels, surplus = labels.copy(), surplus.copy()
-    k = cost.shape[1]
-    price, edges = np.zeros(k), np.empty((k, k))
-    rounding = 1e-6 * float(np.abs(cost).max(initial=0))
-    _edges(cost, labels, np.arange(k), edges)
-    while (surplus > 0).any():
-        path, distance = _path(np.maximum(edges + price - price[:, None], 0), surplus)
-        price -= np.minimum(distance, distance[path[-1]])
-        amount, moves = min(surplus[path[0]], -surplus[path[-1]]), []
-        for a, b in zip(path[:-1], path[1:], strict=True):
-            rows = np.flatnonzero(labels == a)
-            loss = cost[rows, b] - cost[rows, a] + (price[b] - price[a])
-            rows = rows[loss.argsort(kind="stable")]
-            amount = min(amount, max(1, int((loss <= slack + rounding).sum())))
-            moves.append((rows, b))
-        for rows, b in moves:
-            labels[rows[:amount]] = b
-        surplus[path[0]] -= amount
-        surplus[path[-1]] += amount
-        _edges(cost, labels, np.asarray(path), edges)
-    return labels
+
+    def __init__(self, cost: np.ndarray, prices: np.ndarray, labels: np.ndarray, surplus, small, slack: float):
+        self.cost, self.labels, self.slack = cost, labels.copy(), slack
+        self.surplus, self.small = surplus.copy(), small.copy()
+        self.start, self.prices = prices.astype(np.float64), prices.astype(np.float64)
+        self.edges = np.empty((len(prices), len(prices)))
+        self.rounding = 1e-6 * float(np.abs(cost).max(initial=0))
+
+    def run(self) -> np.ndarray:
+        self._measure(np.arange(len(self.small)))
+        while (self.surplus > 0).any():
+            path = self._path()
+            moves = [self._move(a, b) for a, b in zip(path[:-1], path[1:], strict=True)]
+            amount = min(self.surplus[path[0]], -self.surplus[path[-1]], *(most for most, _ in moves))
+            for (_, rows), a, b in zip(moves, path[:-1], path[1:], strict=True):
+                if rows is None:
+                    self.small[a], self.small[b] = False, True
+                else:
+                    self.labels[rows[:amount]] = b
+            self.surplus[path[0]] -= amount
+            self.surplus[path[-1]] += amount
+            self._measure(np.asarray(path))
+        return self.labels
+
+    def _measure(self, clusters: np.ndarray) -> None:
+        """edges[j,l] = what it costs at least, at the first prices, to move a point of j to l, for `clusters` j."""
+        self.edges[clusters] = np.inf
+        rows = np.flatnonzero(np.isin(self.labels, clusters))
+        rows = rows[self.labels[rows].argsort(kind="stable")]
+        if len(rows):
+            own = self.labels[rows]
+            present, starts = np.unique(own, return_index=True)
+            self.edges[present] = np.minimum.reduceat(self.cost[rows] - self.cost[rows, own][:, None], starts)
+
+    def _path(self) -> list[int]:
+        """The cheapest path from a cluster with surplus to one with a deficit (Bellman-Ford); moves the prices."""
+        shift = self.prices - self.start
+        points = self.edges + shift - shift[:, None]
+        roles = np.where(self.small[:, None] & ~self.small, self.prices - self.prices[:, None], np.inf)
+        edges = np.maximum(np.minimum(points, roles), 0)
+        distance = np.where(self.surplus > 0, 0.0, np.inf)
+        before = np.full(len(distance), -1)
+        while True:
+            through = distance[:, None] + edges
+            shorter = (nearest := through.min(0)) < distance
+            if not shorter.any():
+                break
+            before[shorter] = through.argmin(0)[shorter]
+            distance = np.minimum(distance, nearest)
+        path = [int(np.where(self.surplus < 0, distance, np.inf).argmin())]
+        self.prices = self.prices - np.minimum(distance, distance[path[0]])
+        while self.surplus[path[-1]] <= 0:
+            path.append(int(before[path[-1]]))
+        return path[::-1]
+
+    def _move(self, a: int, b: int) -> tuple[int, np.ndarray | None]:
+        """How much may go from a to b now, and the points, best first; None: the role goes."""
+        rows = np.flatnonzero(self.labels == a)
+        loss = self.cost[rows, b] - self.cost[rows, a] + ((self.prices - self.start)[b] - (self.prices - self.start)[a])
+        role = self.prices[b] - self.prices[a] if self.small[a] and not self.small[b] else np.inf
+        if role < loss.min(initial=np.inf):
+            return 1, None
+        return max(1, int((loss <= self.slack + self.rounding).sum())), rows[loss.argsort(kind="stable")]
 
 
 def _exact(costs: _Costs, scan: _Scan, prices: Tensor, slack: float) -> Tensor:
-    """Labels int64 (n,) of exact sizes; what is over after ⌊n/k⌋ each goes to the clusters in highest demand."""
+    """Labels int64 (n,) of exact sizes."""
     n, k = costs.n, costs.k
     labels, price = scan.labels.cpu().numpy(), prices.cpu().numpy()
-    target = np.full(k, n // k)
-    target[np.lexsort((-scan.surplus, -price))[: n % k]] += 1
+    small = np.zeros(k, bool)
+    small[price.argsort(kind="stable")[: -n % k]] = True  # least in demand
     sizes = np.bincount(labels, minlength=k)
-    surplus = sizes - target
+    surplus = sizes - (-(-n // k) - small)
     if (surplus > 0).any():
         quota = n if n <= EXACT_BELOW else 2 * surplus.clip(0) + 512  # a cluster gives first who loses least by it
         order = np.lexsort((scan.margin.cpu().numpy(), labels))
         rank = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
         rows = np.sort(order[rank < np.broadcast_to(quota, k)[labels[order]]])
         cost = costs.take(rows).cpu().numpy() + price
-        labels[rows] = _repair(cost, labels[rows], surplus, slack / max(int(surplus.clip(0).sum()), 1))
+        slack = slack / int(surplus.clip(0).sum())
+        labels[rows] = _Repair(cost, price, labels[rows], surplus, small, slack).run()
     return torch.from_numpy(labels).long()
 
 

@@ -30,7 +30,9 @@ Shapes = Sequence[tuple[int, int]]
 log = logging.getLogger(__name__)
 
 
-def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, form: Form | None = None) -> Tensor:
+def ms_deform_attn(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, form: Form | None = None
+) -> Tensor:
     """Weighted sum of the sampled values.
 
     Args:
@@ -76,8 +78,9 @@ def triton_missing() -> str | None:
 
 
 def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
-    if sum(h * w for h, w in shapes) != value.shape[1]:
-        raise ValueError(f"value has {value.shape[1]} positions, the levels {shapes} have {sum(h * w for h, w in shapes)}")
+    positions = sum(h * w for h, w in shapes)
+    if positions != value.shape[1]:
+        raise ValueError(f"value has {value.shape[1]} positions, the levels {shapes} have {positions}")
     expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[4])
     if locations.shape != (*expected, 2) or weights.shape != expected:
         raise ValueError(
@@ -107,15 +110,15 @@ def grid_sample_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
 
 @torch.library.custom_op("longtail::ms_deform_attn", mutates_args=())
 def _fused(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, form: str) -> Tensor:
-    return _implementation(form).forward(value.contiguous(), _pairs(sizes), locations.contiguous(), weights.contiguous())
+    value, locations, weights = (t.contiguous() for t in (value, locations, weights))
+    return _implementation(form).forward(value, _pairs(sizes), locations, weights)
 
 
 @torch.library.custom_op("longtail::ms_deform_attn_backward", mutates_args=())
 def _fused_backward(
     gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, form: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (t.contiguous() for t in (gradient, value, locations, weights))
-    gradient, value, locations, weights = tensors
+    gradient, value, locations, weights = (t.contiguous() for t in (gradient, value, locations, weights))
     return _implementation(form).backward(gradient, value, _pairs(sizes), locations, weights)
 
 
@@ -183,7 +186,7 @@ class _Corners(NamedTuple):
 
 
 class EmbeddingBagForm:
-    """The sum as `embedding_bag` on a table of rows (pixel, head); the maps get a border of zeros, so no corner is masked.
+    """The sum as `embedding_bag` on a table of rows (pixel, head); a border of zeros spares every corner its mask.
 
     A sample outside the map is moved to the border's outer line, where all that it weighs is zero. The gradient of the
     table is the transposed sum: samples sorted by cell, one bag a cell, once for each corner.

@@ -17,7 +17,6 @@ from common.losses.self_training import (
     pixel_contrast,
     symmetric_cross_entropy,
 )
-from common.ops.lab import lab_statistics, lab_to_rgb, rgb_to_lab, transfer
 from common.ops.sinkhorn import sinkhorn
 from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
 
@@ -155,50 +154,6 @@ def test_contrast_equals_the_double_loop():
     loss = pixel_contrast(anchors, labels, bank, bank_labels)
     loss.backward()
     assert loss.item() == pytest.approx(total / 6, rel=1e-5) and anchors.grad.isfinite().all()
-
-
-# Colour ------------------------------------------------------------------------------------------------------------
-
-
-def planes(rows) -> np.ndarray:
-    return np.ascontiguousarray(np.array(rows, np.uint8).transpose(2, 0, 1))
-
-
-SOURCE_COLOURS = planes([[(200, 30, 60), (0, 0, 255), (12, 200, 99)], [(128, 128, 128), (90, 60, 30), (250, 240, 10)]])
-TARGET_COLOURS = planes([[(40, 60, 50), (100, 110, 90), (70, 75, 80)], [(20, 25, 22), (180, 190, 185), (60, 50, 45)]])
-
-
-def test_lab_numbers():
-    lab = rgb_to_lab(np.array([200, 30, 60], np.uint8)[:, None])
-    assert np.allclose(lab.ravel(), [43.5630, 64.0570, 28.4723], atol=1e-4)
-    moved = transfer(SOURCE_COLOURS, lab_statistics(SOURCE_COLOURS), lab_statistics(TARGET_COLOURS))
-    expected = [[(62, 57, 52), (35, 34, 42), (104, 127, 113)], [(73, 83, 77), (23, 28, 22), (170, 180, 161)]]
-    assert moved.dtype == np.uint8 and np.array_equal(moved, planes(expected))
-
-
-def test_every_colour_survives_the_round_trip():
-    levels = np.arange(0, 256, 15, dtype=np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels)).reshape(3, -1)
-    assert np.allclose(lab_to_rgb(rgb_to_lab(colours)) * 255, colours, atol=0.02)
-    grey = rgb_to_lab(np.array([[0, 255]] * 3, np.uint8))
-    assert np.allclose(grey, [[0, 100], [0, 0], [0, 0]], atol=0.02)
-
-
-def test_statistics_and_transfer_of_a_part():
-    image = np.random.default_rng(0).integers(0, 256, (3, 150, 233), dtype=np.uint8)
-    lab = rgb_to_lab(image).astype(np.float64).reshape(3, -1)
-    own = lab_statistics(image)
-    assert np.allclose(own, [lab.mean(1), lab.std(1)], rtol=1e-6)
-    assert np.abs(transfer(image, own, own).astype(int) - image).max() <= 1
-    target = lab_statistics(TARGET_COLOURS)
-    whole, part = transfer(image, own, target), transfer(image[:, 20:90, 100:180], own, target)
-    assert np.array_equal(whole[:, 20:90, 100:180], part)
-
-
-def test_flat_image_takes_the_target_mean():
-    flat = np.full((3, 4, 4), 90, np.uint8)
-    moved = transfer(flat, lab_statistics(flat), lab_statistics(TARGET_COLOURS))
-    assert np.allclose(lab_statistics(moved)[0], lab_statistics(TARGET_COLOURS)[0], atol=1)
 
 
 # Adversary ---------------------------------------------------------------------------------------------------------

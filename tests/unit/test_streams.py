@@ -1,0 +1,170 @@
+"""Streams: which draw shows what, resuming, ranks, workers and errors."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import ConfigError, DataConfig, StreamConfig, TrainConfig
+from common.data import SegmentationDataset, Stream, make_loaders, make_streams
+from common.data.streams import Order, RepeatOrder
+from tests.unit.data_files import make_folder
+
+
+@pytest.fixture
+def data(tmp_path):
+    source = make_folder(tmp_path, images=7)
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    augment = {"recipe": "mmseg", "crop": [16, 16]}
+    stream = StreamConfig(**fields, batch_size=4, augment=augment)
+    return DataConfig(streams={"labeled": stream, "other": dataclasses.replace(stream, batch_size=8)}, workers=0)
+
+
+def run(data, batches, start=0, rank=0, world=1, devices=1, name="labeled", **changes):
+    data = dataclasses.replace(data, **changes)
+    loader = make_loaders(data, TrainConfig(devices=devices), start, rank, world, seed=5)[name]
+    return list(itertools.islice(loader, batches))
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+
+
+def test_every_epoch_shows_every_image_once():
+    order = Order(13, 0, "s")
+    epochs = [[order.index(13 * e + k) for k in range(13)] for e in range(5)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert [Order(13, 0, "s").index(d) for d in (40, 3, 64)] == [order.index(d) for d in (40, 3, 64)]
+    assert epochs[0] != [Order(13, 0, "t").index(k) for k in range(13)]
+    assert epochs[0] != [Order(13, 1, "s").index(k) for k in range(13)]
+
+
+def test_sequential_order():
+    order = Order(3, 0, "s", shuffle=False)
+    assert [order.index(d) for d in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_repeat_order_shows_each_image_by_its_factor():
+    factors = np.array([1.0, 2.0, 1.25, 3.6, 0.0, 1.0], np.float32)
+    order = RepeatOrder(factors, 0, "s")
+    seen = np.zeros(6)
+    draw, epochs = 0, 800
+    for epoch in range(epochs):
+        counts = np.zeros(6)
+        while order.locate(draw)[0] == epoch:
+            counts[order.index(draw)] += 1
+            draw += 1
+        assert np.all(counts >= np.floor(factors)) and np.all(counts <= np.ceil(factors))
+        seen += counts
+    np.testing.assert_allclose(seen / epochs, factors, atol=0.06)
+
+
+def test_repeat_order_can_be_entered_anywhere():
+    factors = np.random.default_rng(0).uniform(1, 3, 20).astype(np.float32)
+    walked = RepeatOrder(factors, 3, "s")
+    indices = [walked.index(d) for d in range(500)]
+    for draw in (499, 0, 250, 41):
+        assert RepeatOrder(factors, 3, "s").index(draw) == indices[draw]
+    with pytest.raises(ValueError, match="factors of all images are 0"):
+        RepeatOrder(np.zeros(3), 0, "s")
+
+
+def test_batches_follow_the_draws(data):
+    stream = make_streams(data, 5)["labeled"]
+    for step, batch in enumerate(run(data, 4)):
+        assert batch["draw"].tolist() == list(range(4 * step, 4 * step + 4))
+        assert batch["image"].shape == (4, 3, 16, 16) and batch["image"].dtype == torch.uint8
+        assert batch["label"].shape == (4, 16, 16) and batch["label"].dtype == torch.int16
+        assert batch["geometry"].shape == (4, 7) and len(batch["name"]) == 4
+        for k in range(4):
+            alone = stream.sample(4 * step + k)
+            assert torch.equal(alone["image"], batch["image"][k]) and alone["index"] == batch["index"][k]
+
+
+def test_a_run_resumes_at_any_step(data):
+    whole = run(data, 9)
+    assert all(equal(a, b) for a, b in zip(whole[5:], run(data, 4, start=5), strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(data, workers):
+    state = torch.get_rng_state()
+    batches = run(data, 5, start=2, workers=workers)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(equal(a, b) for a, b in zip(run(data, 5, start=2), batches, strict=True))
+
+
+def test_ranks_and_accumulation_see_the_draws_of_one_process(data):
+    whole = [batch["draw"].tolist() for batch in run(data, 3)]
+    for world in (1, 2, 4):
+        per_step = 4 // world
+        ranks = [run(data, 3 * per_step, rank=r, world=world, devices=4) for r in range(world)]
+        for step in range(3):
+            slots = {}
+            for r, batches in enumerate(ranks):
+                for k, batch in enumerate(batches[step * per_step : (step + 1) * per_step]):
+                    slots[r + k * world] = batch["draw"].tolist()
+            assert sum((slots[v] for v in sorted(slots)), []) == whole[step]
+
+
+def test_streams_differ_in_order_and_augmentation(data):
+    a, b = (run(data, 4, name=name) for name in ("labeled", "other"))
+    assert torch.cat([x["index"] for x in a]).tolist() != torch.cat([x["index"] for x in b]).tolist()[:16]
+    assert [x["draw"].tolist() for x in b] == [list(range(8 * k, 8 * k + 8)) for k in range(4)]
+
+
+def test_an_image_shown_again_is_augmented_anew(tmp_path):
+    source = make_folder(tmp_path, images=1)
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    stream = StreamConfig(**fields, batch_size=5, augment={"recipe": "mmseg", "crop": [16, 16]})
+    batch = run(DataConfig(streams={"one": stream}, workers=0), 1, name="one")[0]
+    assert batch["index"].tolist() == [0] * 5
+    assert len({tuple(g.tolist()) for g in batch["geometry"]}) > 1
+
+
+def test_images_of_several_sizes_become_a_list(tmp_path):
+    make_folder(tmp_path, images=1, size=(32, 32))
+    source = make_folder(tmp_path / "b", images=2)
+    (tmp_path / "images" / "train" / "im0.png").rename(tmp_path / "b" / "images" / "train" / "im0.png")
+    (tmp_path / "labels" / "train" / "im0.png").rename(tmp_path / "b" / "labels" / "train" / "im0.png")
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    stream = StreamConfig(**fields, batch_size=2, sampler={"order": "sequential"})
+    batch = run(DataConfig(streams={"s": stream}, workers=0), 1, name="s")[0]
+    assert [tuple(image.shape) for image in batch["image"]] == [(3, 32, 32), (3, 48, 64)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_in_a_file_arrive_as_one_line(tmp_path, data, workers):
+    stream = data.streams["labeled"]
+    path = next(iter(SegmentationDataset(stream).records)).image
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"im0\.png: cannot decode the image") as error:
+        run(data, 3, workers=workers)
+    assert type(error.value) is ValueError and "\n" not in str(error.value) and "worker" not in str(error.value)
+
+
+def test_settings_that_cannot_work_are_refused(data):
+    with pytest.raises(ValueError, match="batch_size 4 must be a multiple of train.devices 3"):
+        run(data, 1, devices=3)
+    with pytest.raises(ValueError, match="train.devices 2 must be a multiple of the 4 processes"):
+        run(data, 1, devices=2, world=4)
+    with pytest.raises(ValueError, match="names no training stream"):
+        make_loaders(DataConfig(), TrainConfig())
+    broken = dataclasses.replace(data.streams["labeled"], sampler={"order": "random"})
+    with pytest.raises(ConfigError, match="labeled.sampler: order: 'random' is not one of shuffle"):
+        make_streams(dataclasses.replace(data, streams={"labeled": broken}), 0)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        Stream("s", make_streams(data, 0)["labeled"].dataset, 0, 0)
+
+
+def test_repeat_factor_sampling_from_a_config(tmp_path, data):
+    sampler = {"order": "repeat_factor", "threshold": 4.0, "level": "image"}
+    stream = dataclasses.replace(data.streams["labeled"], sampler=sampler)
+    order = make_streams(dataclasses.replace(data, streams={"s": stream}), 0, tmp_path / "cache")["s"].order
+    assert isinstance(order, RepeatOrder) and order.locate(0) == (0, 0)
+    assert order.whole.min() >= 2  # every frequency is at most 1, so every factor at least sqrt(4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
