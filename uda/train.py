@@ -3,11 +3,14 @@
 The stages of a task, and what runs between them, are in `main.sh`.
 """
 
+from pathlib import Path
+
 from common import cli
 from common.config import Config, ConfigError, nearest
 from common.engine import Method, distributed, fit, prepare
 from common.experiment import Experiment, print_result
-from uda.config import stage_config, stage_parser
+from uda.base import read_prototypes
+from uda.config import STAGES, stage_config, stage_parser
 from uda.cpsl import CPSL
 from uda.distill import Distill
 from uda.proda import ProDA
@@ -25,11 +28,27 @@ def build_method(cfg: Config, counts) -> Method:
     return METHODS[name](cfg, options, counts)
 
 
+def require_earlier_steps(cfg: Config) -> None:
+    """Look for the files of earlier steps before any work; a ValueError names the command that makes the missing one."""
+    for path in (cfg.model.checkpoint, cfg.method.get("teacher")):
+        if path and not Path(path).exists():
+            stage = next((s for s in STAGES if f"{s}" in Path(path).as_posix()), "of the step before")
+            raise ValueError(f"{path}: not there; train.py --stage {stage} makes it")
+    for key, folder in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
+        if "{name}" not in folder and not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no {key} pseudo-labels there; generate_pseudo_label.py makes them")
+        if "{name}" in folder and not Path(folder).parent.is_dir():
+            raise ValueError(f"{Path(folder).parent}: no pseudo-labels there; generate_pseudo_label.py makes them")
+    if "prototypes" in cfg.method:
+        read_prototypes(cfg.method["prototypes"], cfg.model.num_classes)
+
+
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from the stage's newest checkpoint")
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
+    require_earlier_steps(cfg)
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin()

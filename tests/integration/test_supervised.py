@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import time
 
@@ -95,3 +96,10 @@ def test_wrong_class_count_in_a_checkpoint(config, tmp_path, whole):
     out = call("fully_sup/test.py", config, tmp_path / "whole" / "checkpoints" / "last", "model.num_classes=16",
                "data.val.dataset=cityscapes16", "data.dataset=cityscapes16", expect=2)  # fmt: skip
     assert "trained on 19 classes, the model has 16" in out
+
+
+def test_compiled_training_runs(config):
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler: Inductor cannot build CPU kernels")
+    out = call(TRAIN, config, "name=compiled", "train.compile=true", "train.steps=2", "eval.max_images=1")
+    assert "2/2" in out

@@ -58,8 +58,9 @@ def test_colour_alone_does_not_tell_the_tail_apart(day):
         np.add.at(table, (colour.ravel(), scene.label.ravel()), 1)
     guess = np.concatenate([table.argmax(1)[colour].ravel() for colour in bins[32:]])
     truth = np.concatenate([s.label.ravel() for s in day[32:]])
-    ious = [((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in TAIL]
-    assert np.mean(ious) < 0.1
+    ious = {k: ((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in TAIL}
+    assert np.mean(list(ious.values())) < 0.15  # a small network reaches three times that
+    assert max(ious[k] for k in (12, 25, 27, 28, 31, 32, 33)) < 0.25  # lights and signs have colours of their own
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

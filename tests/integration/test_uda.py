@@ -1,0 +1,90 @@
+"""CPSL's pipeline on a tiny toy pair through its command lines: files handed over, resume, two ranks, errors."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from common.data.toy import make
+from tests.integration.conftest import ROOT, call
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "uda.train")
+QUICK = ("train.steps=4", "train.log_every=1", "train.save_every=2", "train.threads=1", "data.workers=0",
+         "eval.max_images=1", "eval.workers=0", "eval.every=100")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """A copy of the toy task whose files all lie in a temporary folder, with the steps before stage 1 done."""
+    root = tmp_path_factory.mktemp("uda")
+    make("gta5", root / "datasets/toy_gta5", train=4, val=0, size=(64, 128), seed=0, domain="render")
+    make("cityscapes", root / "datasets/toy_cityscapes", train=4, val=2, size=(64, 128), seed=0, domain="day")
+    shutil.copytree(ROOT / "uda/configs/toy", root / "toy")
+    tree = yaml.safe_load((root / "toy/task.yaml").read_text())
+    for stream in tree["data"]["streams"].values():
+        stream["augment"] |= {"crop": [32, 48], "width": 128}
+        stream["batch_size"] = 2
+    tree["model"]["options"] |= {"width": 8, "head_channels": 16, "features": 16}
+    (root / "toy/task.yaml").write_text(yaml.safe_dump(tree))
+    for path in (root / "toy").glob("*.yaml"):
+        text = path.read_text().replace("runs/toy", f"{root}/runs").replace("datasets/toy_", f"{root}/datasets/toy_")
+        path.write_text(text.replace("bank: 4096", "bank: 128").replace("samples: 128", "samples: 32"))
+    call("uda/train.py", root / "toy", "--stage", "warm_up", *QUICK)
+    call("uda/generate_pseudo_label.py", root / "toy", "--soft", *QUICK)
+    call("uda/calc_prototype.py", root / "toy", *QUICK)
+    call("uda/generate_class_distribution.py", root / "toy", *QUICK)
+    return root
+
+
+def weights(folder):
+    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not a[name].equal(b[name])]
+    assert not different, different[:5]
+
+
+def test_files_of_the_first_steps(task):
+    soft = sorted((task / "runs/warm_up/pseudo_soft").glob("*.npy"))
+    array = np.load(soft[0])
+    assert len(soft) == 4 and array.dtype == np.float16 and array.shape == (19, 9, 17)
+    assert array.sum(0) == pytest.approx(1, abs=1e-2)
+    assert np.load(task / "runs/warm_up/class_distribution.npy").sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stage_1_resumes_to_the_bit(task, ranks):
+    """Teacher, prototypes, bank and pointer, optimisers: all of it is in the checkpoint."""
+    launch = ("uda/train.py",) if ranks == 1 else TORCHRUN
+    words = (task / "toy", "--stage", "stage1", *QUICK, f"train.devices={ranks}")
+    whole, parts = f"whole{ranks}", f"parts{ranks}"
+    call(*launch, *words, f"name={whole}")
+    call(*launch, *words, f"name={parts}")
+    torn = task / "runs" / parts / "checkpoints" / "step_00000004" / "model.safetensors"
+    torn.write_bytes(b"torn")
+    call(*launch, *words, f"name={parts}", "--resume")
+    assert_equal(weights(task / "runs" / whole), weights(task / "runs" / parts))
+
+
+def test_later_stages_and_test(task):
+    call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK)
+    call("uda/generate_pseudo_label.py", task / "toy", "--stage", "stage1", *QUICK)
+    call("uda/train.py", task / "toy", "--stage", "stage2", *QUICK)
+    call("uda/generate_pseudo_label.py", task / "toy", "--stage", "stage2", *QUICK)
+    call("uda/train.py", task / "toy", "--stage", "stage3", *QUICK)
+    out = call("uda/test.py", task / "toy", *QUICK, "--history")
+    assert "Mean IoU" in out and "miou13" in out and "stage2" in out
+
+
+def test_missing_step_names_its_command(task):
+    out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "method.prototypes=none.pt", expect=2)
+    assert "calc_prototype.py makes them" in out and "Traceback" not in out
+    out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "model.checkpoint=none/warm_up/x", expect=2)
+    assert "train.py --stage warm_up makes it" in out
+    out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "model.num_classes=16", expect=2)
+    assert "for 16 classes" in out
