@@ -162,12 +162,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError (one line) for a missing file, an unknown key, a wrong type, or a bad override.
     """
     path = Path(path)
-    tree = read_tree(path)
+    config = config_of(read_tree(path), overrides, path.name)
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    """The config of a nested mapping, e.g. of a resolved one that a checkpoint carries; `where` begins the errors."""
     for override in overrides:
         _override(tree, override)
-    config = typed(Config, tree, path.name)
-    config = dataclasses.replace(config, data=_inherit(config.data))
-    return config if config.name else dataclasses.replace(config, name=path.stem)
+    config = typed(Config, tree, where)
+    return dataclasses.replace(config, data=_inherit(config.data))
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class Experiment:
         """The newest validation of this run."""
         return json.loads((self.cfg.folder / "evaluation.json").read_text())
 
+    def finish(self) -> None:
+        """Mark the run as complete, for drivers that skip finished steps."""
+        if distributed.rank() == 0:
+            (self.cfg.folder / "done").touch()
+
     def begin(self) -> None:
         """Make the run's folder (an error here costs nothing yet) and leave the statistics in it."""
         if distributed.rank() != 0:

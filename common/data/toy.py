@@ -23,7 +23,7 @@ from common.data.toy_glyphs import ade_scene, voc_scene
 from common.data.toy_scene import street_scene
 
 MARKER = "toy.json"
-VERSION = 1  # of the drawings: raise it when a picture changes
+VERSION = 2  # of the drawings: raise it when a picture changes
 _VAL_START = 1_000_000  # number of the first validation scene
 _TRAIN_RAW = tuple(RAW_IDS[name] for name in DATASETS["cityscapes"].classes)
 _RAW_NAMES = {raw: name for name, raw in RAW_IDS.items()}

@@ -26,14 +26,14 @@ class RefreshedBLV(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._apply_counts())
 
     @torch.no_grad()
-    def count(self, label: Tensor) -> None:
-        """Add the pixels of pseudo-labels (any shape, −1 ignored), on all ranks the same."""
+    def count(self, label: Tensor, area: float = 1.0) -> None:
+        """Add pseudo-labels (any shape, −1 ignored), each for `area` pixels, on all ranks the same."""
         classes = label.reshape(-1).long() + 1
         counts = self.running.new_zeros(len(self.running) + 1)
         counts.index_add_(0, classes, torch.ones_like(classes, dtype=counts.dtype))
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(counts)
-        self.running += counts[1:]
+        self.running += counts[1:] * area
 
     @torch.no_grad()
     def refresh(self) -> None:

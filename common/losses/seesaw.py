@@ -52,7 +52,7 @@ class SeesawLoss(nn.Module):
         mitigation = self.p * (seen.unsqueeze(1) - seen.gather(1, label).unsqueeze(2))
         score = classes.log_softmax(-1)
         own = score.gather(2, label.unsqueeze(2)).exp().clamp(min=self.eps).log()
-        own_position = F.one_hot(label, self.num_classes).bool()
+        own_position = label.unsqueeze(2) == torch.arange(self.num_classes, device=label.device)
         compensation = (self.q * (score - own)).clamp_(min=0).masked_fill_(own_position, 0)
         return mitigation.clamp_(max=0) + compensation
 

@@ -111,11 +111,13 @@ class _Costs:
 
 
 class _Scan(NamedTuple):
-    """Cheapest cluster int32 (n,), what the second cheapest costs more float32 (n,), the clusters' size − n/k (k,)."""
+    """Cheapest cluster int32 (n,), what the second cheapest costs more float32 (n,), the clusters' size − n/k (k,), and
+    the dual value Σ_i min_j (cost_ij + price_j) − n/k Σ_j price_j, below the cost of any balanced assignment."""
 
     labels: Tensor
     margin: Tensor
     surplus: np.ndarray
+    dual: float
 
     @property
     def excess(self) -> float:
@@ -127,14 +129,16 @@ def _scan(costs: _Costs, prices: Tensor) -> _Scan:
     """One pass over all costs under `prices` (k,)."""
     labels = torch.empty(costs.n, dtype=torch.int32, device=prices.device)
     margin = torch.empty(costs.n, device=prices.device)
+    dual = -costs.n * prices.double().mean()
     for where, block in costs.blocks():
         total = block + prices
         low, best = total.min(1)
+        dual += low.sum(dtype=torch.float64)
         labels[where] = best
         total.scatter_(1, best[:, None], torch.inf)
         torch.sub(total.amin(1), low, out=margin[where])
     sizes = torch.bincount(labels, minlength=costs.k).cpu().numpy()
-    return _Scan(labels, margin, sizes - costs.n / costs.k)
+    return _Scan(labels, margin, sizes - costs.n / costs.k, float(dual))
 
 
 def _quantile(margin: Tensor, share: float) -> float:
@@ -171,16 +175,14 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
     """
     k = cost.shape[1]
     cost = cost - cost.amin(1, keepdim=True)
-    ridge = torch.eye(k, device=cost.device, dtype=torch.float64) * (1e-6 * float(weights.sum()) / k)
-    best, best_prices, stale, rising = float("inf"), prices, 0, True
+    ridge = torch.eye(k, device=cost.device, dtype=torch.float64) * (1e-3 * float(weights.sum()) / k)
+    best, best_prices, stale, rising = float("inf"), None, 0, True
     for _ in range(60):
         share = torch.softmax((cost + prices) * (-1 / softness), 1)
-        sizes = weights @ share
-        open_rows = (share.amax(1) < 1 - 1e-5).nonzero()[:, 0]  # the others add nothing to the Hessian
-        share = share[open_rows]
-        weighted = share * weights[open_rows, None]
-        hessian = (torch.diag(weighted.sum(0)) - share.T @ weighted).double() + ridge
-        step = torch.linalg.solve(hessian, (sizes - target).double())
+        weighted = share * weights[:, None]
+        sizes = weighted.sum(0)
+        step = torch.linalg.solve((torch.diag(sizes) - share.T @ weighted).double() + ridge, (sizes - target).double())
+        step -= step.mean()
         length = float(step.max() - step.min())
         if rising and length > 16:
             softness *= 3
@@ -197,7 +199,8 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
         if excess <= enough or stale == 3:
             break
         softness *= 0.35
-    return best_prices - best_prices.mean()
+    prices = prices if best_prices is None else best_prices
+    return prices - prices.mean()
 
 
 def _equalise(costs: _Costs, prices: Tensor, limit: float, generator: torch.Generator) -> tuple[_Scan, Tensor]:
@@ -342,18 +345,18 @@ def _lloyd(rows, centres, prices, max_iter, tol, memory, generator, final: bool)
     n, k = rows.n, len(centres)
     costs = _Costs(n, k, rows=rows, memory=memory)
     origin, spread = _moments(rows)
-    objective, iterations, converged, exact = spread, 0, False, False
+    lower, iterations, converged, exact = float("inf"), 0, False, False
     while not (converged or iterations == max_iter) or (final and not exact):
         last = converged or iterations == max_iter
         costs.update(centres, origin)
         scan, prices = _equalise(costs, prices, TIGHT if last else LOOSE, generator)
         exact = last or n <= EXACT_BELOW or scan.excess > 2 * LOOSE
-        labels = _exact(costs, scan, prices, SLACK * objective) if exact else scan.labels
-        centres, sizes = _means(rows, labels, centres)
-        previous = objective
-        objective = spread - float((sizes * (centres - origin).square().sum(1)).sum())
+        previous, lower = lower, spread + scan.dual  # unlike the cost, hardly changed by a size that is not quite n/k
+        converged = converged or (iterations > 0 and previous - lower <= tol * previous)
         iterations += not last
-        converged = converged or (iterations > 1 and previous - objective <= tol * previous)
+        labels = _exact(costs, scan, prices, SLACK * lower) if exact else scan.labels
+        centres, sizes = _means(rows, labels, centres)
+    objective = spread - float((sizes * (centres - origin).square().sum(1)).sum())
     return Clusters(labels.long().cpu(), centres.float().cpu(), max(objective, 0.0), iterations, converged), prices
 
 

@@ -54,11 +54,16 @@ def ms_deform_attn(
     return _fused(value, sizes, locations, weights, form)
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def choose_form(device: str, deterministic: bool = False) -> Form:
-    """The form for a device type: its result is logged once."""
+    """The form for a device type; what is chosen is logged once."""
+    return _choose(device, deterministic)
+
+
+@lru_cache
+def _choose(device: str, deterministic: bool) -> Form:
     if device == "cpu" or (device == "cuda" and deterministic):
-        form, why = "embedding_bag", "deterministic"
+        form, why = "embedding_bag", "fastest on CPUs, deterministic on all devices"
     elif device == "cuda":
         missing = triton_missing()
         form, why = ("grid_sample", missing) if missing else ("triton", "fused kernel")
@@ -92,16 +97,18 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) ->
 def grid_sample_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The definition, level by level; arguments and result as in `ms_deform_attn`."""
     batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
+    queries, kind = locations.shape[1], value.dtype
+    value = _float(value)
+    locations, weights = locations.to(value.dtype), weights.to(value.dtype)
     total, start = 0, 0
     for level, (h, w) in enumerate(shapes):
         pixels = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1).to(value.dtype)  # (B·M, Q, P, 2)
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, P, 2)
         samples = F.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)  # (B·M, D, Q, P)
         weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-        total = total + (samples * weight.to(value.dtype)).sum(-1)
+        total = total + (samples * weight).sum(-1)
         start += h * w
-    return total.view(batch, heads * channels, queries).transpose(1, 2)
+    return total.view(batch, heads * channels, queries).transpose(1, 2).to(kind)
 
 
 # The two fused forms are opaque operators with a hand-written backward: torch.compile takes them as they are, and only

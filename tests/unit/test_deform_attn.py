@@ -103,15 +103,14 @@ def test_numeric_gradients(form):
     assert torch.autograd.gradcheck(lambda *t: ms_deform_attn(t[0], SHAPES, t[1], t[2], form), tensors)
 
 
+@pytest.mark.parametrize("form", TORCH_FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_sums_in_float32(dtype):
+def test_half_precision_sums_in_float32(dtype, form):
     value, locations, weights = (t.detach() for t in inputs(heads=1, channels=4))
     value, weights = value.to(dtype), weights.to(dtype)
     locations = locations.float()
-    out, grads = gradients("embedding_bag", SHAPES, (value, locations, weights), torch.ones(2, 4, 4, dtype=dtype))
-    exact, exact_grads = gradients(
-        "embedding_bag", SHAPES, (value.float(), locations, weights.float()), torch.ones(2, 4, 4)
-    )
+    out, grads = gradients(form, SHAPES, (value, locations, weights), torch.ones(2, 4, 4, dtype=dtype))
+    exact, exact_grads = gradients(form, SHAPES, (value.float(), locations, weights.float()), torch.ones(2, 4, 4))
     assert out.dtype == dtype and [g.dtype for g in grads] == [dtype, torch.float32, dtype]
     torch.testing.assert_close(out, exact.to(dtype), rtol=0, atol=0)  # rounded once
     torch.testing.assert_close(grads[0], exact_grads[0].to(dtype), rtol=0, atol=0)

@@ -34,6 +34,15 @@ NO_DECAY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Maps are so small here that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small(name="mask2former", **options):
     options = {**SMALL, **options} if name == "mask2former" else options
     return build_model(ModelConfig(name, CLASSES, "resnet18" if name == "mask2former" else "resnet50", options=options))

@@ -139,4 +139,5 @@ def attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
 
 def masks(embedding: Tensor, mask_features: Tensor) -> Tensor:
     """Mask logits (B, Q, h, w) of embeddings (B, Q, d) on mask features (B, d, h, w)."""
-    return (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+    logits = embedding.to(mask_features.dtype) @ mask_features.flatten(2)
+    return logits.unflatten(2, mask_features.shape[-2:])

@@ -90,6 +90,13 @@ class Mask2Former(SegmentationModel):
         ]
         return {**layers[-1], "mask_features": pixels.mask_features, "aux": layers[:-1]}
 
+    def infer(self, images: Tensor) -> dict[str, Any]:
+        """What scores are made of: `probability` (B, K, Q) and `pred_masks` (B, Q, h, w)."""
+        out = self(images)
+        probability = class_probabilities(out["pred_logits"], self.num_classes).transpose(1, 2).contiguous()
+        pred_masks = masks(out["mask_embed"], out["mask_features"]) if self.training else out["pred_masks"]
+        return {"probability": probability, "pred_masks": pred_masks}
+
     def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of Σ_q p_qk · σ(m_q).
 
@@ -98,19 +105,14 @@ class Mask2Former(SegmentationModel):
         """
         padded, inner, size = geometry
         band = rows if inner == size else source_rows(inner[0], size[0], rows)
-        x = resize_rows(self._masks(out), padded, band)[..., : inner[1]].float().sigmoid()
+        x = resize_rows(out["pred_masks"], padded, band)[..., : inner[1]].float().sigmoid()
         if inner != size:
             x = resize_rows(x, size, rows, first=band[0], height=inner[0])
-        probability = class_probabilities(out["pred_logits"], self.num_classes)
-        return (probability.transpose(1, 2) @ x.flatten(2)).unflatten(2, x.shape[2:])
+        return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
 
-    def confidence(self, scores: Tensor) -> Tensor:
+    def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
         """The best class's share of all scores."""
-        return scores.amax(1) / scores.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)
-
-    @staticmethod
-    def _masks(out: dict[str, Any]) -> Tensor:
-        return out["pred_masks"] if "pred_masks" in out else masks(out["mask_embed"], out["mask_features"])
+        return best / scores.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def mask2former(config: ModelConfig) -> Mask2Former:

@@ -164,7 +164,8 @@ class PixelDecoder(nn.Module):
             layer.linear2.bias.data.copy_(self.layers[0].linear2.bias.data)
 
     def forward(self, maps: Sequence[Tensor]) -> PixelFeatures:
-        with torch.autocast(maps[0].device.type, enabled=False):
+        device = maps[0].device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # the meta device knows no autocast
             return self._decode([m.float() for m in maps])
 
     def _decode(self, maps: Sequence[Tensor]) -> PixelFeatures:

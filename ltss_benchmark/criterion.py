@@ -1,0 +1,158 @@
+"""Mask2Former's losses for semantic segmentation: classification of queries, masks at points.
+
+Every prediction (the initial queries and each decoder layer) is matched to the classes of the image, and contributes
+
+    2 · classification + 5 · binary cross-entropy + 5 · dice,
+
+the last two at 12544 points a matched pair, three quarters of them where the predicted mask is least decided. Nothing
+is made at full size: masks of matched queries at stride 4 only, targets from the label map at the points only.
+Ignored and padded pixels belong to no class and are background of every mask.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.losses.seesaw import SeesawLoss
+from common.models.mask2former import class_probabilities
+from common.models.mask2former.decoder import masks
+from common.ops.point_sample import class_masks, point_sample, uncertain_points
+from ltss_benchmark.matcher import Matcher, Matches, MatchWeights, Targets, find_targets
+
+STRIDE = 4  # of the mask features
+
+
+@dataclass(frozen=True)
+class CriterionOptions:
+    """Defaults are the release's."""
+
+    class_loss: Literal["ce", "seesaw"] = "ce"
+    class_weight: float = 2.0  # weights of the terms, in the loss and in the matching cost
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1  # of queries without a class, in the cross-entropy
+    points: int = 12544
+    oversample: float = 3.0
+    importance: float = 0.75
+    seesaw_p: float = 1.2
+    seesaw_q: float = 1.0
+    normalizer: Literal["targets", "pairs"] = "targets"  # mask losses are divided by the classes, or matched pairs
+
+
+def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy and dice loss (N,) of mask logits and targets (N, P), in float32.
+
+    bce = mean_p BCE(x, t);  dice = 1 − (2 Σ σ(x) t + 1) / (Σ σ(x) + Σ t + 1).
+    """
+    logits = logits.float()
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+    sigmoid = logits.sigmoid()
+    dice = 1 - (2 * (sigmoid * targets).sum(1) + 1) / (sigmoid.sum(1) + targets.sum(1) + 1)
+    return bce, dice
+
+
+def classification_loss(logits: Tensor, labels: Tensor, no_object_weight: float) -> Tensor:
+    """Cross-entropy (L,) of logits (L, M, K + 1) and labels (L, M): a mean in which "no object" (K) weighs less."""
+    no_object = logits.shape[2] - 1
+    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    weight = torch.where(labels == no_object, no_object_weight, 1.0)
+    return (each * weight).sum(1) / weight.sum(1)
+
+
+class SetCriterion(nn.Module):
+    """Losses of a Mask2Former in training, and what they hold: the counts of Seesaw.
+
+    Args:
+        num_classes: K.
+        copies: (K,) queries of each class for the Frequency-based Matcher; None for one-to-one matching.
+    """
+
+    def __init__(self, num_classes: int, options: CriterionOptions, copies: np.ndarray | None = None):
+        super().__init__()
+        self.num_classes, self.options = num_classes, options
+        weights = MatchWeights(options.class_weight, options.mask_weight, options.dice_weight)
+        self.matcher = Matcher(weights, options.points, copies)
+        seesaw = options.class_loss == "seesaw"
+        self.seesaw = SeesawLoss(num_classes, options.seesaw_p, options.seesaw_q) if seesaw else None
+
+    def forward(self, out: Mapping[str, Any], target: Tensor | Targets) -> dict[str, Tensor]:
+        """Losses of the training outputs `out` and label maps (B, H, W), −1 where ignored, or their `find_targets`.
+
+        On a GPU `find_targets` before the network's forward waits for nothing but the labels' own copy.
+
+        `loss` is the sum of all others: `loss_ce` (or `loss_seesaw`), `loss_mask`, `loss_dice` of the last prediction,
+        and with `_0`, `_1`, … those of the initial queries and of the layers before; each with its weight.
+        """
+        features = out["mask_features"]
+        targets = target if isinstance(target, Targets) else find_targets(target, self.num_classes)
+        targets = targets._replace(label=pad_label(targets.label, features.shape[-2:]))
+        layers = [*out["aux"], out]
+        logits = torch.stack([layer["pred_logits"] for layer in layers])
+        embeddings = torch.stack([layer["mask_embed"] for layer in layers])
+        probability = class_probabilities(logits.detach(), self.num_classes)
+        matches = self.matcher(probability, embeddings, features, targets)
+        of_class = self._classes(logits, matches)
+        mask, dice = self._masks(embeddings, features, targets, matches)
+        options = self.options
+        terms = {
+            "loss_seesaw" if self.seesaw else "loss_ce": options.class_weight * of_class,
+            "loss_mask": options.mask_weight * mask,
+            "loss_dice": options.dice_weight * dice,
+        }
+        total = torch.stack(list(terms.values())).sum()
+        suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
+        named = {f"{name}{s}": v for name, values in terms.items() for s, v in zip(suffixes, values, strict=True)}
+        return {"loss": total, **named}
+
+    def _classes(self, logits: Tensor, matches: Matches) -> Tensor:
+        """(L,): matched queries have their class, all others none."""
+        layers, batch, queries, _ = logits.shape
+        labels = torch.full((layers * batch * queries,), self.num_classes, device=logits.device)
+        labels = labels.scatter_(0, matches.index, matches.label).view(layers, batch * queries)
+        logits = logits.flatten(1, 2)
+        if self.seesaw is None:
+            return classification_loss(logits, labels, self.options.no_object_weight)
+        # The release's order, which its counts depend on: the last prediction first, then the others.
+        return self.seesaw(logits.roll(1, 0), labels.roll(1, 0)).roll(-1, 0)
+
+    def _masks(self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
+        """Summed binary cross-entropy and dice losses (L,) over their normaliser."""
+        layers = len(embeddings)
+        counts = [layers * n for n in matches.per_layer]
+        matched = embeddings.flatten(0, 2).index_select(0, matches.index).split(counts)
+        bce, dice = embeddings.new_zeros(2, layers, dtype=torch.float32)
+        images = zip(matched, matches.label.split(counts), features, targets.label, matches.per_layer, strict=True)
+        for embedding, classes, feature, label, pairs in images:
+            each = self._pair_losses(masks(embedding[None], feature[None])[0], classes, label)
+            bce, dice = (total + e.view(layers, pairs).sum(1) for total, e in zip((bce, dice), each, strict=True))
+        normalizer = self._normalizer(targets, matches, embeddings.device)
+        return bce / normalizer, dice / normalizer
+
+    def _pair_losses(self, maps: Tensor, classes: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (n,) of mask logits (n, h, w) of one image against `classes` (n,) of its label map (H, W)."""
+        options = self.options
+        points = uncertain_points(maps, options.points, oversample=options.oversample, importance=options.importance)
+        image = torch.zeros_like(classes)
+        truth = class_masks(label.unsqueeze(0), points, classes.unsqueeze(1), image).squeeze(1)
+        return point_losses(point_sample(maps.unsqueeze(1), points).squeeze(1), truth)
+
+    def _normalizer(self, targets: Targets, matches: Matches, device: torch.device) -> Tensor:
+        """Classes (or matched pairs) of the whole batch by the number of ranks, at least 1."""
+        count = targets.count if self.options.normalizer == "targets" else sum(matches.per_layer)
+        count = torch.full((), float(count), device=device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(count)
+            count /= dist.get_world_size()
+        return count.clamp(min=1)
+
+
+def pad_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """Label maps (B, H, W) filled up with −1 to the padded input whose features have `size` at stride 4."""
+    height, width = (STRIDE * side for side in size)
+    return F.pad(label, (0, width - label.shape[2], 0, height - label.shape[1]), value=-1)

@@ -1,0 +1,169 @@
+"""Matching of queries to the classes of an image: Hungarian (Mask2Former), and the paper's Frequency-based Matcher.
+
+The cost of giving query q to class t weighs the class probability and, at points shared by all queries of an image,
+the binary cross-entropy and the dice loss of their masks. One-to-one matching leaves tail classes short of positive
+queries; the Frequency-based Matcher (LTSS, TMM 2024) lets a class of image frequency f have
+
+    q_c = ⌈max(1, S · √(T / f_c))⌉
+
+queries: its column is repeated q_c times in the assignment.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from common.models.mask2former.decoder import masks
+from common.ops.point_sample import class_masks, point_sample
+
+
+class Targets(NamedTuple):
+    """The classes of every image of a batch; each is one mask, its pixels in the label map."""
+
+    label: Tensor  # (B, H, W), −1 where ignored
+    classes: list[list[int]]  # of each image, ascending; on the host
+    padded: Tensor  # (B, T) the same on the label's device, filled up with −1
+
+    @property
+    def count(self) -> int:
+        return sum(len(classes) for classes in self.classes)
+
+
+class Matches(NamedTuple):
+    """Matched pairs of all layers: image after image, in an image layer after layer; tensors on the device, (N,)."""
+
+    index: Tensor  # (layer · B + image) · Q + query
+    label: Tensor  # class
+    per_layer: list[int]  # pairs of each image in each of the layers
+
+
+@dataclass(frozen=True)
+class MatchWeights:
+    """Weights of the cost terms."""
+
+    classes: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+
+
+def find_targets(label: Tensor, num_classes: int) -> Targets:
+    """The classes of label maps (B, H, W), −1 where ignored. Waits for one copy of B · K bits to the host."""
+    flat = label.flatten(1).long() + 1
+    present = torch.zeros(len(label), num_classes + 1, dtype=torch.bool, device=label.device)
+    present = present.scatter_(1, flat, True)[:, 1:].cpu().numpy()
+    classes = [np.flatnonzero(row).tolist() for row in present]
+    width = max(map(len, classes), default=0)
+    padded = torch.tensor([row + [-1] * (width - len(row)) for row in classes], dtype=torch.int64)
+    return Targets(label, classes, to_device(padded.view(len(classes), width), label.device))
+
+
+def queries_per_class(frequency: Sequence[float], threshold: float, scale: float = 2.0) -> np.ndarray:
+    """Number of queries (K,) of each class: ⌈max(1, scale · √(threshold / f))⌉, and 1 for a class never seen.
+
+    Args:
+        frequency: share of the training images that hold each class.
+        threshold, scale: T and S.
+    """
+    frequency = np.asarray(frequency, dtype=np.float64)
+    seen = frequency > 0
+    share = threshold / np.where(seen, frequency, 1.0)
+    return np.where(seen, np.ceil(np.maximum(1.0, scale * np.sqrt(share))), 1.0).astype(np.int64)
+
+
+def match_costs(
+    probability: Tensor, mask_logits: Tensor, target_masks: Tensor, classes: Tensor, weights: MatchWeights
+) -> Tensor:
+    """Costs (B, Q, T) in float32.
+
+    Args:
+        probability: (B, Q, K) class probabilities.
+        mask_logits: (B, Q, P) at the points; target_masks (B, T, P) at the same points.
+        classes: (B, T) of the targets; any value in columns that are padding.
+    """
+    x, t = mask_logits.float(), target_masks.float().transpose(1, 2)
+    of_class = -probability.gather(2, classes.clamp(min=0).unsqueeze(1).expand(-1, probability.shape[1], -1))
+    cross_entropy = (F.softplus(x).sum(2, keepdim=True) - x @ t) / x.shape[2]  # of each pair: Σ softplus(x) − x·t
+    sigmoid = x.sigmoid()
+    dice = 1 - (2 * (sigmoid @ t) + 1) / (sigmoid.sum(2, keepdim=True) + t.sum(1, keepdim=True) + 1)
+    return weights.classes * of_class + weights.mask * cross_entropy + weights.dice * dice
+
+
+def assign(cost: np.ndarray, copies: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and targets (n,) of the cheapest assignment of a cost matrix (Q, T), sorted by query.
+
+    Args:
+        copies: queries that each target asks for; default one each. Where they ask for more than Q in all, second
+            and later copies are given up, the highest first, so that no target goes without; of more than Q targets
+            the cheapest Q are served.
+    """
+    targets = np.arange(cost.shape[1])
+    if copies is not None:
+        copies = np.asarray(copies)
+        number = np.concatenate([np.arange(n) for n in copies]) if len(copies) else targets
+        targets = np.repeat(targets, copies)[np.argsort(number, kind="stable")]
+        targets = targets[: max(cost.shape)]
+    query, column = linear_sum_assignment(cost[:, targets])
+    return query, targets[column]
+
+
+class Matcher:
+    """Pairs of all predictions of a batch, from one host copy of their costs.
+
+    Args:
+        weights: of the cost terms.
+        points: points an image and layer.
+        copies: (K,) queries of each class (`queries_per_class`); None for one-to-one matching.
+    """
+
+    def __init__(self, weights: MatchWeights | None = None, points: int = 12544, copies: np.ndarray | None = None):
+        self.weights, self.points, self.copies = weights or MatchWeights(), points, copies
+
+    @torch.no_grad()
+    def __call__(self, probability: Tensor, embeddings: Tensor, mask_features: Tensor, targets: Targets) -> Matches:
+        """Match probability (L, B, Q, K) and embeddings (L, B, Q, d) on mask features (B, d, h, w) to `targets`.
+
+        Every layer and image has its own points, uniform in the label map. ValueError for costs that are not finite.
+        """
+        if targets.padded.shape[1] == 0:
+            none = targets.padded.new_empty(0)
+            return Matches(none, none, [0] * len(targets.classes))
+        costs = [self._costs(p, e, mask_features, targets) for p, e in zip(probability, embeddings, strict=True)]
+        return self._assign(torch.stack(costs).cpu().numpy(), targets)
+
+    def _costs(self, probability: Tensor, embedding: Tensor, mask_features: Tensor, targets: Targets) -> Tensor:
+        points = torch.rand(len(embedding), self.points, 2, device=embedding.device)
+        logits = point_sample(masks(embedding, mask_features), points)
+        truth = class_masks(targets.label, points, targets.padded)
+        return match_costs(probability, logits, truth, targets.padded, self.weights)
+
+    def _assign(self, costs: np.ndarray, targets: Targets) -> Matches:
+        layers, batch, queries, _ = costs.shape
+        index, labels, per_layer = [], [], []
+        for image, classes in enumerate(targets.classes):
+            classes = np.array(classes, dtype=np.int64)
+            copies = None if self.copies is None else self.copies[classes]
+            for layer in range(layers):
+                cost = costs[layer, image, :, : len(classes)]
+                if not np.isfinite(cost).all():
+                    raise ValueError(
+                        f"matching cost of image {image}, prediction {layer} is not finite: the network's outputs are "
+                        "NaN or infinite, mostly because the learning rate is too high"
+                    )
+                query, target = assign(cost, copies)
+                index.append((layer * batch + image) * queries + query)
+                labels.append(classes[target])
+            per_layer.append(len(query))
+        pairs = torch.from_numpy(np.stack([np.concatenate(index), np.concatenate(labels)]))
+        index, label = to_device(pairs, targets.padded.device)
+        return Matches(index, label, per_layer)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`; the copy to a GPU does not wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
