@@ -29,7 +29,7 @@ def build_method(cfg: Config, counts) -> Method:
 
 
 def require_earlier_steps(cfg: Config) -> None:
-    """Look for the files of earlier steps before any work; a ValueError names the command that makes the missing one."""
+    """Look for the files of earlier steps before any work; a ValueError names the command that makes one."""
     for path in (cfg.model.checkpoint, cfg.method.get("teacher")):
         if path and not Path(path).exists():
             stage = next((s for s in STAGES if f"{s}" in Path(path).as_posix()), "of the step before")
