@@ -59,7 +59,7 @@ def test_colour_alone_does_not_tell_the_tail_apart(day):
     guess = np.concatenate([table.argmax(1)[colour].ravel() for colour in bins[32:]])
     truth = np.concatenate([s.label.ravel() for s in day[32:]])
     ious = {k: ((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum() for k in TAIL}
-    assert np.mean(list(ious.values())) < 0.15  # a small network reaches three times that
+    assert np.mean(list(ious.values())) < 0.15  # colour leaves most of the tail undecided
     assert max(ious[k] for k in (12, 25, 27, 28, 31, 32, 33)) < 0.25  # lights and signs have colours of their own
 
 

@@ -1,0 +1,1 @@
+"""The parts of scripts/benchmark.py: one module a sub-command, and what they share."""

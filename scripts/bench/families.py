@@ -1,0 +1,121 @@
+"""The systems whose configs the full-size benchmark takes through a step. Adding a system is adding a row."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from common.config import Config
+from common.data import SegmentationDataset
+from common.data.segmentation import map_path
+from common.models import build_model
+from common.ops.ring import RingBank
+
+ROOT = Path(__file__).resolve().parents[2]
+# Networks in which a batch norm sees an image pooled to 1×1: they need two images. The others train on one.
+PAIRS = ("upernet", "pspnet", "knet", "deeplabv3plus", "usrn")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One system.
+
+    configs: patterns of its official configs below its folder. build: "module:function", (cfg, class counts) →
+    method. counted: the stream whose labels say what is rare. prepare: writes what earlier steps leave, to where the
+    config looks for it (relative to the working folder). ready: brings the new method to the state of long training.
+    """
+
+    configs: tuple[str, ...]
+    build: str
+    counted: str
+    prepare: Callable[[Config], None] = lambda cfg: None
+    ready: Callable[[nn.Module], None] = lambda method: None
+
+    def method(self) -> Callable[..., Any]:
+        module, _, name = self.build.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def uda_files(cfg: Config) -> None:
+    """Pseudo-labels, prototypes, class distribution and teacher of CPSL's earlier steps, with made-up values."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    classes, method, target = cfg.model.num_classes, cfg.method, cfg.data.streams["target"]
+    dataset = SegmentationDataset(replace(target, labels=False, maps={}))
+    for index, name in enumerate(dataset.names):
+        height, width = dataset.open(index)["image"].size
+        for key, folder in target.maps.items():
+            path = map_path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if key == "soft":
+                scores = torch.randn(classes, height // 8 + 1, width // 8 + 1, generator=generator)
+                np.save(path.with_suffix(".npy"), (3 * scores).softmax(0).half().numpy())
+            else:
+                blocks = rng.integers(0, classes if key == "pseudo" else 255, (-(-height // 32), -(-width // 32)))
+                pixels = np.kron(blocks, np.ones((32, 32)))[:height, :width]
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    if "prototypes" in method:
+        width = cfg.model.options.get("features", 256)
+        _save(torch.save, torch.randn(classes, width, generator=generator), method["prototypes"])
+        shares = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.05
+        _save(lambda values, path: np.save(path, values.numpy()), shares / shares.sum(), method["class_distribution"])
+    if "teacher" in method:
+        norm = {"extra_norm": method.get("teacher_extra_norm", False)}
+        plain = replace(cfg.model, pretrained=False, checkpoint=None, options={**cfg.model.options, **norm})
+        _save(save_file, build_model(plain).state_dict(), Path(method["teacher"]) / "model.safetensors")
+
+
+def full_banks(method: nn.Module) -> None:
+    """Fill the feature banks: self-labelling costs more from then on, which is after 64 of 90 000 steps."""
+    generator = torch.Generator().manual_seed(0)
+    for bank in (module for module in method.modules() if isinstance(module, RingBank)):
+        rows = torch.zeros_like(bank.rows, device="cpu")
+        if rows.is_floating_point():
+            rows = F.normalize(rows.normal_(generator=generator), dim=1)
+        bank.push(rows.to(bank.rows.device))
+
+
+def _save(write: Callable[[Any, Path], None], value: Any, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write(value, Path(path))
+
+
+FAMILIES: dict[str, Family] = {
+    "fully_sup": Family(
+        ("*/*_cityscapes*.yaml",),
+        "fully_sup.supervised:Supervised",
+        "labeled",
+    ),
+    "uda": Family(
+        ("*_to_cityscapes/warm_up.yaml", "*_to_cityscapes/stage?.yaml"),
+        "uda.train:build_method",
+        "source",
+        uda_files,
+        full_banks,
+    ),
+}
+
+
+def official() -> dict[str, Path]:
+    """Every official config by its name: family, folder and stem."""
+    found: dict[str, Path] = {}
+    for name, family in FAMILIES.items():
+        base = ROOT / name / "configs"
+        paths = sorted({path for pattern in family.configs for path in base.glob(pattern)})
+        found |= {f"{name}/{path.relative_to(base).with_suffix('')}": path for path in paths}
+    return found
+
+
+def family_of(path: Path) -> Family:
+    """The family of a config file, by the folder that it lies in. ValueError for any other."""
+    for name, family in FAMILIES.items():
+        if ROOT / name in path.resolve().parents:
+            return family
+    raise ValueError(f"{path}: not a config of {', '.join(FAMILIES)}; it has to lie in one of their folders")

@@ -1,0 +1,119 @@
+"""Measures the project against the plain way to do the same: python scripts/benchmark.py NAME [options].
+
+    loader       loading and augmenting Cityscapes-size samples, against Pillow and OpenCV
+    step         a training step of a config in its parts, cross-entropy against BLV and others
+    metrics      confusion matrix, and evaluation of whole images
+    cpsl         the operations of CPSL against their literal forms, LAB colour transfer
+    full-size    every official config through one real training step (also: --full-size [NAME …])
+
+All forms of a row run in turns in one process, after a check that they give the same numbers. `--quick` takes tiny
+sizes: a test that it works, not a measurement. The result is JSON, printed or written to --out.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.bench, which is not installed
+
+from common import cli
+
+NAMES = ("loader", "step", "metrics", "cpsl", "full-size")
+MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
+CHILD = "one-step"  # a process that full-size starts
+
+
+def main(words: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if words is None else words)
+    if "--full-size" in words:
+        words.remove("--full-size")
+        words.insert(0, "full-size")
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    name, *rest = words
+    if name not in (*MODULES, CHILD):
+        raise ValueError(f"benchmark {name!r} is unknown; known: {', '.join(MODULES)}")
+    module = importlib.import_module(MODULES["full-size" if name == CHILD else name])
+    args = parse(name, module, rest)
+    configure(args.threads)
+    if name == CHILD:
+        return module.one_step(args)
+    if name == "full-size":
+        return module.run(args)
+    write(name, module.run(args), args, words)
+    return 0
+
+
+def parse(name: str, module, words: list[str]) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=f"benchmark.py {name}", description=module.__doc__, formatter_class=formatter)
+    parser.add_argument("--out", metavar="FILE", help="write the JSON there")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's, for `loader` 1")
+    parser.set_defaults(rounds=1)
+    if name not in ("full-size", CHILD):
+        parser.add_argument("--rounds", type=int, default=7, help="turns that each form takes (default 7)")
+        parser.add_argument("--quick", action="store_true", help="tiny sizes and one round")
+    module.arguments(parser)
+    args = parser.parse_intermixed_args(words)
+    args.rounds = 1 if getattr(args, "quick", False) else args.rounds
+    if args.rounds < 1 or (args.threads is not None and args.threads < 1):
+        raise ValueError("--rounds and --threads must be at least 1")
+    return args
+
+
+def configure(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def write(name: str, rows: list[dict], args: argparse.Namespace, words: list[str]) -> None:
+    """The result as JSON: what was measured, on what, and how."""
+    from common.engine.logging import commit, describe_machine, write_json
+
+    result = {
+        "benchmark": name,
+        "command": shlex.join(["python", "scripts/benchmark.py", *words]),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(),
+        "rounds": args.rounds,
+        "quick": args.quick,
+        "rows": rounded(rows),
+    }
+    if args.out is None:
+        print(json.dumps(result, indent=1))
+        return
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, result)
+    for row in rows:
+        print(line(row))
+    print(f"written to {out}")
+
+
+def rounded(value):
+    """Five significant digits are more than a measurement has."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def line(row: dict) -> str:
+    """One row for the console."""
+    times = "  ".join(f"{form} {value:.2f}" for form, value in row["ms"].items())
+    factors = "  ".join(f"{value:.2f}x of {form}" for form, value in row.get("faster", {}).items())
+    bars = "".join(f"  [{key}: {row[key]}]" for key in ("met", "memory_met") if key in row)
+    return f"{row['name']}: {times} ms  {factors}{bars}"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,118 @@
+"""Class frequencies of a data set: python scripts/class_stats.py camvid [--root DIR] [--split train] [--json FILE].
+
+With --config the data set is the config's (its training stream's, or that of --stream), which is how `folder` data sets
+are counted. Prints images and pixels of each class, its group, the weight that BLV gives it, and Gini coefficients.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import cli
+from common.config import Config, SourceConfig, load_config
+from common.data import SegmentationDataset, Statistics, class_statistics
+from common.data.statistics import GROUPS, gini, groups
+from common.engine.logging import write_json
+from common.losses.blv import class_weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, with --config")
+    parser.add_argument("--config", metavar="FILE")
+    parser.add_argument("--stream", help="which stream of the config (default: its first with labels)")
+    parser.add_argument("--root", help="default: $LTS_DATA/<folder>, else ./datasets/<folder>")
+    parser.add_argument("--split", help="default train")
+    parser.add_argument("--list", metavar="FILE", help="count only the images that it names")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    args = parser.parse_intermixed_args()
+    dataset = SegmentationDataset(source(args))
+    statistics = class_statistics(dataset, args.workers, args.cache)
+    result = describe(dataset, statistics)
+    print(table(result))
+    if args.json:
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+
+
+def source(args: argparse.Namespace) -> SourceConfig:
+    """What the arguments name. ValueError where they name nothing, or two things."""
+    words, overrides = cli.split_overrides([word for word in (args.dataset, *args.overrides) if word])
+    if bool(words) == bool(args.config) or len(words) > 1 or (overrides and not args.config):
+        raise ValueError("name one data set (class_stats.py camvid), or a --config with its overrides")
+    chosen = from_config(load_config(args.config, overrides), args.stream) if args.config else None
+    chosen = chosen or SourceConfig(dataset=words[0])
+    given = {"root": args.root, "split": args.split, "list": args.list}
+    return replace(chosen, **{key: value for key, value in given.items() if value is not None})
+
+
+def from_config(cfg: Config, stream: str | None) -> SourceConfig:
+    """The labels of a config's stream."""
+    labelled = [name for name, item in cfg.data.streams.items() if item.labels]
+    name = stream or next(iter(labelled), None)
+    if name not in cfg.data.streams:
+        known = ", ".join(cfg.data.streams) or "none"
+        raise ValueError(f"{cfg.name}: data.streams has no {name or 'stream with labels'!r}; streams: {known}")
+    item = cfg.data.streams[name]
+    return SourceConfig(dataset=item.dataset, root=item.root, split=item.split, list=item.list, folder=item.folder)
+
+
+def describe(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:
+    """All figures, as JSON holds them."""
+    row, pixels = dataset.row, statistics.pixel_count
+    total = int(pixels.sum())
+    if not total:
+        raise ValueError(f"{dataset.root}: split {dataset.source.split!r} has no labelled pixel")
+    level = {name: groups(statistics.count(name)) for name in ("image", "pixel")}
+    weights = class_weights(pixels).tolist()
+    return {
+        "dataset": row.name,
+        "root": str(dataset.root),
+        "split": dataset.source.split,
+        "images": statistics.num_images,
+        "labelled_pixels": total,
+        "ignored_pixels": int(statistics.ignored.sum(dtype="int64")),
+        "gini": {name: gini(statistics.count(name)) for name in level},
+        "classes": [
+            {
+                "id": k,
+                "name": name,
+                "images": int(statistics.image_count[k]),
+                "pixels": int(pixels[k]),
+                "share": int(pixels[k]) / total,
+                "groups": {name: GROUPS[ranks[k]] for name, ranks in level.items()},
+                "tail": k in row.tail,
+                "blv_weight": weights[k],
+            }
+            for k, name in enumerate(row.classes)
+        ],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as text; `*` marks the data set's tail classes."""
+    names = [item["name"] + (" *" if item["tail"] else "") for item in result["classes"]]
+    wide = max(map(len, names))
+    ignored = result["ignored_pixels"] / (result["ignored_pixels"] + result["labelled_pixels"])
+    lines = [
+        f"{result['dataset']} {result['split']}: {result['images']} images in {result['root']}, "
+        f"{100 * ignored:.2f} % of the pixels without a class",
+        f"Gini {result['gini']['image']:.4f} at image level, {result['gini']['pixel']:.4f} at pixel level",
+        f"{'id':>3}  {'class':<{wide}}  {'images':>7}  {'pixels':>13}  {'share %':>8}  {'image level':<11}  "
+        f"{'pixel level':<11}  BLV weight",
+    ]
+    for name, item in zip(names, result["classes"], strict=True):
+        lines.append(
+            f"{item['id']:>3}  {name:<{wide}}  {item['images']:>7}  {item['pixels']:>13}  {100 * item['share']:>8.3f}  "
+            f"{item['groups']['image']:<11}  {item['groups']['pixel']:<11}  {item['blv_weight']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

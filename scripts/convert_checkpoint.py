@@ -1,0 +1,67 @@
+"""Turn any known checkpoint into safetensors: python scripts/convert_checkpoint.py CONFIG FILE --out NAME.safetensors.
+
+Reads what load_weights reads (MMSegmentation, USRN, CPSL, detectron2 and our own files) and checks every tensor against
+the config's network. The result holds tensors alone and can be used wherever a checkpoint can.
+"""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common import cli
+from common.config import load_config
+from common.models import build_model, load_weights
+from common.models.pretrained import cpsl
+from common.models.pretrained.containers import read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="describes the network")
+    parser.add_argument("checkpoint", help="the file to read")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.options.extra_norm=true")
+    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
+    parser.add_argument("--prototypes", metavar="FILE", help="also write the prototypes of a CPSL stage-1 file")
+    args = parser.parse_intermixed_args()
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(f"--out {args.out}: the name has to end in .safetensors")
+    cfg = load_config(args.config, args.overrides)
+    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
+    load_weights(model, args.checkpoint)
+    prototypes = found_prototypes(args.checkpoint)
+    if args.prototypes and prototypes is None:
+        raise ValueError(f"{args.checkpoint}: holds no prototypes; only stage-1 files of CPSL do")
+    write(args.out, model.state_dict(), {"model": cfg.model.name, "source": Path(args.checkpoint).name})
+    print(f"{sum(p.numel() for p in model.parameters())} parameters written to {args.out}")
+    if args.prototypes:
+        Path(args.prototypes).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(prototypes, args.prototypes)
+        print(f"prototypes {tuple(prototypes.shape)} written to {args.prototypes}")
+    elif prototypes is not None:
+        print(f"the file also holds prototypes {tuple(prototypes.shape)}; --prototypes FILE writes them")
+
+
+def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A file that appears whole or not at all."""
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.tmp")
+    try:
+        save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, draft, metadata)
+        os.replace(draft, out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def found_prototypes(path: str) -> torch.Tensor | None:
+    """Those of an official CPSL checkpoint."""
+    raw, _ = read(path)
+    return cpsl.read_extras(path).prototypes if cpsl.NETWORK in raw else None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,76 @@
+"""Export a network for use without this project: python scripts/export.py CONFIG CHECKPOINT --size HxW --out NAME.pt2.
+
+The program takes images (B, 3, H, W), RGB in 0–255, of exactly this batch and size, and gives class scores
+(B, K, H, W). `torch.export.load(NAME.pt2).module()(images)` runs it; PyTorch is all that it needs.
+"""
+
+import argparse
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import cli
+from common.config import load_config
+from common.models import build_model, load_weights
+
+TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
+
+
+class Scores(nn.Module):
+    """A network's class scores as its forward pass."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.predict(images)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("checkpoint", help="a run's checkpoints/best, a .safetensors file or an official file")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--size", required=True, metavar="HxW", help="height and width in pixels")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time (default 1)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .pt2")
+    args = parser.parse_intermixed_args()
+    size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
+    if not size or args.batch < 1:
+        raise ValueError(f"--size {args.size} --batch {args.batch}: give HEIGHTxWIDTH, such as 512x1024, and 1 or more")
+    if Path(args.out).suffix != ".pt2":
+        raise ValueError(f"--out {args.out}: the name has to end in .pt2")
+    cfg = load_config(args.config, args.overrides)
+    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
+    load_weights(model, args.checkpoint)
+    images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
+    apart = export(Scores(model.eval()), images, Path(args.out))
+    print(f"wrote {args.out}; its scores differ from the network's by {apart:.1e} (relative)")
+
+
+@torch.no_grad()
+def export(model: nn.Module, images: Tensor, out: Path) -> float:
+    """Write the program and run what was written; ValueError where it does not give the model's scores."""
+    expected = model(images)
+    program = torch.export.export(model, (images,))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".draft_{out.name}")
+    try:
+        torch.export.save(program, draft)
+        found = torch.export.load(draft).module()(images)
+        apart = float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
+        if not apart <= TOLERANCE:
+            raise ValueError(f"{out}: the exported program's scores differ by {apart:.1e} (relative); not written")
+        os.replace(draft, out)
+    finally:
+        draft.unlink(missing_ok=True)
+    return apart
+
+
+if __name__ == "__main__":
+    cli.run(main)

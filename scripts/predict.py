@@ -1,0 +1,106 @@
+"""Segment any images: python scripts/predict.py CONFIG CHECKPOINT IMAGE|FOLDER … --out DIR [key=value …].
+
+Writes <name>.png with class ids (palette PNG; 16-bit above 254 classes) and <name>_overlay.jpg. No labels and no data
+set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …).
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from common import cli
+from common.config import Config, load_config
+from common.data import DATASETS, DatasetRow
+from common.data.datasets import folder_row
+from common.data.images import read_image
+from common.data.layouts import IMAGE_SUFFIXES
+from common.engine import distributed
+from common.evaluate import write_label
+from common.inference import predict_labels
+from common.models import build_model, load_weights
+from common.visualize import colourise, overlay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("checkpoint", help="a run's checkpoints/best, a .safetensors file or an official file")
+    parser.add_argument("words", nargs="+", metavar="IMAGE|FOLDER|KEY=VALUE", help="folders are searched for images")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    args = parser.parse_intermixed_args()
+    named = [word for word in args.words if "=" not in word or Path(word).exists()]
+    cfg = load_config(args.config, [word for word in args.words if word not in named])
+    if not 0 <= args.opacity <= 1:
+        raise ValueError(f"--opacity {args.opacity} is not in [0, 1]")
+    row, pictures, out = row_of(cfg), images(named), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = distributed.start(args.device)
+    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
+    load_weights(model, args.checkpoint)
+    model = model.to(device).eval()
+    for name, path in tqdm(pictures.items(), unit="image", disable=None):
+        segment(model, cfg, row, path, out / name, args.opacity, device)
+    print(f"{len(pictures)} images segmented: labels and overlays in {out}")
+
+
+def row_of(cfg: Config) -> DatasetRow:
+    """Class names and colours of the config's validation set, whose files are not looked at."""
+    val = cfg.data.val
+    if val.dataset == "folder" and val.folder is not None:
+        row = folder_row(val.folder)
+    elif val.dataset in DATASETS:
+        row = DATASETS[val.dataset]
+    else:
+        raise ValueError(f"{cfg.name}: data.dataset {val.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder")
+    if row.num_classes != cfg.model.num_classes:
+        raise ValueError(f"{cfg.name}: model.num_classes is {cfg.model.num_classes}, {row.name} has {row.num_classes}")
+    return row
+
+
+def images(words: list[str]) -> dict[str, Path]:
+    """Output name (relative, without suffix) → image file. ValueError for what is no image, and for equal names."""
+    found: dict[str, Path] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise ValueError(f"{path}: no images here ({', '.join(IMAGE_SUFFIXES)})")
+            named = [(str(p.relative_to(path).with_suffix("")), p) for p in inside]
+        elif path.is_file():
+            named = [(path.stem, path)]
+        else:
+            raise ValueError(f"{path}: no such image or folder")
+        for name, file in named:
+            if name in found:
+                raise ValueError(f"{file}: {found[name]} would be written as {name!r} too; give each its own --out")
+            found[name] = file
+    if not found:
+        raise ValueError("no image given; name image files or folders")
+    return found
+
+
+@torch.no_grad()
+def segment(
+    model: nn.Module, cfg: Config, row: DatasetRow, path: Path, out: Path, opacity: float, device: torch.device
+) -> None:
+    """`<out>.png` and `<out>_overlay.jpg` of one image."""
+    image = read_image(path)
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous().to(device)
+    label = predict_labels(model, batch, cfg.eval, image.shape[:2])[0].cpu().numpy().astype(np.int32)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_label(out.with_name(f"{out.name}.png"), label, dict(enumerate(row.palette)))
+    shown = Image.fromarray(overlay(image, colourise(label, row.palette), opacity))
+    shown.save(out.with_name(f"{out.name}_overlay.jpg"), quality=90)
+
+
+if __name__ == "__main__":
+    cli.run(main)

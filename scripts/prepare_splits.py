@@ -1,0 +1,123 @@
+"""Lists of labelled and unlabelled images: python scripts/prepare_splits.py CONFIG [key=value …] [--labelled N].
+
+Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
+number that begins the name of the labelled list, unless it is given. The training split is put into one order that
+depends on the seed alone: first a few images that together show every class, then the others at random. The labelled
+images are its first N, so the lists of one seed are nested and every list shows every class.
+"""
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from common import cli
+from common.config import Config, SourceConfig, load_config
+from common.data import SegmentationDataset, class_statistics
+from common.data.layouts import read_list
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--labelled", type=int, metavar="N", help="number of labelled images")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_intermixed_args()
+    cfg = load_config(args.config, args.overrides)
+    labelled, unlabelled = (list_of(cfg, name) for name in ("labeled", "unlabeled"))
+    if labelled.exists():
+        print(f"{labelled}: there already")
+    if labelled.exists() and (unlabelled is None or unlabelled.exists()):
+        return
+    dataset = whole(cfg.data.streams["labeled"])
+    if labelled.exists():
+        chosen = read_list(labelled)
+    else:
+        chosen = first(dataset, args.labelled or number(labelled), args.seed, cfg)
+        write(labelled, chosen)
+    if unlabelled is not None and not unlabelled.exists():
+        taken = {stem(name) for name in chosen}
+        write(unlabelled, [name for name in dataset.names if stem(name) not in taken])
+
+
+def list_of(cfg: Config, stream: str) -> Path | None:
+    """The stream's list. ValueError where the labelled stream has none."""
+    config = cfg.data.streams.get(stream)
+    if config is not None and config.list is not None:
+        return Path(config.list)
+    if stream == "labeled":
+        raise ValueError(f"{cfg.name}: data.streams.labeled.list names no file")
+    return None
+
+
+def number(path: Path) -> int:
+    match = re.match(r"\d+", path.name)
+    if not match:
+        raise ValueError(f"{path}: the file's name does not begin with the number of images; give --labelled")
+    return int(match[0])
+
+
+def stem(name: str) -> str:
+    """A name without the ending that lists may leave out."""
+    return name.removesuffix("_leftImg8bit")
+
+
+def whole(source: SourceConfig) -> SegmentationDataset:
+    """All images of the training split. VOC without a list of train_aug: all labelled ones that are not in val."""
+    plain = replace(source, list=None, maps={}, labels=True)
+    try:
+        return SegmentationDataset(plain)
+    except ValueError:
+        if plain.dataset != "voc":
+            raise
+    dataset = SegmentationDataset(replace(plain, split="val"))
+    folder, held_out = dataset.records[0].label.parent, set(dataset.names)
+    names = sorted(path.stem for path in folder.glob("*.png") if path.stem not in held_out)
+    if not names:
+        raise ValueError(f"{folder}: no labels besides those of the val split")
+    dataset.names, dataset.records = names, dataset.row.layout(dataset.root, "train", names)
+    return dataset
+
+
+def first(dataset: SegmentationDataset, count: int, seed: int, cfg: Config) -> list[str]:
+    """The names of the first `count` images of the seed's order, sorted."""
+    if not 0 < count < len(dataset):
+        raise ValueError(f"{count} labelled images of {len(dataset)}: take between 1 and {len(dataset) - 1}")
+    cache = Path(cfg.data.cache or Path(cfg.output) / ".cache")
+    pixels = class_statistics(dataset, cfg.data.workers, cache).pixels
+    ranking, needed = order(pixels, seed)
+    if count < needed:
+        raise ValueError(f"{count} labelled images cannot show every class; this seed needs {needed}")
+    return sorted(dataset.names[i] for i in ranking[:count])
+
+
+def order(pixels: np.ndarray, seed: int) -> tuple[list[int], int]:
+    """An order of the images (rows of `pixels`, (N, C)), and how many of its first ones show every class that occurs.
+
+    Class by class, rarest first, the first image of a random order joins that shows the class at its median size or
+    larger, unless an earlier one does; then come all others in the random order.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(pixels))
+    chosen: list[int] = []
+    shown = (pixels > 0).sum(0)
+    for c in np.argsort(shown, kind="stable"):
+        if not shown[c]:
+            continue
+        enough = pixels[:, c] >= np.median(pixels[pixels[:, c] > 0, c])
+        if not enough[chosen].any():
+            chosen.append(next(int(i) for i in shuffled if enough[i]))
+    others = set(range(len(pixels))) - set(chosen)
+    return chosen + [int(i) for i in shuffled if i in others], len(chosen)
+
+
+def write(path: Path, names: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names))
+    print(f"{path}: {len(names)} images")
+
+
+if __name__ == "__main__":
+    cli.run(main)

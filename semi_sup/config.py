@@ -1,0 +1,129 @@
+"""From a config file to one that can be trained: what depends on files of earlier steps is filled in and checked."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from common.config import Config, ConfigError, SourceConfig, nearest
+from common.data import SegmentationDataset
+from common.engine import Method
+from semi_sup.subclasses import check_counts, chosen_counts
+from semi_sup.usrn import USRN, Baseline, SelfTraining
+
+METHODS: dict[str, type[Method]] = {"baseline": Baseline, "self_training": SelfTraining, "usrn": USRN}
+SUB_LABEL = "sub_label"  # sample key, and map of the labelled stream
+NUMBERS = "subclasses.json"  # in the folder of subclass labels: their numbers, and of which images they are
+
+
+def build_method(cfg: Config, counts: Any) -> Method:
+    """The method that `method.name` names, with the rest of that section as its options."""
+    options = dict(cfg.method)
+    options.pop("name")
+    return METHODS[method_name(cfg)](cfg, options, counts)
+
+
+def method_name(cfg: Config) -> str:
+    name = cfg.method.get("name")
+    if name not in METHODS:
+        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
+    return name
+
+
+def labelled_source(cfg: Config) -> SourceConfig:
+    """The labelled images as they are: no augmentation, no further maps."""
+    if "labeled" not in cfg.data.streams:
+        raise ConfigError(f"{cfg.name}: data.streams has no 'labeled'")
+    return replace(cfg.data.streams["labeled"], maps={})
+
+
+def resolve(cfg: Config) -> Config:
+    """The config with the network that the method needs, its subclasses and BLV's refresh interval.
+
+    Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
+    made for another list of images. BLV's counts are refreshed once a pass over the unlabelled images.
+    """
+    name = method_name(cfg)
+    if name == "baseline":
+        return cfg
+    cfg = _with_refresh(cfg)
+    if name == "usrn" and cfg.method.get("branch", True):
+        return _with_subclasses(cfg)
+    streams = {key: replace(s, maps={k: v for k, v in s.maps.items() if k != SUB_LABEL}) for key, s in _streams(cfg)}
+    return replace(cfg, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams))
+
+
+def single_branch(cfg: Config) -> Config:
+    """The same with the network of the baseline, which is also what predicts after USRN's training."""
+    options = {key: value for key, value in cfg.model.options.items() if key != "subclasses"}
+    return replace(cfg, model=replace(cfg.model, name="deeplabv3plus", options=options))
+
+
+def _streams(cfg: Config):
+    if "unlabeled" not in cfg.data.streams:
+        raise ConfigError(f"{cfg.name}: data.streams has no 'unlabeled'")
+    return cfg.data.streams.items()
+
+
+def _with_refresh(cfg: Config) -> Config:
+    unlabeled, blv = dict(_streams(cfg))["unlabeled"], cfg.method.get("blv")
+    if blv is None or "refresh" in blv:
+        return cfg
+    steps = ceil(len(SegmentationDataset(replace(unlabeled, labels=False))) / unlabeled.batch_size)
+    return replace(cfg, method={**cfg.method, "blv": {**blv, "refresh": steps}})
+
+
+def _with_subclasses(cfg: Config) -> Config:
+    labeled = cfg.data.streams.get("labeled")
+    if labeled is None or SUB_LABEL not in labeled.maps:
+        raise ConfigError(f"{cfg.name}: data.streams.labeled.maps has no {SUB_LABEL!r}: the folder of subclass labels")
+    names = SegmentationDataset(labelled_source(cfg)).names
+    counts = read_numbers(Path(labeled.maps[SUB_LABEL]), names, cfg.model.num_classes)
+    chosen = cfg.method.get("subclasses", "rule")
+    if chosen != "rule" and chosen_counts(chosen, cfg.model.num_classes, f"{cfg.name}: method: subclasses") != counts:
+        raise ValueError(
+            f"{labeled.maps[SUB_LABEL]}: made with {_text(counts)} subclasses, {cfg.name} wants {_text(chosen)}; "
+            "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
+        )
+    k = cfg.model.options.get("subclasses", 0) or sum(counts)
+    model = replace(cfg.model, name="usrn", options={**cfg.model.options, "subclasses": k})
+    return replace(cfg, model=model, method={**cfg.method, "subclasses": list(counts)})
+
+
+def _text(counts: str | Sequence[int]) -> str:
+    return counts if isinstance(counts, str) else " ".join(map(str, counts))
+
+
+def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[int, ...]:
+    """Subclasses of each class, from beside the labels of the images `names`. ValueError names the fix."""
+    path = folder / NUMBERS
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no subclass labels there; clustering.py makes them (beside labels of the release's program "
+            'write {"counts": [its numbers of subclasses]} to this file)'
+        )
+    try:
+        record = json.loads(path.read_text())
+        counts = check_counts(record["counts"], num_classes)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the numbers of subclasses ({error}); run clustering.py again") from error
+    if record.get("list", digest(names)) != digest(names):
+        raise ValueError(
+            f"{path}: made for {record['images']} other images than the {len(names)} of data.streams.labeled; "
+            "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
+        )
+    return counts
+
+
+def digest(names: Sequence[str]) -> str:
+    """A short name of a set of images."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+
+
+def take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words apart: section.key=value, and the others."""
+    changes = [word for word in words if "=" in word and not word.startswith("-")]
+    return changes, [word for word in words if word not in changes]

@@ -1,0 +1,118 @@
+"""The losses of USRN (CVPR 2022) on unlabelled images, as pure functions of logits.
+
+Two views of each image are pixel-aligned: the weak one gives the pseudo-labels, the strong one learns them. p and q are
+the softmax over C classes and K subclasses on the weak view, H the entropy divided by its maximum, π(s) the class of
+subclass s. The subclass branch, trained on balanced subclasses, is less biased to frequent classes; where it is not the
+less certain of the two, only the class of its winner may become a label:
+
+    p̃ = p if H(q) > H(p), else p ⊙ onehot(π(argmax q));    label argmax p̃ where max p̃ > τ, else none.
+
+Both losses run at stride 8: features are pooled 2×2 before they are classified. They are means over all pixels, those
+without label included, so the loss grows as labels become certain.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data import IGNORE
+from common.losses.cross_entropy import pixel_cross_entropy
+
+
+class UnlabelledLosses(NamedTuple):
+    """`classes` is L_u_reg, `subclasses` L_u_sub; `kept` and `vetoed` are shares of all pixels, without gradient:
+    those with a class label, and those that the gate took a confident one from. `label` (B, h, w) are the labels that
+    L_u_reg learned, −1 where there is none."""
+
+    classes: Tensor
+    subclasses: Tensor
+    kept: Tensor
+    vetoed: Tensor
+    label: Tensor
+
+
+def pool(features: Tensor) -> Tensor:
+    """Features at stride 4 (B, D, h, w) to stride 8 (B, D, h/2, w/2): means of 2×2."""
+    return F.avg_pool2d(features, 2)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of the softmax over dimension 1 divided by its maximum: (B, K, …) to (B, …), in [0, 1]; 0 for K = 1."""
+    if logits.shape[1] == 1:
+        return torch.zeros_like(logits[:, 0])
+    return torch.special.entr(logits.float().softmax(1)).sum(1) / math.log(logits.shape[1])
+
+
+def confident_labels(logits: Tensor, threshold: float) -> Tensor:
+    """Argmax (B, …) of logits (B, K, …), −1 where its probability is not above `threshold`."""
+    confidence, label = logits.float().softmax(1).max(1)
+    return torch.where(confidence > threshold, label, IGNORE)
+
+
+def gated_labels(logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float) -> Tensor:
+    """Class labels (B, …) of the weak view after the entropy gate, −1 where there is none.
+
+    logits: (B, C, …); sub_logits: (B, K, …); parents: class of each subclass, int64 (K,).
+    Above τ = 0.5 only the winner of p can be kept, whatever p̃ is, so the gate is a veto: a confident label stays if
+    H(q) > H(p) or π(argmax q) agrees. Below, another class may win, and p̃ itself is made.
+    """
+    if threshold < 0.5:
+        return gated_labels_by_product(logits, sub_logits, parents, threshold)
+    label = confident_labels(logits, threshold)
+    agrees = parents[sub_logits.argmax(1)] == label
+    return torch.where(agrees | (entropy(sub_logits) > entropy(logits)), label, IGNORE)
+
+
+def gated_labels_by_product(logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float) -> Tensor:
+    """The same by the definition, for any threshold: p̃ is made and its maximum taken."""
+    p = logits.float().softmax(1)
+    parent = parents[sub_logits.argmax(1)]
+    free = (entropy(sub_logits) > entropy(logits))[:, None]
+    only = torch.zeros_like(p).scatter_(1, parent[:, None], 1.0)
+    confidence, label = torch.where(free, p, p * only).max(1)
+    return torch.where(confidence > threshold, label, IGNORE)
+
+
+def pseudo_label_loss(logits: Tensor, label: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits (B, K, …) with `label` (B, …), summed over labelled pixels, divided by all pixels.
+
+    valid: bool (B, …); other pixels (padding of a crop) count neither in the sum nor in the divisor.
+    """
+    if valid is None:
+        return pixel_cross_entropy(logits, label, average="all")
+    total = pixel_cross_entropy(logits, torch.where(valid, label, IGNORE), average="all") * label.numel()
+    return total / valid.sum().clamp(min=1)
+
+
+def unlabelled_losses(
+    strong: Tensor,
+    strong_sub: Tensor,
+    weak: Tensor,
+    weak_sub: Tensor,
+    parents: Tensor,
+    threshold: float = 0.75,
+    *,
+    gate: bool = True,
+    valid: Tensor | None = None,
+) -> UnlabelledLosses:
+    """L_u_reg and L_u_sub of both views' logits, all at the same size.
+
+    strong, weak: (B, C, h, w); strong_sub, weak_sub: (B, K, h, w); parents: int64 (K,); valid: bool (B, h, w).
+    Gradients flow to the strong view only. Without `gate` every confident class label is kept.
+    """
+    weak, weak_sub = weak.detach(), weak_sub.detach()
+    confident = confident_labels(weak, threshold)
+    label = gated_labels(weak, weak_sub, parents, threshold) if gate else confident
+    inside = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
+    label = torch.where(inside, label, IGNORE)
+    kept, before = (((each != IGNORE) & inside).sum() / inside.sum().clamp(min=1) for each in (label, confident))
+    return UnlabelledLosses(
+        classes=pseudo_label_loss(strong, label, valid),
+        subclasses=pseudo_label_loss(strong_sub, confident_labels(weak_sub, threshold), valid),
+        kept=kept,
+        vetoed=before - kept,
+        label=label,
+    )

@@ -1,0 +1,186 @@
+"""Train, test, or export features: `python main.py --config configs/voc_1over32_usrn.json [section.key=value …]`.
+
+    main.py --config C                           train; --resume goes on from the run's newest checkpoint
+    main.py --test --resume CKPT [--config C]    evaluate, write predictions and the report
+    main.py --save_feature --resume CKPT         features of the labelled images, for clustering.py
+
+CKPT is a checkpoint of ours (its config is inside: --config is not needed) or an official .pth file. Runs lie in
+saved/<name of the config>/.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from common import cli
+from common.config import Config, config_of, load_config, save_config
+from common.data import SegmentationDataset
+from common.engine import distributed, fit, prepare
+from common.engine.logging import write_json
+from common.experiment import Experiment, print_result
+from common.models import build_model, load_weights
+from common.report import RunFolder, write_report
+from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides
+from semi_sup.features import export
+
+NEWEST = "newest"
+
+
+def main() -> None:
+    overrides, words = take_overrides(sys.argv[1:])
+    args = parse(words)
+    cfg = open_config(args, overrides)
+    if args.test and args.save_feature:
+        raise ValueError("--test and --save_feature are two runs")
+    if args.test or args.save_feature:
+        if args.resume in (None, NEWEST):
+            raise ValueError("--resume CKPT is needed: which checkpoint?")
+        (test if args.test else save_features)(cfg, args)
+    else:
+        train(cfg, args)
+    distributed.stop()
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    switch = {"nargs": "?", "const": True, "default": False, "type": truth}
+    parser.add_argument("-c", "--config", help="JSON or YAML; needed without a checkpoint of ours")
+    parser.add_argument("-r", "--resume", nargs="?", const=NEWEST, metavar="CKPT", help="checkpoint or run folder")
+    parser.add_argument("-t", "--test", **switch, help="evaluate (also --test True, --test False)")
+    parser.add_argument("-sf", "--save_feature", **switch, help="export features")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    return parser.parse_args(words)
+
+
+def truth(word: str) -> bool:
+    """A switch's value, read for what it says."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if word.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return values[word.lower()]
+
+
+def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
+    """The config that is named, else the one in the checkpoint."""
+    if args.config:
+        return load_config(args.config, overrides)
+    if args.resume in (None, NEWEST):
+        raise ValueError("--config is needed, or --resume with a checkpoint of ours")
+    path = checkpoint(Path(args.resume))
+    file = path / "model.safetensors" if path.is_dir() else path
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{path}: an official checkpoint has no config inside; give --config")
+    if not file.is_file():
+        raise ValueError(f"{file}: no such checkpoint")
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get("config")
+    if text is None:
+        raise ValueError(f"{file}: no config inside; give --config")
+    return config_of(json.loads(text), overrides, str(file))
+
+
+def checkpoint(path: Path) -> Path:
+    """`path`; of a run's folder its newest checkpoint."""
+    return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
+
+
+# Train --------------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, args: argparse.Namespace) -> None:
+    if args.resume not in (None, NEWEST):
+        check_resumed(cfg, Path(args.resume))
+    cfg = spread(resolve(uncompiled(cfg)))
+    experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
+    device = distributed.start(args.device)
+    experiment.begin()
+    method = prepare(cfg, lambda: build_method(cfg, experiment.statistics.pixel_count), device)
+    validate = experiment.evaluator(method, device)
+    fit(cfg, method, experiment.open, validate, device=device, resume=args.resume is not None)
+    print_result(experiment.last_result())
+    experiment.finish()
+
+
+def check_resumed(cfg: Config, path: Path) -> None:
+    """A run goes on from its own newest checkpoint: ValueError for any other."""
+    own = cfg.folder / "checkpoints"
+    if not checkpoint(path).exists():
+        raise ValueError(f"{path}: no such checkpoint")
+    if checkpoint(path).resolve() != (own / "last").resolve():
+        raise ValueError(
+            f"{path}: training goes on from {own / 'last'}; to start from other weights set model.checkpoint, "
+            "to go on elsewhere set name or output"
+        )
+
+
+def uncompiled(cfg: Config) -> Config:
+    """`train.compile` compiles a network's own call, which no training pass here makes."""
+    if cfg.train.compile:
+        warnings.warn("train.compile is ignored: the methods run the network's parts, not its call", stacklevel=2)
+    return replace(cfg, train=replace(cfg.train, compile=False))
+
+
+def spread(cfg: Config) -> Config:
+    """The batch divided over the processes that were started, unless the config divides it itself."""
+    world = distributed.world_size()
+    if cfg.train.devices == 1 and world > 1:
+        return replace(cfg, train=replace(cfg.train, devices=world))
+    return cfg
+
+
+# With a trained network ---------------------------------------------------------------------------------------------
+
+
+def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.device]:
+    """The class branch of the checkpoint, in evaluation mode."""
+    device = distributed.start(args.device)
+    model = build_model(replace(single_branch(cfg).model, pretrained=False, checkpoint=None))
+    load_weights(model, checkpoint(Path(args.resume)))
+    if cfg.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device).eval(), device
+
+
+def test(cfg: Config, args: argparse.Namespace) -> None:
+    """Scores, predictions in `preds/`, and the report, in the run's folder."""
+    experiment = Experiment(cfg, train=False)  # needs no training data
+    model, device = open_network(cfg, args)
+    folder = cfg.folder
+    outputs = {"save_predictions": folder / "preds", "panels": folder / "panels"}
+    result = experiment.score(model, device, **outputs) | {"checkpoint": str(args.resume)}
+    print_result(result)
+    if distributed.rank() == 0:
+        write_json(folder / "test.json", result)
+        report(cfg, result)
+    distributed.barrier()
+
+
+def report(cfg: Config, result: dict) -> None:
+    """`report.html` of the run, with the test's scores; a folder without a training gets its config."""
+    if not (cfg.folder / "config.yaml").exists():
+        save_config(cfg, cfg.folder / "config.yaml")
+    run = RunFolder.load(cfg.folder)
+    missing = tuple(part for part in run.missing if part != "evaluation.json")
+    run = replace(run, evaluation=result, missing=missing)
+    command = shlex.join(["python", *sys.argv])
+    print(f"wrote {write_report(cfg.folder / 'report.html', [run], command=command)}")
+
+
+def save_features(cfg: Config, args: argparse.Namespace) -> None:
+    """`features/` in the run's folder; one process."""
+    dataset = SegmentationDataset(replace(labelled_source(cfg), labels=False))
+    model, device = open_network(cfg, args)
+    folder = cfg.folder / "features"
+    features = export(model, dataset, folder, device, cfg.data.workers, str(args.resume))
+    print(f"features of {len(dataset)} images, {len(features.rows)} cells, in {folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,289 @@
+"""USRN: Unbiased Subclass Regularization for Semi-Supervised Semantic Segmentation (CVPR 2022), and its comparisons.
+
+Frequent classes are clustered once, before training, into subclasses of about the size of rare classes. The network
+gets a second branch (own stages 2–4, ASPP, decoder, classifier; stem and first stage are shared) that learns these
+subclasses. Trained on balanced labels, it leans less to frequent classes, and guards the pseudo-labels of the first:
+
+    L = L_s + L_s_sub + L_u_sub + L_u_reg
+
+    L_s, L_s_sub   cross-entropy of a labelled crop against its classes and its subclasses, at full size
+    L_u_sub        the subclass branch on the strong view of an unlabelled crop, against its own confident answer on
+                   the weak view
+    L_u_reg        the class branch, against its confident answer after the entropy gate (`losses.gated_labels`):
+                   where the subclass branch is not the less certain of the two, it has to agree
+
+The unlabelled losses live at stride 8. Everything is trained from the first step with weight 1. Only the class branch
+predicts. As in the release the net runs on labelled images, strong view, weak view, in this order, in training mode
+all three times: each pass normalises with its own batch and moves the running statistics of batch norm. The weak pass
+gives labels and no gradient, so no graph is kept of it; the labelled graph is gone before the strong one is built.
+
+`SelfTraining` is USRN without subclasses; with its moving-average teacher it is the base of BLV's semi-supervised
+experiments. `Baseline` knows the labelled images alone; its features are what is clustered. Each takes BLV: the noise
+is added to the student's class logits in both terms, never to what makes pseudo-labels, and class frequencies are
+those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their logits stay as they are.)
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.config import Config, ConfigError, typed
+from common.data import IGNORE
+from common.engine.method import Batch, Losses, Method, move_average
+from common.losses.blv import BLVLoss, blv_options
+from common.losses.refreshed import RefreshedBLV
+from common.losses.upsampled import upsampled_cross_entropy
+from common.models import build_model
+from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
+from semi_sup.subclasses import chosen_counts, parents
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """The `method:` section of the supervised baseline."""
+
+    subclasses: str | tuple[int, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
+    supervised: float = 1.0  # weight of the terms on labelled images
+    blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: labels only)
+
+
+@dataclass(frozen=True)
+class SelfTrainingConfig(BaselineConfig):
+    """The `method:` section of plain self-training."""
+
+    unsupervised: float = 1.0  # weight of the terms on unlabelled images
+    threshold: float = 0.75  # τ, which a pseudo-label's probability has to exceed
+    teacher: Literal["none", "ema"] = "ema"  # who labels the weak view: the net itself, or its moving average
+    momentum: float = 0.99  # of the moving average, in the end; 1 − 1/t before
+    predicts: Literal["student", "teacher"] = "student"
+    mask_borders: bool = True  # release: False, padding of unlabelled crops takes part
+    passes: Literal[3, 2, 1] = 3  # 2: labelled and strong in one batch; 1: all three. Batch norm then mixes them, its
+    # running statistics move less often, and with 1 the weak view's graph is kept: more memory
+
+
+@dataclass(frozen=True)
+class USRNConfig(SelfTrainingConfig):
+    """The `method:` section of USRN. Defaults are the paper's; the last two switches are ablations."""
+
+    teacher: Literal["none", "ema"] = "none"
+    subclass: float = 1.0  # weight of the terms on subclasses
+    gate: bool = True  # False: every confident label is kept
+    branch: bool = True  # False: no subclass branch, plain self-training
+
+
+class Maps(NamedTuple):
+    """What the classifiers of both branches read, (B, D, h, w) at stride 4; no `sub` where there is one branch."""
+
+    features: Tensor
+    sub: Tensor | None
+
+    def split(self, *sizes: int) -> list["Maps"]:
+        subs = [None] * len(sizes) if self.sub is None else self.sub.split(sizes)
+        return [Maps(*pair) for pair in zip(self.features.split(sizes), subs, strict=True)]
+
+
+class ClassLogits(nn.Module):
+    """The student's class logits on their way into a loss: as they are, or with BLV's noise."""
+
+    def __init__(self, blv: Mapping[str, Any] | None, counts: Any, where: str):
+        """`counts`: pixels of each class in the labelled images; only BLV needs them."""
+        super().__init__()
+        self.blv, self.refreshed, self.every = None, None, 0
+        if blv is not None:
+            options = dict(blv)
+            self.every = options.pop("refresh", 0)
+            self.blv = BLVLoss(blv_options(options, where), counts)
+            if self.every:
+                self.refreshed = RefreshedBLV(self.blv, torch.as_tensor(counts))
+
+    def forward(self, logits: Tensor, progress: float) -> Tensor:
+        return logits if self.blv is None else self.blv.perturb(logits, progress)
+
+    def count(self, label: Tensor, area: float) -> None:
+        """Remember pseudo-labels for the next refresh; each stands for `area` pixels."""
+        if self.refreshed is not None:
+            self.refreshed.count(label, area)
+
+    def after_step(self, step: int) -> None:
+        if self.refreshed is not None and (step + 1) % self.every == 0:
+            self.refreshed.refresh()
+
+
+class Baseline(Method):
+    """Supervised training. Batches: `labeled` (image, label)."""
+
+    config_type: type[BaselineConfig] = BaselineConfig
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        super().__init__(cfg.optim)
+        self.options = typed(self.config_type, options, f"{cfg.name}: method")
+        self.steps = cfg.train.steps
+        self.model = build_model(cfg.model)
+        if self.model.dual != self.branches:
+            name = "usrn" if self.branches else "deeplabv3plus"
+            raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {name}")
+        self.class_logits = ClassLogits(self.options.blv, counts, f"{cfg.name}: method: blv")
+
+    @property
+    def branches(self) -> bool:
+        """Whether the network has a subclass branch."""
+        return False
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
+        batch = streams["labeled"]
+        yield self.labelled_terms(self.look(batch["image"]), batch, step / self.steps)
+
+    def look(self, images: Tensor) -> Maps:
+        """One pass of the network up to its classifiers."""
+        return Maps(*self.model.encode(self.model.normalise(images)))
+
+    def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
+        """L_s of the labelled crops."""
+        logits = self.model.classifier(maps.features)
+        loss = self.at_full_size(logits, batch["label"], lambda z: self.class_logits(z, progress))
+        return {"loss": self.options.supervised * loss, "Ls": loss}
+
+    def at_full_size(self, logits: Tensor, label: Tensor, perturb=None) -> Tensor:
+        return upsampled_cross_entropy(logits, label, align_corners=self.model.align_corners, perturb=perturb)
+
+    def after_step(self, step: int) -> None:
+        self.class_logits.after_step(step)
+
+
+class SelfTraining(Baseline):
+    """Labels plus the network's own confident labels. Batches: `labeled` (image, label), `unlabeled` (weak, strong,
+    geometry)."""
+
+    config_type = SelfTrainingConfig
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        super().__init__(cfg, options, counts)
+        o = self.options
+        self.teacher = deepcopy(self.model).requires_grad_(False) if o.teacher == "ema" else None
+        if self.teacher is None and o.predicts == "teacher" or self.teacher is not None and o.passes == 1:
+            wrong = "predicts: teacher needs teacher: ema" if o.passes > 1 else "passes: 1 runs no teacher"
+            raise ConfigError(f"{cfg.name}: method: {wrong}")
+        self.predict_prefix = "teacher." if o.predicts == "teacher" else "model."
+        self.backwards = 2 if o.passes == 3 else 1
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
+        """The labelled part, then the unlabelled one; back-propagated one by one if their passes are."""
+        labeled, unlabeled, progress = streams["labeled"], streams["unlabeled"], step / self.steps
+        if self.options.passes == 3:
+            yield self.labelled_terms(self.look(labeled["image"]), labeled, progress)
+            strong, weak = self.look(unlabeled["strong"]), self.label(unlabeled["weak"])
+            yield self.unlabelled_terms(strong, weak, unlabeled, progress)
+            return
+        maps, strong, weak = self.look_jointly(labeled["image"], unlabeled)
+        first = self.labelled_terms(maps, labeled, progress)
+        second = self.unlabelled_terms(strong, weak, unlabeled, progress)
+        yield {**first, **second, "loss": first["loss"] + second["loss"]}
+
+    def look_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Maps, Maps, list[Tensor]]:
+        """The labelled and the strong maps and the weak logits, of one batch (or of two, the weak view apart)."""
+        views = [images, unlabeled["strong"], *([unlabeled["weak"]] if self.options.passes == 1 else [])]
+        if len({view.shape[1:] for view in views}) > 1:
+            raise ValueError("method.passes: one batch of labelled and unlabelled crops needs crops of one size")
+        maps, strong, *rest = self.look(torch.cat(views)).split(*(len(view) for view in views))
+        with torch.no_grad():
+            return maps, strong, self.classify(self.model, *rest) if rest else self.label(unlabeled["weak"])
+
+    @torch.no_grad()
+    def label(self, images: Tensor) -> list[Tensor]:
+        """Logits of the weak view at stride 8: of the classes and, with a second branch, of the subclasses."""
+        net = self.model if self.teacher is None else self.teacher.eval()
+        return self.classify(net, Maps(*net.encode(net.normalise(images), self.model.dual)))
+
+    def classify(self, net: nn.Module, maps: Maps) -> list[Tensor]:
+        """Logits at stride 8 of each branch: features are pooled before they are classified."""
+        logits = [net.classifier(pool(maps.features))]
+        return logits if maps.sub is None else [*logits, net.classifier_SubCls(pool(maps.sub))]
+
+    def unlabelled_terms(self, strong: Maps, weak: list[Tensor], batch: Batch, progress: float) -> Losses:
+        """The loss of the strong view against confident labels of the weak one."""
+        logits, *_ = self.classify(self.model, strong)
+        label, valid = confident_labels(weak[0], self.options.threshold), self.valid(batch, logits)
+        label = label if valid is None else torch.where(valid, label, IGNORE)
+        loss = pseudo_label_loss(self.class_logits(logits, progress), label, valid)
+        self.count(label, batch)
+        return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
+
+    def valid(self, batch: Batch, logits: Tensor) -> Tensor | None:
+        """Which cells of the logits' grid show the image, bool (B, h, w); None: all count."""
+        if not self.options.mask_borders:
+            return None
+        return inside(batch["geometry"], batch["weak"].shape[-2:], logits.shape[-2:])
+
+    def count(self, label: Tensor, batch: Batch) -> None:
+        self.class_logits.count(label, batch["weak"][:, 0].numel() / label.numel())
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        if self.teacher is not None:
+            move_average(self.teacher, self.model, min(1 - 1 / (step + 1), self.options.momentum))
+
+
+class USRN(SelfTraining):
+    """The paper. Batches: `labeled` (image, label, sub_label), `unlabeled` (weak, strong, geometry)."""
+
+    config_type = USRNConfig
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        super().__init__(cfg, options, counts)
+        if self.branches:
+            numbers = chosen_counts(self.options.subclasses, cfg.model.num_classes, f"{cfg.name}: method: subclasses")
+            if sum(numbers) != self.model.subclasses:
+                raise ConfigError(
+                    f"{cfg.name}: model.options.subclasses: {self.model.subclasses} for {sum(numbers)} subclasses of "
+                    "method.subclasses; make them equal"
+                )
+            self.register_buffer("parents", parents(numbers), persistent=False)
+
+    @property
+    def branches(self) -> bool:
+        return self.options.branch
+
+    def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
+        """L_s + L_s_sub."""
+        terms = super().labelled_terms(maps, batch, progress)
+        if not self.branches:
+            return terms
+        loss = self.at_full_size(self.model.classifier_SubCls(maps.sub), batch["sub_label"])
+        weight = self.options.supervised * self.options.subclass
+        return {**terms, "loss": terms["loss"] + weight * loss, "Ls_sub": loss}
+
+    def unlabelled_terms(self, strong: Maps, weak: list[Tensor], batch: Batch, progress: float) -> Losses:
+        """L_u_reg + L_u_sub."""
+        o = self.options
+        if not self.branches:
+            return super().unlabelled_terms(strong, weak, batch, progress)
+        logits, sub_logits = self.classify(self.model, strong)
+        valid, noisy = self.valid(batch, logits), self.class_logits(logits, progress)
+        found = unlabelled_losses(noisy, sub_logits, *weak, self.parents, o.threshold, gate=o.gate, valid=valid)
+        self.count(found.label, batch)
+        loss = o.unsupervised * (found.classes + o.subclass * found.subclasses)
+        terms = {"Lu_sub": found.subclasses, "Lu_reg": found.classes, "kept": found.kept, "vetoed": found.vetoed}
+        return {"loss": loss, **terms}
+
+
+def share(label: Tensor, valid: Tensor | None) -> Tensor:
+    """Labelled cells among those that count."""
+    return (label != IGNORE).sum() / (label.numel() if valid is None else valid.sum().clamp(min=1))
+
+
+def inside(geometry: Tensor, crop: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Whether the centre of a cell shows the image and not the padding of its crop, bool (B, *grid).
+
+    geometry: (B, 7) as the samples carry it; crop: height and width in pixels. Padding lies at the bottom and the
+    right, mirrored crops have it at the left.
+    """
+    _, _, height, width, y, x, flip = geometry.T[..., None]
+    rows, columns = ((torch.arange(n, device=flip.device) + 0.5) * (c / n) for n, c in zip(grid, crop, strict=True))
+    columns = torch.where(flip > 0, crop[1] - columns, columns)
+    return (rows < height - y)[:, :, None] & (columns < width - x)[:, None, :]
