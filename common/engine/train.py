@@ -1,7 +1,6 @@
 """The training loop: next batches → method → backward → finite on every rank? → clip → step → log → evaluate → save."""
 
 import contextlib
-import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import Config, to_tree
-from common.engine import checkpoint, distributed, optim, runtime
+from common.config import Config
+from common.engine import distributed, optim, runtime
 from common.engine.logging import RunLog
 from common.engine.method import Batch, Losses, Method, Parts
+from common.engine.restore import Restorable
 
 Streams = Mapping[str, Iterator[Batch]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,7 @@ def fit(
     """
     runtime.configure(cfg.train, device)
     trainer = Trainer(cfg, method, device)
-    step = trainer.resume() if resume else 0
+    step = trainer.resume() if resume else trainer.begin()
     log, streams = RunLog(cfg, step), open_streams(step)
     with runtime.stop_signals() as stopped, contextlib.closing(log):
         while step < cfg.train.steps:
@@ -59,7 +59,7 @@ def fit(
     return step
 
 
-class Trainer:
+class Trainer(Restorable):
     """The method with its optimisers: what one step does, and what a checkpoint holds besides weights."""
 
     def __init__(self, cfg: Config, method: Method, device: torch.device):
@@ -134,31 +134,3 @@ class Trainer:
         better = score is not None and (self.best is None or score > self.best)
         self.best = score if better else self.best
         return better
-
-    def save(self, step: int, best: bool) -> None:
-        if distributed.rank() == 0:
-            folder = self.cfg.folder / "checkpoints"
-            state = {
-                "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-                "scaler": self.scaler.state_dict(),
-                "best": self.best,
-                "threads": torch.get_num_threads(),
-            }
-            metadata = {"predict_prefix": self.method.predict_prefix, "config": json.dumps(to_tree(self.cfg))}
-            path = checkpoint.save(folder, step, self.method, state, metadata)
-            if best:
-                checkpoint.link(folder, "best", path)
-            checkpoint.prune(folder, self.cfg.train.keep)
-        distributed.barrier()
-
-    def resume(self) -> int:
-        """Restore the newest whole checkpoint of the run; 0 where there is none."""
-        path = checkpoint.newest(self.cfg.folder / "checkpoints")
-        if path is None:
-            return 0
-        state = checkpoint.restore(path, self.method)
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-        self.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
-        return state["step"]

@@ -110,6 +110,13 @@ def test_saving_and_evaluating_change_nothing(tmp_path):
     assert_equal(often, train(config(tmp_path / "b", save_every=100)))
 
 
+def test_a_new_run_does_not_touch_an_earlier_one(tmp_path):
+    cfg = config(tmp_path)
+    train(cfg)
+    with pytest.raises(ValueError, match="holds an earlier run, up to step_00000020; add --resume"):
+        train(cfg)
+
+
 def test_a_torn_newest_checkpoint_is_skipped(tmp_path):
     cfg = config(tmp_path)
     whole = train(cfg)
