@@ -94,7 +94,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config, overrides, words):
 
 def test_wrong_class_count_in_a_checkpoint(config, tmp_path, whole):
     out = call("fully_sup/test.py", config, tmp_path / "whole" / "checkpoints" / "last", "model.num_classes=16",
-               "data.val.dataset=cityscapes16", "data.dataset=cityscapes16", expect=2)  # fmt: skip
+               "data.dataset=cityscapes16", expect=2)  # fmt: skip
     assert "trained on 19 classes, the model has 16" in out
 
 
