@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -62,19 +64,29 @@ class Workplace:
 def place(tmp_path_factory) -> Workplace:
     """The first three steps done: baseline, features, subclass labels."""
     work = Workplace(tmp_path_factory.mktemp("semi_sup"))
-    call("scripts/prepare_splits.py", USRN, *work.settings())
+    here("prepare_splits", USRN, *work.settings())
     call(MAIN, "--config", BASE, *work.base(), "train.steps=2")
-    call(MAIN, "--save_feature", "--resume", work.baseline / "checkpoints" / "best")
-    call("semi_sup/clustering.py", "--config", BASE, *work.base())
+    here("main", "--save_feature", "--resume", work.baseline / "checkpoints" / "best", "--device", "cpu")
+    here("clustering", "--config", BASE, *work.base(), "--device", "cpu")
     for path in (work.data / VOC / "SegmentationClassAug").glob("*.png"):  # nothing below may need those
         if path.stem in (work.lists / "20_train_unsupervised.txt").read_text().split():
             path.unlink()
     return work
 
 
+def here(program: str, *words) -> None:
+    """Run a program in this process, which saves the seconds of importing torch."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{program}.py", *map(str, words)])
+        PROGRAMS[program]()
+    torch.set_num_threads(threads)
+
+
 def run(program: str, monkeypatch, capsys, *words) -> str:
-    """A program in this process, which has to end with exit code 2; its one line of error."""
+    """The same for a program that has to end with exit code 2; its one line of error."""
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, words)])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # `cli.run` replaces it for good
     with pytest.raises(SystemExit) as ended:
         cli.run(PROGRAMS[program])
     err = capsys.readouterr().err
@@ -125,6 +137,18 @@ def test_training_resumes_to_the_bit_and_tests(place):
     assert "absent_zero" in out and (folder / "report.html").is_file()
     predictions = [Image.open(path) for path in (folder / "preds").glob("*.png")]
     assert len(predictions) == 3 and all(p.mode == "P" and np.array(p).max() < 21 for p in predictions)
+
+
+def test_baseline_weights_of_the_release_test_without_the_run(place, tmp_path):
+    """An official file has no config inside; its folder of results is made."""
+    state = {f"module.{k.removeprefix('model.')}": v for k, v in weights(place.baseline).items() if "model." in k}
+    torch.save({"epoch": 3, "monitor_best": np.float64(12.5), "state_dict": state}, tmp_path / "best_model.pth")
+    here("main", "--test", "True", "-r", tmp_path / "best_model.pth", "-c", BASE, *place.base(), f"output={tmp_path}",
+         "--device", "cpu")  # fmt: skip
+    folder = tmp_path / "toy_1over8_baseline"
+    result = json.loads((folder / "test.json").read_text())
+    assert result["miou"] == json.loads((place.baseline / "evaluation.json").read_text())["miou"]
+    assert {path.name for path in folder.iterdir()} >= {"preds", "report.html", "config.yaml"}
 
 
 def test_errors_before_a_step_is_ready(place, monkeypatch, capsys):

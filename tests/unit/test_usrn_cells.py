@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.config import ModelConfig
+from common.config import ModelConfig, SourceConfig
 from common.data import SegmentationDataset
+from common.data.toy import make
 from common.models import build_model
-from scripts.prepare_splits import order
+from scripts.prepare_splits import order, whole
 from semi_sup.cells import blocky_subclasses, cell_classes, cell_pixels, pixel_cells, pixel_subclasses
 from semi_sup.clustering import balanced, check_classes, normal
 from semi_sup.features import adopt, export, grid, open_features
@@ -160,6 +161,26 @@ def test_lists_are_nested_and_show_every_class(seed):
     shown = (pixels[ranking[:needed]] > 0).any(0)
     assert (shown == (pixels > 0).any(0)).all()
     assert ranking == order(pixels, seed)[0] and ranking != order(pixels, seed + 10)[0]
+
+
+def test_the_training_set_of_voc_without_a_list_of_it(tmp_path):
+    """train_aug is every labelled image that is not in val."""
+    make("voc", tmp_path, train=5, val=2, size=(32, 48), seed=0, domain="day")
+    source = SourceConfig(dataset="voc", root=str(tmp_path), split="train_aug")
+    listed = whole(source).names
+    (tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "train_aug.txt").unlink()
+    assert whole(source).names == listed and len(listed) == 5
+
+
+def test_flattened_paths_of_official_lists_are_found(tmp_path):
+    make("cityscapes", tmp_path, train=3, val=1, size=(32, 64), seed=0, domain="day")
+    name = SegmentationDataset(SourceConfig(dataset="cityscapes", root=str(tmp_path))).names[1]
+    stem = name.removesuffix("_leftImg8bit")
+    line = f"images/train/{name}.png segmentation/train/{stem}_gtFine_labelTrainIds.png"
+    (tmp_path / "93_train_supervised.txt").write_text(line)  # some official files lack the final newline
+    source = SourceConfig(dataset="cityscapes", root=str(tmp_path), list=str(tmp_path / "93_train_supervised.txt"))
+    dataset = SegmentationDataset(source)
+    assert dataset.names == [name] and dataset.load(0)["label"].shape == (32, 64)
 
 
 def test_an_empty_class_is_named():
