@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.integration.conftest import call, config, toy  # noqa: F401
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "fully_sup.train")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fully_sup.train")
 
 
 def weights(folder):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from common.data.toy import make
 from tests.integration.conftest import ROOT, call
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "uda.train")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uda.train")
 QUICK = ("train.steps=4", "train.log_every=1", "train.save_every=2", "train.threads=1", "data.workers=0",
          "eval.max_images=1", "eval.workers=0", "eval.every=100")  # fmt: skip
 
