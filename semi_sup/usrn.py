@@ -53,7 +53,12 @@ class BaselineConfig:
 
 @dataclass(frozen=True)
 class SelfTrainingConfig(BaselineConfig):
-    """The `method:` section of plain self-training."""
+    """The `method:` section of plain self-training.
+
+    passes: 3 runs the network on labelled images, strong and weak view one after the other, as the release does. 2 puts
+    labelled images and strong view in one batch, 1 all three: batch norm then normalises over the mixture and moves its
+    running statistics once a batch; both parts' graphs are held together, and with 1 the weak view's too.
+    """
 
     unsupervised: float = 1.0  # weight of the terms on unlabelled images
     threshold: float = 0.75  # τ, which a pseudo-label's probability has to exceed
@@ -61,13 +66,12 @@ class SelfTrainingConfig(BaselineConfig):
     momentum: float = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "student"
     mask_borders: bool = True  # release: False, padding of unlabelled crops takes part
-    passes: Literal[3, 2, 1] = 3  # 2: labelled and strong in one batch; 1: all three. Batch norm then mixes them, its
-    # running statistics move less often, and with 1 the weak view's graph is kept: more memory
+    passes: Literal[3, 2, 1] = 3
 
 
 @dataclass(frozen=True)
 class USRNConfig(SelfTrainingConfig):
-    """The `method:` section of USRN. Defaults are the paper's; the last two switches are ablations."""
+    """The `method:` section of USRN. Defaults are the paper's; `gate` and `branch` are ablations."""
 
     teacher: Literal["none", "ema"] = "none"
     subclass: float = 1.0  # weight of the terms on subclasses
