@@ -9,6 +9,7 @@ Lloyd's alternation of assignment and means. The assignment is a network simplex
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.ops.balanced_assignment import EXACT_BELOW, TIGHT, Matrix, equalise,
 
 GRADUAL = 0.8  # share of the points that may be in surplus: this to the power of the iteration, …
 LOOSE = 5e-3  # … down to this; up to EXACT_BELOW points every assignment is exact
+ONE_THREAD = 2**21  # up to this many distances a second thread gains little, and loses much on a busy machine
 SLACK = 1e-4  # relative increase of the objective that the repair may cause by moving points in bulk
 
 
@@ -155,6 +157,18 @@ def _lloyd(
     return Clusters(labels.long().cpu(), centres.float().cpu(), max(objective, 0.0), iterations, converged), prices
 
 
+@contextmanager
+def _threads(distances: int) -> Iterator[None]:
+    """One CPU thread for small problems; the caller's number again afterwards."""
+    before = torch.get_num_threads()
+    if distances <= ONE_THREAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def balanced_kmeans(
     data: np.ndarray | Tensor,
     k: int,
@@ -194,7 +208,8 @@ def balanced_kmeans(
     centres, prices = centres.double(), torch.zeros(k, device=points.device)
     settings = {"max_iter": max_iter, "tol": tol, "memory": memory, "generator": generator}
     if points.n <= 2 * sample:
-        return _lloyd(points, centres, prices, **settings)[0]
+        with _threads(points.n * k):
+            return _lloyd(points, centres, prices, **settings)[0]
     chosen = np.sort(torch.randperm(points.n, generator=generator)[: max(sample, 256 * k)].numpy())
     first, prices = _lloyd(points.take(chosen).resident(), centres, prices, **settings, final=False)
     return _lloyd(points, first.centres.to(points.device).double(), prices, **settings, gradual=False)[0]

@@ -1,16 +1,19 @@
 """Balanced k-means against exact assignments: linear programming on copies of the clusters, and another library."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from common.ops import balanced_kmeans as module
 from common.ops.balanced_assignment import balanced_assign
 from common.ops.balanced_kmeans import balanced_kmeans
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [(300, 7, 8), (200, 20, 3), (120, 50, 4), (500, 5, 2), (101, 100, 3), (40, 40, 2), (9, 1, 2)]  # n, k, d
 
 
@@ -183,15 +186,33 @@ def test_against_another_library():
     assert np.median(speed) >= 8 and np.median(quality) <= 1.01
 
 
+FULL_SIZE = """
+import resource, sys, time
+import numpy as np
+from common.ops.balanced_kmeans import balanced_kmeans
+data = np.memmap(sys.argv[1], np.float16, "r", shape=(1_000_000, 256))
+begin = time.perf_counter()
+found = balanced_kmeans(data, 121)
+seconds = time.perf_counter() - begin
+sizes = np.bincount(found.labels, minlength=121)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(sizes.min(), sizes.max(), found.converged, seconds, peak)
+"""
+
+
 @pytest.mark.slow
 def test_full_size(tmp_path):
-    """A million rows of 256 in half precision: exact sizes, and no more memory than was allowed."""
+    """A million rows of 256 in half precision into 121: exact sizes, at most 6 minutes and 4 GiB."""
     draw = np.random.default_rng(0)
     data = np.memmap(tmp_path / "x", np.float16, "w+", shape=(1_000_000, 256))
-    means = np.maximum(draw.standard_normal((200, 256)), 0)
+    means, weights = np.maximum(draw.standard_normal((200, 256)), 0), draw.dirichlet(np.full(200, 0.5))
     for begin in range(0, len(data), 50_000):
-        block = means[draw.choice(200, 50_000, p=draw.dirichlet(np.full(200, 0.5)))]
-        data[begin : begin + 50_000] = np.maximum(block + 0.3 * draw.standard_normal(block.shape), 0)
-    found = balanced_kmeans(data, 121)
-    assert_balanced(found.labels, 121)
-    assert found.converged and module.LOOSE < 1
+        noise = 0.3 * draw.standard_normal((50_000, 256), dtype=np.float32)
+        data[begin : begin + 50_000] = np.maximum(means[draw.choice(200, 50_000, p=weights)] + noise, 0)
+    data.flush()
+    command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "x")]
+    least, most, converged, seconds, peak = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert (least, most, converged) == ("8264", "8265", "True")
+    assert float(seconds) <= 360 and float(peak) <= 4
