@@ -1,60 +1,21 @@
 """The data sets: one row each. Adding one is adding a row.
 
-A row's root is `root` of the config, else $LTS_DATA/<folder>, else ./datasets/<folder>.
+A row's root is `root` of the config, else $LTS_DATA/<folder> ($DETECTRON2_DATASETS for the sets of the LTSS
+benchmark), else ./datasets/<folder>.
 """
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from common.config import SourceConfig, typed
 from common.data import layouts
-from common.data.labels import IGNORE, Colour, LabelTable, colour_codes
-from common.data.layouts import Layout, Paired
-
-
-@dataclass(frozen=True)
-class DatasetRow:
-    """What a data set is. Nothing here depends on where it lies.
-
-    label_maps: (ending of the label file's stem, stored value → class id or IGNORE) pairs; the first ending that fits
-    applies. Empty: stored values are class ids. `ignore` are stored values without a class; a value listed nowhere is
-    an error, or ignored where that is the data set's convention (`unlisted`).
-    tail: class ids of mIoU(tail). counts: pixels of each class in the training split, where they are published.
-    resize_labels: some labels of the release are smaller than their image and are brought to its size (nearest).
-    """
-
-    name: str
-    folder: str
-    classes: tuple[str, ...]
-    palette: tuple[Colour, ...]
-    layout: Layout
-    label_maps: tuple[tuple[str, Mapping[int, int]], ...] = ()
-    ignore: tuple[int, ...] = (255,)
-    unlisted: Literal["error", "ignore"] = "error"
-    encoding: Literal["index", "rgb"] = "index"
-    tail: tuple[int, ...] = ()
-    counts: tuple[int, ...] | None = None
-    resize_labels: bool = False
-    env: str = "LTS_DATA"
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @cached_property
-    def _tables(self) -> tuple[tuple[str, LabelTable], ...]:
-        maps = self.label_maps or (("", {k: k for k in range(self.num_classes)}),)
-        n = self.num_classes
-        return tuple((end, LabelTable(n, values, self.ignore, self.unlisted, self.encoding)) for end, values in maps)
-
-    def label_table(self, path: Path) -> LabelTable:
-        """The table that decodes the label file `path`."""
-        return next(table for end, table in self._tables if path.stem.endswith(end))
-
+from common.data.labels import IGNORE, colour_codes
+from common.data.layouts import Paired
+from common.data.ltss_rows import LTSS_ROWS
+from common.data.rows import DatasetRow, colour_map
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
@@ -110,14 +71,6 @@ def _synthia(name: str, keep: tuple[int, ...]) -> DatasetRow:
     return _street(name, "synthia", keep, counts=None, maps=maps, layout=layout, ignore=(), unlisted="ignore")
 
 
-def _voc_palette(n: int) -> tuple[Colour, ...]:
-    """The VOC colours: bits 0, 1, 2 of the class id are the highest bits of red, green, blue, bits 3-5 the next."""
-    return tuple(
-        tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
-        for k in range(n)
-    )
-
-
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
@@ -147,7 +100,7 @@ _ROWS = (
     _synthia("synthia", _SIXTEEN),
     _synthia("synthia13", _THIRTEEN),
     _synthia("synthia19", _ALL),
-    DatasetRow("voc", "voc", VOC_CLASSES, _voc_palette(21), layouts.voc),
+    DatasetRow("voc", "voc", VOC_CLASSES, colour_map(21), layouts.voc),
     DatasetRow(
         "camvid",
         "camvid",
@@ -156,6 +109,7 @@ _ROWS = (
         Paired("images/{split}", "labels/{split}"),
         tail=(2, 6, 7, 9, 10),
     ),
+    *LTSS_ROWS,
 )
 DATASETS: dict[str, DatasetRow] = {row.name: row for row in _ROWS}
 
@@ -204,7 +158,7 @@ def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
     """The row that a `folder` section describes. ValueError for what contradicts itself."""
     config = typed(FolderConfig, options, "data.folder")
     n = len(config.classes)
-    palette = config.palette or _voc_palette(n)
+    palette = config.palette or colour_map(n)
     if len(palette) != n:
         raise ValueError(f"data.folder: palette has {len(palette)} colours for {n} classes")
     unknown = [c for c in config.tail if c not in config.classes]
@@ -263,4 +217,4 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
             f"data set {row.name!r}: no folder {root} ({origin}); "
             f"set `root`, or {row.env} to the folder that holds {row.folder}/"
         )
-    return row, root
+    return row.named(root), root

@@ -69,6 +69,13 @@ def pillow_nearest_index(size: int, stored: int, start: int, count: int) -> np.n
     return np.minimum(np.cumsum(steps).astype(np.int64)[start:], stored - 1)
 
 
+def torch_nearest_index(size: int, stored: int, start: int, count: int) -> np.ndarray:
+    """The same by the rule of torch's `interpolate(mode="nearest")` for float64: ⌊i · stored/size⌋, the product rounded
+    to single precision before the floor."""
+    position = np.arange(start, start + count) * (stored / size)
+    return np.minimum(np.floor(position.astype(np.float32)).astype(np.int64), stored - 1)
+
+
 Rule = Callable[[int, int, int, int], np.ndarray]
 
 
@@ -148,6 +155,28 @@ def pillow(picture: Picture, g: Geometry, crop: tuple[int, int], kernel: Image.R
     image = image.resize((w, image.height), kernel, box=(left, 0, right, image.height))
     resized = np.asarray(image.resize((w, h), kernel, box=(0, top, w, bottom)))  # some releases of Pillow begin here
     return _planes(torch.from_numpy(resized[:, ::-1].copy() if g.flip else resized.copy()))
+
+
+def pillow_exact(picture: Picture, g: Geometry, crop: tuple[int, int], kernel: Image.Resampling) -> torch.Tensor:
+    """As `pillow`, but equal bit for bit to the crop of the whole image that Pillow resized, columns before rows.
+
+    Pillow's two passes do not mix rows (the first) or columns (the second): the first runs on the rows that the crop
+    needs, the second on the crop's columns, both over their whole length.
+    """
+    h, w = g.extent(crop)
+    rows, *_ = _span(g.y, h, picture.height / g.height, picture.height, 3)
+    window = np.ascontiguousarray(picture.window(rows, slice(0, picture.width)))
+    mode = "RGBX" if window.shape[2] == 4 else "RGB"
+    image = Image.frombuffer(mode, (window.shape[1], window.shape[0]), window, "raw", mode, 0, 1)
+    image = image.resize((g.width, image.height), kernel).crop((g.x, 0, g.x + w, image.height))
+    if picture.height != g.height:
+        whole = Image.new(mode, (w, picture.height))
+        whole.paste(image, (0, rows.start))
+        image = whole.resize((w, g.height), kernel).crop((0, g.y, w, g.y + h))
+    else:
+        image = image.crop((0, g.y - rows.start, w, g.y - rows.start + h))
+    pixels = np.asarray(image)
+    return _planes(torch.from_numpy(pixels[:, ::-1].copy() if g.flip else pixels.copy()))
 
 
 def _span(start: int, count: int, scale: float, stored: int, reach: int) -> tuple[slice, float, float]:

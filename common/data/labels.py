@@ -128,3 +128,9 @@ class LabelTable:
 def colour_codes(palette: Sequence[Colour]) -> list[int]:
     """The palette's colours as `read_colours` codes them."""
     return [(r << 16) | (g << 8) | b for r, g, b in palette]
+
+
+def is_varied(label: np.ndarray, limit: float) -> bool:
+    """Whether a label has more than one class, and none with `limit` or more of the labelled pixels."""
+    counts = np.bincount((label - IGNORE).ravel())[1:]
+    return np.count_nonzero(counts) > 1 and counts.max() < limit * counts.sum()

@@ -5,8 +5,8 @@ where a data set keeps all its images in one folder (VOC, GTA5, SYNTHIA) it defi
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +67,7 @@ class Paired:
     """Images and labels in two folders (`{split}` allowed in the paths), paired by stem less their endings.
 
     unsplit: the folders hold the whole set (GTA5, SYNTHIA); `train` and `all` are everything, other splits need a list.
+    splits: split → what stands for it in the paths, where that is another word (ADE20K: training, validation).
     """
 
     images: str
@@ -74,10 +75,12 @@ class Paired:
     image_end: str = ""
     label_end: str = ""
     unsplit: bool = False
+    splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, root: Path, split: str, names: Sequence[str] | None = None) -> list[Record]:
         if self.unsplit and names is None and split not in ("train", "all"):
             raise ValueError(f"{root}: this data set has no split {split!r}; use train, or give a `list` of its images")
+        split = self.splits.get(split, split)
         folder = root / self.images.format(split=split)
         labels = optional_files(root / self.labels.format(split=split) if self.labels else None)
         records = {}

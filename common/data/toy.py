@@ -1,4 +1,4 @@
-"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of five data sets.
+"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of seven data sets.
 
 Every picture is a pure function of (seed, domain, its number, size); a folder is complete when its marker
 `toy.json` is there. Programs read these folders as they read the real ones.
@@ -19,7 +19,8 @@ from PIL import Image
 
 from common.data.datasets import DATASETS
 from common.data.toy_canvas import DOMAINS, RAW_IDS
-from common.data.toy_glyphs import ade_scene, voc_scene
+from common.data.toy_glyphs import ADE_RANKS, ade_scene, voc_scene
+from common.data.toy_people import mhp_scene
 from common.data.toy_scene import street_scene
 
 MARKER = "toy.json"
@@ -149,12 +150,54 @@ def write_ade20k_full(root: str | Path, train: int = 96, val: int = 32, size: Si
     return _once(root, params, fill)
 
 
+def write_coco_stuff_lt(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
+                        domain: str = "day") -> Path:  # fmt: skip
+    """images (jpg) and annotations (8-bit png, 255 unlabelled), train2017 and val2017.
+
+    The scenes of ADE20K-Full; 64 of the 171 classes occur, in the order of the published counts.
+    """
+    params = _params("coco_stuff_lt", train, val, size, seed, domain)
+    row = DATASETS["coco_stuff_lt_40k"]
+    by_count = np.argsort(-np.array(row.published.image_count), kind="stable")
+    table = np.full(1 << 16, 255, np.uint8)
+    table[list(ADE_RANKS)] = by_count[np.round(np.linspace(0, row.num_classes - 1, len(ADE_RANKS))).astype(int)]
+
+    def fill(base: Path, counts: Counter) -> None:
+        for split, _, number in _numbers(train, val):
+            scene = ade_scene(seed, domain, number, size)
+            label = table[scene.label]
+            _save(base / "images" / f"{split}2017" / f"{number:012d}.jpg", scene.image)
+            _save(base / "annotations" / f"{split}2017" / f"{number:012d}.png", label)
+            _count(counts, label, dict(enumerate(row.classes)))
+
+    return _once(root, params, fill)
+
+
+def write_mhpv2_lt(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
+                   domain: str = "day") -> Path:  # fmt: skip
+    """images (jpg) and annotations (8-bit png; of every second image with three equal channels), train and val."""
+    params = _params("mhpv2_lt", train, val, size, seed, domain)
+    names = dict(enumerate(DATASETS["mhpv2_lt_7k"].classes))
+
+    def fill(base: Path, counts: Counter) -> None:
+        for split, index, number in _numbers(train, val):
+            scene = mhp_scene(seed, domain, number, size)
+            label = np.repeat(scene.label[..., None], 3, 2) if index % 2 else scene.label
+            _save(base / "images" / split / f"{number}.jpg", scene.image)
+            _save(base / "annotations" / split / f"{number}.png", label)
+            _count(counts, scene.label, names)
+
+    return _once(root, params, fill)
+
+
 LAYOUTS: dict[str, Callable[..., Path]] = {
     "cityscapes": write_cityscapes,
     "gta5": write_gta5,
     "synthia": write_synthia,
     "voc": write_voc,
     "ade20k_full": write_ade20k_full,
+    "coco_stuff_lt": write_coco_stuff_lt,
+    "mhpv2_lt": write_mhpv2_lt,
 }
 
 

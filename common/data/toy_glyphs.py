@@ -73,18 +73,18 @@ def glyph(canvas: Canvas, rng: np.random.Generator, place: Place, rank: int) -> 
     pen.fill(mask, colour, 0, _texture(canvas, pattern, u, v))
 
 
-def _zipf(quantile: float, first: int, last: int, power: float) -> int:
+def zipf(quantile: float, first: int, last: int, power: float) -> int:
     """Rank in first…last−1 at a quantile of p(rank) ∝ (rank − first + 1)^−power."""
     mass = np.cumsum(np.arange(1.0, last - first + 1) ** -power)
     return first + int(np.searchsorted(mass / mass[-1], quantile))
 
 
-def _spread(seed: int, number: int, n: int) -> float:
+def spread(seed: int, number: int, n: int) -> float:
     """The n-th of a low-discrepancy sequence in 0..1: rare classes come evenly spaced, not in lumps."""
     return (np.random.default_rng((seed, number, 7)).random() + n * 0.6180339887498949) % 1
 
 
-def _backdrop(canvas: Canvas, rng: np.random.Generator) -> None:
+def backdrop(canvas: Canvas, rng: np.random.Generator) -> None:
     """A blurred background between two colours."""
     near, far = (rng.uniform(0.2, 0.85, 3).astype(np.float32) for _ in range(2))
     shift, f = rng.uniform(0, 60), rng.uniform(1.5, 5)
@@ -93,7 +93,7 @@ def _backdrop(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.image[:] = near + (far - near) * mix[..., None]
 
 
-def _begin(seed: int, domain: str, kind: int, index: int, size: tuple[int, int]) -> tuple[Canvas, list]:
+def begin(seed: int, domain: str, kind: int, index: int, size: tuple[int, int]) -> tuple[Canvas, list]:
     """Canvas and the generators of geometry, colour and noise; every third picture is upright."""
     look = DOMAINS[domain]
     generators = [np.random.default_rng((seed, look.number, index, kind, n)) for n in range(3)]
@@ -102,11 +102,11 @@ def _begin(seed: int, domain: str, kind: int, index: int, size: tuple[int, int])
 
 def voc_scene(seed: int, domain: str, index: int, size: tuple[int, int]) -> Scene:
     """One to three objects before a background; label uint8 of VOC class ids, outlines 255."""
-    canvas, (geometry, colour, noise) = _begin(seed, domain, 1, index, size)
-    _backdrop(canvas, colour)
+    canvas, (geometry, colour, noise) = begin(seed, domain, 1, index, size)
+    backdrop(canvas, colour)
     classes = [0]
     for j in range(1 + int(geometry.integers(3))):
-        k = VOC_RANKS[_zipf(_spread(seed, canvas.domain.number, 3 * index + j), 0, len(VOC_RANKS), 0.8)]
+        k = VOC_RANKS[zipf(spread(seed, canvas.domain.number, 3 * index + j), 0, len(VOC_RANKS), 0.8)]
         x, span = geometry.uniform(0.2, 0.8) * canvas.aspect, geometry.uniform(0.4, 0.8) * min(canvas.aspect, 1)
         if k in VOC_SPRITES:
             draw, metres = VOC_SPRITES[k]
@@ -131,9 +131,9 @@ def _outlined(label: np.ndarray, width: int) -> np.ndarray:
 
 def ade_scene(seed: int, domain: str, index: int, size: tuple[int, int], objects: int = 8) -> Scene:
     """Walls and a floor with `objects` things; label uint16 of ADE20K-Full class ids, 65535 unlabelled."""
-    canvas, (geometry, colour, noise) = _begin(seed, domain, 2, index, size)
+    canvas, (geometry, colour, noise) = begin(seed, domain, 2, index, size)
     number = canvas.domain.number
-    first = _zipf(_spread(seed, number, index), 0, ADE_STUFF, 1.0)
+    first = zipf(spread(seed, number, index), 0, ADE_STUFF, 1.0)
     stuff = [first, *((first + k) % ADE_STUFF for k in geometry.choice(np.arange(1, ADE_STUFF), 2, replace=False))]
     floor, corner = geometry.uniform(0.55, 0.75), geometry.uniform(0.55, 0.85) * canvas.aspect
     for rank, (x0, y0) in zip(stuff, ((0, 0), (0, floor), (corner, 0)), strict=True):
@@ -145,7 +145,7 @@ def ade_scene(seed: int, domain: str, index: int, size: tuple[int, int], objects
         pen.fill(np.ones(pen.light.shape, bool), tint, 0, _texture(canvas, rank, pen.u, pen.v))
     classes = [ADE_IGNORE, *(ADE_RANKS[rank] for rank in stuff)]
     for j in range(objects):
-        rank = _zipf(_spread(seed, number, objects * index + j), ADE_STUFF, len(ADE_RANKS), 1.0)
+        rank = zipf(spread(seed, number, objects * index + j), ADE_STUFF, len(ADE_RANKS), 1.0)
         x, y = geometry.uniform(0.05, 0.95) * canvas.aspect, geometry.uniform(0.1, 0.9)
         glyph(canvas, geometry, Place(x, y, geometry.uniform(0.09, 0.2) * min(canvas.aspect, 1)), rank)
         classes.append(ADE_RANKS[rank])

@@ -14,8 +14,9 @@ import torch
 from common.config import typed
 from common.data.colour import photometric_distortion
 from common.data.cpsl_views import CPSL
+from common.data.detectron2_views import Detectron2
 from common.data.geometry import Geometry, bilinear, draw_offset, fit, identity, nearest, pad, warp_maps
-from common.data.labels import IGNORE
+from common.data.labels import is_varied
 from common.data.segmentation import SegmentationDataset, Transform
 from common.data.usrn_views import USRN
 
@@ -80,13 +81,7 @@ class MMSeg:
         return g._replace(flip=int(rng.random() < self.flip))
 
 
-def is_varied(label: np.ndarray, limit: float) -> bool:
-    """More than one class, and none with `limit` or more of the labelled pixels."""
-    counts = np.bincount((label - IGNORE).ravel())[1:]
-    return np.count_nonzero(counts) > 1 and counts.max() < limit * counts.sum()
-
-
-RECIPES: dict[str, type] = {"none": Native, "mmseg": MMSeg, "cpsl": CPSL, "usrn": USRN}
+RECIPES: dict[str, type] = {"none": Native, "mmseg": MMSeg, "cpsl": CPSL, "usrn": USRN, "detectron2": Detectron2}
 
 
 def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Transform:

@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from torchvision.io import decode_png
 
-from common.data import DATASETS, IGNORE, toy
+from common.config import SourceConfig
+from common.data import DATASETS, IGNORE, SegmentationDataset, class_statistics, toy
+from common.data.imbalance import gini
 from common.data.toy_canvas import DOMAINS
-from common.data.toy_glyphs import ADE_IDS, ade_scene, voc_scene
+from common.data.toy_glyphs import ADE_IDS, ADE_RANKS, ade_scene, voc_scene
+from common.data.toy_people import mhp_scene
 from common.data.toy_scene import street_scene
 
 REPO = Path(__file__).resolve().parents[2]
@@ -32,7 +35,7 @@ def day() -> list:
     return [street_scene(0, "day", i, (128, 256)) for i in range(48)]
 
 
-@pytest.mark.parametrize("draw", [street_scene, voc_scene, ade_scene])
+@pytest.mark.parametrize("draw", [street_scene, voc_scene, ade_scene, mhp_scene])
 def test_a_scene_is_a_function_of_its_arguments(draw):
     first, again = draw(3, "day", 5, (64, 96)), draw(3, "day", 5, (64, 96))
     assert np.array_equal(first.image, again.image) and np.array_equal(first.label, again.label)
@@ -155,6 +158,55 @@ def test_ade20k_full_layout(tmp_path):
             assert label.dtype == np.uint16
             values |= set(np.unique(label).tolist())
     assert values <= {*ADE_IDS, 65535} and 65535 in values and len(values) > 25
+
+
+def test_ade20k_full_has_a_tail_of_sixty_classes(tmp_path):
+    root = toy.make("ade20k_full", tmp_path / "ade", train=96, val=1, size=(64, 86))
+    statistics = class_statistics(SegmentationDataset(SourceConfig(dataset="ade20k_full", root=str(root))), 0)
+    counts = np.sort(statistics.image_count[list(ADE_IDS)])[::-1]
+    assert len(counts) == 64 and statistics.image_count.sum() == counts.sum() and (counts > 0).sum() >= 60
+    assert counts[0] > 40 and counts[8] > 12 and counts[30] < 12 and counts[50] <= 6
+    assert gini(counts) > 0.5
+
+
+def test_coco_stuff_lt_layout(tmp_path):
+    root = toy.make("coco_stuff_lt", tmp_path / "coco", train=12, val=2)
+    ade = {number: ade_scene(0, "day", number, (128, 170)).label for number in (*range(12), 1_000_000, 1_000_001)}
+    values, pairs = set(), set()
+    for split, n in (("train", 12), ("val", 2)):
+        dataset = SegmentationDataset(SourceConfig(dataset="coco_stuff_lt_40k", root=str(root), split=split))
+        assert len(dataset) == n
+        for k, name in enumerate(dataset.names):
+            label = dataset.load(k)["label"]
+            values |= set(np.unique(label).tolist())
+            pairs |= set(zip(label.ravel().tolist(), ade[int(name)].ravel().tolist(), strict=True))
+    assert len(pairs) == len(values) > 25 and (IGNORE, 65535) in pairs  # one class for one
+    published = dataset.row.published.image_count
+    first = {coco for coco, scene in pairs if scene in ADE_RANKS[:3]}
+    assert min(published[k] for k in first) > 7000  # the most frequent are those of the published counts
+
+
+def test_mhpv2_lt_layout(tmp_path):
+    root = toy.make("mhpv2_lt", tmp_path / "mhp", train=48, val=2)
+    train, val = (
+        SegmentationDataset(SourceConfig(dataset="mhpv2_lt_7k", root=str(root), split=split))
+        for split in ("train", "val")
+    )
+    assert (len(train), len(val)) == (48, 2)
+    assert {read(record.label).ndim for record in train.records} == {2, 3}
+    counts = class_statistics(train, 0).image_count
+    assert (counts > 0).sum() > 45 and counts[0] == 48 and gini(counts) > 0.4
+    assert counts[12] > 20 and counts[51] < 8  # T-shirts, umbrellas
+    sides = {k: [] for k in (*range(5, 9), 24, 25)}
+    for k in range(48):
+        if len(np.unique(mhp_scene(0, "day", k, (128, 170)).instance)) > 3:
+            continue  # several people
+        label = train.label(k)
+        for part in sides:
+            if (label == part).any():
+                sides[part].append(np.argwhere(label == part)[:, 1].mean() - np.argwhere(label == 3)[:, 1].mean())
+    for left, right in ((5, 6), (7, 8), (24, 25)):  # who faces the camera has the left on the picture's right
+        assert np.median(sides[left]) > 2 and np.median(sides[right]) < -2
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 3), (64, 33, 3)])

@@ -1,0 +1,124 @@
+"""The augmentations of detectron2's semantic mapper, as the LTSS benchmark (TMM 2024) trains Mask2Former and
+DeepLabV3+ with it, and its Copy-Paste."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.data.colour import photometric_distortion
+from common.data.copy_paste import choose_random, choose_rare, classes_of, paste
+from common.data.geometry import Geometry, draw_offset, nearest, pad, pillow_exact, torch_nearest_index, warp_maps
+from common.data.labels import IGNORE, is_varied
+from common.data.rows import DatasetRow
+from common.data.segmentation import SegmentationDataset
+
+_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Detectron2:
+    """Resize by the short side, crop, colour, mirror, pad; then perhaps Copy-Paste.
+
+    crop: height, width. short_edges: the sizes that the short side is drawn from; empty: int(0.1 · x · c), x = 5 … 20,
+    c the crop's shorter side. max_size: the longest side after resizing. category_limit: below 1, up to ten crops are
+    drawn until one has several classes and none with this share or more of the labelled pixels.
+    Images are resized with Pillow's bilinear filter, labels with torch's nearest rule. A mirrored label exchanges the
+    row's `flip_pairs`. Padding is grey, at the bottom and the right, after the mirror.
+    copy_paste: paste classes of a second image, drawn from the whole set and augmented by itself: `random` ones, at
+    most copy_paste_max − 1 and never all of its crop, or all `rare` ones: those of rare_classes, else the rare classes
+    of the row at image level.
+    """
+
+    crop: tuple[int, int]
+    short_edges: tuple[int, ...] = ()
+    max_size: int = 1333
+    category_limit: float = 1.0
+    colour: bool = True
+    flip: float = 0.5
+    copy_paste: Literal["none", "random", "rare"] = "none"
+    copy_paste_max: int = 100
+    rare_classes: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if min(self.crop) < 1:
+            raise ValueError(f"augment.crop {list(self.crop)} must be positive")
+        if self.short_edges and min(self.short_edges) < 1:
+            raise ValueError(f"augment.short_edges: {min(self.short_edges)} is no size of an image side")
+        for name in ("max_size", "copy_paste_max"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"augment.{name} {getattr(self, name)} must be positive")
+
+    def __call__(
+        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+    ) -> dict[str, Any]:
+        (child,) = rng.spawn(1)  # the target is augmented alike with and without Copy-Paste
+        target = self._augment(sample, rng, dataset.row)
+        if self.copy_paste == "none":
+            return target
+        if "label" not in sample:
+            raise ValueError(f"augment.copy_paste {self.copy_paste!r} needs labels; this source has `labels: false`")
+        source = self._augment(dataset.open(int(child.integers(len(dataset)))), child, dataset.row)
+        return paste(target, source, self._chosen(classes_of(source["label"]), dataset.row, child))
+
+    def _augment(self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow) -> dict[str, Any]:
+        picture = sample["image"]
+        g = self.draw(picture.size, sample.get("label"), rng)
+        image = pillow_exact(picture, g, self.crop, Image.Resampling.BILINEAR)
+        if self.colour:
+            image = photometric_distortion(image, rng, hue_high=18)
+        g = g._replace(flip=int(rng.random() < self.flip))
+        result = warp_maps(sample, g, self.crop, torch_nearest_index)
+        if g.flip:
+            image = image.flip(-1)
+            if row.flip_pairs and "label" in result:
+                result["label"] = exchanged(result["label"], row.flip_pairs, row.num_classes)
+        return {**result, "image": pad(image, self.crop, _GREY)}
+
+    def draw(self, size: tuple[int, int], label: np.ndarray | None, rng: np.random.Generator) -> Geometry:
+        """Size and crop, not yet the mirror."""
+        height, width = self.resized(size, int(rng.choice(self.choices)))
+        g = Geometry(*size, height, width, 0, 0, 0)
+        checked = label is not None and self.category_limit < 1
+        for _ in range(10 if checked else 1):
+            y, x = draw_offset((height, width), self.crop, rng)
+            g = g._replace(y=y, x=x)
+            if checked and is_varied(nearest(label, g, self.crop, torch_nearest_index), self.category_limit):
+                break
+        return g
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The sizes that the short side is drawn from."""
+        return self.short_edges or tuple(int(0.1 * x * min(self.crop)) for x in range(5, 21))
+
+    def resized(self, size: tuple[int, int], short: int) -> tuple[int, int]:
+        """Height and width: the short side becomes `short`, or less where the long side would exceed `max_size`; each
+        is rounded half up once at the end."""
+        scale = short / min(size)
+        height, width = (short, scale * size[1]) if size[0] < size[1] else (scale * size[0], short)
+        shrink = min(1.0, self.max_size / max(height, width))
+        return int(height * shrink + 0.5), int(width * shrink + 0.5)
+
+    def _chosen(self, present: list[int], row: DatasetRow, rng: np.random.Generator) -> list[int]:
+        """Which of the classes of the source crop are pasted."""
+        if self.copy_paste == "random":
+            return choose_random(present, self.copy_paste_max, rng)
+        if self.rare_classes:
+            return choose_rare(present, self.rare_classes)
+        if row.groups is None:
+            raise ValueError(
+                f"augment.copy_paste 'rare': data set {row.name!r} has no published groups; give rare_classes (ids)"
+            )
+        return choose_rare(present, [k for k, group in enumerate(row.groups["image"]) if group == "rare"])
+
+
+def exchanged(label: torch.Tensor, pairs: tuple[tuple[int, int], ...], num_classes: int) -> torch.Tensor:
+    """`label` (H, W) with the two classes of each pair in each other's place; IGNORE stays."""
+    table = torch.arange(num_classes + 1, dtype=label.dtype)
+    table[num_classes] = IGNORE  # the last entry, where the index -1 leads
+    for left, right in pairs:
+        table[left], table[right] = right, left
+    return table[label.long()]

@@ -1,0 +1,170 @@
+"""What the preparation scripts share: where the sets lie, parallel jobs, whole files or none, links, checks.
+
+Every step skips what is there already, so a script may be stopped and started again. A job is (sources …, targets …);
+its function writes the targets and raises a ValueError that names a file.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from common.config import SourceConfig
+from common.data import DATASETS, SegmentationDataset, check, class_statistics
+from common.data.imbalance import gini
+from common.data.layouts import files, read_list
+
+EXPECTED = {  # images with a label
+    "ade20k": {"train": 20210, "val": 2000},
+    "ade20k_full": {"train": 25574, "val": 2000},
+    "coco_stuff_118k": {"train": 118287, "val": 5000},
+    "coco_stuff_lt_40k": {"train": 40679, "val": 5000},
+    "mhpv2_15k": {"train": 15403, "val": 5000},
+    "mhpv2_lt_7k": {"train": 6931, "val": 5000},
+}
+_FORMATS = {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG"}
+
+
+def folder(name: str) -> Path:
+    """Where a row's data set lies or will lie: $DETECTRON2_DATASETS/<folder>, else ./datasets/<folder>."""
+    row = DATASETS[name]
+    return Path(os.environ.get(row.env) or "datasets").expanduser() / row.folder
+
+
+def listing(path: Path, suffix: str) -> list[Path]:
+    """The files of a folder with this suffix, sorted. ValueError where there is none."""
+    return [found for _, found in sorted(files(path, (suffix,), f"{suffix} files").items())]
+
+
+def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers: int | None = None) -> None:
+    """`function(job)` for all jobs in parallel processes (None: one a core), with a progress bar on a terminal."""
+    workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
+    with tqdm(total=len(jobs), desc=what, unit="file", disable=None) as bar:
+        if workers < 2:
+            for job in jobs:
+                function(job)
+                bar.update()
+            return
+        with ProcessPoolExecutor(workers) as pool:
+            try:
+                for _ in pool.map(function, jobs, chunksize=8):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # the first bad file ends it
+                raise
+
+
+@contextmanager
+def whole(path: Path):
+    """A temporary path beside `path` to write to; it takes the place of `path` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(array: np.ndarray, path: Path, **options) -> None:
+    """An image or label file, by its suffix, whole or not at all."""
+    with whole(path) as temporary:
+        Image.fromarray(array).save(temporary, _FORMATS[path.suffix], **options)
+
+
+def place(source: Path, target: Path) -> None:
+    """`target` becomes a hard link to the file `source`, or a copy where links are not possible."""
+    if target.exists():
+        return
+    with whole(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+def place_all(job: tuple[Sequence[Path], Sequence[Path]]) -> None:
+    """`place` for each pair of a job (sources, targets). ValueError names a source that is missing."""
+    for source, target in zip(*job, strict=True):
+        if not source.is_file():
+            raise ValueError(f"{source}: no such file; is the set that it belongs to prepared, and the list right?")
+        place(source, target)
+
+
+def link(source: Path, target: Path) -> None:
+    """The folder `target` becomes a link to the folder `source`, or a copy where links are not possible. A folder that
+    is there gets the files that it lacks. ValueError where `source` is missing or `target` leads elsewhere."""
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such folder; {target} is to be a link to it, prepare that data set first")
+    if target.is_symlink():
+        if target.resolve() != source.resolve():
+            raise ValueError(f"{target}: is a link to {os.readlink(target)}, not to {source}; remove it")
+        return
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()), target_is_directory=True)
+            return
+        except OSError:
+            pass  # a file system without links: copy
+    for path in sorted(source.iterdir()):
+        place(path, target / path.name)
+
+
+def verify(name: str, expected: Mapping[str, int] | None = None) -> None:
+    """Every split pairs all its images with labels, and has the expected number of them; says what it found."""
+    wrong = []
+    for split, count in (expected or EXPECTED[name]).items():
+        dataset = SegmentationDataset(SourceConfig(dataset=name, root=str(folder(name)), split=split))
+        check(dataset)
+        print(f"{name} {split}: {len(dataset)} images with labels, expected {count}")
+        if len(dataset) != count:
+            wrong.append(f"{split} has {len(dataset)} images with labels, expected {count}")
+    if wrong:
+        raise ValueError(f"{folder(name)}: {'; '.join(wrong)}; is the download complete?")
+
+
+def compare(name: str) -> None:
+    """Prints how the training set's class counts compare with the published ones, and its Gini coefficients."""
+    dataset = SegmentationDataset(SourceConfig(dataset=name, root=str(folder(name))))
+    statistics = class_statistics(dataset, min(os.cpu_count() or 1, 1 + len(dataset) // 64), folder(name) / ".cache")
+    found, published = statistics.image_count, np.array(dataset.row.published.image_count)
+    image, pixel = (gini(statistics.count(level)) for level in ("image", "pixel"))
+    print(f"{name}: Gini coefficient {image:.4f} at image level, {pixel:.4f} at pixel level")
+    print(f"{name}: {(found == published).sum()} of {len(found)} classes have the published number of images")
+    apart = np.argsort(-np.abs(found - published), kind="stable")[:5]
+    for k in apart[found[apart] != published[apart]]:
+        print(f"  {dataset.row.classes[k]}: {found[k]} images, published {published[k]}")
+
+
+def sample_subset(name: str, whole_set: str, list_file: str) -> None:
+    """A long-tailed set from its list: training files of the listed images, validation folders as links."""
+    base, source = folder(name), folder(whole_set)
+    path = base / list_file
+    if not path.is_file():
+        count, published = EXPECTED[name]["train"], gini(np.array(DATASETS[name].published.image_count))
+        raise ValueError(
+            f"{path}: no such list (one image name a line); the authors' list is not public, make one: "
+            f"python scripts/make_longtail.py {whole_set} --images {count} --gini {published:.3f} --out {path}"
+        )
+    names = read_list(path)
+    if len(names) != EXPECTED[name]["train"]:
+        print(f"{path}: lists {len(names)} images, the published set has {EXPECTED[name]['train']}")
+    layout = DATASETS[name].layout
+    train, val = (layout.splits.get(split, split) for split in ("train", "val"))
+    ends = (("images", ".jpg"), ("annotations", ".png"))
+    jobs = [
+        tuple([root / kind / train / f"{stem}{end}" for kind, end in ends] for root in (source, base)) for stem in names
+    ]
+    run(place_all, jobs, name)
+    for kind, _ in ends:
+        link(source / kind / val, base / kind / val)
+    verify(name, {"train": len(names), "val": EXPECTED[name]["val"]})
+    compare(name)

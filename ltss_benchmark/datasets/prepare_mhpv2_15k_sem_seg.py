@@ -1,0 +1,42 @@
+"""MHP-v2: python datasets/prepare_mhpv2_15k_sem_seg.py
+
+Reads $DETECTRON2_DATASETS/mhpv2_15k/LV-MHP-v2: images in {train,val}_img (or {train,val}/images), and merged labels in
+{train,val}_seg, else one parsing file a person in {train,val}_parsing (or {train,val}/parsing_annos). Images become
+links; truncated ones are mended. Merged labels become links; else the people of an image are merged.
+"""
+
+from pathlib import Path
+
+from common import cli
+from ltss_benchmark.datasets import preparation
+from ltss_benchmark.datasets.conversions import mend_image, mhp_label, mhp_people
+
+
+def main() -> None:
+    base = preparation.folder("mhpv2_15k")
+    raw = base / "LV-MHP-v2"
+    for split in ("train", "val"):
+        images = first_folder(raw / f"{split}_img", raw / split / "images")
+        preparation.run(mend_image, preparation.listing(images, ".jpg"), f"MHP-v2 {split} images")
+        preparation.link(images, base / "images" / split)
+        merged = raw / f"{split}_seg"
+        if merged.is_dir():
+            preparation.link(merged, base / "annotations" / split)
+            continue
+        parsing = first_folder(raw / f"{split}_parsing", raw / split / "parsing_annos")
+        people = mhp_people(preparation.listing(parsing, ".png"))
+        jobs = [(paths, base / "annotations" / split / f"{image}.png") for image, paths in people.items()]
+        preparation.run(mhp_label, jobs, f"MHP-v2 {split} labels")
+    preparation.verify("mhpv2_15k")
+
+
+def first_folder(*choices: Path) -> Path:
+    """The first of the folders that exists. ValueError names all."""
+    for path in choices:
+        if path.is_dir():
+            return path
+    raise ValueError(f"{choices[0]}: no such folder, nor {choices[1]}; unpack LV-MHP-v2 there")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""A long-tailed subset of any data set: python scripts/make_longtail.py coco_stuff_118k --images 40679 --out FILE
+
+Removes training images one at a time so that the Gini coefficient of the class counts rises as fast as it can, and
+writes the names of those that remain, one a line. With --images and --gini the number is exact and the coefficient
+ends at the second. No class loses its last image.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from common import cli
+from common.config import SourceConfig
+from common.data import SegmentationDataset, Statistics, class_statistics
+from common.data.longtail import class_weights, greedy_subset
+from common.data.statistics import GROUPS, gini, groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="a row of DATASETS, such as coco_stuff_118k")
+    parser.add_argument("--root", help="default: the folder of the row below its environment variable")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--images", type=int, metavar="N", help="how many images remain")
+    parser.add_argument("--gini", type=float, metavar="G", help="Gini coefficient to reach, at the level")
+    parser.add_argument(
+        "--level", choices=("image", "pixel"), default="image", help="which class counts (default image)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides between equally good images")
+    parser.add_argument("--workers", type=int, default=2, help="processes that count the labels")
+    parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the list to write")
+    args = parser.parse_args()
+    if args.images is None and args.gini is None:
+        raise ValueError("give --images, --gini, or both")
+    dataset = SegmentationDataset(SourceConfig(dataset=args.dataset, root=args.root, split=args.split))
+    statistics = class_statistics(dataset, args.workers, args.cache)
+    print(describe("whole set", statistics))
+    weights = class_weights(statistics, args.level)
+    kept = greedy_subset(weights, images=args.images, goal=args.gini, seed=args.seed).kept
+    print(describe("subset", Statistics(statistics.pixels[kept], statistics.ignored[kept])))
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{dataset.records[k].image.name}\n" for k in kept))
+    print(f"{path}: {len(kept)} images")
+
+
+def describe(what: str, statistics: Statistics) -> str:
+    """Images, extremes, Gini coefficients and group sizes at both levels."""
+    lines = [f"{what}: {statistics.num_images} images"]
+    for level in ("image", "pixel"):
+        counts = statistics.count(level)
+        sizes = np.bincount(groups(counts), minlength=3)
+        named = ", ".join(f"{size} {name}" for size, name in zip(sizes, GROUPS, strict=True))
+        lines.append(
+            f"  {level} level: Gini {gini(counts):.4f}, counts {counts.min():.4g} to {counts.max():.6g}, {named}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
