@@ -1,21 +1,24 @@
-"""What the stages share: the quarter grid, losses with or without BLV, parameter groups, files of earlier steps."""
+"""What the stages share: a base class, the quarter grid, losses with or without BLV, files of earlier steps."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import ConfigError, OptimConfig
+from common.config import Config, ConfigError, OptimConfig, typed
+from common.engine.method import Batch, Losses, Method
 from common.engine.optim import parameter_groups
 from common.losses.blv import BLVLoss, blv_options
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.refreshed import RefreshedBLV
 from common.losses.self_training import symmetric_cross_entropy
+from common.models import build_model
+from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
 
 STRIDE = 4  # of the grid on which target losses live
 CONFIDENCE_STEPS = 254  # a confidence of 1 in 8-bit maps, where 255 marks ignored pixels
@@ -24,6 +27,26 @@ CONFIDENCE_STEPS = 254  # a confidence of 1 in 8-bit maps, where 255 marks ignor
 def to_grid(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Network outputs (B, C, h, w) on another grid, bilinear with aligned corners."""
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+
+
+class Resampling(NamedTuple):
+    """How maps (B, D, h, w) come to a grid (H, W): rows · map · columnsᵀ, as in `common.ops.resize_chain`."""
+
+    rows: Tensor  # (B, H, h)
+    columns: Tensor  # (B, W, w)
+    reach: int  # how far apart two cells can be that become one
+
+
+def onto_crop(maps: Tensor, target: Batch) -> Resampling:
+    """From the whole image to the quarter grid of its weak crop."""
+    grid, image, crop = (tuple(m.shape[-2:]) for m in (maps, target["full"], target["weak"]))
+    rows, columns = feature_matrices(target["geometry"], grid, crop, stride=STRIDE)
+    return Resampling(rows, columns, feature_reach(grid, image, STRIDE))
+
+
+def onto_grid(maps: Tensor, size: tuple[int, int]) -> Resampling:
+    """What `to_grid` does."""
+    return Resampling(*resize_matrices(maps, size), reach=1)
 
 
 class SegmentationLoss(nn.Module):
@@ -62,6 +85,36 @@ class SegmentationLoss(nn.Module):
     def after_step(self, step: int) -> None:
         if self.refreshed is not None and (step + 1) % self.every == 0:
             self.refreshed.refresh()
+
+
+class Stage(Method):
+    """What every stage has: options of its own type, the student, its segmentation loss, its parameter groups."""
+
+    Options: type
+
+    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
+        """`counts`: pixels of each class in the source labels; only BLV needs them."""
+        super().__init__(cfg.optim)
+        self.options = typed(self.Options, options, f"{cfg.name}: method")
+        self.steps = cfg.train.steps
+        self.model = build_model(cfg.model)
+        self.segmentation_loss = SegmentationLoss(self.options.blv, counts, f"{cfg.name}: method: blv")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+
+    def upsampled(self, images: Tensor) -> Tensor:
+        """The student's logits at the size of the images."""
+        logits = self.model(images)["logits"]
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
+
+    def source_terms(self, source: Batch, progress: float) -> Losses:
+        loss = self.segmentation_loss(self.upsampled(source["image"]), source["label"], progress)
+        return {"loss": loss, "source_ce": loss}
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        self.segmentation_loss.after_step(step)
 
 
 def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float) -> list[dict[str, Any]]:

@@ -23,20 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import Config, typed
+from common.config import Config
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, Method, move_average
+from common.engine.method import Batch, Losses, move_average
 from common.losses.self_training import (
     assignment_cross_entropy,
     consistency,
     pixel_contrast,
 )
-from common.models import build_model
-from common.ops.resize_chain import feature_matrices, resample, resample_labels
+from common.ops.resampled_products import resampled_products
+from common.ops.resize_chain import resample_labels, resample_points
 from common.ops.ring import RingBank, gather_rows, write
 from common.ops.sinkhorn import sinkhorn
 from common.ops.warp import warp_maps
-from uda.base import STRIDE, SegmentationLoss, groups_of, read_distribution, read_prototypes, to_grid
+from uda.base import STRIDE, Resampling, Stage, onto_crop, onto_grid, read_distribution, read_prototypes, to_grid
 from uda.mixing import Box, draw_box, paste, paste_labels
 from uda.sampling import class_balanced, uniform
 
@@ -71,20 +71,19 @@ class CPSLConfig:
     blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
 
 
-class CPSL(Method):
+Sampled = tuple[Tensor, Tensor, Tensor]  # unit features (B, n, D), unit logits (B, n, C), labels (B, n)
+
+
+class CPSL(Stage):
     """Stage 1. Batches: `source` (image, label), `target` (weak, strong, full, soft, geometry, warp, cutout)."""
 
+    Options = CPSLConfig
     backwards = 3
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        """`counts`: pixels of each class in the source labels; only BLV needs them."""
-        super().__init__(cfg.optim)
-        self.options = o = typed(CPSLConfig, options, f"{cfg.name}: method")
-        self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
+        super().__init__(cfg, options, counts)
+        o, classes = self.options, cfg.model.num_classes
         self.teacher = deepcopy(self.model).requires_grad_(False)
-        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
-        classes = cfg.model.num_classes
         start = read_prototypes(o.prototypes, classes)
         self.prototypes = nn.Parameter(F.normalize(start, dim=1))
         self.register_buffer("prototypes_ema", F.normalize(start, dim=1))
@@ -94,9 +93,8 @@ class CPSL(Method):
         self.bank_labels = RingBank(o.bank, dtype=torch.int64)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        o = self.options
-        groups = groups_of(self.model, self.optim, o.backbone_lr_mult, o.head_lr_mult)
-        rate = {"lr": self.optim.lr * o.head_lr_mult, "name": "prototypes"}
+        groups = super().parameter_groups()
+        rate = {"lr": self.optim.lr * self.options.head_lr_mult, "name": "prototypes"}
         return [*groups, {**groups[0], **rate, "params": [self.prototypes]}]
 
     # One step ---------------------------------------------------------------------------------------------------
@@ -104,34 +102,26 @@ class CPSL(Method):
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """Three parts, back-propagated one by one: source, weak target view, strong target view."""
         source, target, progress = streams["source"], streams["target"], step / self.steps
-        loss = self.segmentation_loss(self.upsampled(source["image"]), source["label"], progress)
-        yield {"loss": loss, "source_ce": loss}
-        similarity, features, logits = self.look(target)
-        label, changed = self.rectify(similarity, target)
-        yield self.weak_terms(source, target, label, features, logits, progress) | {"changed": changed}
-        del features, logits
+        yield self.source_terms(source, progress)
+        similarity, label, changed, sampled = self.look(target)
+        yield self.weak_terms(source, target, label, sampled, progress) | {"changed": changed}
         yield self.strong_terms(target, similarity)
 
-    def upsampled(self, images: Tensor) -> Tensor:
-        logits = self.model(images)["logits"]
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
-
     @torch.no_grad()
-    def look(self, target: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher on the whole image, brought to the quarter grid of the crop: similarities (B, C, h, w) with the
-        moving prototypes, features (B, D, h, w), logits (B, C, h, w)."""
+    def look(self, target: Batch) -> tuple[Tensor, Tensor, Tensor, Sampled]:
+        """What the teacher sees in the whole image, on the quarter grid of the crop: similarities with the moving
+        prototypes (B, C, h, w); labels (B, h, w) and the share of them that differ from P_ST; pixels for the bank."""
         self.teacher.train(self.options.teacher_mode == "train")
         out = self.teacher(target["full"])
-        crop = tuple(target["weak"].shape[-2:])
-        matrices = feature_matrices(target["geometry"], tuple(out["features"].shape[-2:]), crop, stride=STRIDE)
-        features, logits = (resample(out[key], *matrices) for key in ("features", "logits"))
-        return self.similarity(features), features, logits
+        grid = onto_crop(out["features"], target)
+        similarity = self.similarity(out["features"], grid)
+        label, changed = self.rectify(similarity, target)
+        return similarity, label, changed, self.sample(label, out, grid)
 
-    def similarity(self, features: Tensor) -> Tensor:
-        """n(z)·n(c'_k): features (B, D, h, w) → (B, C, h, w)."""
-        prototypes = F.normalize(self.prototypes_ema, dim=1)
-        dots = torch.einsum("bdhw,cd->bchw", features.float(), prototypes)
-        return dots / features.float().norm(dim=1, keepdim=True).clamp(min=1e-12)
+    def similarity(self, features: Tensor, grid: Resampling) -> Tensor:
+        """n(z)·n(c'_k) of features (B, D, h, w) brought to a grid (H, W): (B, C, H, W)."""
+        dots, squares = resampled_products(features, F.normalize(self.prototypes_ema, dim=1), *grid)
+        return dots / squares.clamp(min=1e-24).sqrt()[:, None]
 
     @torch.no_grad()
     def rectify(self, similarity: Tensor, target: Batch) -> tuple[Tensor, Tensor]:
@@ -143,23 +133,20 @@ class CPSL(Method):
         else:
             rectified = (similarity / self.options.temperature).softmax(1).mul_(warm)
         best, label = rectified.max(1)
-        changed = (label != warm.argmax(1)).float().mean()
+        changed = (label != warm.max(1).indices).float().mean()
         if self.options.threshold > 0:
             label = label.masked_fill(best < self.options.threshold * rectified.sum(1), IGNORE)
         return label, changed
 
     # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
 
-    def weak_terms(
-        self, source: Batch, target: Batch, label: Tensor, features: Tensor, logits: Tensor, progress: float
-    ) -> Losses:
+    def weak_terms(self, source: Batch, target: Batch, label: Tensor, sampled: Sampled, progress: float) -> Losses:
         o, images, mixed = self.options, target["weak"], label
         box = draw_box(images.shape[-2:], o.cutmix)
         if box is not None:
             images = paste(images, source["image"], box)
             mixed = self.mixed_labels(label, source["label"], box)
         out = self.model(images)
-        sampled = self.sample(label, features, logits)
         self.segmentation_loss.count(label)
         ce = self.segmentation_loss.symmetric(to_grid(out["logits"], label.shape[-2:]), mixed, o.rce, progress)
         first, second = self.self_label(*sampled)
@@ -176,7 +163,7 @@ class CPSL(Method):
         return paste_labels(label, source_label, box)
 
     @torch.no_grad()
-    def sample(self, label: Tensor, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(self, label: Tensor, out: Mapping[str, Tensor], grid: Resampling) -> Sampled:
         """Pixels for the bank: unit features (B, n, D), unit logits (B, n, C), labels (B, n)."""
         flat, n = label.flatten(1), min(self.options.samples, label[0].numel())
         if self.options.sampling == "uniform":
@@ -184,13 +171,13 @@ class CPSL(Method):
         else:
             index = class_balanced(flat, self.distribution, n)
         labels = flat.gather(1, index) if self.options.bank_labels == "matched" else flat[:, :n]
-        return unit_rows(features, index), unit_rows(logits, index), labels
+        return unit_rows(out["features"], grid, index), unit_rows(out["logits"], grid, index), labels
 
     def self_label(self, features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """L_SL from features (B, n, D), logits (B, n, C): image by image, so each sees the earlier ones in the bank."""
         prototypes = F.normalize(self.prototypes, dim=1)
         basis = (prototypes if self.options.normalise_bank else self.prototypes).detach()
-        bank = self.features.rows @ basis.T  # kept up to date below, as images enter the bank
+        bank = (basis @ self.features.rows.T).T  # kept up to date below, as images enter the bank
         losses: tuple[list[Tensor], list[Tensor]] = ([], [])
         for z, o, y in zip(features, logits, labels, strict=True):
             scores = z @ prototypes.T
@@ -208,16 +195,16 @@ class CPSL(Method):
         """Sinkhorn assignment (n, C) of the newest rows, together with the bank once that is full."""
         o = self.options
         marginal = None if o.marginal == "uniform" else self.distribution
-        rows = torch.cat((bank, scores)) if self.features.full else scores
+        rows = torch.cat((bank.T, scores.T), 1).T if self.features.full else scores  # a class is contiguous
         return sinkhorn(rows, marginal, o.epsilon, o.sinkhorn_iterations, keep=len(scores))
 
     def contrast(self, features: Tensor, label: Tensor, mixed: bool) -> Tensor:
         """Student pixels against the bank; 0 (with a graph) before the bank is full, and in CutMix steps."""
         if mixed or not self.features.full:
             return features.sum() * 0
-        grid = to_grid(features, label.shape[-2:])
         index = uniform(label.flatten(1), self.options.samples)
-        anchors, labels = unit_rows(grid, index), label.flatten(1).gather(1, index)
+        anchors = unit_rows(features, onto_grid(features, label.shape[-2:]), index)
+        labels = label.flatten(1).gather(1, index)
         bank = self.features.rows, self.bank_labels.rows, self.options.temperature
         return torch.stack([pixel_contrast(a, y, *bank) for a, y in zip(anchors, labels, strict=True)]).mean()
 
@@ -229,7 +216,7 @@ class CPSL(Method):
         crop = tuple(target["weak"].shape[-2:])
         out = self.model(target["strong"])
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
-        student = self.similarity(to_grid(out["features"], similarity.shape[-2:]))
+        student = self.similarity(out["features"], onto_grid(out["features"], similarity.shape[-2:]))
         term = consistency(student, teacher, mask, self.options.temperature)
         untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum())
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
@@ -238,10 +225,9 @@ class CPSL(Method):
     def after_step(self, step: int) -> None:
         move_average(self.teacher, self.model, self.options.momentum)
         self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
-        self.segmentation_loss.after_step(step)
+        super().after_step(step)
 
 
-def unit_rows(maps: Tensor, index: Tensor) -> Tensor:
-    """Columns (B, n) of maps (B, C, h, w) as rows of unit length (B, n, C)."""
-    rows = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1))
-    return F.normalize(rows.transpose(1, 2).float(), dim=2)
+def unit_rows(maps: Tensor, grid: Resampling, index: Tensor) -> Tensor:
+    """Cells `index` (B, n) of a grid to which maps (B, C, h, w) are brought, as rows of unit length (B, n, C)."""
+    return F.normalize(resample_points(maps, *grid, index), dim=2)

@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import Config, ConfigError, typed
+from common.config import Config, ConfigError
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, Method
+from common.engine.method import Batch, Losses
 from common.losses.self_training import distillation
 from common.models import build_model, load_weights
 from common.ops.warp import warp_labels
-from uda.base import CONFIDENCE_STEPS, STRIDE, SegmentationLoss, groups_of, to_grid
+from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, to_grid
 
 
 @dataclass(frozen=True)
@@ -37,37 +36,29 @@ class DistillConfig:
     backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None
 
+    def __post_init__(self):
+        if not 0 <= self.threshold < 1:
+            raise ConfigError(f"method.threshold: {self.threshold} is not in [0, 1)")
 
-class Distill(Method):
+
+class Distill(Stage):
     """Batches: `source` (image, label), `target` (strong, pseudo, confidence, warp, cutout)."""
 
+    Options = DistillConfig
     backwards = 2
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg.optim)
-        self.options = o = typed(DistillConfig, options, f"{cfg.name}: method")
-        if not 0 <= o.threshold < 1:
-            raise ConfigError(f"{cfg.name}: method: threshold: {o.threshold} is not in [0, 1)")
-        self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
-        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
-        norm = {"extra_norm": o.teacher_extra_norm}
+        super().__init__(cfg, options, counts)
+        norm = {"extra_norm": self.options.teacher_extra_norm}
         plain = replace(cfg.model, pretrained=False, checkpoint=None, options={**cfg.model.options, **norm})
         self.teacher = build_model(plain).requires_grad_(False)
-        load_weights(self.teacher, o.teacher)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+        load_weights(self.teacher, self.options.teacher)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """Two parts, back-propagated one by one: source, then the strong target view."""
-        source, target, progress = streams["source"], streams["target"], step / self.steps
-        logits = self.model(source["image"])["logits"]
-        full = F.interpolate(logits, source["label"].shape[-2:], mode="bilinear", align_corners=True)
-        loss = self.segmentation_loss(full, source["label"], progress)
-        yield {"loss": loss, "source_ce": loss}
-        del logits, full
-        yield self.target_terms(target, progress)
+        progress = step / self.steps
+        yield self.source_terms(streams["source"], progress)
+        yield self.target_terms(streams["target"], progress)
 
     def target_terms(self, target: Batch, progress: float) -> Losses:
         label = self.labels_on_grid(target)
@@ -94,7 +85,3 @@ class Distill(Method):
         label = torch.where(confidence.float() > self.options.threshold * scale, label, IGNORE)
         crop = tuple(target["strong"].shape[-2:])
         return warp_labels(label, target["warp"], crop, target["cutout"])
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        self.segmentation_loss.after_step(step)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import Config, typed
-from common.engine.method import Batch, Losses, Method, move_average
+from common.config import Config
+from common.engine.method import Batch, Losses, move_average
 from common.losses.self_training import consistency
-from common.models import build_model
-from common.ops.resize_chain import feature_matrices, resample, resample_labels
+from common.ops.resampled_products import resampled_products
+from common.ops.resize_chain import resample_labels
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
-from uda.base import STRIDE, SegmentationLoss, groups_of, read_prototypes, to_grid
+from uda.base import STRIDE, Resampling, Stage, onto_crop, onto_grid, read_prototypes, to_grid
 from uda.pseudo_labels import FEWEST_PIXELS, class_sums
 
 
@@ -39,30 +39,21 @@ class ProDAConfig:
     blv: Mapping[str, Any] | None = None
 
 
-class ProDA(Method):
+class ProDA(Stage):
     """Batches as in `cpsl.CPSL`."""
 
+    Options = ProDAConfig
     backwards = 3
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg.optim)
-        self.options = o = typed(ProDAConfig, options, f"{cfg.name}: method")
-        self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
+        super().__init__(cfg, options, counts)
         self.teacher = deepcopy(self.model).requires_grad_(False)
-        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
-        self.register_buffer("prototypes", read_prototypes(o.prototypes, cfg.model.num_classes))
+        self.register_buffer("prototypes", read_prototypes(self.options.prototypes, cfg.model.num_classes))
         self._means: list[tuple[Tensor, Tensor]] = []  # class means of this step's images, used after the update
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
-
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
-        source, target, progress = streams["source"], streams["target"], step / self.steps
-        logits = to_grid(self.model(source["image"])["logits"], source["label"].shape[-2:])
-        loss = self.segmentation_loss(logits, source["label"], progress)
-        yield {"loss": loss, "source_ce": loss}
-        del logits
+        target, progress = streams["target"], step / self.steps
+        yield self.source_terms(streams["source"], progress)
         closeness, label = self.look(target)
         self.segmentation_loss.count(label)
         logits = to_grid(self.model(target["weak"])["logits"], label.shape[-2:])
@@ -78,23 +69,21 @@ class ProDA(Method):
         out = self.teacher.eval()(target["full"])
         self._means = [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
         crop = tuple(target["weak"].shape[-2:])
-        grid = tuple(out["features"].shape[-2:])
-        features = resample(out["features"], *feature_matrices(target["geometry"], grid, crop, stride=STRIDE))
-        closeness = self.closeness(features)
+        closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
         return closeness, (closeness.softmax(1) * warm).argmax(1)
 
-    def closeness(self, features: Tensor) -> Tensor:
-        """−‖z − η_k‖: features (B, D, h, w) → (B, C, h, w)."""
-        rows = features.float().flatten(2).transpose(1, 2)
-        prototypes = self.prototypes.expand(len(rows), *self.prototypes.shape)
-        return -torch.cdist(prototypes, rows).view(len(rows), -1, *features.shape[-2:])
+    def closeness(self, features: Tensor, grid: Resampling) -> Tensor:
+        """−‖z − η_k‖ of features (B, D, h, w) brought to a grid (H, W): (B, C, H, W)."""
+        dots, squares = resampled_products(features, self.prototypes, *grid)
+        own = self.prototypes.square().sum(1)[:, None, None]
+        return -(squares[:, None] - 2 * dots + own).clamp(min=1e-12).sqrt()
 
     def strong_terms(self, target: Batch, closeness: Tensor) -> Losses:
         out = self.model(target["strong"])
         crop = tuple(target["weak"].shape[-2:])
         teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
-        student = self.closeness(to_grid(out["features"], closeness.shape[-2:]))
+        student = self.closeness(out["features"], onto_grid(out["features"], closeness.shape[-2:]))
         term = consistency(student, teacher, mask, temperature=1.0)
         untouched = 0.0 * out["logits"].sum()  # the last part has to reach every parameter
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
@@ -107,4 +96,4 @@ class ProDA(Method):
             share = ((count >= FEWEST_PIXELS) * self.options.prototype_momentum)[:, None]
             self.prototypes += share * (total / count.clamp(min=1)[:, None] - self.prototypes)
         self._means = []
-        self.segmentation_loss.after_step(step)
+        super().after_step(step)

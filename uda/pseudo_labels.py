@@ -45,9 +45,7 @@ class TargetImages(Dataset):
         return sample["name"], torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
 
 
-def open_network(
-    cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None
-) -> nn.Module:
+def open_network(cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None) -> nn.Module:
     """The stage's network in evaluation mode, from `checkpoint` or the newest of the stage's run.
 
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.

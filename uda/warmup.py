@@ -11,13 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from common.config import Config, typed
-from common.engine.method import Batch, Losses, Method
-from common.models import build_model
-from uda.base import SegmentationLoss, groups_of
+from common.config import Config
+from common.engine.method import Batch, Losses
+from uda.base import Stage
 from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
 
 
@@ -34,21 +30,19 @@ class WarmUpConfig:
     blv: Mapping[str, Any] | None = None
 
 
-class WarmUp(Method):
+class WarmUp(Stage):
     """Batches: `source` (image, label), and `target` (image) unless `adversarial` is 0."""
 
+    Options = WarmUpConfig
+
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg.optim)
-        self.options = o = typed(WarmUpConfig, options, f"{cfg.name}: method")
-        self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
-        self.segmentation_loss = SegmentationLoss(o.blv, counts, f"{cfg.name}: method: blv")
+        super().__init__(cfg, options, counts)
         self.discriminator = None
-        if o.adversarial > 0:
-            self.discriminator = Discriminator(cfg.model.num_classes, o.discriminator_width)
+        if self.options.adversarial > 0:
+            self.discriminator = Discriminator(cfg.model.num_classes, self.options.discriminator_width)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        groups = groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+        groups = super().parameter_groups()
         if self.discriminator is None:
             return groups
         adversary = {"params": list(self.discriminator.parameters()), "name": "discriminator", "optimizer": "adam"}
@@ -67,7 +61,3 @@ class WarmUp(Method):
         told = told + adversarial_loss(judge(target.detach()), TARGET, gan)
         loss = ce + self.options.adversarial * fooled + told
         return {"loss": loss, "source_ce": ce, "adversarial": fooled, "discriminator": told}
-
-    def upsampled(self, images: Tensor) -> Tensor:
-        logits = self.model(images)["logits"]
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)

@@ -43,7 +43,7 @@ class CPSL:
 
     def __post_init__(self):
         if self.colour_from is not None:
-            assert self.reference is not None  # a missing data set is an error now, not in a loader process
+            assert len(self._colours) == len(self.reference)  # made now: a missing data set is an error before training
 
     @cached_property
     def reference(self) -> SegmentationDataset:
@@ -51,8 +51,12 @@ class CPSL:
         return SegmentationDataset(typed(SourceConfig, {"labels": False, **self.colour_from}, "augment.colour_from"))
 
     @cached_property
-    def _colours(self) -> dict[int, ColourStatistics]:
-        return {}
+    def _colours(self) -> torch.Tensor:
+        """Mean and spread of each image of `reference`, float64 (N, 2, 3); NaN where nobody has looked yet.
+
+        Loader processes share the memory, so an image is looked at once; two that do it at once write the same.
+        """
+        return torch.full((len(self.reference), 2, 3), torch.nan, dtype=torch.float64).share_memory_()
 
     def __call__(
         self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
@@ -78,9 +82,10 @@ class CPSL:
         )
 
     def _reference_colours(self, index: int) -> ColourStatistics:
-        if index not in self._colours:
-            self._colours[index] = colour_statistics(rgb_to_lab(self.reference.open(index)["image"].pixels()))
-        return self._colours[index]
+        known = self._colours[index]
+        if known.isnan().any():
+            known.copy_(torch.stack(colour_statistics(rgb_to_lab(self.reference.open(index)["image"].pixels()))))
+        return ColourStatistics(*known)
 
 
 def at_base(sample: Mapping[str, Any], base: tuple[int, int] | None) -> dict[str, Any]:

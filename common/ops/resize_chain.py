@@ -75,7 +75,7 @@ def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4,
     The chain: grid → image size (H0, W0) → random size (h, w) → crop → mirror → resize by 1/stride.
     geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored.
     """
-    with _exact(geometry):
+    with exactly(geometry):
         *sizes, flip = geometry.long().unbind(1)
 
         def axis(i: int, mirrored: Tensor | None) -> Tensor:
@@ -92,7 +92,7 @@ def feature_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 
     The chain: grid → image size / stride → random size / stride → crop at the offset / stride → mirror, all floored.
     geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored.
     """
-    with _exact(geometry):
+    with exactly(geometry):
         sizes = torch.div(geometry[:, :6].long(), stride, rounding_mode="floor").unbind(1)
 
         def axis(i: int, mirrored: Tensor | None) -> Tensor:
@@ -113,20 +113,55 @@ def _through_image(
     return taps.matrix(cells)
 
 
-def resample(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """rows · map · columnsᵀ: maps (B, C, h, w), rows (B, H, h), columns (B, W, w) to float32 (B, C, H, W).
+def resize_matrices(maps: Tensor, size: Size, *, align_corners: bool = True) -> Pair:
+    """Rows (B, H, h) and columns (B, W, w) that bring maps (B, C, h, w) to `size` (H, W) by one bilinear resize."""
+    with exactly(maps):
 
-    On the CPU, where looking at the matrices costs nothing, cells that no output cell sees are left out: at CPSL's
-    sizes the crop covers a fifth of the map on average.
+        def axis(cells: int, wanted: int) -> Tensor:
+            return Taps(len(maps), wanted, maps.device).resize(cells, wanted, align_corners).matrix(cells)
+
+        return axis(maps.shape[2], size[0]), axis(maps.shape[3], size[1])
+
+
+def feature_reach(grid: Size, image: Size, stride: int = 4) -> int:
+    """How far apart, in cells of `grid`, two cells can be that `feature_matrices` mixes into one.
+
+    image: H0, W0. The last resize mixes two neighbours of the image / stride, and each of them is a mix of two cells.
     """
-    with _exact(maps):
+    steps = [-(-(cells - 1) // max(side // stride - 1, 1)) for cells, side in zip(grid, image, strict=True)]
+    return max(steps) + 1
+
+
+def resample(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """rows · map · columnsᵀ: maps (B, C, h, w), rows (B, H, h), columns (B, W, w) to float32 (B, C, H, W)."""
+    with exactly(maps):
         out = maps.new_empty(*maps.shape[:2], rows.shape[1], columns.shape[1], dtype=torch.float32)
-        for i, (image, r, c) in enumerate(zip(maps, rows, columns, strict=True)):
-            if maps.device.type == "cpu":
-                down, across = _seen(r), _seen(c)
-                image, r, c = image[:, down, across], r[:, down], c[:, across]
+        for i, sides in enumerate(zip(maps, rows, columns, strict=True)):
+            image, r, c = seen_part(*sides)
             out[i] = r @ (image.float() @ c.T)
         return out
+
+
+def resample_points(maps: Tensor, rows: Tensor, columns: Tensor, reach: int, index: Tensor) -> Tensor:
+    """Some cells of `resample` alone: maps (B, C, h, w), flat output cells `index` (B, n) to float32 (B, n, C).
+
+    The matrices hold shares, at least 0. reach: how far apart two cells can be that one output cell is made of; only so
+    many are looked up.
+    """
+    with exactly(maps):
+        width, cells = columns.shape[1], maps.shape[3]
+        down, i = _taps_of(rows, index // width, reach)
+        across, j = _taps_of(columns, index % width, reach)
+        place = (i[..., :, None] * cells + j[..., None, :]).flatten(1)  # (B, n · taps²)
+        found = maps.flatten(2).gather(2, place[:, None].expand(-1, maps.shape[1], -1)).float()
+        weight = (down[..., :, None] * across[..., None, :]).flatten(2)
+        return torch.einsum("bcnt,bnt->bnc", found.unflatten(2, weight.shape[1:]), weight)
+
+
+def _taps_of(matrix: Tensor, index: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Weights and input cells (B, n, taps) of the output cells `index` (B, n) of a matrix (B, H, h)."""
+    lines = matrix.gather(1, index[:, :, None].expand(-1, -1, matrix.shape[2]))
+    return lines.topk(min(reach + 1, matrix.shape[2]), dim=2)
 
 
 def resample_labels(maps: Tensor, geometry: Tensor, crop: Size, *, stride: int = 4) -> Tensor:
@@ -134,9 +169,16 @@ def resample_labels(maps: Tensor, geometry: Tensor, crop: Size, *, stride: int =
     return resample(maps, *label_matrices(geometry, tuple(maps.shape[-2:]), crop, stride=stride))
 
 
-def resample_features(maps: Tensor, geometry: Tensor, crop: Size, *, stride: int = 4) -> Tensor:
-    """Features (B, C, h, w) of the whole image on the grid of the crop: float32 (B, C, crop/stride)."""
-    return resample(maps, *feature_matrices(geometry, tuple(maps.shape[-2:]), crop, stride=stride))
+def seen_part(image: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A map (C, h, w) and its matrices without the cells that no output cell sees.
+
+    Only on the CPU, where looking at the matrices costs nothing: at CPSL's sizes the crop covers a fifth of the map on
+    average. Elsewhere all comes back as it is.
+    """
+    if image.device.type != "cpu":
+        return image, rows, columns
+    down, across = _seen(rows), _seen(columns)
+    return image[:, down, across], rows[:, down], columns[:, across]
 
 
 def _seen(matrix: Tensor) -> slice:
@@ -145,6 +187,6 @@ def _seen(matrix: Tensor) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
 
 
-def _exact(like: Tensor) -> torch.autocast:
+def exactly(like: Tensor) -> torch.autocast:
     """No autocast: with weights of 8 bits a position could be off by several pixels."""
     return torch.autocast(like.device.type, enabled=False)

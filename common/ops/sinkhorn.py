@@ -20,8 +20,9 @@ def sinkhorn(
 
     An iteration scales the classes to the marginal, then the samples to one another (Cuturi 2013; SwAV; CPSL,
     eq. 12). The first one works with logarithms: exp(score / epsilon) leaves float32 at |score| > 4.4. After it a
-    sample's assignments sum to 1 and class k has at least the share marginal[k], so the others are plain in-place
-    scalings of one (C, N) buffer; two are alive at most. Nothing is read back to the host.
+    sample's assignments sum to 1 and class k has at least the share marginal[k], so the others keep one (C, N) buffer
+    as it is and move only the factors of its rows and columns, by a product of matrix and vector each. Nothing is read
+    back to the host.
     """
     dtype = torch.promote_types(scores.dtype, torch.float32)
     with torch.autocast(scores.device.type, enabled=False):
@@ -30,8 +31,10 @@ def sinkhorn(
         share = q.new_full((classes,), 1 / classes) if marginal is None else marginal.to(q)
         q = q.log_softmax(1)
         q = q.add_(share.log()[:, None]).softmax(0)
+        of_class, of_sample = q.new_ones(classes), q.new_ones(samples)
         for _ in range(iterations - 1):
-            mass = q.sum(1).clamp_(min=torch.finfo(dtype).tiny)  # only a class of share 0 has none
-            q *= (share * samples / mass)[:, None]
-            q /= q.sum(0)
-        return (q if keep is None else q[:, samples - keep :]).t().contiguous()
+            mass = (q @ of_sample).clamp_(min=torch.finfo(dtype).tiny)  # only a class of share 0 has none
+            of_class = share * samples / mass
+            of_sample = (of_class @ q).reciprocal_()
+        first = 0 if keep is None else samples - keep
+        return (of_class[:, None] * q[:, first:] * of_sample[first:]).t().contiguous()

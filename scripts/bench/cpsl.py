@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from common.config import SourceConfig, load_config
 from common.data import SegmentationDataset, build_transform, toy
 from common.data.cpsl_views import CPSL as Recipe
-from common.ops.resize_chain import resample_features, resample_labels
+from common.ops.resize_chain import resample_labels
 from common.ops.ring import RingBank
 from common.ops.sinkhorn import sinkhorn
 from scripts.bench import cpsl_literal as literal
 from scripts.bench import measure
 from scripts.bench.families import ROOT, full_banks
 from scripts.bench.workspace import REAL_SIZE
+from uda.base import onto_crop, onto_grid
 from uda.cpsl import CPSL
 from uda.pseudo_labels import class_sums
 
@@ -72,8 +73,8 @@ def operations(args: argparse.Namespace) -> list[measure.Row]:
         bank_update(sizes, rounds),
         prototype_pass(sizes, rounds),
         feature_similarity(sizes, rounds),
-        on_the_crop("soft labels on the crop", sizes, rounds, sizes.classes, resample_labels, literal.soft_on_grid),
-        on_the_crop("features on the crop", sizes, rounds, sizes.width, resample_features, literal.features_on_grid),
+        soft_labels(sizes, rounds),
+        teacher_similarity(sizes, rounds),
         assignment(sizes, rounds),
     ]
 
@@ -131,25 +132,45 @@ def prototype_pass(s: Sizes, rounds: int) -> measure.Row:
 
 
 def feature_similarity(s: Sizes, rounds: int) -> measure.Row:
-    """Every pixel of the crop's quarter grid with every prototype."""
+    """The student's features with every prototype, on the crop's quarter grid."""
     method = small_method(s)
-    features = torch.randn(1, s.width, *s.grid)
+    features = torch.randn(1, s.width, *s.crop8)
     forms = {
-        "ours": lambda: method.similarity(features),
-        "looped": lambda: literal.similarity(features, method.prototypes_ema),
+        "ours": lambda: method.similarity(features, onto_grid(features, s.grid)),
+        "looped": lambda: literal.similarity(literal.bilinear(features, s.grid), method.prototypes_ema),
     }
     apart = measure.relative(forms["ours"](), forms["looped"]())
     check = {"relative difference": measure.require("similarity", apart, 1e-5)}
     return measure.compare("similarity", forms, rounds, check=check, bar=BAR, memory=True, grid=list(s.grid))
 
 
-def on_the_crop(name: str, s: Sizes, rounds: int, channels: int, ours: Callable, theirs: Callable) -> measure.Row:
-    """Maps of the whole image at stride 8, brought to the quarter grid of a crop."""
-    maps, geometry = torch.rand(1, channels, *s.stride8), s.geometry()
-    forms = {"ours": lambda: ours(maps, geometry, s.crop), "literal": lambda: theirs(maps, geometry, s.crop)}
+def soft_labels(s: Sizes, rounds: int) -> measure.Row:
+    """Soft labels of the whole image at stride 8, brought to the quarter grid of a crop."""
+    soft, geometry = torch.rand(1, s.classes, *s.stride8), s.geometry()
+    forms = {
+        "ours": lambda: resample_labels(soft, geometry, s.crop),
+        "literal": lambda: literal.soft_on_grid(soft, geometry, s.crop),
+    }
     apart = measure.relative(forms["ours"](), forms["literal"]())
-    check = {"relative difference": measure.require(name, apart, 1e-4)}
-    return measure.compare(name, forms, rounds, check=check, memory=True, geometry=geometry[0].tolist())
+    check = {"relative difference": measure.require("soft labels", apart, 1e-4)}
+    return measure.compare(
+        "soft labels on the crop", forms, rounds, check=check, memory=True, geometry=geometry[0].tolist()
+    )
+
+
+def teacher_similarity(s: Sizes, rounds: int) -> measure.Row:
+    """Features of the whole image at stride 8 with every prototype, on the quarter grid of a crop."""
+    method, features, geometry = small_method(s), torch.randn(1, s.width, *s.stride8), s.geometry()
+    target = {"geometry": geometry, "weak": torch.empty(1, 3, *s.crop), "full": torch.empty(1, 3, *s.image)}
+    forms = {
+        "ours": lambda: method.similarity(features, onto_crop(features, target)),
+        "literal": lambda: literal.cosines(literal.features_on_grid(features, geometry, s.crop), method.prototypes_ema),
+    }
+    apart = measure.relative(forms["ours"](), forms["literal"]())
+    check = {"relative difference": measure.require("teacher's similarity", apart, 1e-4)}
+    return measure.compare(
+        "similarity on the crop", forms, rounds, check=check, memory=True, geometry=geometry[0].tolist()
+    )
 
 
 def assignment(s: Sizes, rounds: int) -> measure.Row:
@@ -214,9 +235,9 @@ class Case:
         mirror = torch.tensor([[-1.0, 0, s.crop[1]], [0, 1, 0], [0, 0, 1]])
         translation = torch.tensor([[1.0, 0, shift], [0, 1, 0], [0, 0, 1]])
         side = min(s.crop) // 3
-        blank = torch.zeros(1, 3, *s.crop, dtype=torch.uint8)
+        blank, full = (torch.zeros(1, 3, *size, dtype=torch.uint8) for size in (s.crop, s.image))
         self.target = {
-            "weak": blank, "strong": blank, "full": blank, "geometry": s.geometry(index, of),
+            "weak": blank, "strong": blank, "full": full, "geometry": s.geometry(index, of),
             "soft": maps(s.classes, s.stride8, 2.0).softmax(1).half(),
             "warp": (mirror @ translation)[None], "shift": shift,
             "cutout": torch.tensor([[8, 12, 8 + side, 12 + side]], dtype=torch.int32),
@@ -239,11 +260,9 @@ class Case:
 def ours(method: CPSL, case: Case) -> dict[str, Tensor]:
     """The target part of a step of `CPSL.forward`, back-propagated as the engine does it."""
     method.teacher.waiting, method.model.waiting = [case.teacher], [case.weak, case.strong]
-    similarity, features, logits = method.look(case.target)
-    label, _ = method.rectify(similarity, case.target)
-    terms = method.weak_terms({}, case.target, label, features, logits, 0.0)
+    similarity, label, _, sampled = method.look(case.target)
+    terms = method.weak_terms({}, case.target, label, sampled, 0.0)
     terms["loss"].backward()
-    del features, logits
     strong = method.strong_terms(case.target, similarity)
     strong["loss"].backward()
     return {**{key: value.detach() for key, value in (terms | strong).items()}, "label": label}
@@ -324,7 +343,7 @@ def _source_samples(args: argparse.Namespace) -> list[measure.Row]:
         cold = SegmentationDataset(source, build_transform(recipe))
 
         def uncached(index: int, rng: np.random.Generator) -> Any:
-            cold.transform._colours.clear()
+            cold.transform._colours.fill_(torch.nan)
             return cold.sample(index, rng)
 
         forms = {

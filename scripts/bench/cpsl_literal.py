@@ -54,6 +54,11 @@ def similarity(features: Tensor, prototypes: Tensor) -> Tensor:
     return torch.stack(maps, 1)
 
 
+def cosines(features: Tensor, prototypes: Tensor) -> Tensor:
+    """The same by one product of unit vectors."""
+    return torch.einsum("bdhw,cd->bchw", F.normalize(features, dim=1), F.normalize(prototypes, dim=1))
+
+
 def class_means(logits: Tensor, features: Tensor, fewest: int = 10) -> dict[int, Tensor]:
     """Mean feature of each class that is predicted on enough pixels, by masks: logits (C, h, w), features (D, h, w)."""
     predicted, means = logits.argmax(0), {}
@@ -106,11 +111,10 @@ class OwnWork:
             warm = soft_on_grid(target["soft"], target["geometry"], crop)
             features = features_on_grid(teacher["features"], target["geometry"], crop)
             logits = features_on_grid(teacher["logits"], target["geometry"], crop)
-            near = torch.einsum("bdhw,cd->bchw", F.normalize(features, dim=1), F.normalize(self.ema, dim=1))
+            near = cosines(features, self.ema)
             rectified = (near / self.o.temperature).softmax(1) * warm
             label = rectified.argmax(1)
         sce = self.symmetric(bilinear(weak["logits"], grid), label)
-        torch.rand(4, dtype=torch.float64)  # CutMix's, which is off here
         first, second = self.self_label(label, features, logits)
         regular = self.consistency(near, strong["features"], target, grid)
         total = sce + self.o.self_label * (first + second) + self.o.consistency * regular
@@ -146,8 +150,7 @@ class OwnWork:
     def consistency(self, near: Tensor, features: Tensor, target: Mapping[str, Tensor], grid: Size) -> Tensor:
         moved = replay(near + 2, target, grid)  # the fill, 0, is then no similarity
         mask = (moved != 0).float()
-        student = bilinear(features, grid)
-        scores = torch.einsum("bdhw,cd->bchw", F.normalize(student, dim=1), F.normalize(self.ema, dim=1))
+        scores = cosines(bilinear(features, grid), self.ema)
         log_s = (scores / self.o.temperature).log_softmax(1)
         t = ((moved - 2) / self.o.temperature).softmax(1)
         return (F.kl_div(log_s, t, reduction="none") * mask).sum() / mask.sum()

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.ops.resize_chain import Taps, label_matrices, resample, resample_features, resample_labels
+from common.ops.resize_chain import (
+    Taps,
+    feature_matrices,
+    label_matrices,
+    resample,
+    resample_labels,
+    resample_points,
+    resize_matrices,
+)
 
 
 def bilinear(x: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tensor:
@@ -37,6 +45,10 @@ def literal_features(maps: Tensor, geometry: Tensor, crop: tuple[int, int]) -> T
         full = bilinear(bilinear(one, (height0, width0)), (height, width))
         out.append(cut(full, y, x, (crop[0] // 4, crop[1] // 4), flip))
     return torch.cat(out)
+
+
+def resample_features(maps: Tensor, geometry: Tensor, crop: tuple[int, int]) -> Tensor:
+    return resample(maps, *feature_matrices(geometry, tuple(maps.shape[-2:]), crop))
 
 
 def draw(images: int, size: tuple[int, int], crop: tuple[int, int], seed: int) -> Tensor:
@@ -87,6 +99,22 @@ def test_image_smaller_than_the_crop():
     ours = resample_features(maps, geometry, crop).double()
     assert torch.allclose(ours, literal_features(maps, geometry, crop), atol=2e-6)
     assert not ours[0, :, 12:].any() and not ours[0, :, :, 20:].any()
+
+
+@pytest.mark.parametrize("mixed", [torch.float32, torch.bfloat16])
+def test_points_equal_the_resampled_map(mixed):
+    geometry, maps = draw(3, (128, 256), (64, 96), 3), torch.randn(3, 7, 17, 33).to(mixed)
+    matrices, index = feature_matrices(geometry, (17, 33), (64, 96)), torch.randint(16 * 24, (3, 40))
+    whole = resample(maps, *matrices).flatten(2).transpose(1, 2)
+    expected = whole.gather(1, index[:, :, None].expand(-1, -1, 7))
+    torch.testing.assert_close(resample_points(maps, *matrices, 2, index), expected)
+
+
+def test_a_resize_of_both_sides_is_that_of_interpolate():
+    maps = torch.randn(2, 3, 9, 13)
+    for align_corners in (True, False):
+        matrices = resize_matrices(maps, (16, 20), align_corners=align_corners)
+        torch.testing.assert_close(resample(maps, *matrices), bilinear(maps, (16, 20), align_corners))
 
 
 def test_any_single_resize_is_a_matrix():
