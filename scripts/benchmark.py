@@ -4,6 +4,9 @@
     step         a training step of a config in its parts, cross-entropy against BLV and others
     metrics      confusion matrix, and evaluation of whole images
     cpsl         the operations of CPSL against their literal forms, LAB colour transfer
+    usrn         a training step of USRN against the release's form of it, and with channels_last + bf16
+    kmeans       balanced k-means against k-means-constrained (with --large also at full size)
+    ltss         Mask2Former: order of inference, a training step against transformers, deformable attention
     full-size    every official config through one real training step (also: --full-size [NAME …])
 
 All forms of a row run in turns in one process, after a check that they give the same numbers. `--quick` takes tiny
@@ -22,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.benc
 
 from common import cli
 
-NAMES = ("loader", "step", "metrics", "cpsl", "full-size")
+NAMES = ("loader", "step", "metrics", "cpsl", "usrn", "kmeans", "ltss", "full-size")
 MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
 CHILD = "one-step"  # a process that full-size starts
 

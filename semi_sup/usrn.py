@@ -34,8 +34,7 @@ from torch import Tensor, nn
 from common.config import Config, ConfigError, typed
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, move_average
-from common.losses.blv import BLVLoss, blv_options
-from common.losses.refreshed import RefreshedBLV
+from common.losses.refreshed import StudentLogits
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_model
 from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
@@ -90,33 +89,6 @@ class Maps(NamedTuple):
         return [Maps(*pair) for pair in zip(self.features.split(sizes), subs, strict=True)]
 
 
-class ClassLogits(nn.Module):
-    """The student's class logits on their way into a loss: as they are, or with BLV's noise."""
-
-    def __init__(self, blv: Mapping[str, Any] | None, counts: Any, where: str):
-        """`counts`: pixels of each class in the labelled images; only BLV needs them."""
-        super().__init__()
-        self.blv, self.refreshed, self.every = None, None, 0
-        if blv is not None:
-            options = dict(blv)
-            self.every = options.pop("refresh", 0)
-            self.blv = BLVLoss(blv_options(options, where), counts)
-            if self.every:
-                self.refreshed = RefreshedBLV(self.blv, torch.as_tensor(counts))
-
-    def forward(self, logits: Tensor, progress: float) -> Tensor:
-        return logits if self.blv is None else self.blv.perturb(logits, progress)
-
-    def count(self, label: Tensor, area: float) -> None:
-        """Remember pseudo-labels for the next refresh; each stands for `area` pixels."""
-        if self.refreshed is not None:
-            self.refreshed.count(label, area)
-
-    def after_step(self, step: int) -> None:
-        if self.refreshed is not None and (step + 1) % self.every == 0:
-            self.refreshed.refresh()
-
-
 class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
@@ -130,7 +102,7 @@ class Baseline(Method):
         if self.model.dual != self.branches:
             name = "usrn" if self.branches else "deeplabv3plus"
             raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {name}")
-        self.class_logits = ClassLogits(self.options.blv, counts, f"{cfg.name}: method: blv")
+        self.class_logits = StudentLogits(self.options.blv, counts, f"{cfg.name}: method: blv")
 
     @property
     def branches(self) -> bool:
@@ -148,7 +120,7 @@ class Baseline(Method):
     def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
         """L_s of the labelled crops."""
         logits = self.model.classifier(maps.features)
-        loss = self.at_full_size(logits, batch["label"], lambda z: self.class_logits(z, progress))
+        loss = self.at_full_size(logits, batch["label"], lambda z: self.class_logits.perturb(z, progress))
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
     def at_full_size(self, logits: Tensor, label: Tensor, perturb=None) -> Tensor:
@@ -214,7 +186,7 @@ class SelfTraining(Baseline):
         logits, *_ = self.classify(self.model, strong)
         label, valid = confident_labels(weak[0], self.options.threshold), self.valid(batch, logits)
         label = label if valid is None else torch.where(valid, label, IGNORE)
-        loss = pseudo_label_loss(self.class_logits(logits, progress), label, valid)
+        loss = pseudo_label_loss(self.class_logits.perturb(logits, progress), label, valid)
         self.count(label, batch)
         return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
 
@@ -268,7 +240,7 @@ class USRN(SelfTraining):
         if not self.branches:
             return super().unlabelled_terms(strong, weak, batch, progress)
         logits, sub_logits = self.classify(self.model, strong)
-        valid, noisy = self.valid(batch, logits), self.class_logits(logits, progress)
+        valid, noisy = self.valid(batch, logits), self.class_logits.perturb(logits, progress)
         found = unlabelled_losses(noisy, sub_logits, *weak, self.parents, o.threshold, gate=o.gate, valid=valid)
         self.count(found.label, batch)
         loss = o.unsupervised * (found.classes + o.subclass * found.subclasses)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from common.config import Config, ConfigError, OptimConfig, typed
 from common.engine.method import Batch, Losses, Method
 from common.engine.optim import parameter_groups
-from common.losses.blv import BLVLoss, blv_options
 from common.losses.cross_entropy import pixel_cross_entropy
-from common.losses.refreshed import RefreshedBLV
+from common.losses.refreshed import StudentLogits
 from common.losses.self_training import symmetric_cross_entropy
 from common.models import build_model
 from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
@@ -49,22 +48,11 @@ def onto_grid(maps: Tensor, size: tuple[int, int]) -> Resampling:
     return Resampling(*resize_matrices(maps, size), reach=1)
 
 
-class SegmentationLoss(nn.Module):
+class SegmentationLoss(StudentLogits):
     """The student's segmentation losses; with BLV the logits are perturbed first, on source and target alike.
 
     BLV's counts are those of the source labels; `refresh: N` adds the target's pseudo-labels every N steps.
     """
-
-    def __init__(self, blv: Mapping[str, Any] | None, counts: Any, where: str):
-        super().__init__()
-        self.blv, self.refreshed, self.every = None, None, 0
-        if blv is None:
-            return
-        options = dict(blv)
-        self.every = options.pop("refresh", 0)
-        self.blv = BLVLoss(blv_options(options, where), counts)
-        if self.every:
-            self.refreshed = RefreshedBLV(self.blv, torch.as_tensor(counts))
 
     def forward(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
         """Cross-entropy over valid pixels, of logits (B, K, H, W) and label (B, H, W)."""
@@ -73,18 +61,6 @@ class SegmentationLoss(nn.Module):
     def symmetric(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
         """Symmetric cross-entropy with the factors `rce` of its two terms."""
         return symmetric_cross_entropy(self.perturb(logits, progress), label, *rce)
-
-    def perturb(self, logits: Tensor, progress: float) -> Tensor:
-        return logits if self.blv is None else self.blv.perturb(logits, progress)
-
-    def count(self, label: Tensor) -> None:
-        """Remember pseudo-labels for the next refresh."""
-        if self.refreshed is not None:
-            self.refreshed.count(label)
-
-    def after_step(self, step: int) -> None:
-        if self.refreshed is not None and (step + 1) % self.every == 0:
-            self.refreshed.refresh()
 
 
 class Stage(Method):

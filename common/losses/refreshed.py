@@ -1,10 +1,13 @@
 """Class counts for BLV where most labels are the network's own: labelled pixels plus recent pseudo-labels."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.losses.blv import BLVLoss
+from common.losses.blv import BLVLoss, blv_options
 
 
 class RefreshedBLV(nn.Module):
@@ -44,3 +47,35 @@ class RefreshedBLV(nn.Module):
 
     def _apply_counts(self) -> None:
         self.blv.set_counts(self.labelled + self.pseudo)
+
+
+class StudentLogits(nn.Module):
+    """A student's class logits on their way into a loss: as they are, or with BLV's noise.
+
+    blv: the config's BLV options, and `refresh`: after that many steps pseudo-labels count beside labels (0: never);
+    None: no noise. counts: (K,) labelled pixels of each class, which only BLV needs. where: begins a ConfigError.
+    """
+
+    def __init__(self, blv: Mapping[str, Any] | None, counts: Any, where: str):
+        super().__init__()
+        self.blv, self.refreshed, self.every = None, None, 0
+        if blv is None:
+            return
+        options = dict(blv)
+        self.every = options.pop("refresh", 0)
+        self.blv = BLVLoss(blv_options(options, where), counts)
+        if self.every:
+            self.refreshed = RefreshedBLV(self.blv, torch.as_tensor(counts))
+
+    def perturb(self, logits: Tensor, progress: float) -> Tensor:
+        """Logits (B, K, H, W) with noise; `progress`: share of the training that is over."""
+        return logits if self.blv is None else self.blv.perturb(logits, progress)
+
+    def count(self, label: Tensor, area: float = 1.0) -> None:
+        """Remember pseudo-labels for the next refresh; each stands for `area` pixels."""
+        if self.refreshed is not None:
+            self.refreshed.count(label, area)
+
+    def after_step(self, step: int) -> None:
+        if self.refreshed is not None and (step + 1) % self.every == 0:
+            self.refreshed.refresh()

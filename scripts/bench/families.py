@@ -1,6 +1,7 @@
 """The systems whose configs the full-size benchmark takes through a step. Adding a system is adding a row."""
 
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from common.config import Config
 from common.data import SegmentationDataset
 from common.data.segmentation import map_path
+from common.data.statistics import Statistics
 from common.models import build_model
 from common.ops.ring import RingBank
 
@@ -31,6 +33,8 @@ class Family:
     configs: patterns of its official configs below its folder. build: "module:function", (cfg, class counts) →
     method. counted: the stream whose labels say what is rare. prepare: writes what earlier steps leave, to where the
     config looks for it (relative to the working folder). ready: brings the new method to the state of long training.
+    counts: of the statistics of that stream, what `build` takes.
+    resolve: "module:function" that fills into the config what those files say.
     """
 
     configs: tuple[str, ...]
@@ -38,10 +42,19 @@ class Family:
     counted: str
     prepare: Callable[[Config], None] = lambda cfg: None
     ready: Callable[[nn.Module], None] = lambda method: None
+    resolve: str = ""
+    counts: Callable[[Statistics], Any] = lambda statistics: statistics.pixel_count
 
     def method(self) -> Callable[..., Any]:
-        module, _, name = self.build.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return named(self.build)
+
+    def resolved(self, cfg: Config) -> Config:
+        return named(self.resolve)(cfg) if self.resolve else cfg
+
+
+def named(text: str) -> Callable[..., Any]:
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def uda_files(cfg: Config) -> None:
@@ -82,6 +95,32 @@ def full_banks(method: nn.Module) -> None:
         bank.push(rows.to(bank.rows.device))
 
 
+def semi_files(cfg: Config) -> None:
+    """Lists of labelled and unlabelled images, half of them each, and the former's subclass labels."""
+    streams = cfg.data.streams
+    names = SegmentationDataset(replace(streams["labeled"], list=None, maps={})).names
+    half = len(names) // 2
+    for key, chosen in (("labeled", names[:half]), ("unlabeled", names[half:])):
+        if key in streams:
+            _save(lambda text, path: path.write_text(text), "\n".join(chosen), streams[key].list)
+    if "sub_label" in streams["labeled"].maps:
+        numbers = named("semi_sup.subclasses:PRESETS")[cfg.method["subclasses"]]
+        dataset = SegmentationDataset(replace(streams["labeled"], maps={}))
+        subclass_labels(dataset, numbers, Path(streams["labeled"].maps["sub_label"]))
+
+
+def subclass_labels(dataset: SegmentationDataset, numbers: tuple[int, ...], folder: Path) -> None:
+    """A random subclass of its pixels' class for each block of 8×8, and the numbers of subclasses beside them."""
+    rng, counts, starts = np.random.default_rng(0), np.array(numbers), np.cumsum(numbers) - numbers
+    for index, name in enumerate(dataset.names):
+        label = dataset.label(index)
+        height, width = label.shape
+        part = np.kron(rng.random((-(-height // 8), -(-width // 8))), np.ones((8, 8)))[:height, :width]
+        values = np.where(label < 0, 255, starts[label] + (part * counts[label]).astype(np.int64))
+        _save(lambda array, path: Image.fromarray(array).save(path), values.astype(np.uint8), folder / f"{name}.png")
+    _save(lambda tree, path: path.write_text(json.dumps(tree)), {"counts": numbers}, folder / "subclasses.json")
+
+
 def _save(write: Callable[[Any, Path], None], value: Any, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write(value, Path(path))
@@ -92,6 +131,19 @@ FAMILIES: dict[str, Family] = {
         ("*/*_cityscapes*.yaml",),
         "fully_sup.supervised:Supervised",
         "labeled",
+    ),
+    "ltss_benchmark": Family(
+        ("ade20k_full/*/*R50*.yaml",),
+        "ltss_benchmark.methods:build_method",
+        "labeled",
+        counts=lambda statistics: statistics,
+    ),
+    "semi_sup": Family(
+        tuple(f"{data}_1over*_{method}.json" for data in ("voc", "city") for method in ("baseline", "usrn")),
+        "semi_sup.config:build_method",
+        "labeled",
+        semi_files,
+        resolve="semi_sup.config:resolve",
     ),
     "uda": Family(
         ("*_to_cityscapes/warm_up.yaml", "*_to_cityscapes/stage?.yaml"),

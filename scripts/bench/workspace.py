@@ -41,12 +41,13 @@ def write_scenes(cfg: Config, folder: Path, size: Size | None = None, train: int
     ValueError for a data set whose layout the toy writer does not know.
     """
     for source in sources(cfg):
-        name = DATASETS[source.dataset].folder if source.dataset in DATASETS else source.dataset
+        row = DATASETS.get(source.dataset)
+        name = source.dataset if row is None or source.dataset in toy.LAYOUTS else row.folder
         if name not in toy.LAYOUTS or name not in REAL_SIZE:
             known = ", ".join(REAL_SIZE)
             raise ValueError(f"{cfg.name}: no toy scenes in the layout of {source.dataset!r}; known: {known}")
         val = {} if name in SPLITLESS else {"val": 1}
-        toy.make(name, folder / name, train=train, size=size or REAL_SIZE[name], **val)
+        toy.make(name, folder / (name if row is None else row.folder), train=train, size=size or REAL_SIZE[name], **val)
 
 
 def use(folder: Path) -> None:
@@ -67,11 +68,12 @@ def trainer(cfg: Config, family: Family, size: Size | None, device: torch.device
     use(Path.cwd())
     write_scenes(cfg, Path.cwd(), size)
     family.prepare(cfg)
+    cfg = family.resolved(cfg)
     runtime.configure(cfg.train, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         experiment = Experiment(cfg, counted=family.counted)
-        counts, build = experiment.statistics.pixel_count, family.method()
+        counts, build = family.counts(experiment.statistics), family.method()
         method = prepare(cfg, lambda: build(cfg, counts), device)
     family.ready(method)
     method.train()

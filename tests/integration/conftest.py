@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from common.data.toy import make
 
@@ -64,3 +66,15 @@ def call(*words: str, expect: int = 0, **environment: str) -> str:
     out, err = process.communicate(timeout=600)
     assert process.returncode == expect, out + err
     return out + err
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The newest weights of the run in `folder`."""
+    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """To the bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not a[name].equal(b[name])]
+    assert not different, different[:5]

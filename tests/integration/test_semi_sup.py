@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from common import cli
 from common.data.toy import make
 from scripts import prepare_splits
 from semi_sup import clustering, main
 from semi_sup.subclasses import parents
-from tests.integration.conftest import ROOT, call
+from tests.integration.conftest import ROOT, assert_equal, call, weights
 
 CONFIGS = ROOT / "semi_sup" / "configs"
 BASE, USRN = CONFIGS / "toy_1over8_baseline.json", CONFIGS / "toy_1over8_usrn.json"
@@ -96,10 +95,6 @@ def run(program: str, monkeypatch, capsys, *words) -> str:
     return lines[0]
 
 
-def weights(folder: Path) -> dict:
-    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
-
-
 def test_subclass_labels_are_complete_and_true(place):
     folder = place.baseline / "label_subcls_balanced_kmeans"
     record = json.loads((folder / "subclasses.json").read_text())
@@ -126,8 +121,7 @@ def test_training_resumes_to_the_bit_and_tests(place):
     for step in (6, 8):  # as if it had been killed after step 5
         shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
     call(MAIN, "-c", USRN, "--resume", *more)
-    again = weights(folder)
-    assert whole.keys() == again.keys() and not [key for key in whole if not whole[key].equal(again[key])]
+    assert_equal(whole, weights(folder))
     terms = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"Ls", "Ls_sub", "Lu_sub", "Lu_reg", "kept", "vetoed"} <= terms[0].keys()
 

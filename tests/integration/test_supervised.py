@@ -7,21 +7,10 @@ import signal
 import time
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.integration.conftest import call, command
+from tests.integration.conftest import assert_equal, call, command, weights
 
 TRAIN = "fully_sup/train.py"
-
-
-def weights(folder):
-    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    different = [name for name in a if not a[name].equal(b[name])]
-    assert not different, different[:5]
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from safetensors.torch import load_file
 
 from common.data.toy import make
-from tests.integration.conftest import ROOT, call
+from tests.integration.conftest import ROOT, assert_equal, call, weights
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uda.train")
 QUICK = ("train.steps=4", "train.log_every=1", "train.save_every=2", "train.threads=1", "data.workers=0",
@@ -37,16 +36,6 @@ def task(tmp_path_factory) -> Path:
     call("uda/calc_prototype.py", root / "toy", *QUICK)
     call("uda/generate_class_distribution.py", root / "toy", *QUICK)
     return root
-
-
-def weights(folder):
-    return load_file(folder / "checkpoints" / "last" / "model.safetensors")
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    different = [name for name in a if not a[name].equal(b[name])]
-    assert not different, different[:5]
 
 
 def test_files_of_the_first_steps(task):

@@ -1,6 +1,5 @@
 """Scores against loops over pixels and against hand-made matrices."""
 
-import time
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -149,28 +148,3 @@ def test_two_ranks_give_the_matrix_of_one_for_an_odd_image_count(tmp_path):
         alone.update(pred, label)
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone.reduce())
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_a_cityscapes_image_costs_less_than_counting_plainly(one_thread):
-    pred, label = torch.randint(19, (1024, 2048)), torch.randint(-1, 19, (1024, 2048), dtype=torch.int16)
-
-    def plain():
-        counted = label >= 0
-        return torch.bincount(label[counted].long() * 19 + pred[counted], minlength=361).view(19, 19)
-
-    times: dict[str, list[float]] = {"ours": [], "plain": []}
-    for _ in range(5):
-        for name, count in (("ours", lambda: confusion_matrix(pred, label, 19)), ("plain", plain)):
-            start = time.thread_time()  # one thread's own time: other processes do not count
-            matrix = count()
-            times[name].append(time.thread_time() - start)
-    assert torch.equal(matrix, confusion_matrix(pred, label, 19))
-    assert min(times["ours"]) < 0.5 * min(times["plain"])

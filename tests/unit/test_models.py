@@ -15,6 +15,7 @@ from common.models.layers import adaptive_average, resize_rows, source_rows
 
 PYRAMID = {"channels": 16, "auxiliary_channels": 8}
 SWIN = {"dim": 16, "depths": (1, 2, 1, 1), "heads": (1, 2, 2, 2)}
+USRN = {"blocks": (1, 1, 1, 1), "width": 8, "channels": 16, "low_channels": 8}
 VIT = {"neck": "mln", "auxiliary_level": 3, "backbone": {"dim": 32, "heads": 2, "taps": (0, 1, 2, 3), "grid": 4}}
 SMALL = {
     "upernet": ModelConfig("upernet", 5, "resnet18", options=PYRAMID),
@@ -24,8 +25,11 @@ SMALL = {
     "segformer": ModelConfig("segformer", 5, "mit_b0", options={"channels": 16}),
     "knet": ModelConfig("knet", 5, "swin_tiny", options={**PYRAMID, "backbone": SWIN}),
     "upernet_vit": ModelConfig("upernet", 5, "vit_base_patch16", options={**PYRAMID, **VIT}),
+    "deeplabv3plus": ModelConfig("deeplabv3plus", 5, "resnet50", options=USRN, align_corners=True),
+    "usrn": ModelConfig("usrn", 5, "resnet50", options={**USRN, "subclasses": 9}, align_corners=True),
 }
-SIZES = {"pspnet": (3, 3), "upernet_vit": (20, 24)}  # of the logits for `images()`; the others': a quarter
+# of the logits for `images()`; the others': a quarter
+SIZES = {"pspnet": (3, 3), "upernet_vit": (20, 24), "deeplabv3plus": (18, 24), "usrn": (18, 24)}
 
 
 SLOW_TO_CAPTURE = {"ocrnet", "knet", "upernet_no_aux"}
@@ -44,6 +48,12 @@ def tensors_of(value):
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
+def heads(out):
+    """Logits of every head."""
+    sub_logits = [out["sub_logits"]] if "sub_logits" in out else []
+    return [out["logits"], *out["aux"], *out.get("stages", []), *sub_logits]
+
+
 @pytest.fixture(scope="module", params=list(SMALL))
 def case(request):
     """A row's name and its model; the checks leave the weights as they are."""
@@ -56,8 +66,7 @@ def test_every_parameter_is_trained(case):
     model.train().zero_grad()
     out = model(images())
     assert out["logits"].shape == (2, 5, *SIZES.get(name, (18, 23)))
-    heads = [out["logits"], *out["aux"], *out.get("stages", [])]
-    sum(F.cross_entropy(z, torch.randint(0, 5, (2, *z.shape[2:]))) for z in heads).backward()
+    sum(F.cross_entropy(z, torch.randint(0, 5, (2, *z.shape[2:]))) for z in heads(out)).backward()
     idle = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not idle
     model.zero_grad()
@@ -96,8 +105,9 @@ def test_auxiliary_heads_do_not_change_the_prediction(case):
     with torch.no_grad():
         logits = model.eval()(x)["logits"]
         torch.testing.assert_close(model.infer(x)["logits"], logits)
-        upsampled = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)
-        torch.testing.assert_close(model.predict(x), upsampled, rtol=1e-5, atol=1e-6)
+        padded = [-(-side // model.divisor) * model.divisor for side in x.shape[-2:]]
+        upsampled = F.interpolate(logits, padded, mode="bilinear", align_corners=model.align_corners)
+        torch.testing.assert_close(model.predict(x), upsampled[..., :69, :91], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -108,8 +118,16 @@ def clean_capture():
 
 @pytest.mark.slow
 def test_captured_whole_in_training(case, clean_capture):
+    """The loss and its gradients are those of the model as it is; dropout draws the same numbers in both."""
     name, model = case
-    torch.compile(model.train(), backend="aot_eager", fullgraph=True)(images(2, 64, 96))["logits"].sum().backward()
+    x, captured, found = images(2, 64, 96), torch.compile(model.train(), backend="aot_eager", fullgraph=True), []
+    for form in (model, captured):
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = sum(z.square().mean() for z in heads(form(x)))
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
     model.zero_grad()
 
 

@@ -82,6 +82,7 @@ def two_threads():
 def test_reference_step(threshold, two_threads):
     """Losses and gradient norms of one whole step of the official network, on the reference's inputs."""
     reference = json.loads((GOLDEN / f"usrn_train_thr{threshold}.json").read_text())
+    assert tuple(reference["split_list"]) == PRESETS["voc_1over32"]
     m = method(blocks=None, classes=21, subclasses="voc_1over32", threshold=float(threshold)).train()
     state = m.model.state_dict()
     m.model.load_state_dict({key: torch.as_tensor(fill(key, tuple(t.shape))) for key, t in state.items()})
