@@ -127,7 +127,10 @@ class EvalConfig:
     crop: tuple[int, int] | None = None  # slide: window height, width
     stride: tuple[int, int] | None = None
     window_batch: int = 4
+    short_edge: int | None = None  # shorter side of the net's input; None: the image's own size
+    max_edge: int | None = None  # with short_edge: the longer side's limit, which shortens both
     scales: tuple[float, ...] = (1.0,)
+    scaled_max_edge: int | None = None  # with short_edge: that limit for scaled images; None: max_edge times the scale
     flip: bool = False
     batch_size: int = 1
     workers: int = 2

@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.config import EvalConfig
 from common.data import IGNORE
-from common.inference import predict_labels
+from common.inference import edge_size, predict_labels
 from common.metrics import ConfusionMatrix, group_scores, scores, tail_miou
-
-Resize = Callable[[np.ndarray], np.ndarray]
 
 
 def evaluate(
@@ -30,8 +28,8 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     groups: Mapping[str, Sequence[str]] | None = None,
-    resize: Resize | None = None,
     save_predictions: str | Path | None = None,
+    keep: Callable[[str, Tensor], None] | None = None,
     panels: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` (a network, or a method that owns one) on `dataset`, at each label's own size.
@@ -39,9 +37,9 @@ def evaluate(
     Every rank takes every `world`-th image and gets the scores of all of them. Modules are put into evaluation mode
     and back. `dataset` gives `load(index)` (image uint8 (H, W, 3), label int16 (h, w), name) and `row`.
 
-    groups: level -> each class's group, for the rare, common and frequent means. resize: the net's input from an
-    image, e.g. `shortest_edge(512, 2048)`. save_predictions: folder for one PNG an image in the data set's stored
-    values. panels: folder for `cfg.panels` images with truth and prediction, the same for every run.
+    groups: level -> each class's group, for the rare, common and frequent means. save_predictions: folder for one PNG
+    an image in the data set's stored values. keep: is given the name and the predicted classes (H, W) of every image
+    of this rank. panels: folder for `cfg.panels` images with truth and prediction, the same for every run.
 
     Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
     `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
@@ -53,13 +51,15 @@ def evaluate(
         raise ValueError(f"{row.name}: nothing to evaluate, the split is empty")
     chosen = evenly(len(dataset), cfg.max_images or len(dataset))
     shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
-    matrix = ConfusionMatrix(classes, device)
+    matrix, mirrored = ConfusionMatrix(classes, device), mirrored_classes(row)
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model):
-        for samples in _loader(dataset, chosen[rank::world], cfg, resize):
+        for samples in _loader(dataset, chosen[rank::world], cfg):
             _raise_first(samples)
-            for sample, pred in zip(samples, _predict(model, samples, cfg, device), strict=True):
+            for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
                 matrix.update(pred, sample["label"].to(device))
+                if keep is not None:
+                    keep(sample["name"], pred)
                 if save_predictions:
                     _save_prediction(Path(save_predictions), sample["name"], pred, row)
                 if sample["index"] in shown:
@@ -131,25 +131,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def shortest_edge(short: int, longest: int) -> Resize:
-    """Resize by detectron2's rule: the shorter side becomes `short`, unless the longer would exceed `longest`."""
+def mirrored_classes(row: Any) -> list[int] | None:
+    """The class that each one is in a mirrored image; None where left and right are not told apart."""
+    if not row.flip_pairs:
+        return None
+    classes = list(range(len(row.classes)))
+    for left, right in row.flip_pairs:
+        classes[left], classes[right] = right, left
+    return classes
 
-    def resize(image: np.ndarray) -> np.ndarray:
-        height, width = image.shape[:2]
-        scale = short / min(height, width)
-        if scale * max(height, width) > longest:
-            scale = longest / max(height, width)
-        size = (int(width * scale + 0.5), int(height * scale + 0.5))
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
 
-    return resize
+def network_input(image: np.ndarray, cfg: EvalConfig) -> Tensor:
+    """The tensor (3, h, w) uint8 that the network gets of an image (H, W, 3): at its own size or, where the config
+    gives `short_edge`, resized by `edge_size` with Pillow, as detectron2 does."""
+    if cfg.short_edge is not None:
+        height, width = edge_size(image.shape[:2], cfg.short_edge, cfg.max_edge or math.inf)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 class _Samples(Dataset):
     """The chosen images as tensors, ready for the device."""
 
-    def __init__(self, dataset: Any, indices: Sequence[int], resize: Resize | None):
-        self.dataset, self.indices, self.resize = dataset, indices, resize
+    def __init__(self, dataset: Any, indices: Sequence[int], cfg: EvalConfig):
+        self.dataset, self.indices, self.cfg = dataset, indices, cfg
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -164,18 +169,17 @@ class _Samples(Dataset):
         sample = self.dataset.load(index)
         if sample.get("label") is None:
             raise ValueError(f"{sample['name']}: evaluation needs labels; set `labels: true` for this split")
-        image = sample["image"] if self.resize is None else self.resize(sample["image"])
         return {
-            "image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            "image": network_input(sample["image"], self.cfg),
             "label": torch.from_numpy(sample["label"]),
             "name": sample["name"],
             "index": index,
         }
 
 
-def _loader(dataset: Any, indices: Sequence[int], cfg: EvalConfig, resize: Resize | None) -> DataLoader:
+def _loader(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> DataLoader:
     return DataLoader(
-        _Samples(dataset, indices, resize),
+        _Samples(dataset, indices, cfg),
         batch_size=cfg.batch_size,
         num_workers=min(cfg.workers, len(indices)),
         collate_fn=list,
@@ -189,14 +193,20 @@ def _raise_first(samples: Sequence[dict[str, Any] | Exception]) -> None:
             raise sample
 
 
-def _predict(model: Any, samples: list[dict[str, Any]], cfg: EvalConfig, device: torch.device | str) -> list[Tensor]:
+def _predict(
+    model: Any,
+    samples: list[dict[str, Any]],
+    cfg: EvalConfig,
+    device: torch.device | str,
+    mirrored: Sequence[int] | None,
+) -> list[Tensor]:
     """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree."""
     together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
     batches = [samples] if together else [[sample] for sample in samples]
     result: list[Tensor] = []
     for batch in batches:
         images = torch.stack([sample["image"] for sample in batch]).to(device)
-        result += predict_labels(model, images, cfg, tuple(batch[0]["label"].shape)).unbind()
+        result += predict_labels(model, images, cfg, tuple(batch[0]["label"].shape), mirrored).unbind()
     return result
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Experiment:
         self._check_classes()
         self.statistics: Statistics | None = None
         if counted is not None:
-            self.statistics = class_statistics(self.streams[counted].dataset, cfg.data.workers, self.cache)
+            dataset = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
+            self.statistics = class_statistics(dataset, cfg.data.workers, self.cache)
 
     def _check_classes(self) -> None:
         for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):
@@ -63,10 +64,15 @@ class Experiment:
         return validate
 
     def score(self, model: torch.nn.Module, device: torch.device, **options: Any) -> dict[str, Any]:
-        """`evaluate` on the validation set, with rare, common and frequent groups where classes were counted."""
-        rank, world = distributed.rank(), distributed.world_size()
-        levels = levels_of(self.statistics) if self.statistics is not None else None
-        return evaluate(model, self.val, self.cfg.eval, device=device, rank=rank, world=world, groups=levels, **options)
+        """`evaluate` on the validation set, with rare, common and frequent groups where they are known."""
+        options = {"groups": self.levels(), "rank": distributed.rank(), "world": distributed.world_size(), **options}
+        return evaluate(model, self.val, options.pop("cfg", self.cfg.eval), device=device, **options)
+
+    def levels(self) -> Mapping[str, Sequence[str]] | None:
+        """Rare, common or frequent for each class: as the data set defines it, else by the classes counted."""
+        if self.val.row.groups is not None:
+            return self.val.row.groups
+        return levels_of(self.statistics) if self.statistics is not None else None
 
     def last_result(self) -> dict[str, Any]:
         """The newest validation of this run."""

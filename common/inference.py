@@ -3,12 +3,14 @@
 Images are (B, 3, h, w) in 0–255; scores are (B, K, H, W) at `size`, the original image's, or at the input's size.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import EvalConfig
@@ -16,6 +18,7 @@ from common.models.layers import resize, resize_rows
 
 Size = tuple[int, int]
 Predict = Callable[[Tensor, Size | None], Tensor]
+Rescale = Callable[[Tensor, float], Tensor]
 BAND = 1 << 22  # scores that a band of rows holds at most
 
 
@@ -68,6 +71,20 @@ def _coverage(starts: Sequence[int], window: int, length: int, like: Tensor) -> 
     return counts.to(like.device)
 
 
+def by_factor(images: Tensor, factor: float) -> Tensor:
+    """Images resized bilinearly without antialiasing, to sides rounded half up."""
+    height, width = images.shape[-2:]
+    return resize(images.float(), (int(height * factor + 0.5), int(width * factor + 0.5)))
+
+
+def edge_size(size: Size, short: float, longest: float) -> Size:
+    """detectron2's rule: the shorter side becomes `short`, unless the longer would exceed `longest`."""
+    scale = short / min(size)
+    if scale * max(size) > longest:
+        scale = longest / max(size)
+    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+
 def multi_scale(
     predict: Predict,
     images: Tensor,
@@ -76,46 +93,61 @@ def multi_scale(
     size: Size | None = None,
     *,
     softmax: bool = True,
+    rescale: Rescale = by_factor,
+    mirrored_classes: Sequence[int] | None = None,
 ) -> Tensor:
     """Mean of the softmax maps at `size` over scaled and, with `flip`, also mirrored images.
 
     `predict(images, size)` gives scores, by `whole` or `slide`. Without `softmax` the scores themselves are averaged,
     as detectron2 does (a query model's are sums of probabilities already); a network says so by `average_softmax`.
-    Images are resized bilinearly without
-    antialiasing, to sides rounded half up.
+    mirrored_classes: (K,) the class that each one is in a mirrored image, where left and right are told apart.
     """
-    height, width = images.shape[-2:]
-    size = size or (height, width)
+    size = size or tuple(images.shape[-2:])
     total: Tensor | None = None
     for scale in scales:
-        scaled = resize(images.float(), (int(height * scale + 0.5), int(width * scale + 0.5)))
+        scaled = rescale(images, scale)
         for mirrored in (False, True) if flip else (False,):
             scores = predict(scaled.flip(-1) if mirrored else scaled, size)
             scores = scores.softmax(1) if softmax else scores
-            scores = scores.flip(-1) if mirrored else scores
+            if mirrored:
+                scores = scores.flip(-1)
+                scores = scores if mirrored_classes is None else scores[:, list(mirrored_classes)]
             total = scores if total is None else total.add_(scores)
     if total is None:
         raise ValueError("eval.scales is empty; give at least one scale")
     return total / (len(scales) * (2 if flip else 1))
 
 
-def predict_scores(model: Any, images: Tensor, cfg: EvalConfig, size: Size | None = None) -> Tensor:
+def predict_scores(
+    model: Any,
+    images: Tensor,
+    cfg: EvalConfig,
+    size: Size | None = None,
+    mirrored_classes: Sequence[int] | None = None,
+) -> Tensor:
     """Class scores (B, K, H, W) as the config's mode, scales and flip ask for."""
     predict = _single(model, cfg)
     if not _augmented(cfg):
         return predict(images, size)
     softmax = getattr(network(model), "average_softmax", True)
-    return multi_scale(predict, images, cfg.scales, cfg.flip, size, softmax=softmax)
+    options = {"softmax": softmax, "rescale": _rescale(cfg), "mirrored_classes": mirrored_classes}
+    return multi_scale(predict, images, cfg.scales, cfg.flip, size, **options)
 
 
-def predict_labels(model: Any, images: Tensor, cfg: EvalConfig, size: Size | None = None) -> Tensor:
+def predict_labels(
+    model: Any,
+    images: Tensor,
+    cfg: EvalConfig,
+    size: Size | None = None,
+    mirrored_classes: Sequence[int] | None = None,
+) -> Tensor:
     """Predicted classes (B, H, W), int64: the argmax of `predict_scores`.
 
     Without test-time augmentation no K-channel map is made at `size`: whole mode leaves that to the model, and of the
     mean of the windows only a band of rows is resized at a time.
     """
     if _augmented(cfg):
-        return predict_scores(model, images, cfg, size).argmax(1)
+        return predict_scores(model, images, cfg, size, mirrored_classes).argmax(1)
     if cfg.mode == "whole":
         return model.labels(images, size)[0]
     return _argmax(_single(model, cfg)(images, None), size, network(model).align_corners)
@@ -140,6 +172,24 @@ def _single(model: Any, cfg: EvalConfig) -> Predict:
         raise ValueError("eval.mode slide needs eval.crop: [height, width]")
     crop, stride = cfg.crop, cfg.stride or cfg.crop
     return lambda images, size: slide(model, images, crop, stride, size, cfg.window_batch)
+
+
+def _rescale(cfg: EvalConfig) -> Rescale:
+    """How test-time augmentation scales the net's input: by a factor or, with `short_edge`, to a shorter side.
+
+    The latter is detectron2's way, which resizes bytes with antialiasing.
+    """
+    if cfg.short_edge is None:
+        return by_factor
+
+    def to_edge(images: Tensor, scale: float) -> Tensor:
+        limit = cfg.scaled_max_edge or (cfg.max_edge or math.inf) * scale
+        size = edge_size(tuple(images.shape[-2:]), cfg.short_edge * scale, limit)
+        if size == tuple(images.shape[-2:]):
+            return images
+        return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round_()
+
+    return to_edge
 
 
 def _augmented(cfg: EvalConfig) -> bool:

@@ -77,4 +77,3 @@ def build_loss(head: Mapping[str, Any], counts: Sequence[int] | None, average: A
     if options:
         raise ConfigError(f"{where}: {next(iter(options))!r} is an option of BLV, and the loss here is ce")
     return PixelCrossEntropy(average)
-

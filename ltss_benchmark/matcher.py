@@ -79,7 +79,7 @@ def queries_per_class(frequency: Sequence[float], threshold: float, scale: float
 def match_costs(
     probability: Tensor, mask_logits: Tensor, target_masks: Tensor, classes: Tensor, weights: MatchWeights
 ) -> Tensor:
-    """Costs (B, Q, T) in float32.
+    """Costs (B, Q, T) in float32, under autocast too: sums over thousands of points overflow half precision.
 
     Args:
         probability: (B, Q, K) class probabilities.
@@ -88,9 +88,10 @@ def match_costs(
     """
     x, t = mask_logits.float(), target_masks.float().transpose(1, 2)
     of_class = -probability.gather(2, classes.clamp(min=0).unsqueeze(1).expand(-1, probability.shape[1], -1))
-    cross_entropy = (F.softplus(x).sum(2, keepdim=True) - x @ t) / x.shape[2]  # of each pair: Σ softplus(x) − x·t
-    sigmoid = x.sigmoid()
-    dice = 1 - (2 * (sigmoid @ t) + 1) / (sigmoid.sum(2, keepdim=True) + t.sum(1, keepdim=True) + 1)
+    with torch.autocast(x.device.type, enabled=False):
+        cross_entropy = (F.softplus(x).sum(2, keepdim=True) - x @ t) / x.shape[2]  # of each pair: Σ softplus(x) − x·t
+        sigmoid = x.sigmoid()
+        dice = 1 - (2 * (sigmoid @ t) + 1) / (sigmoid.sum(2, keepdim=True) + t.sum(1, keepdim=True) + 1)
     return weights.classes * of_class + weights.mask * cross_entropy + weights.dice * dice
 
 

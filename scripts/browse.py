@@ -97,8 +97,9 @@ def views(sample: dict[str, Any], palette: Any) -> Iterator[tuple[str, np.ndarra
             same = base is not None and base.shape == colours.shape
             yield key, overlay(base, colours, 0.6) if same else colours
         elif value.ndim == 3 and len(value) == len(palette):  # soft labels, of the whole image
-            yield f"{key}, argmax of {len(value)}×{value.shape[1]}×{value.shape[2]}", colourise(
-                value.argmax(0).numpy(), palette
+            yield (
+                f"{key}, argmax of {len(value)}×{value.shape[1]}×{value.shape[2]}",
+                colourise(value.argmax(0).numpy(), palette),
             )
 
 

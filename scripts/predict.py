@@ -21,7 +21,7 @@ from common.data.datasets import folder_row
 from common.data.images import read_image
 from common.data.layouts import IMAGE_SUFFIXES
 from common.engine import distributed
-from common.evaluate import write_label
+from common.evaluate import mirrored_classes, network_input, write_label
 from common.inference import predict_labels
 from common.models import build_model, load_weights
 from common.visualize import colourise, overlay
@@ -94,8 +94,9 @@ def segment(
 ) -> None:
     """`<out>.png` and `<out>_overlay.jpg` of one image."""
     image = read_image(path)
-    batch = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous().to(device)
-    label = predict_labels(model, batch, cfg.eval, image.shape[:2])[0].cpu().numpy().astype(np.int32)
+    batch = network_input(image, cfg.eval)[None].to(device)
+    label = predict_labels(model, batch, cfg.eval, image.shape[:2], mirrored_classes(row))[0]
+    label = label.cpu().numpy().astype(np.int32)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_label(out.with_name(f"{out.name}.png"), label, dict(enumerate(row.palette)))
     shown = Image.fromarray(overlay(image, colourise(label, row.palette), opacity))

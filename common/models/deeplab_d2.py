@@ -70,6 +70,7 @@ class DeepLabV3PlusD2(SegmentationModel):
     """`segment` gives `logits` (B, K, H/4, W/4) and `features`, what the classifier reads; align_corners is false."""
 
     classifiers = ("predictor",)
+    average_softmax = False  # detectron2 averages logits
 
     def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusOptions):
         super().__init__(num_classes, mean, std, align_corners=False)
@@ -98,17 +99,18 @@ class DeepLabV3PlusD2(SegmentationModel):
 
 
 def dilate_last_stage(backbone: nn.Module, dilation: int = 2) -> nn.Module:
-    """Give the 3×3 convolution of the last stage's first block, too, the stage's dilation; in place.
+    """Give the 3×3 convolutions of the last stage's first block, too, the stage's dilation; in place.
 
-    timm's (and torchvision's) ResNet leaves that one at the dilation of the stage before.
+    timm's (and torchvision's) ResNet leaves one at the dilation of the stage before.
     """
-    conv = backbone.layer4[0].conv2
-    conv.dilation = conv.padding = (dilation, dilation)
+    for conv in backbone.layer4[0].modules():
+        if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (dilation, dilation)
     return backbone
 
 
 def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
-    """The network of a config with a ResNet of bottlenecks."""
+    """The network of a config with a ResNet."""
     options = typed(DeepLabV3PlusOptions, config.options, "model.options")
     backbone = dilate_last_stage(build_backbone(config, **{"output_stride": 16, **options.backbone}))
     return DeepLabV3PlusD2(backbone, config.num_classes, config.mean, config.std, options)

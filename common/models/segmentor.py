@@ -3,6 +3,7 @@
 A family implements `segment`; one whose classes are not the channels of `logits` also overrides `scores`.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class Geometry(NamedTuple):
     size: tuple[int, int]  # the scores
 
 
-class SegmentationModel(nn.Module):
+class SegmentationModel(nn.Module, ABC):
     """A network that turns images into class scores.
 
     Args:
@@ -33,6 +34,7 @@ class SegmentationModel(nn.Module):
     """
 
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
+    average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
 
     def __init__(self, num_classes: int, mean, std, align_corners: bool = False, divisor: int = 1):
         super().__init__()
@@ -40,9 +42,9 @@ class SegmentationModel(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
+    @abstractmethod
     def segment(self, x: Tensor) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to `logits` (B, K, h, w) at the net's own stride, and what losses need."""
-        raise NotImplementedError
 
     def normalise(self, images: Tensor) -> Tensor:
         """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from common.config import EvalConfig
 from common.data import IGNORE
-from common.evaluate import evaluate, evenly, format_table, shortest_edge, write_label
+from common.evaluate import evaluate, evenly, format_table, network_input, write_label
 from common.inference import multi_scale, predict_labels, predict_scores, slide, whole, window_starts
 from common.models.segmentor import SegmentationModel
 from common.report_panels import read_label
@@ -182,6 +182,7 @@ class Scene:
         counts=(50, 30, 5, 1),
         label_maps=(("_ids", {0: 0}), ("", {11: 0, 12: 1, 13: 2, 26: 3, 7: 3, 0: IGNORE})),
         encoding="index",
+        flip_pairs=(),
     )
 
     def __init__(self, count=5, labels=True, equal=False):
@@ -290,12 +291,13 @@ def test_a_limit_takes_images_from_the_whole_set():
     ("size", "expected"), [((683, 1024), (512, 768)), ((600, 400), (768, 512)), ((300, 3000), (205, 2048))]
 )
 def test_the_shortest_edge_is_resized_unless_the_other_gets_too_long(size, expected):
-    assert shortest_edge(512, 2048)(np.zeros((*size, 3), np.uint8)).shape[:2] == expected
+    cfg = EvalConfig(short_edge=512, max_edge=2048)
+    assert network_input(np.zeros((*size, 3), np.uint8), cfg).shape[1:] == expected
 
 
 def test_predictions_have_the_labels_size_whatever_the_input_was():
     scene = Scene(2)
-    result = evaluate(Brightest(), scene, EvalConfig(workers=0), device="cpu", resize=shortest_edge(20, 100))
+    result = evaluate(Brightest(), scene, EvalConfig(workers=0, short_edge=20, max_edge=100), device="cpu")
     assert np.sum(result["confusion"]) == sum((label >= 0).sum() for label in scene.labels)
 
 

@@ -111,9 +111,7 @@ def test_losses_are_means_over_all_pixels(masked, threshold):
     (strong, strong_sub), (weak, weak_sub) = views(2.0), views()
     valid = torch.ones(2, 9, 11, dtype=torch.bool)
     valid[0, 5:] = valid[:, :, 8:] = not masked
-    found = unlabelled_losses(
-        strong, strong_sub, weak, weak_sub, PARENTS, threshold, valid=valid if masked else None
-    )
+    found = unlabelled_losses(strong, strong_sub, weak, weak_sub, PARENTS, threshold, valid=valid if masked else None)
     labels, sub_labels = gate_by_loop(weak, weak_sub, PARENTS, threshold), confident_labels(weak_sub, threshold)
     assert float(found.classes) == pytest.approx(loss_by_loop(strong, labels, valid), rel=1e-5)
     assert float(found.subclasses) == pytest.approx(loss_by_loop(strong_sub, sub_labels, valid), rel=1e-5)

@@ -57,6 +57,7 @@ class Mask2Former(SegmentationModel):
     """
 
     classifiers = ("decoder.class_embed",)
+    average_softmax = False  # scores are sums of probabilities already
 
     def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions):
         super().__init__(num_classes, mean, std, align_corners=False, divisor=32)

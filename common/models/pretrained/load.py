@@ -47,9 +47,7 @@ def _ours(raw: Mapping, model: nn.Module) -> bool:
 COUNTER = "num_batches_tracked"  # absent from old files, and of no use where BN has a momentum
 
 
-def _fit(
-    state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_classifier: bool
-) -> dict[str, Tensor]:
+def _fit(state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_classifier: bool) -> dict[str, Tensor]:
     """`state` without classifiers of another size; ValueError where anything else does not fit `model`."""
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(COUNTER)]

@@ -1,0 +1,85 @@
+"""Starting the processes of a run, one a GPU; torchrun does the same from outside."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from common import cli
+
+GRACE = 120  # seconds that the other ranks get to save and end after one has ended with an error
+
+
+def needed(gpus: int, machines: int) -> bool:
+    """Whether ranks have to be started: more than one, and this process is not one of them."""
+    return gpus * machines > 1 and "RANK" not in os.environ
+
+
+def start(main: Callable[[Any], None], args: Any) -> int:
+    """Run `main(args)` on args.num_gpus ranks of this machine; returns the exit code of the first that fails, or 0.
+
+    args: num_gpus, num_machines, machine_rank, dist_url ("auto" or tcp://host:port), device. SIGTERM and SIGINT are
+    passed on to the ranks. Raises ValueError for numbers that do not fit.
+    """
+    address = meeting_point(args)
+    context = multiprocessing.start_processes(_rank, (main, args, address), args.num_gpus, join=False)
+    before = {kind: signal.signal(kind, _forward(context)) for kind in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        while not context.join(grace_period=GRACE):
+            pass
+    except multiprocessing.ProcessExitedException as error:  # the rank has said why
+        return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+    return 0
+
+
+def meeting_point(args: Any) -> tuple[str, int]:
+    """Host and port of rank 0; on one machine any free port. Raises ValueError."""
+    if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}, --machine-rank {args.machine_rank}, --num-machines {args.num_machines}: "
+            "at least one process, and ranks of machines count from 0"
+        )
+    found = torch.cuda.device_count()
+    if torch.cuda.is_available() and args.device is None and args.num_gpus > found:
+        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {found}; give --device cpu for CPU processes")
+    if args.dist_url != "auto":
+        url = urlsplit(args.dist_url)
+        if url.scheme != "tcp" or not url.hostname or not url.port:
+            raise ValueError(f"--dist-url {args.dist_url!r}: expected tcp://HOST:PORT")
+        return url.hostname, url.port
+    if args.num_machines > 1:
+        raise ValueError("--dist-url tcp://HOST:PORT of machine 0 is needed with --num-machines")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return "127.0.0.1", free.getsockname()[1]
+
+
+def _rank(local: int, main: Callable[[Any], None], args: Any, address: tuple[str, int]) -> None:
+    """One rank, in a process of its own."""
+    variables = {
+        "MASTER_ADDR": address[0],
+        "MASTER_PORT": address[1],
+        "WORLD_SIZE": args.num_gpus * args.num_machines,
+        "RANK": args.machine_rank * args.num_gpus + local,
+        "LOCAL_RANK": local,
+    }
+    os.environ |= {name: str(value) for name, value in variables.items()}
+    torch.set_num_threads(max(torch.get_num_threads() // args.num_gpus, 1))
+    cli.run(lambda: main(args))
+
+
+def _forward(context: multiprocessing.ProcessContext) -> Callable[[int, Any], None]:
+    def handler(number: int, frame: Any) -> None:
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    return handler

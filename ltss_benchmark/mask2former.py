@@ -1,0 +1,86 @@
+"""Mask2Former on a long tail, with the remedies that act in the loss: Frequency-based Matcher and Seesaw loss.
+
+A step: the classes of every label map become targets, the network predicts a set of masks after each of its layers,
+each prediction is matched to the targets, and matched pairs and left-over queries are trained (`criterion.py`). The
+Frequency-based Matcher (`matcher.py`) gives a rare class several queries; Seesaw (`common/losses/seesaw.py`) shields
+its logit. Repeat-factor sampling is the stream's `sampler`, Copy-Paste a part of its augmentation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from common.config import Config, ConfigError, typed
+from common.data import DATASETS
+from common.data.statistics import Statistics
+from common.engine.method import Batch, Losses, Method
+from common.models import build_model
+from ltss_benchmark.criterion import CriterionOptions, SetCriterion
+from ltss_benchmark.matcher import find_targets, queries_per_class
+
+STREAM = "labeled"
+CLASS_HEADS = {"ce": "softmax", "seesaw": "seesaw"}  # of the network, by the loss that it is trained with
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """Who may be matched to how many queries: one each, or ⌈max(1, scale · √(threshold / f))⌉ at image frequency f."""
+
+    mode: Literal["one_to_one", "frequency"] = "one_to_one"
+    threshold: float = 0.0  # T
+    scale: float = 2.0  # S
+    counts: Literal["dataset", "published"] = "dataset"  # f of the training labels at hand, or of the authors' table
+
+
+@dataclass(frozen=True)
+class Mask2FormerConfig:
+    """The `method:` section."""
+
+    name: str = "mask2former"
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    criterion: CriterionOptions = field(default_factory=CriterionOptions)
+
+
+class Mask2FormerMethod(Method):
+    """Batches: `labeled` (image, label). What Seesaw has counted is part of the state."""
+
+    def __init__(self, cfg: Config, statistics: Statistics | None = None):
+        """`statistics`: of the training labels; only the Frequency-based Matcher may need them."""
+        super().__init__(cfg.optim)
+        where = f"{cfg.name}: method"
+        options = typed(Mask2FormerConfig, cfg.method, where)
+        head, wanted = cfg.model.options.get("class_head", "softmax"), CLASS_HEADS[options.criterion.class_loss]
+        if head != wanted:
+            raise ConfigError(
+                f"{where}: criterion: class_loss: {options.criterion.class_loss} needs model.options.class_head: "
+                f"{wanted}, not {head}"
+            )
+        self.model = build_model(cfg.model)
+        copies = query_numbers(options.matcher, cfg, statistics, f"{where}: matcher")
+        self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies)
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
+        batch = streams[STREAM]
+        targets = find_targets(batch["label"], self.criterion.num_classes)  # first: later it would wait for the network
+        return self.criterion(self.model(batch["image"]), targets)
+
+
+def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics | None, where: str) -> np.ndarray | None:
+    """Queries (K,) of each class; None for one-to-one matching. Raises ConfigError."""
+    if options.mode == "one_to_one":
+        return None
+    if options.threshold <= 0:
+        raise ConfigError(f"{where}: threshold: {options.threshold} is not positive; set T, a share of the images")
+    if options.counts == "dataset":
+        if statistics is None:
+            raise ConfigError(f"{where}: counts: the training labels have to be counted")
+        frequency = statistics.frequency("image")
+    else:
+        row = DATASETS.get(cfg.data.streams[STREAM].dataset)
+        if row is None or row.published is None:
+            known = ", ".join(name for name, row in DATASETS.items() if row.published is not None)
+            raise ConfigError(f"{where}: counts: published: known for {known}; set it to dataset")
+        frequency = row.published.frequency
+    return queries_per_class(frequency, options.threshold, options.scale)

@@ -1,0 +1,155 @@
+"""Train or evaluate: `python train_net.py --config-file CONFIG [--num-gpus N] [--resume] [KEY VALUE | key=value …]`.
+
+    train_net.py --config-file C                                  train; --resume goes on from the newest checkpoint
+    train_net.py --config-file C --eval-only MODEL.WEIGHTS CKPT   scores into <run>/inference/; with
+                                                                  TEST.AUG.ENABLED True also with augmentation
+    train_net.py --config-file C --eval-only --resume             the same of the run's newest checkpoint
+
+Keys are this project's (optim.lr=1e-4) or detectron2's (SOLVER.BASE_LR 1e-4). --num-gpus starts that many processes,
+on a machine without GPUs CPU ones; torchrun does as well.
+"""
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from common import cli
+from common.config import Config, ConfigError, EvalConfig, load_config
+from common.engine import distributed, fit, prepare
+from common.experiment import Experiment, print_result
+from common.models import build_model, load_weights
+from ltss_benchmark import launch, results
+from ltss_benchmark.detectron2_keys import overrides
+from ltss_benchmark.mask2former import STREAM
+from ltss_benchmark.methods import build_method
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(words: list[str] | None = None) -> int:
+    args = parse(words)
+    if launch.needed(args.num_gpus, args.num_machines):
+        open_experiment(open_config(args), args.eval_only)  # mistakes are found, and labels counted, by one process
+        return launch.start(work, args)
+    work(args)
+    return 0
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="also relative to this file's folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument("--save-predictions", action="store_true", help="with --eval-only: masks as COCO's RLE, too")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="or key=value")
+    return parser.parse_intermixed_args(words)
+
+
+def open_config(args: argparse.Namespace) -> Config:
+    path = Path(args.config_file)
+    beside = HERE / path
+    cfg = load_config(beside if beside.is_file() and not path.exists() else path, overrides(args.opts))
+    if STREAM not in cfg.data.streams:
+        raise ConfigError(f"{cfg.name}: data.streams has no {STREAM!r}")
+    return cfg
+
+
+def work(args: argparse.Namespace) -> None:
+    """What every rank does."""
+    cfg = open_config(args)
+    (evaluate_only if args.eval_only else train)(cfg, args)
+    distributed.stop()
+
+
+def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
+    """The data. Training labels are counted for training, and for groups that the data set itself does not define."""
+    if not eval_only:
+        return Experiment(cfg, counted=STREAM)
+    experiment = Experiment(cfg, train=False)
+    if experiment.val.row.groups is None and results.is_long_tailed(cfg.eval.convention):
+        return Experiment(cfg, counted=STREAM, train=False)
+    return experiment
+
+
+# Train --------------------------------------------------------------------------------------------------------------
+
+
+def train(cfg: Config, args: argparse.Namespace) -> None:
+    cfg = divided(replace(cfg, eval=plain(cfg.eval)))
+    experiment = open_experiment(cfg, eval_only=False)
+    device = distributed.start(args.device)
+    experiment.begin()
+    method = prepare(cfg, lambda: build_method(cfg, experiment.statistics), device)
+    validate = experiment.evaluator(method, device)
+    fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
+    result = experiment.last_result()
+    print_result(result)
+    results.print_groups(result)
+    results.write_results(cfg.folder, result, experiment.val.row, experiment.levels())
+    experiment.finish()
+
+
+def plain(cfg: EvalConfig) -> EvalConfig:
+    """Without test-time augmentation: as in the release, only --eval-only augments."""
+    return replace(cfg, scales=(1.0,), flip=False)
+
+
+def divided(cfg: Config) -> Config:
+    """The batch divided over `train.devices`, or the next lower number that fits it and the processes started.
+
+    The other number changes batch norm and the normaliser of the mask losses, so it is said. Raises ConfigError.
+    """
+    batch, world, stated = cfg.data.streams[STREAM].batch_size, distributed.world_size(), cfg.train.devices
+    fitting = [n for n in range(1, max(stated, world) + 1) if batch % n == 0 and n % world == 0]
+    if not fitting:
+        raise ConfigError(f"{cfg.name}: {batch} images a step cannot be divided over {world} processes")
+    devices = fitting[-1]
+    if devices != stated and distributed.rank() == 0:
+        warnings.warn(f"train.devices: {devices} in place of {stated}, to divide {batch} images", stacklevel=2)
+    return replace(cfg, train=replace(cfg.train, devices=devices))
+
+
+# Evaluate -----------------------------------------------------------------------------------------------------------
+
+
+def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
+    """Scores of a checkpoint: as they are, then, if the config asks for it, with test-time augmentation."""
+    weights = weights_of(cfg, args.resume)
+    experiment = open_experiment(cfg, eval_only=True)
+    device = distributed.start(args.device)
+    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
+    load_weights(model, weights)
+    model = model.to(device)
+    single = plain(cfg.eval)
+    for options in [single] if single == cfg.eval else [single, cfg.eval]:
+        augmented = options is not single
+        name = results.file_name(options.convention, "predictions")
+        folder = results.inference_folder(cfg.folder, augmented)
+        keep = results.Predictions(folder / name) if args.save_predictions else None
+        result = experiment.score(model, device, cfg=options, keep=keep) | {"checkpoint": str(weights)}
+        if keep is not None:
+            keep.close()
+        print_result(result)
+        results.print_groups(result)
+        results.write_results(cfg.folder, result, experiment.val.row, experiment.levels(), augmented)
+
+
+def weights_of(cfg: Config, resume: bool) -> Path:
+    """The checkpoint to evaluate. Raises ConfigError where none is named."""
+    if cfg.model.checkpoint:
+        path = Path(cfg.model.checkpoint)
+        return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
+    newest = cfg.folder / "checkpoints" / "last"
+    if resume and newest.exists():
+        return newest
+    raise ConfigError(f"{cfg.name}: --eval-only needs MODEL.WEIGHTS FILE, or --resume and a run in {cfg.folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
