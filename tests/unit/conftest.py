@@ -1,5 +1,6 @@
 """Fixtures for the tests of whole programs: toy scenes, a small config, and calls that have to fail."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -64,3 +65,12 @@ def fails(monkeypatch, capsys) -> Callable[..., str]:
         return lines[-1]
 
     return run
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty root of the LTSS data sets, for a preparation script called without arguments."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # no processes but where a test wants them
+    monkeypatch.setattr(sys, "argv", ["prepare"])
+    return tmp_path
