@@ -1,7 +1,8 @@
 """What the stages share: a base class, the quarter grid, losses with or without BLV, files of earlier steps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,20 @@ class SegmentationLoss(StudentLogits):
     def symmetric(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
         """Symmetric cross-entropy with the factors `rce` of its two terms."""
         return symmetric_cross_entropy(self.perturb(logits, progress), label, *rce)
+
+
+@contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch as ever in training, but its running statistics stay."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, before, strict=True):
+            m.momentum = momentum
 
 
 class Stage(Method):

@@ -15,6 +15,7 @@ target lives on the crop's quarter grid. Where the release differs from the pape
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +37,17 @@ from common.ops.resize_chain import resample_labels, resample_points
 from common.ops.ring import RingBank, gather_rows, write
 from common.ops.sinkhorn import sinkhorn
 from common.ops.warp import warp_maps
-from uda.base import STRIDE, Resampling, Stage, onto_crop, onto_grid, read_distribution, read_prototypes, to_grid
+from uda.base import (
+    STRIDE,
+    Resampling,
+    Stage,
+    onto_crop,
+    onto_grid,
+    read_distribution,
+    read_prototypes,
+    running_statistics_kept,
+    to_grid,
+)
 from uda.mixing import Box, draw_box, paste, paste_labels
 from uda.sampling import class_balanced, uniform
 
@@ -66,6 +77,7 @@ class CPSLConfig:
     cutmix: float = 0.5  # probability
     cutmix_labels: Literal["source", "target"] = "source"  # release before September 2022: target
     teacher_mode: Literal["eval", "train"] = "eval"  # release: train, with dropout and batch statistics
+    strong_statistics: bool = True  # False: the strong view does not move batch norm's running statistics
     head_lr_mult: float = 5.0  # of the head and the prototypes
     backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
@@ -214,7 +226,8 @@ class CPSL(Stage):
         """Consistency with the teacher's similarities. Classifier and prototypes get a gradient of 0 here: under DDP
         the last part has to reach every parameter."""
         crop = tuple(target["weak"].shape[-2:])
-        out = self.model(target["strong"])
+        with nullcontext() if self.options.strong_statistics else running_statistics_kept(self.model):
+            out = self.model(target["strong"])
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
         student = self.similarity(out["features"], onto_grid(out["features"], similarity.shape[-2:]))
         term = consistency(student, teacher, mask, self.options.temperature)

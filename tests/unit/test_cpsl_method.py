@@ -66,6 +66,18 @@ def test_parts_train_what_they_should(cfg, options):
     assert all(p.grad is None for p in method.teacher.parameters())
 
 
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_strong_view_moves_running_statistics_only_if_it_shall(cfg, options, moves):
+    method = CPSL(cfg, {**options, "strong_statistics": moves})
+    parts = method(batches(), 0)
+    next(parts), next(parts)
+    before = {name: b.clone() for name, b in method.model.named_buffers() if "running" in name}
+    next(parts)["loss"].backward()
+    same = [torch.equal(before[name], b) for name, b in method.model.named_buffers() if "running" in name]
+    assert len(same) > 0 and (not any(same) if moves else all(same))
+    assert all(m.momentum == 0.1 for m in method.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
 def test_self_labelling_gives_the_network_no_gradient(cfg, options):
     method = CPSL(cfg, options)
     *_, sampled = method.look(batches()["target"])
