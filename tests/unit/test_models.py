@@ -1,5 +1,6 @@
 """The same checks for every architecture; a new one is one more row of SMALL."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -117,10 +118,15 @@ def clean_capture():
 
 
 @pytest.mark.slow
-def test_captured_whole_in_training(case, clean_capture):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_captured_whole_in_training(case, backend, clean_capture):
     """The loss and its gradients are those of the model as it is; dropout draws the same numbers in both."""
+    if backend == "inductor" and not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler: Inductor cannot build CPU kernels")
+    options = {"fallback_random": True} if backend == "inductor" else None
     name, model = case
-    x, captured, found = images(2, 64, 96), torch.compile(model.train(), backend="aot_eager", fullgraph=True), []
+    captured = torch.compile(model.train(), backend=backend, fullgraph=True, options=options)
+    x, found = images(2, 64, 96), []
     for form in (model, captured):
         torch.manual_seed(0)
         model.zero_grad()
