@@ -14,9 +14,15 @@ def recipe(tmp_path):
     return CPSL(colour_from={"dataset": "cityscapes", "root": str(root)})
 
 
+def compute(recipe, index):
+    """As in a loader process: after a fork several threads would wait for ever."""
+    torch.set_num_threads(1)
+    recipe._reference_colours(index)
+
+
 def test_what_one_process_computes_all_know(recipe):
     assert recipe._colours.isnan().all()
-    process = torch.multiprocessing.get_context("fork").Process(target=recipe._reference_colours, args=(1,))
+    process = torch.multiprocessing.get_context("fork").Process(target=compute, args=(recipe, 1))
     process.start()
     process.join()
     expected = colour_statistics(rgb_to_lab(recipe.reference.open(1)["image"].pixels()))
