@@ -3,4 +3,4 @@
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-exec python -m pytest "$@"
+exec python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

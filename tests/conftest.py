@@ -3,8 +3,11 @@
 import os
 from pathlib import Path
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads than cores make both slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 CAMVID = Path(os.environ.get("LTS_CAMVID", Path(os.environ.get("LTS_DATA", "datasets")) / "camvid"))
 

@@ -1,8 +1,7 @@
 """Reading weight files without running what is in them.
 
-Pickles can call any function. Here a pickle may name tensors, plain values and the classes of `KNOWN`: NumPy arrays
-and scalars, which are rebuilt from their bytes, and log buffers and config nodes of the training frameworks, which
-become inert placeholders. Any other name is refused.
+A pickle may name tensors, what `common.pickles` rebuilds, and log buffers and config nodes of the training frameworks,
+which become inert placeholders. Any other name is refused.
 """
 
 import pickle
@@ -18,62 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.pickles import NUMPY, Inert, load, plain
+
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
 WEIGHTS = "model.safetensors"
-
-
-class Inert:
-    """Stands for an object that no weights hang on."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-class _Dtype:
-    """A NumPy number type; any other kind makes its arrays inert."""
-
-    def __init__(self, code: str, *flags):
-        self.dtype = np.dtype(code) if re.fullmatch(r"[biufc]\d{1,2}|\?", code) else None
-
-    def __setstate__(self, state):
-        if self.dtype is not None and state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    """A NumPy array, made from its bytes."""
-
-    value: Any = None
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        *_, shape, kind, fortran, data = state
-        self.value = _numbers(data, kind).reshape(shape, order="F" if fortran else "C") if kind.dtype else Inert()
-
-
-def _numbers(data: bytes | str, kind: _Dtype) -> np.ndarray:
-    return np.frombuffer(data.encode("latin1") if isinstance(data, str) else data, kind.dtype)
-
-
-def _scalar(kind: _Dtype, data: bytes | str = b"") -> Any:
-    return _numbers(data, kind)[0].item() if kind.dtype else Inert()
-
-
-def _from_buffer(data: bytes, kind: _Dtype, shape: tuple[int, ...], order: str) -> Any:
-    return _numbers(data, kind).reshape(shape, order=order) if kind.dtype else Inert()
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
-
-
-def _no_bytes() -> bytes:
-    return b""  # protocol 2 writes an empty array's data so
 
 
 def _inert(*args) -> Inert:
@@ -82,12 +29,7 @@ def _inert(*args) -> Inert:
 
 def _known() -> dict[str, Any]:
     """What each name of a pickle becomes."""
-    known: dict[str, Any] = {"collections.OrderedDict": OrderedDict, "_codecs.encode": _encode}
-    known |= {"numpy.ndarray": _Array, "numpy.dtype": _Dtype, "builtins.getattr": _inert}
-    known["builtins.bytes"] = _no_bytes
-    for core in ("numpy.core", "numpy._core"):
-        known |= {f"{core}.multiarray._reconstruct": _Array, f"{core}.multiarray.scalar": _scalar}
-        known |= {f"{core}.numeric._frombuffer": _from_buffer}
+    known = NUMPY | {"builtins.getattr": _inert}
     nodes = ("mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict", "addict.addict.Dict")
     nodes += ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "detectron2.config.config.CfgNode")
     objects = ("mmengine.config.config.Config", "mmcv.utils.config.Config")
@@ -125,11 +67,11 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ValueError(f"{path}: damaged file ({error})") from error
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path}: holds a {type(raw).__name__}, not a dict of weights")
-    return _plain(raw), {}
+    return plain(raw), {}
 
 
 def _explain(path: Path, reason: str) -> str:
-    refused = re.search(r"GLOBAL (\S+)", reason)
+    refused = re.search(r"(?:GLOBAL|the name) (\S+)", reason)
     if refused:
         return (
             f"{path}: names {refused[1]}, which is neither a tensor nor a plain value, and loading it would run code; "
@@ -149,27 +91,9 @@ def _read_torch(path: Path, mmap: bool) -> Any:
 
 
 def _read_pickle(path: Path) -> Any:
+    """Plain pickles, such as detectron2's .pkl."""
     with path.open("rb") as file:
-        return _Unpickler(file, encoding="latin1").load()
-
-
-class _Unpickler(pickle.Unpickler):
-    """Plain pickles, such as detectron2's .pkl; the names of `KNOWN` and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # Python 2 called it so
-        if full not in KNOWN:
-            raise pickle.UnpicklingError(f"GLOBAL {full}")
-        return KNOWN[full]
-
-
-def _plain(value: Any) -> Any:
-    """`value` with real arrays in place of what they were rebuilt in."""
-    if isinstance(value, _Array):
-        return value.value
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
+        return load(file, KNOWN)
 
 
 def state_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
