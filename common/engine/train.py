@@ -63,7 +63,7 @@ class Trainer(Restorable):
     """The method with its optimisers: what one step does, and what a checkpoint holds besides weights."""
 
     def __init__(self, cfg: Config, method: Method, device: torch.device):
-        self.cfg, self.method, self.device = cfg, method, device
+        self.cfg, self.method, self.device = cfg, method.train(), device  # `train` is where frozen norms are frozen
         self.optimizers = optim.build_optimizers(method.parameter_groups())
         self.parameters = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
         self.parts: nn.Module = Parts(method)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from copy import deepcopy
 
 import pytest
 import torch
@@ -21,12 +22,11 @@ CPU = torch.device("cpu")
 class Tiny(Method):
     """Dropout, BN, a moving-average teacher and a counter: all that a checkpoint has to hold."""
 
-    def __init__(self, cfg, parts=1, poison=None):
+    def __init__(self, cfg, parts=1, poison=None, norm=nn.BatchNorm1d, dropout=0.5):
         super().__init__(cfg.optim)
         self.backwards, self.poison = parts, poison
-        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-        self.teacher = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
-        self.teacher.load_state_dict(self.model.state_dict())
+        self.model = nn.Sequential(nn.Linear(4, 8), norm(8), nn.Dropout(dropout), nn.Linear(8, 1))
+        self.teacher = deepcopy(self.model)
         self.teacher.requires_grad_(False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
@@ -153,13 +153,12 @@ def test_unwritable_folder_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_parts_equal_one_backward(tmp_path):
-    """Two halves of the loss, one after the other, give the gradient of their sum (dropout and BN off)."""
+    """Two halves of the loss, one after the other, give the gradient of their sum (without dropout and BN)."""
     results = []
     for parts in (1, 2):
         cfg = config(tmp_path / str(parts), steps=1)
         torch.manual_seed(0)
-        method = Tiny(cfg, parts)
-        method.model.eval()
+        method = Tiny(cfg, parts, norm=nn.Identity, dropout=0.0)
         fit(cfg, method, streams(cfg), device=CPU)
         results.append(method.model[0].weight.detach())
     torch.testing.assert_close(*results)
@@ -170,13 +169,25 @@ def test_micro_batches_equal_the_whole_batch(tmp_path):
     for devices in (1, 4):
         cfg = config(tmp_path / str(devices), steps=1, devices=devices)
         torch.manual_seed(0)
-        method = Tiny(cfg)
-        method.model.eval()
+        method = Tiny(cfg, norm=nn.Identity, dropout=0.0)
         whole = torch.randn(8, 4, generator=torch.Generator().manual_seed(5))
         chunks = iter(whole.chunk(devices))
         fit(cfg, method, lambda step, c=chunks: {"labeled": ({"x": x} for x in c)}, device=CPU)
         weights.append(method.model[0].weight.detach())
     torch.testing.assert_close(*weights)
+
+
+def test_norms_frozen_by_train_stay_as_they_are(tmp_path):
+    class Frozen(nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    def run(norm):
+        cfg = config(tmp_path / norm.__name__, steps=2)
+        return train(cfg, Tiny(cfg, norm=norm))
+
+    assert run(nn.BatchNorm1d)["model.1.num_batches_tracked"] == 2
+    assert run(Frozen)["model.1.num_batches_tracked"] == 0
 
 
 def test_non_finite_loss_updates_nothing_and_names_the_step(tmp_path):
