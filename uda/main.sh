@@ -35,8 +35,8 @@ tool() {
 }
 
 if [ "$task" = toy ]; then
-    step datasets/.toy_gta5 python ../scripts/make_toy.py gta5 --root datasets/toy_gta5 --train 96 --val 0 --domain render
-    step datasets/.toy_cityscapes python ../scripts/make_toy.py cityscapes --root datasets/toy_cityscapes --train 96 --val 32
+    step datasets/toy_gta5/toy.json python ../scripts/make_toy.py gta5 --root datasets/toy_gta5 --train 96 --val 0 --domain render
+    step datasets/toy_cityscapes/toy.json python ../scripts/make_toy.py cityscapes --root datasets/toy_cityscapes --train 96 --val 32
 fi
 stage warm_up
 tool generate_pseudo_label warm_up --soft

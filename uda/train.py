@@ -30,10 +30,10 @@ def build_method(cfg: Config, counts) -> Method:
 
 def require_earlier_steps(cfg: Config) -> None:
     """Look for the files of earlier steps before any work; a ValueError names the command that makes one."""
-    for path in (cfg.model.checkpoint, cfg.method.get("teacher")):
-        if path and not Path(path).exists():
-            stage = next((s for s in STAGES if f"{s}" in Path(path).as_posix()), "of the step before")
-            raise ValueError(f"{path}: not there; train.py --stage {stage} makes it")
+    for path in (cfg.model.checkpoint, cfg.model.pretrained, cfg.method.get("teacher")):
+        stage = next((s for s in STAGES if isinstance(path, str) and s in Path(path).as_posix()), None)
+        if isinstance(path, str) and not Path(path).exists() and (stage or path is not cfg.model.pretrained):
+            raise ValueError(f"{path}: not there; train.py --stage {stage or 'of the step before'} makes it")
     for key, folder in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
         if "{name}" not in folder and not Path(folder).is_dir():
             raise ValueError(f"{folder}: no {key} pseudo-labels there; generate_pseudo_label.py makes them")
