@@ -1,10 +1,12 @@
 """Tabulate runs that differ by seed: `python scripts/collect.py NAME=RUN,RUN… [NAME=…] --out docs/results/x`.
 
 The first name is the baseline. Writes x.json (every value) and prints a Markdown table of mean ± half the range over
-the seeds, with the change of the mean against the baseline.
+the seeds, with the change of the mean against the baseline: mIoU, mIoU(tail), and every class or, with --groups, rare,
+common and frequent classes at image and at pixel level.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from common.engine.logging import write_json
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN,RUN…")
+    parser.add_argument("--groups", action="store_true", help="columns for class groups in place of classes")
     parser.add_argument("--out", required=True, help="path of the files without suffix")
     args = parser.parse_intermixed_args()
     named = dict(word.split("=", 1) for word in args.runs if "=" in word)
@@ -25,7 +28,7 @@ def main() -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), rows)
-    print(table(rows))
+    print(table(rows, columns(next(iter(rows.values()))[0], args.groups)))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -40,20 +43,30 @@ def load(folder: Path) -> dict[str, Any]:
     return {"run": folder.name, **result, "made": made}
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: one row a name; mIoU, mIoU(tail) and every class in percent."""
+def columns(run: dict[str, Any], groups: bool) -> dict[str, tuple[str, ...]]:
+    """Heading and path in a run's results of each column."""
+    overall = {"mIoU": ("miou",), "mIoU(tail)": ("miou_tail",)}
+    if not groups:
+        return overall | {name: ("per_class", name) for name in run["per_class"]}
+    return overall | {
+        f"{level} {name}": ("groups", level, name) for level in run["groups"] for name in run["groups"][level]
+    }
+
+
+def table(rows: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, ...]]) -> str:
+    """Markdown: one row a name, in percent."""
     first = next(iter(rows.values()))
-    keys = ["miou", "miou_tail", *first[0]["per_class"]]
-    head = ["", "mIoU", "mIoU(tail)", *first[0]["per_class"]]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
-        cells = [cell([value(r, key) for r in runs], [value(r, key) for r in first], runs is first) for key in keys]
+        cells = [
+            cell([value(r, p) for r in runs], [value(r, p) for r in first], runs is first) for p in columns.values()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def value(run: dict[str, Any], key: str) -> float | None:
-    return run[key] if key.startswith("miou") else run["per_class"][key]
+def value(run: dict[str, Any], path: tuple[str, ...]) -> float | None:
+    return functools.reduce(lambda found, key: found[key], path, run)
 
 
 def cell(values: list[float | None], baseline: list[float | None], is_baseline: bool) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from common.config import load_config
 from common.data import DATASETS, SegmentationDataset
 from common.models import build_model, load_weights
-from scripts import browse, class_stats, convert_checkpoint, doctor, export, predict
+from scripts import browse, class_stats, collect, convert_checkpoint, doctor, export, predict
 from tests.unit.data_files import classes, picture, save
 
 ROOT = Path(__file__).parents[2]
@@ -202,3 +202,26 @@ def test_doctor_has_a_line_for_everything(scenes, tmp_path, call, monkeypatch):
     assert {f"data {row.folder}" for row in DATASETS.values()} <= text.keys()
     assert "writable" in lines[-1] and not (tmp_path / "runs").exists()
     assert "NOT WRITABLE" in call(doctor.main, "--output", "/proc/none").splitlines()[-1]
+
+
+# collect ------------------------------------------------------------------------------------------------------------
+
+
+def test_collect_tabulates_seeds(tmp_path, call, fails):
+    def run(name: str, miou: float, rare: float) -> Path:
+        (tmp_path / name).mkdir()
+        result = {"miou": miou, "miou_tail": rare, "confusion": [], "per_class": [{"name": "pole", "iou": rare}]}
+        result["groups"] = {level: {"rare": rare, "common": None, "frequent": miou} for level in ("image", "pixel")}
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(result))
+        (tmp_path / name / "run.json").write_text(json.dumps({"seed": 0}))
+        return tmp_path / name
+
+    runs = run("a0", 0.5, 0.1), run("a1", 0.54, 0.2), run("b0", 0.6, 0.05), run("b1", 0.6, 0.05)
+    words = f"base={runs[0]},{runs[1]}", f"new={runs[2]},{runs[3]}", "--out", tmp_path / "table"
+    printed = call(collect.main, *words)
+    assert "| base | 52.0 ± 2.0 | 15.0 ± 5.0 | 15.0 ± 5.0 |" in printed
+    assert "| new | 60.0 ± 0.0 (+8.0) | 5.0 ± 0.0 (-10.0) | 5.0 ± 0.0 (-10.0) |" in printed
+    assert json.loads((tmp_path / "table.json").read_text())["new"][1]["run"] == "b1"
+    assert "| image rare | image common |" in (grouped := call(collect.main, *words, "--groups"))
+    assert "| 5.0 ± 0.0 (-10.0) | – | 60.0 ± 0.0 (+8.0) |" in grouped
+    assert "has the run ended?" in fails(collect.main, f"a={tmp_path}", "--out", tmp_path / "table")
