@@ -16,6 +16,7 @@ compare() {
     sh main.sh $task $1
     run stage1 self_training "$1" method.rectify=false method.self_label=0 method.consistency=0
 }
+python ../scripts/shrink_dataset.py camvid --out datasets/camvid_half
 for seed in 0 1; do
     [ -e runs/camvid_seed_$seed ] && continue
     export OVERRIDES="seed=$seed train.threads=1"

@@ -38,6 +38,9 @@ if [ "$task" = toy ]; then
     step datasets/toy_gta5/toy.json python ../scripts/make_toy.py gta5 --root datasets/toy_gta5 --train 96 --val 0 --domain render
     step datasets/toy_cityscapes/toy.json python ../scripts/make_toy.py cityscapes --root datasets/toy_cityscapes --train 96 --val 32
 fi
+if [ "$task" = camvid_day_to_dusk ]; then
+    step datasets/camvid_half/done python ../scripts/shrink_dataset.py camvid --out datasets/camvid_half
+fi
 stage warm_up
 tool generate_pseudo_label warm_up --soft
 tool calc_prototype warm_up

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.config import load_config
+from common.config import SourceConfig, load_config
 from common.data import DATASETS, SegmentationDataset
 from common.models import build_model, load_weights
-from scripts import browse, class_stats, collect, convert_checkpoint, doctor, export, predict
+from scripts import browse, class_stats, collect, convert_checkpoint, doctor, export, predict, shrink_dataset
 from tests.unit.data_files import classes, picture, save
 
 ROOT = Path(__file__).parents[2]
@@ -225,3 +225,23 @@ def test_collect_tabulates_seeds(tmp_path, call, fails):
     assert "| image rare | image common |" in (grouped := call(collect.main, *words, "--groups"))
     assert "| 5.0 ± 0.0 (-10.0) | – | 60.0 ± 0.0 (+8.0) |" in grouped
     assert "has the run ended?" in fails(collect.main, f"a={tmp_path}", "--out", tmp_path / "table")
+
+
+# shrink_dataset -----------------------------------------------------------------------------------------------------
+
+
+def test_shrink_keeps_layout_and_label_values(tmp_path, call, fails):
+    labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % 11
+    image = np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8, 1) * 4, 3, 2)
+    save(tmp_path / "camvid/images/train/a.png", image)
+    save(tmp_path / "camvid/labels/train/a.png", labels)
+    words = "camvid", "--root", tmp_path / "camvid", "--split", "train", "--workers", "1", "--out", tmp_path / "half"
+    assert "2 files" in call(shrink_dataset.main, *words)
+    sample = SegmentationDataset(SourceConfig(dataset="camvid", root=str(tmp_path / "half"), split="train")).load(0)
+    mean = image.reshape(3, 2, 4, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(sample["image"] - mean).max() <= 0.5
+    assert sample["label"].shape == (3, 4)
+    assert all(sample["label"][i, j] in labels[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for i in range(3) for j in range(4))
+    assert "(0 new)" in call(shrink_dataset.main, *words)
+    assert "does not shrink" in fails(shrink_dataset.main, *words, "--factor", "1")
+    assert "is the data set itself" in fails(shrink_dataset.main, *words[:-1], tmp_path / "camvid")

@@ -1,0 +1,71 @@
+"""A smaller copy of a data set: `python scripts/shrink_dataset.py camvid --out datasets/camvid_half [--factor 2]`.
+
+The copy has the same layout and file names, so it is used by `root` alone. Images are averaged over factor × factor
+pixels, labels keep the nearest value and their own kind of file. What is there already is kept.
+"""
+
+import argparse
+import os
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from common import cli
+from common.config import SourceConfig
+from common.data import SegmentationDataset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset")
+    parser.add_argument("--root", help="where it lies; default: below LTS_DATA")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--factor", type=int, default=2)
+    parser.add_argument("--split", nargs="+", default=["train", "val"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    if args.factor < 2:
+        raise ValueError(f"--factor: {args.factor} does not shrink; give 2 or more")
+    work = [job for split in args.split for job in jobs(args.dataset, args.root, split, args.out)]
+    with Pool(args.workers) as pool:
+        done = pool.imap_unordered(partial(shrink, factor=args.factor), work, chunksize=8)
+        made = sum(tqdm(done, total=len(work), unit="file", mininterval=2.0))
+    print(f"{len(work)} files in {args.out} ({made} new)")
+
+
+def jobs(dataset: str, root: str | None, split: str, out: Path) -> list[tuple[Path, Path, bool]]:
+    """Source, copy, and whether it is a label, of every file of a split."""
+    data = SegmentationDataset(SourceConfig(dataset=dataset, root=root, split=split, labels=False))
+    if out.resolve() == data.root.resolve():
+        raise ValueError(f"--out: {out} is the data set itself; give another folder")
+    files = [(file, i == 1) for record in data.records for i, file in enumerate((record.image, record.label)) if file]
+    return [(file, out / file.relative_to(data.root), is_label) for file, is_label in files]
+
+
+def shrink(job: tuple[Path, Path, bool], factor: int) -> bool:
+    """Write one copy; False where it is there. ValueError names a file that cannot be read or is too small."""
+    source, copy, is_label = job
+    if copy.exists():
+        return False
+    try:
+        with Image.open(source) as picture:
+            width, height = picture.width // factor, picture.height // factor
+            if min(width, height) < 1:
+                raise ValueError(f"{source}: {picture.width}×{picture.height} pixels are too few for --factor {factor}")
+            how = Image.Resampling.NEAREST if is_label else Image.Resampling.BOX
+            small = picture.resize((width, height), how, box=(0, 0, width * factor, height * factor))
+            kind = picture.format
+    except OSError as error:
+        raise ValueError(f"{source}: cannot read the image ({error})") from error
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_name(f".{copy.name}.part")
+    small.save(part, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
+    part.replace(copy)
+    return True
+
+
+if __name__ == "__main__":
+    cli.run(main)
