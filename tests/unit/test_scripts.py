@@ -233,15 +233,17 @@ def test_collect_tabulates_seeds(tmp_path, call, fails):
 def test_shrink_keeps_layout_and_label_values(tmp_path, call, fails):
     labels = np.arange(48, dtype=np.uint8).reshape(6, 8) % 11
     image = np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8, 1) * 4, 3, 2)
-    save(tmp_path / "camvid/images/train/a.png", image)
-    save(tmp_path / "camvid/labels/train/a.png", labels)
+    save(image, tmp_path / "camvid/images/train/a.png")
+    save(labels, tmp_path / "camvid/labels/train/a.png")
     words = "camvid", "--root", tmp_path / "camvid", "--split", "train", "--workers", "1", "--out", tmp_path / "half"
     assert "2 files" in call(shrink_dataset.main, *words)
     sample = SegmentationDataset(SourceConfig(dataset="camvid", root=str(tmp_path / "half"), split="train")).load(0)
     mean = image.reshape(3, 2, 4, 2, 3).astype(float).mean((1, 3))
     assert np.abs(sample["image"] - mean).max() <= 0.5
     assert sample["label"].shape == (3, 4)
-    assert all(sample["label"][i, j] in labels[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for i in range(3) for j in range(4))
+    assert all(
+        sample["label"][i, j] in labels[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for i in range(3) for j in range(4)
+    )
     assert "(0 new)" in call(shrink_dataset.main, *words)
     assert "does not shrink" in fails(shrink_dataset.main, *words, "--factor", "1")
     assert "is the data set itself" in fails(shrink_dataset.main, *words[:-1], tmp_path / "camvid")
