@@ -1,6 +1,10 @@
 """CPSL's pipeline on a tiny toy pair through its command lines: files handed over, resume, two ranks, errors."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,3 +81,21 @@ def test_missing_step_names_its_command(task):
     assert "train.py --stage warm_up makes it" in out
     out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "model.num_classes=16", expect=2)
     assert "for 16 classes" in out
+
+
+@pytest.mark.slow
+def test_the_toy_task_rises_from_the_warm_up_to_stage_1(tmp_path):
+    """All steps as shipped, some five minutes; a second call skips them."""
+    shutil.copytree(ROOT / "uda", tmp_path / "uda", ignore=shutil.ignore_patterns("runs", "datasets", "__pycache__"))
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run() -> str:
+        words = {"cwd": tmp_path / "uda", "env": {**os.environ, "PATH": path}, "check": True}
+        return subprocess.run(["sh", "main.sh", "toy"], stdout=subprocess.PIPE, text=True, **words).stdout
+
+    run()
+    stages = ("warm_up", "stage1", "stage2", "stage3")
+    results = [json.loads((tmp_path / f"uda/runs/toy/{s}/evaluation.json").read_text())["miou"] for s in stages]
+    assert results[1] > results[0] and min(results) > 0.15, results
+    assert run().count("done already") == 11
