@@ -123,6 +123,7 @@ class FolderConfig:
     encoding: `index` (8- or 16-bit, grey or palette) or `rgb` (a colour is a class, by `palette`).
     ignore: stored values without a class; ignore_colours: the same of colour-coded labels.
     label_map: stored value → class id or -1, where they differ. tail: names of the tail classes.
+    flip_pairs: (left, right) class ids that change places in a mirrored image.
     """
 
     images: str
@@ -139,6 +140,7 @@ class FolderConfig:
     label_map: Mapping[str, int] = field(default_factory=dict)
     tail: tuple[str, ...] = ()
     counts: tuple[int, ...] | None = None
+    flip_pairs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
         raise ValueError(f"data.folder: tail class {unknown[0]!r} is none of the classes {', '.join(config.classes)}")
     if config.counts is not None and len(config.counts) != n:
         raise ValueError(f"data.folder: counts has {len(config.counts)} values for {n} classes")
+    _check_pairs(config.flip_pairs, n)
     maps, ignore = (), config.ignore
     if config.encoding == "rgb":
         if not config.palette:
@@ -186,7 +189,21 @@ def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
         encoding=config.encoding,
         tail=tuple(config.classes.index(c) for c in config.tail),
         counts=config.counts,
+        flip_pairs=config.flip_pairs,
     )
+
+
+def _check_pairs(pairs: tuple[tuple[int, int], ...], num_classes: int) -> None:
+    """ValueError where a pair names a class that is none, or one that is in a pair already."""
+    seen: set[int] = set()
+    for pair in pairs:
+        for k in pair:
+            if not 0 <= k < num_classes:
+                wrong = f"{k} is none of the {num_classes} classes; give ids from 0 to {num_classes - 1}"
+                raise ValueError(f"data.folder: flip_pairs {list(pair)}: {wrong}")
+            if k in seen:
+                raise ValueError(f"data.folder: flip_pairs {list(pair)}: class {k} is named twice; give it one partner")
+            seen.add(k)
 
 
 def _integer_keys(label_map: Mapping[str, int]) -> dict[int, int]:

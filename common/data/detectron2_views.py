@@ -1,7 +1,8 @@
 """The augmentations of detectron2's semantic mapper, as the LTSS benchmark (TMM 2024) trains Mask2Former and
 DeepLabV3+ with it, and its Copy-Paste."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 from common.data.colour import photometric_distortion
 from common.data.copy_paste import choose_random, choose_rare, classes_of, paste
 from common.data.geometry import Geometry, draw_offset, nearest, pad, pillow_exact, torch_nearest_index, warp_maps
+from common.data.imbalance import GROUPS, groups
 from common.data.labels import IGNORE, is_varied
 from common.data.rows import DatasetRow
 from common.data.segmentation import SegmentationDataset
+from common.data.statistics import class_statistics
 
 _GREY = (128, 128, 128)
 
@@ -29,7 +32,7 @@ class Detectron2:
     row's `flip_pairs`. Padding is grey, at the bottom and the right, after the mirror.
     copy_paste: paste classes of a second image, drawn from the whole set and augmented by itself: `random` ones, at
     most copy_paste_max − 1 and never all of its crop, or all `rare` ones: those of rare_classes, else the rare classes
-    of the row at image level.
+    of the row at image level, else those by the set's own image counts. `for_dataset` has to choose these first.
     """
 
     crop: tuple[int, int]
@@ -51,6 +54,35 @@ class Detectron2:
             if getattr(self, name) < 1:
                 raise ValueError(f"augment.{name} {getattr(self, name)} must be positive")
 
+    def for_dataset(self, dataset: SegmentationDataset, workers: int = 0, cache: Path | None = None) -> "Detectron2":
+        """The recipe with the rare classes of its Copy-Paste chosen; labels are counted (see `class_statistics`) only
+        where neither the config nor the row names them. ValueError for a set without labels or without such classes."""
+        row = dataset.row
+        if self.copy_paste != "none" and not dataset.source.labels:
+            raise ValueError(
+                f"augment.copy_paste {self.copy_paste!r} needs labels, but this stream of data set {row.name!r} has "
+                "`labels: false`; set copy_paste to none"
+            )
+        wrong = [k for k in self.rare_classes if not 0 <= k < row.num_classes]
+        if wrong:
+            raise ValueError(
+                f"augment.rare_classes: {wrong[0]} is none of the {row.num_classes} classes of data set {row.name!r}, "
+                "whose ids count from 0; correct it"
+            )
+        if self.copy_paste != "rare" or self.rare_classes:
+            return self
+        if row.groups is not None:
+            rare = [group == "rare" for group in row.groups["image"]]
+        else:
+            count = class_statistics(dataset, workers, cache).image_count
+            rare = (groups(count) == GROUPS.index("rare")) & (count > 0)
+        if not any(rare):
+            raise ValueError(
+                f"augment.copy_paste 'rare': no class that data set {row.name!r} shows is rare by its image counts; "
+                "give rare_classes (ids)"
+            )
+        return replace(self, rare_classes=tuple(np.flatnonzero(rare).tolist()))
+
     def __call__(
         self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
     ) -> dict[str, Any]:
@@ -58,10 +90,8 @@ class Detectron2:
         target = self._augment(sample, rng, dataset.row)
         if self.copy_paste == "none":
             return target
-        if "label" not in sample:
-            raise ValueError(f"augment.copy_paste {self.copy_paste!r} needs labels; this source has `labels: false`")
         source = self._augment(dataset.open(int(child.integers(len(dataset)))), child, dataset.row)
-        return paste(target, source, self._chosen(classes_of(source["label"]), dataset.row, child))
+        return paste(target, source, self._chosen(classes_of(source["label"]), child))
 
     def _augment(self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow) -> dict[str, Any]:
         picture = sample["image"]
@@ -102,17 +132,12 @@ class Detectron2:
         shrink = min(1.0, self.max_size / max(height, width))
         return int(height * shrink + 0.5), int(width * shrink + 0.5)
 
-    def _chosen(self, present: list[int], row: DatasetRow, rng: np.random.Generator) -> list[int]:
+    def _chosen(self, present: list[int], rng: np.random.Generator) -> list[int]:
         """Which of the classes of the source crop are pasted."""
         if self.copy_paste == "random":
             return choose_random(present, self.copy_paste_max, rng)
-        if self.rare_classes:
-            return choose_rare(present, self.rare_classes)
-        if row.groups is None:
-            raise ValueError(
-                f"augment.copy_paste 'rare': data set {row.name!r} has no published groups; give rare_classes (ids)"
-            )
-        return choose_rare(present, [k for k, group in enumerate(row.groups["image"]) if group == "rare"])
+        assert self.rare_classes, "for_dataset has to choose the rare classes first"
+        return choose_rare(present, self.rare_classes)
 
 
 def exchanged(label: torch.Tensor, pairs: tuple[tuple[int, int], ...], num_classes: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.config import DataConfig, StreamConfig, TrainConfig, typed
+from common.data.detectron2_views import Detectron2
 from common.data.segmentation import SegmentationDataset
 from common.data.statistics import class_statistics, repeat_factors
 from common.data.transforms import build_transform
@@ -113,12 +114,20 @@ class Stream:
 
 
 def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict[str, Stream]:
-    """The streams of a config by name. `cache` is the folder of dataset statistics (repeat-factor sampling)."""
+    """The streams of a config by name. `cache` is the folder of dataset statistics (repeat-factor sampling, Copy-Paste
+    of rare classes)."""
     if not data.streams:
         raise ValueError("data.streams names no training stream")
     streams = {}
     for name, config in data.streams.items():
         dataset = SegmentationDataset(config, build_transform(config.augment, f"data.streams.{name}.augment"))
+        if isinstance(dataset.transform, Detectron2):
+            dataset.transform = dataset.transform.for_dataset(dataset, data.workers, cache)
+        elif dataset.row.flip_pairs and config.labels and getattr(dataset.transform, "flip", 0) > 0:
+            raise ValueError(
+                f"data.streams.{name}.augment: recipe {config.augment['recipe']!r} does not exchange the flip_pairs of "
+                f"data set {dataset.row.name!r} in mirrored images; use recipe detectron2, or flip: 0.0"
+            )
         order = _order(name, config, dataset, seed, data.workers, cache)
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
     return streams

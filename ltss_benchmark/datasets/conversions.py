@@ -13,7 +13,7 @@ from common.data.geometry import Geometry, bilinear, nearest
 from common.data.images import Picture
 from common.data.labels import LabelTable, read_index
 from common.data.ltss_rows import class_table
-from ltss_benchmark.datasets.preparation import save, whole
+from ltss_benchmark.datasets.preparation import place, save
 
 SHORT_SIDE = 512  # of ADE20K-Full: larger images are shrunk to it
 _UNNAMED = 65535
@@ -132,22 +132,29 @@ def mhp_label(job: tuple[Sequence[Path], Path]) -> None:
     save(label, target)
 
 
-def mend_image(path: Path) -> None:
-    """Decode an image; one that breaks off before its end is encoded anew in place, the rest grey."""
-    try:
-        with Image.open(path) as image:
-            image.load()
+def mhp_image(job: tuple[Path, Path]) -> None:
+    """Image → a link to it; of one that breaks off before its end a new file, the rest grey."""
+    source, target = job
+    if target.exists():
         return
+    try:
+        with Image.open(source) as image:
+            image.load()
     except (OSError, SyntaxError) as error:
         if not str(error).startswith("image file is truncated"):
-            raise ValueError(f"{path}: cannot decode the image ({error}); replace the file") from error
+            raise ValueError(f"{source}: cannot decode the image ({error}); replace the file") from error
+        save(_beginning(source), target, quality=95)
+        print(f"{source}: is truncated; {target} holds what there is")
+    else:
+        place(source, target)
+
+
+def _beginning(path: Path) -> np.ndarray:
+    """uint8 (H, W, 3) of a truncated image, grey where nothing is left."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-    with whole(path.resolve()) as temporary:
-        Image.fromarray(pixels).save(temporary, "JPEG", quality=95)
-    print(f"{path}: was truncated; encoded anew")

@@ -61,6 +61,15 @@ def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers
                 raise
 
 
+def convert_labels(name: str, sources: str, targets: str, function: Callable[[tuple[Path, Path]], None]) -> None:
+    """`function((source, target))` for every label of the set `name`: the .png files of all splits below the folder
+    `sources` of the set, written below its folder `targets`; then `verify`. ValueError names what is missing."""
+    base, splits = folder(name), DATASETS[name].layout.splits.values()
+    labels = [path for split in splits for path in listing(base / sources / split, ".png")]
+    run(function, [(path, base / targets / path.parent.name / path.name) for path in labels], f"{name} labels")
+    verify(name)
+
+
 @contextmanager
 def whole(path: Path):
     """A temporary path beside `path` to write to; it takes the place of `path` when all went well."""
@@ -85,7 +94,7 @@ def place(source: Path, target: Path) -> None:
         return
     with whole(target) as temporary:
         try:
-            os.link(source, temporary)
+            os.link(source.resolve(), temporary)  # of a link its file, which is there from every folder
         except OSError:
             shutil.copyfile(source, temporary)
 

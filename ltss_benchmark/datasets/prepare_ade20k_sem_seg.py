@@ -9,13 +9,7 @@ from ltss_benchmark.datasets.conversions import ade20k_label
 
 
 def main() -> None:
-    base = preparation.folder("ade20k")
-    jobs = []
-    for split in ("training", "validation"):
-        sources = preparation.listing(base / "annotations" / split, ".png")
-        jobs += [(source, base / "annotations_detectron2" / split / source.name) for source in sources]
-    preparation.run(ade20k_label, jobs, "ADE20K labels")
-    preparation.verify("ade20k")
+    preparation.convert_labels("ade20k", "annotations", "annotations_detectron2", ade20k_label)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,7 @@ from ltss_benchmark.datasets.conversions import coco_stuff_label
 
 
 def main() -> None:
-    base = preparation.folder("coco_stuff_118k")
-    jobs = []
-    for split in ("train2017", "val2017"):
-        sources = preparation.listing(base / "stuffthingmaps_trainval2017" / split, ".png")
-        jobs += [(source, base / "annotations" / split / source.name) for source in sources]
-    preparation.run(coco_stuff_label, jobs, "COCO-Stuff labels")
-    preparation.verify("coco_stuff_118k")
+    preparation.convert_labels("coco_stuff_118k", "stuffthingmaps_trainval2017", "annotations", coco_stuff_label)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
 Reads $DETECTRON2_DATASETS/mhpv2_15k/LV-MHP-v2: images in {train,val}_img (or {train,val}/images), and merged labels in
 {train,val}_seg, else one parsing file a person in {train,val}_parsing (or {train,val}/parsing_annos). Images become
-links; truncated ones are mended. Merged labels become links; else the people of an image are merged.
+links; a truncated one is written anew. Merged labels become links; else the people of an image are merged.
 """
 
 from pathlib import Path
 
 from common import cli
 from ltss_benchmark.datasets import preparation
-from ltss_benchmark.datasets.conversions import mend_image, mhp_label, mhp_people
+from ltss_benchmark.datasets.conversions import mhp_image, mhp_label, mhp_people
 
 
 def main() -> None:
     base = preparation.folder("mhpv2_15k")
     raw = base / "LV-MHP-v2"
     for split in ("train", "val"):
-        images = first_folder(raw / f"{split}_img", raw / split / "images")
-        preparation.run(mend_image, preparation.listing(images, ".jpg"), f"MHP-v2 {split} images")
-        preparation.link(images, base / "images" / split)
+        images, target = first_folder(raw / f"{split}_img", raw / split / "images"), base / "images" / split
+        if target.is_symlink():
+            raise ValueError(f"{target}: is a link, but checked images are to be placed in a folder there; remove it")
+        jobs = [(path, target / f"{path.stem}.jpg") for path in preparation.listing(images, ".jpg")]
+        preparation.run(mhp_image, jobs, f"MHP-v2 {split} images")
         merged = raw / f"{split}_seg"
         if merged.is_dir():
             preparation.link(merged, base / "annotations" / split)

@@ -26,6 +26,15 @@ def unchanged(monkeypatch):
     torch.use_deterministic_algorithms(exact)
 
 
+@pytest.fixture
+def one_thread():
+    """Where maps are so small that more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return toy.make("cityscapes", tmp_path_factory.mktemp("scenes") / "cityscapes", train=3, val=2, size=(64, 128))

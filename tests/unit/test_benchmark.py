@@ -12,7 +12,7 @@ import torch
 from common.config import load_config
 from common.data import SegmentationDataset
 from scripts import benchmark
-from scripts.bench import cpsl, cpsl_literal, full_size, kmeans, measure, usrn_literal, workspace
+from scripts.bench import cpsl, cpsl_literal, full_size, kmeans, ltss, measure, usrn_literal, workspace
 from scripts.bench.families import FAMILIES, official
 from semi_sup.subclasses import PRESETS, parents
 
@@ -98,6 +98,28 @@ def test_benchmark_of_kmeans_against_the_package(tmp_path):
     rows = bench("kmeans", tmp_path / "a.json")
     assert [set(row["ms"]) for row in rows] == [{"ours", "k-means-constrained"}] * 2
     assert all(0.9 < ratio < 1.1 for row in rows for ratio in row["objective_ratios"])
+
+
+def test_benchmark_of_ltss(tmp_path, monkeypatch):
+    [row] = bench("ltss", "--only", "inference", tmp_path / "a.json")
+    assert set(row["ms"]) == {"bands", "literal"} and row["classes"] == 19
+    assert row["check"] == {"pixels of another class that are no ties": 0}
+    [row] = bench("ltss", "--only", "operation", tmp_path / "b.json")
+    assert set(row["ms"]) >= {"grid_sample", "embedding_bag"} and row["tokens"] == 2 * 2 + 4 * 4 + 8 * 8
+    assert row["check"].keys() >= {"embedding_bag, relative"} and max(row["check"].values()) <= 1e-4
+    monkeypatch.setattr(ltss.Given, "labels", lambda self, images: torch.zeros(1, 1, 40, 70, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels of the bands against the literal order: the forms differ"):
+        bench("ltss", "--only", "inference", tmp_path / "c.json")
+    monkeypatch.setattr(ltss, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="the package transformers is not installed"):
+        assert bench("ltss", "--only", "step", tmp_path / "d.json") == []
+
+
+@pytest.mark.slow
+def test_benchmark_of_ltss_against_the_package(tmp_path):
+    pytest.importorskip("transformers")
+    [row] = bench("ltss", "--only", "step", tmp_path / "a.json")
+    assert set(row["ms"]) == {"ours", "transformers"} and row["check"] == {"parameters, difference": 0}
 
 
 SMALL = ("data.streams.labeled.augment.crop=[64,64]", "data.streams.labeled.augment.box=[64,128]")

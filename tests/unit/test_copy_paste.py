@@ -1,15 +1,15 @@
 """Copy-Paste against a brute-force form on lists of class masks."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from common.config import SourceConfig
-from common.data import IGNORE, SegmentationDataset, Stream, build_transform
+from common.config import DataConfig, SourceConfig, StreamConfig
+from common.data import IGNORE, SegmentationDataset, Stream, build_transform, make_streams
 from common.data.copy_paste import choose_random, choose_rare, classes_of, paste
-from common.data.rows import DatasetRow
 from tests.unit.data_files import classes, folder_options, make_folder, picture, save
 
 CROP = {"recipe": "detectron2", "crop": [32, 40], "short_edges": [32, 48], "max_size": 200}
@@ -152,19 +152,59 @@ def test_sources_are_drawn_uniformly_from_the_whole_set(tmp_path):
     assert np.abs(counts / 400 - 0.25).max() < 0.07
 
 
+def stream(source, cache=None, **augment):
+    """The stream of a config with this source."""
+    fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+    config = StreamConfig(**fields, augment={**CROP, **augment})
+    return make_streams(DataConfig(streams={"labeled": config}, workers=0), 0, cache)["labeled"]
+
+
 def test_rare_classes_come_from_the_row(source, monkeypatch):
-    mixed = dataset(source, copy_paste="rare")
-    with pytest.raises(ValueError, match="data set 'folder' has no published groups; give rare_classes"):
-        mixed.sample(0, rng())
-    assert isinstance(mixed.row, DatasetRow)
-    groups = {"image": ("frequent",) * 4 + ("rare",), "pixel": ("rare",) * 5}
-    mixed.row = dataclasses.replace(mixed.row, groups=groups)
-    listed = dataset(source, copy_paste="rare", rare_classes=[4])
+    rows = {"image": ("frequent",) * 4 + ("rare",), "pixel": ("rare",) * 5}
+    with_groups = dataclasses.replace(dataset(source).row, groups=rows)
+    monkeypatch.setattr("common.data.segmentation.resolve", lambda source: (with_groups, Path(source.root)))
+    monkeypatch.setattr("common.data.detectron2_views.class_statistics", None)  # nothing is counted
+    mixed, listed = stream(source, copy_paste="rare"), dataset(source, copy_paste="rare", rare_classes=[4])
     for k in range(10):
-        assert torch.equal(mixed.sample(k % 5, rng(k))["image"], listed.sample(k % 5, rng(k))["image"])
+        assert torch.equal(mixed.dataset.sample(k % 5, rng(k))["image"], listed.sample(k % 5, rng(k))["image"])
+    assert stream(source, copy_paste="rare", rare_classes=[1, 2]).dataset.transform.rare_classes == (1, 2)
 
 
-def test_it_needs_labels(source):
-    unlabelled = dataset(dataclasses.replace(source, labels=False), copy_paste="random")
-    with pytest.raises(ValueError, match="needs labels; this source has `labels: false`"):
-        unlabelled.sample(0, rng())
+def test_rare_classes_of_a_set_without_groups_are_those_by_its_own_counts(tmp_path):
+    """Of ten classes the two with the fewest images are rare; one of these is shown by none."""
+    shown = (5, 0, 2, 3, 1, 2, 4, 5, 4, 3)  # images a class
+    for k in range(5):
+        label = np.repeat([c for c in range(10) if k < shown[c]], 3)[None].repeat(32, 0).astype(np.uint8)
+        save(picture(*label.shape, k), tmp_path / "images/train" / f"im{k}.png")
+        save(label, tmp_path / "labels/train" / f"im{k}.png")
+    made = SourceConfig(dataset="folder", root=str(tmp_path), folder=folder_options(10))
+    mixed = stream(made, tmp_path / "cache", copy_paste="rare")
+    assert mixed.dataset.transform.rare_classes == (4,)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the counts are kept
+    listed = dataset(made, copy_paste="rare", rare_classes=[4])
+    for k in range(10):
+        assert torch.equal(mixed.dataset.sample(k % 5, rng(k))["label"], listed.sample(k % 5, rng(k))["label"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "augment", "message"),
+    [
+        (
+            {"labels": False},
+            {"copy_paste": "random"},
+            "copy_paste 'random' needs labels.*`labels: false`; set copy_paste",
+        ),
+        ({"labels": False}, {"copy_paste": "rare"}, "copy_paste 'rare' needs labels.*`labels: false`; set copy_paste"),
+        ({}, {"copy_paste": "rare", "rare_classes": [1, 5]}, "rare_classes: 5 is none of the 5 classes of .*'folder'"),
+        ({}, {"copy_paste": "rare"}, "copy_paste 'rare': no class that .*'folder' shows is rare .*; give rare_classes"),
+    ],
+)
+def test_what_cannot_be_pasted_is_said_before_any_sample(source, changes, augment, message, tmp_path):
+    """The last set's five classes are shown by the same number of images."""
+    for path in (Path(source.root) / "labels" / "train").iterdir():
+        save(np.arange(48 * 64).reshape(48, 64).astype(np.uint8) % 5, tmp_path / "labels" / "train" / path.name)
+        save(picture(48, 64), tmp_path / "images" / "train" / path.name)
+    even = dataclasses.replace(source, root=str(tmp_path), **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        stream(even, **augment)
+    assert "\n" not in str(error.value)

@@ -148,6 +148,16 @@ def test_folder_options_are_checked(tmp_path):
         build(tail=["tree"])
     with pytest.raises(ValueError, match="needs a palette"):
         build(encoding="rgb")
+    with pytest.raises(ConfigError, match=r"flip_pairs\[0\]: expected 2 values, got \[1\]"):
+        build(flip_pairs=[[1]])
+    for pairs, reason in (
+        ([[0, 1], [2, 5]], r"flip_pairs \[2, 5\]: 5 is none of the 5 classes; give ids from 0 to 4"),
+        ([[-1, 1]], r"flip_pairs \[-1, 1\]: -1 is none of the 5 classes"),
+        ([[0, 1], [2, 1]], r"flip_pairs \[2, 1\]: class 1 is named twice; give it one partner"),
+        ([[3, 3]], r"flip_pairs \[3, 3\]: class 3 is named twice"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            build(flip_pairs=pairs)
     row, _ = build(label_map={"0": 1, "1": 0, "2": -1, "3": 3, "4": 4})
     assert row.tail == (4,) and row.num_classes == 5
     dataset = SegmentationDataset(dataclasses.replace(source, folder={**folder_options(), "label_map": {"0": 1}}))

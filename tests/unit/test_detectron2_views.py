@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.config import ConfigError
-from common.data import DATASETS, IGNORE, build_transform
+from common.config import ConfigError, DataConfig, SourceConfig, StreamConfig
+from common.data import DATASETS, IGNORE, build_transform, make_streams, resolve
 from common.data.detectron2_views import Detectron2, exchanged
 from common.data.geometry import Geometry, nearest, pillow_exact, torch_nearest_index
 from common.data.images import Picture
-from tests.unit.data_files import classes, opened, picture, pillow_resize, save
+from common.evaluate import mirrored_classes
+from tests.unit.data_files import classes, folder_options, opened, picture, pillow_resize, save
 
 PLAIN = SimpleNamespace(row=SimpleNamespace(flip_pairs=(), num_classes=9))
 
@@ -180,6 +181,32 @@ def test_a_mirrored_label_exchanges_left_and_right():
     assert np.array_equal(kept["label"], label)
     twice = exchanged(exchanged(torch.from_numpy(label), row.flip_pairs, 59), row.flip_pairs, 59)
     assert np.array_equal(twice, label)
+
+
+def test_a_described_folder_has_pairs_of_its_own(tmp_path):
+    """Stored values 10, 20 … are classes 0, 1 …, so that pairs are seen to be class ids."""
+    for k in range(2):
+        save(picture(64, 64, k), tmp_path / "images" / "train" / f"im{k}.png")
+        save((10 + 10 * classes(64, 64, 5, k)).astype(np.uint8), tmp_path / "labels" / "train" / f"im{k}.png")
+    described = folder_options() | {
+        "label_map": {str(10 + 10 * k): k for k in range(5)},
+        "flip_pairs": [[4, 1], [0, 3]],
+    }
+    fields = {"dataset": "folder", "root": str(tmp_path), "folder": described}
+
+    def stream(**augment):
+        config = StreamConfig(**fields, augment={"crop": [64, 64], "flip": 1.0, **augment})
+        return make_streams(DataConfig(streams={"labeled": config}), 0)["labeled"]
+
+    mirrored = stream(recipe="detectron2", short_edges=[64]).sample(0, 0)["label"]
+    assert np.array_equal(mirrored, np.array([3, 4, 2, 0, 1])[classes(64, 64, 5, 0)[:, ::-1]])
+    row, _ = resolve(SourceConfig(**fields))
+    assert mirrored_classes(row) == [3, 4, 2, 0, 1]  # for flipped test passes
+    with pytest.raises(
+        ValueError, match="labeled.augment: recipe 'mmseg' does not exchange the flip_pairs of .*flip: 0.0"
+    ):
+        stream(recipe="mmseg")
+    assert stream(recipe="mmseg", flip=0.0).dataset.row.flip_pairs == ((4, 1), (0, 3))
 
 
 def test_it_is_a_function_of_its_generator():

@@ -33,14 +33,7 @@ SMALL = (
     "model.options.decoder_hidden=32",
     "method.criterion.points=64",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(name: str, *changes: str):

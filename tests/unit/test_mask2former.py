@@ -27,15 +27,7 @@ SMALL = {
     "decoder_hidden": 64,
 }
 CLASSES = 6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Maps are so small here that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(name="mask2former", **options):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.config import SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset
@@ -171,6 +172,15 @@ def test_copies_where_links_are_not_possible(root, monkeypatch):
     assert copy.is_file()
 
 
+def test_a_linked_source_is_placed_as_its_file(root):
+    file = save(picture(8, 8), root / "elsewhere" / "a.jpg")
+    (root / "raw").mkdir()
+    (root / "raw" / "a.jpg").symlink_to("../elsewhere/a.jpg")
+    preparation.place(root / "raw" / "a.jpg", root / "deep" / "images" / "a.jpg")
+    placed = root / "deep" / "images" / "a.jpg"
+    assert placed.samefile(file) and not placed.is_symlink()
+
+
 def test_links_that_lead_elsewhere_are_left_alone(root):
     for name in ("a", "b"):
         (root / name).mkdir()
@@ -214,7 +224,7 @@ def test_mhp(root, monkeypatch, variant):
     script("mhpv2_15k")()
     for split in ("train", "val"):
         dataset = SegmentationDataset(SourceConfig(dataset="mhpv2_15k", split=split))
-        assert dataset.names == ["0", "1", "2"] and (base / "images" / split).is_symlink()
+        assert dataset.names == ["0", "1", "2"] and not (base / "images" / split).is_symlink()
         assert (base / "annotations" / split).is_symlink() == ("merged" in variant)
         for k, name in enumerate(dataset.names):
             assert np.array_equal(dataset.load(k)["label"], labels[split, name])
@@ -246,19 +256,55 @@ def test_bad_parsing_files_are_named(root):
 
 
 def test_truncated_images_are_mended(root, capsys):
-    path = save(picture(64, 64), root / "a.jpg")
+    path, target = save(picture(64, 64), root / "a.jpg"), root / "out" / "a.jpg"
     whole = read(path)
-    before = path.stat().st_mtime_ns
-    conversions.mend_image(path)
-    assert path.stat().st_mtime_ns == before
+    conversions.mhp_image((path, target))
+    assert target.samefile(path)
+    target.unlink()
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    conversions.mend_image(path)
-    assert "a.jpg: was truncated" in capsys.readouterr().out
-    mended = read(path)
+    broken = path.read_bytes()
+    conversions.mhp_image((path, target))
+    assert "a.jpg: is truncated; " in capsys.readouterr().out and path.read_bytes() == broken
+    mended = read(target)
     assert mended.shape == (64, 64, 3) and np.abs(mended[:16].astype(int) - whole[:16]).mean() < 4
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a\.jpg: cannot decode the image"):
-        conversions.mend_image(path)
+        conversions.mhp_image((path, root / "out" / "b.jpg"))
+    assert [p.name for p in target.parent.iterdir()] == ["a.jpg"]
+
+
+def test_mhp_decodes_only_what_is_not_there_yet(root, monkeypatch):
+    base, _ = raw_mhp(root)
+    expect(monkeypatch, "mhpv2_15k", 3, 3)
+    broken = base / "LV-MHP-v2" / "val_img" / "1.jpg"
+    content = broken.read_bytes()
+    broken.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"val_img/1\.jpg: cannot decode the image"):
+        script("mhpv2_15k")()
+    before = snapshot(base / "images" / "train") | snapshot(base / "annotations" / "train")
+    broken.write_bytes(content)
+    opened, open_image, read_label = [], Image.open, conversions.read_index
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
+    monkeypatch.setattr(conversions, "read_index", lambda path: opened.append(path) or read_label(path))
+    script("mhpv2_15k")()
+    paths = [path.relative_to(base / "LV-MHP-v2") for path in opened if isinstance(path, Path)]  # else bytes of one
+    assert [str(path) for path in paths if path.suffix == ".jpg"] == ["val_img/1.jpg", "val_img/2.jpg"]
+    assert {str(path.parent) for path in paths} == {"val_img", "val_parsing"} and len(paths) == 2 + 3 * 3
+    assert snapshot(base / "images" / "train") | snapshot(base / "annotations" / "train") == before
+    opened.clear()
+    script("mhpv2_15k")()
+    assert not opened
+    (base / "images" / "val" / "0.jpg").unlink()
+    broken.with_name("0.jpg").unlink()
+    with pytest.raises(ValueError, match="val has 2 images with labels, expected 3"):
+        script("mhpv2_15k")()
+
+
+def test_mhp_leaves_a_link_to_unchecked_images_alone(root, monkeypatch):
+    base, _ = raw_mhp(root)
+    preparation.link(base / "LV-MHP-v2" / "train_img", base / "images" / "train")
+    with pytest.raises(ValueError, match="images/train: is a link, but checked images .*; remove it"):
+        script("mhpv2_15k")()
 
 
 def test_mhp_lt(root, monkeypatch):
