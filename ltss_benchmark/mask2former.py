@@ -6,16 +6,18 @@ Frequency-based Matcher (`matcher.py`) gives a rare class several queries; Seesa
 its logit. Repeat-factor sampling is the stream's `sampler`, Copy-Paste a part of its augmentation.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from common.config import Config, ConfigError, typed
+from common.config import Config, ConfigError, GroupConfig, typed
 from common.data import DATASETS
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method
+from common.engine.optim import parameter_groups
 from common.models import build_model
 from ltss_benchmark.criterion import CriterionOptions, SetCriterion
 from ltss_benchmark.matcher import find_targets, queries_per_class
@@ -65,6 +67,16 @@ class Mask2FormerMethod(Method):
         batch = streams[STREAM]
         targets = find_targets(batch["label"], self.criterion.num_classes)  # first: later it would wait for the network
         return self.criterion(self.model(batch["image"]), targets)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Those of the config; a rule that finds only constants (the affine of frozen norms) is left out."""
+        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        constant = [name for name, _ in self.named_buffers()]
+
+        def has_work(rule: GroupConfig) -> bool:
+            return any(re.search(rule.match, n) for n in trained) or not any(re.search(rule.match, n) for n in constant)
+
+        return parameter_groups(self, replace(self.optim, groups=tuple(filter(has_work, self.optim.groups))))
 
 
 def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics | None, where: str) -> np.ndarray | None:

@@ -1,17 +1,47 @@
 """METHODS: what trains the networks of the benchmark."""
 
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 from common.config import Config, ConfigError, nearest
 from common.data.statistics import Statistics
+from common.engine import distributed
 from common.engine.method import Method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
-from ltss_benchmark.mask2former import Mask2FormerMethod
+from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod
 
 METHODS: dict[str, type[Method]] = {"mask2former": Mask2FormerMethod, "deeplabv3plus": DeepLabV3PlusMethod}
 
 
 def build_method(cfg: Config, statistics: Statistics | None) -> Method:
-    """The method that `method.name` names. Raises ConfigError."""
+    """The method that `method.name` names; warns of options that are set in vain. Raises ConfigError."""
     name = cfg.method.get("name")
     if name not in METHODS:
         raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
-    return METHODS[name](cfg, statistics)
+    method = METHODS[name](cfg, statistics)
+    if distributed.rank() == 0:
+        for text in ignored(cfg):
+            warnings.warn(text, stacklevel=2)
+    return method
+
+
+REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others
+    ("method.matcher", "mode", "one_to_one", "frequency", ("threshold", "scale", "counts")),
+    ("method.criterion", "class_loss", "ce", "seesaw", ("seesaw_p", "seesaw_q")),
+    (f"data.streams.{STREAM}.sampler", "order", "shuffle", "repeat_factor", ("threshold", "level", "mode")),
+    (f"data.streams.{STREAM}.augment", "copy_paste", "none", "random", ("copy_paste_max",)),
+    (f"data.streams.{STREAM}.augment", "copy_paste", "none", "rare", ("rare_classes",)),
+)
+
+
+def ignored(cfg: Config) -> list[str]:
+    """What is set for a remedy that the config does not use, in one line a section."""
+    stream, lines = cfg.data.streams[STREAM], []
+    for section, option, default, used, others in REMEDIES:
+        owner: Mapping[str, Any] = cfg.method if section.startswith("method.") else vars(stream)
+        values = owner.get(section.rpartition(".")[2], {})
+        choice, given = values.get(option, default), [name for name in others if name in values]
+        if given and choice != used:
+            lines.append(f"{section}: {', '.join(given)}: ignored where {option} is {choice}, not {used}")
+    return lines

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import cli
-from common.config import Config, ConfigError, EvalConfig, load_config
+from common.config import Config, ConfigError, EvalConfig
 from common.engine import distributed, fit, prepare
 from common.experiment import Experiment, print_result
 from common.models import build_model, load_weights
 from ltss_benchmark import launch, results
-from ltss_benchmark.detectron2_keys import overrides
+from ltss_benchmark.detectron2_keys import read_config
 from ltss_benchmark.mask2former import STREAM
 from ltss_benchmark.methods import build_method
 
@@ -48,15 +48,23 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="or key=value")
-    return parser.parse_intermixed_args(words)
+    args = parser.parse_intermixed_args(words)
+    if args.save_predictions and not args.eval_only:
+        parser.error("--save-predictions belongs to --eval-only: training writes no predictions")
+    return args
 
 
 def open_config(args: argparse.Namespace) -> Config:
     path = Path(args.config_file)
     beside = HERE / path
-    cfg = load_config(beside if beside.is_file() and not path.exists() else path, overrides(args.opts))
+    cfg = read_config(beside if beside.is_file() and not path.exists() else path, args.opts)
     if STREAM not in cfg.data.streams:
         raise ConfigError(f"{cfg.name}: data.streams has no {STREAM!r}")
+    if args.eval_only and cfg.model.reset_classifier:
+        raise ConfigError(
+            f"{cfg.name}: model.reset_classifier: --eval-only cannot score a new classifier; set it to false, and "
+            "give a checkpoint with the config's classes"
+        )
     return cfg
 
 
@@ -141,13 +149,13 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def weights_of(cfg: Config, resume: bool) -> Path:
-    """The checkpoint to evaluate. Raises ConfigError where none is named."""
-    if cfg.model.checkpoint:
-        path = Path(cfg.model.checkpoint)
-        return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
+    """The checkpoint to evaluate: with `resume` the run's newest if there is one. ConfigError where none is named."""
     newest = cfg.folder / "checkpoints" / "last"
     if resume and newest.exists():
         return newest
+    if cfg.model.checkpoint:
+        path = Path(cfg.model.checkpoint)
+        return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
     raise ConfigError(f"{cfg.name}: --eval-only needs MODEL.WEIGHTS FILE, or --resume and a run in {cfg.folder}")
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.config import SourceConfig
-from common.data import DATASETS, SegmentationDataset, check, class_statistics
+from common.data import DATASETS, SegmentationDataset, Statistics, check, class_statistics
 from common.data.imbalance import gini
 from common.data.layouts import files, read_list
+from common.data.rows import DatasetRow
 
 EXPECTED = {  # images with a label
     "ade20k": {"train": 20210, "val": 2000},
@@ -29,6 +30,7 @@ EXPECTED = {  # images with a label
     "mhpv2_15k": {"train": 15403, "val": 5000},
     "mhpv2_lt_7k": {"train": 6931, "val": 5000},
 }
+_SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 _FORMATS = {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG"}
 
 
@@ -142,15 +144,31 @@ def verify(name: str, expected: Mapping[str, int] | None = None) -> None:
 
 def compare(name: str) -> None:
     """Prints how the training set's class counts compare with the published ones, and its Gini coefficients."""
-    dataset = SegmentationDataset(SourceConfig(dataset=name, root=str(folder(name))))
-    statistics = class_statistics(dataset, min(os.cpu_count() or 1, 1 + len(dataset) // 64), folder(name) / ".cache")
-    found, published = statistics.image_count, np.array(dataset.row.published.image_count)
+    row, statistics = counted(name)
+    found, published = statistics.image_count, np.array(row.published.image_count)
     image, pixel = (gini(statistics.count(level)) for level in ("image", "pixel"))
     print(f"{name}: Gini coefficient {image:.4f} at image level, {pixel:.4f} at pixel level")
     print(f"{name}: {(found == published).sum()} of {len(found)} classes have the published number of images")
     apart = np.argsort(-np.abs(found - published), kind="stable")[:5]
     for k in apart[found[apart] != published[apart]]:
-        print(f"  {dataset.row.classes[k]}: {found[k]} images, published {published[k]}")
+        print(f"  {row.classes[k]}: {found[k]} images, published {published[k]}")
+
+
+def compare_with_subset(name: str, subset: str) -> None:
+    """Prints which classes fewer training images of a set show than the published counts of a subset of it."""
+    row, statistics = counted(name)
+    found, least = statistics.image_count, np.array(DATASETS[subset].published.image_count)
+    enough = (found >= least).sum()
+    print(f"{name}: {enough} of {len(found)} classes have at least the images of the published {subset}, expected all")
+    for k in np.argsort(found - least, kind="stable")[: min(5, len(found) - enough)]:
+        print(f"  {row.classes[k]}: {found[k]} images, at least {least[k]} expected")
+
+
+def counted(name: str) -> tuple[DatasetRow, Statistics]:
+    """The row (with the names that the set's files bring) and the statistics of a training set, kept in its folder."""
+    dataset = SegmentationDataset(SourceConfig(dataset=name, root=str(folder(name))))
+    workers = min(os.cpu_count() or 1, 1 + len(dataset) // 64)
+    return dataset.row, class_statistics(dataset, workers, folder(name) / ".cache")
 
 
 def sample_subset(name: str, whole_set: str, list_file: str) -> None:
@@ -159,9 +177,10 @@ def sample_subset(name: str, whole_set: str, list_file: str) -> None:
     path = base / list_file
     if not path.is_file():
         count, published = EXPECTED[name]["train"], gini(np.array(DATASETS[name].published.image_count))
+        script = os.path.relpath(_SCRIPTS / "make_longtail.py")
         raise ValueError(
             f"{path}: no such list (one image name a line); the authors' list is not public, make one: "
-            f"python scripts/make_longtail.py {whole_set} --images {count} --gini {published:.3f} --out {path}"
+            f"python {script} {whole_set} --images {count} --gini {published:.3f} --out {path}"
         )
     names = read_list(path)
     if len(names) != EXPECTED[name]["train"]:

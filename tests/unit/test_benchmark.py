@@ -107,12 +107,30 @@ def test_benchmark_of_ltss(tmp_path, monkeypatch):
     [row] = bench("ltss", "--only", "operation", tmp_path / "b.json")
     assert set(row["ms"]) >= {"grid_sample", "embedding_bag"} and row["tokens"] == 2 * 2 + 4 * 4 + 8 * 8
     assert row["check"].keys() >= {"embedding_bag, relative"} and max(row["check"].values()) <= 1e-4
+    assert row["batch"] == 1 and not row.keys() & {"bar", "memory_bar"}
+    [row] = bench("ltss", "--only", "operation", "--batch", 2, tmp_path / "b.json")
+    assert row["batch"] == 2
     monkeypatch.setattr(ltss.Given, "labels", lambda self, images: torch.zeros(1, 1, 40, 70, dtype=torch.long))
     with pytest.raises(ValueError, match="labels of the bands against the literal order: the forms differ"):
         bench("ltss", "--only", "inference", tmp_path / "c.json")
     monkeypatch.setattr(ltss, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="the package transformers is not installed"):
         assert bench("ltss", "--only", "step", tmp_path / "d.json") == []
+
+
+def test_bars_of_the_attention_on_a_gpu(tmp_path, monkeypatch):
+    """3 times the speed in a quarter of the memory, of 16 images; the rows hold bars as on a GPU, measured here."""
+    assert ltss.bars_of("cpu", "embedding_bag") == ltss.bars_of("cuda", "grid_sample") == {}
+    bars = ltss.bars_of("cuda", "triton")
+    assert bars == {"bar": 3.0, "memory_bar": 0.25}
+    monkeypatch.setattr(ltss, "bars_of", lambda device, form: bars)
+    [row] = bench("ltss", "--only", "operation", tmp_path / "a.json")
+    assert row["met"] == (row["ms"]["grid_sample"] >= 3 * row["ms"]["embedding_bag"])
+    if row["memory_ratio"] is not None:
+        assert row["memory_met"] == (row["peak_mib"]["embedding_bag"] <= 0.25 * row["peak_mib"]["grid_sample"])
+    sizes = []
+    monkeypatch.setitem(ltss.PARTS, "operation", lambda args, size: sizes.append(size.batch) or [])
+    assert bench("ltss", "--only", "operation", "--device", "cuda", tmp_path / "b.json") == [] and sizes == [16]
 
 
 @pytest.mark.slow
@@ -239,6 +257,7 @@ def test_a_failing_config_says_why(end, reason, tmp_path, monkeypatch):
         (["full-size", "--out", "{folder}/broken.json"], "not a file of this benchmark"),
         (["loader", "--size", "big"], "'big' is no HEIGHTxWIDTH"),
         (["loader", "--rounds", "0"], "--rounds"),
+        (["ltss", "--batch", "0"], "--batch 0: must be at least 1"),
         (["step", "{folder}/small.yaml"], "not a config of fully_sup"),
         (["step", str(ROOT / "fully_sup/configs/toy/upernet_r18.yaml"), "--against", "what"], "--against 'what'"),
     ],

@@ -1,6 +1,7 @@
 """The configs of the benchmark under official names: they build, and hold the values of the release."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +248,45 @@ def test_norms_of_the_residual_backbones():
     norms = {id(p) for name, p in trained.model.backbone.named_parameters() if "bn" in name or "downsample.1" in name}
     group = next(g for g in trained.parameter_groups() if g["lr"] == pytest.approx(1e-5) and not g["weight_decay"])
     assert {id(p) for p in group["params"]} == norms and len(norms) == 2 * 104
+
+
+def decays(method) -> dict[str, tuple[float, float]]:
+    """Rate and decay of every trained parameter."""
+    names = {id(p): name for name, p in method.named_parameters()}
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in method.parameter_groups() for p in g["params"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "tensors"),
+    [
+        ("model.options.frozen_norm=false", r"bn\d\.|downsample\.1\.", 106),
+        ("model.backbone=swin_tiny", r"norm\w*\.|relative_position_bias_table", 64 + 12),
+    ],
+)
+def test_norms_of_another_backbone_are_not_decayed(change, name, tensors):
+    """One override of the ResNet-50 config is enough."""
+    cfg = load_config(FOLDER / "ade20k/mask2former/maskformer2_R50_bs16_160k.yaml", [change])
+    with torch.device("meta"):
+        found = decays(build_method(cfg, None))
+    backbone = {n: value for n, value in found.items() if n.startswith("model.backbone.")}
+    norms = {n: value for n, value in backbone.items() if re.search(name, n)}
+    assert len(norms) == tensors and set(norms.values()) == {(0.1 * 1e-4, 0.0)}
+    assert {value for n, value in backbone.items() if n not in norms} == {(0.1 * 1e-4, 0.05)}
+    fixed = decays(build("ade20k/mask2former/maskformer2_R50_bs16_160k"))
+    assert {n: v for n, v in found.items() if n not in backbone} == {
+        n: v for n, v in fixed.items() if "backbone" not in n
+    }
+
+
+def test_a_rule_that_finds_nothing_is_an_error():
+    """Neither a parameter nor a constant."""
+    cfg = load_config(
+        FOLDER / "camvid/mask2former/maskformer2_R18.yaml", ["optim.groups=[{match: 'bakbone', lr_mult: 0.1}]"]
+    )
+    with torch.device("meta"):
+        method = build_method(cfg, None)
+    with pytest.raises(ConfigError, match="optim.groups: no parameter's name matches 'bakbone'"):
+        method.parameter_groups()
 
 
 @pytest.mark.parametrize(

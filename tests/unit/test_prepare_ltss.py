@@ -130,8 +130,12 @@ def test_coco_stuff_lt(root, monkeypatch, capsys):
     base, labels = prepare_coco(root, monkeypatch)
     expect(monkeypatch, "coco_stuff_lt_40k", 2, 4)
     lt = root / "coco_stuff_lt_40k"
-    with pytest.raises(ValueError, match=r"make_longtail\.py coco_stuff_118k --images 2 --gini 0\.669 --out .*lt\.txt"):
+    with pytest.raises(
+        ValueError, match=r"make_longtail\.py coco_stuff_118k --images 2 --gini 0\.669 --out .*lt\.txt"
+    ) as error:
         script("coco_stuff_lt_40k")()
+    command = str(error.value).partition("python ")[2].split()[0]
+    assert Path(command).is_file()  # from here, wherever that is
     lt.mkdir()
     (lt / "coco-stuff-lt.txt").write_text(f"{1:012d}.jpg\n{3:012d}.jpg\n")
     script("coco_stuff_lt_40k")()
@@ -233,6 +237,22 @@ def test_mhp(root, monkeypatch, variant):
     assert snapshot(base) == before
 
 
+def test_classes_with_too_few_images_are_said(root, monkeypatch, capsys):
+    """MHP-v2-LT is a part of MHP-v2: of umbrellas, one image is enough."""
+    raw_mhp(root)
+    expect(monkeypatch, "mhpv2_15k", 3, 3)
+    umbrella = np.full((20, 30), DATASETS["mhpv2_15k"].classes.index("Umbrella"), np.uint8)
+    save(umbrella, root / "mhpv2_15k" / "LV-MHP-v2" / "train_parsing" / "0_03_03.png")
+    script("mhpv2_15k")()
+    first, *lines = capsys.readouterr().out.splitlines()[-6:]
+    published = DATASETS["mhpv2_lt_7k"].published.image_count
+    dataset = SegmentationDataset(SourceConfig(dataset="mhpv2_15k"))
+    found = [sum(bool((dataset.load(k)["label"] == c).any()) for k in range(3)) for c in range(59)]
+    enough = sum(a >= b for a, b in zip(found, published, strict=True))
+    assert enough >= 1 and first.startswith(f"mhpv2_15k: {enough} of 59 classes have at least the images of")
+    assert lines[0] == f"  Background: {found[0]} images, at least 6931 expected" and len(lines) == 5
+
+
 def test_people_are_merged_in_the_order_of_their_number():
     paths = [Path(f"{name}.png") for name in ("7_11_10", "7_11_2", "8_01_01", "7_11_1")]
     with pytest.raises(ValueError, match="image 7 has 3 of its 11 parsing files"):
@@ -287,7 +307,8 @@ def test_mhp_decodes_only_what_is_not_there_yet(root, monkeypatch):
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_image(path))
     monkeypatch.setattr(conversions, "read_index", lambda path: opened.append(path) or read_label(path))
     script("mhpv2_15k")()
-    paths = [path.relative_to(base / "LV-MHP-v2") for path in opened if isinstance(path, Path)]  # else bytes of one
+    raw = base / "LV-MHP-v2"  # what else is opened: bytes of an image, and labels that are counted
+    paths = [path.relative_to(raw) for path in opened if isinstance(path, Path) and path.is_relative_to(raw)]
     assert [str(path) for path in paths if path.suffix == ".jpg"] == ["val_img/1.jpg", "val_img/2.jpg"]
     assert {str(path.parent) for path in paths} == {"val_img", "val_parsing"} and len(paths) == 2 + 3 * 3
     assert snapshot(base / "images" / "train") | snapshot(base / "annotations" / "train") == before

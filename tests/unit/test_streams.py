@@ -126,6 +126,24 @@ def test_an_image_shown_again_is_augmented_anew(tmp_path):
     assert len({tuple(g.tolist()) for g in batch["geometry"]}) > 1
 
 
+def test_an_image_that_is_repeated_in_an_epoch_is_augmented_anew(tmp_path):
+    """Repeat-factor sampling with detectron2's recipe: the draws of one epoch that show the same image all differ."""
+    source = make_folder(tmp_path, images=3)
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
+    augment = {"recipe": "detectron2", "crop": [16, 16], "short_edges": [24, 32, 40, 48, 56, 64]}
+    sampler = {"order": "repeat_factor", "threshold": 9.0}  # every image is shown three times or more
+    stream = StreamConfig(**fields, batch_size=1, augment=augment, sampler=sampler)
+    stream = make_streams(DataConfig(streams={"s": stream}, workers=0), 5, tmp_path / "cache")["s"]
+    draws = list(itertools.takewhile(lambda draw: stream.order.locate(draw)[0] == 0, itertools.count()))
+    shown = [stream.sample(draw) for draw in draws]
+    for index in range(3):
+        same = [sample for sample in shown if sample["index"] == index]
+        assert len(same) >= 3
+        for a, b in itertools.combinations(same, 2):
+            assert not torch.equal(a["geometry"], b["geometry"]) and not torch.equal(a["image"], b["image"])
+    assert all(equal(stream.sample(draw), sample) for draw, sample in zip(draws, shown, strict=True))
+
+
 def test_images_of_several_sizes_become_a_list(tmp_path):
     make_folder(tmp_path, images=1, size=(32, 32))
     source = make_folder(tmp_path / "b", images=2)

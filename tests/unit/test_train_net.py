@@ -1,138 +1,25 @@
-"""The benchmark's command line: detectron2's keys, the files an evaluation leaves, and COCO's run-length encoding."""
+"""The benchmark's command line, the files an evaluation leaves, and COCO's run-length encoding."""
 
-import inspect
 import json
 import signal
 import types
+from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from common.config import Config, ConfigError, StreamConfig, load_config
+from common.config import Config, ConfigError, ModelConfig, load_config
 from common.data import DATASETS, toy
-from common.data.detectron2_views import Detectron2
-from common.data.streams import SamplerConfig
 from common.engine import distributed
 from common.evaluate import summarise
-from common.models.backbones import BACKBONES
-from common.models.mask2former import Mask2FormerOptions
-from ltss_benchmark import detectron2_keys, launch, results, train_net
-from ltss_benchmark.detectron2_keys import KEYS, REFUSED, overrides
-from ltss_benchmark.mask2former import Mask2FormerConfig
+from ltss_benchmark import launch, results, train_net
 from ltss_benchmark.rle import compress, encode_labels
 
 CONFIGS = Path(__file__).parents[2] / "ltss_benchmark" / "configs"
 BASE = CONFIGS / "ade20k_full" / "mask2former" / "maskformer2_R50_bs16_200k.yaml"
-
-# Keys ---------------------------------------------------------------------------------------------------------------
-
-EXAMPLES = {  # a value that users type, and what it gives
-    "OUTPUT_DIR": ("runs/a/b", "folder", Path("runs/a/b")),
-    "SOLVER.MAX_ITER": ("1000", "train.steps", 1000),
-    "SOLVER.IMS_PER_BATCH": ("8", "data.streams.labeled.batch_size", 8),
-    "SOLVER.BASE_LR": ("5e-5", "optim.lr", 5e-5),
-    "SOLVER.OPTIMIZER": ("SGD", "optim.name", "sgd"),
-    "SOLVER.AMP.ENABLED": ("False", "train.precision", "fp32"),
-    "SOLVER.CHECKPOINT_PERIOD": ("100", "train.save_every", 100),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("0.1", "optim.clip", 0.1),
-    "SOLVER.WARMUP_ITERS": ("10", "optim.warmup", 10),
-    "MODEL.WEIGHTS": ("a.pkl", "model.checkpoint", "a.pkl"),
-    "MODEL.PIXEL_MEAN": ("[1.0, 2.0, 3.0]", "model.mean", (1.0, 2.0, 3.0)),
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": ("50", "model.options.num_queries", 50),
-    "MODEL.MASK_FORMER.DEC_LAYERS": ("10", "model.options.decoder_layers", 9),
-    "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": ("0.2", "method.criterion.no_object_weight", 0.2),
-    "DATALOADER.NUM_WORKERS": ("0", "data.workers", 0),
-    "DATALOADER.SAMPLER_TRAIN": (
-        "RepeatFactorTrainingSampler_Seg", "data.streams.labeled.sampler.order", "repeat_factor",
-    ),
-    "DATALOADER.REPEAT_THRESHOLD": ("0.001", "data.streams.labeled.sampler.threshold", 0.001),
-    "DATALOADER.FREQUENCY_TYPE": ("pixel", "data.streams.labeled.sampler.level", "pixel"),
-    "INPUT.COPY_PASTE.ENABLED": ("True", "data.streams.labeled.augment.copy_paste", "random"),
-    "INPUT.COPY_PASTE.MODE": ("rare", "data.streams.labeled.augment.copy_paste", "rare"),
-    "INPUT.CROP.SIZE": ("(640, 640)", "data.streams.labeled.augment.crop", [640, 640]),
-    "INPUT.MIN_SIZE_TRAIN": ("(256,)", "data.streams.labeled.augment.short_edges", [256]),
-    "INPUT.MIN_SIZE_TEST": ("640", "eval.short_edge", 640),
-    "INPUT.RANDOM_FLIP": ("none", "data.streams.labeled.augment.flip", 0.0),
-    "LOSS.LOSS_TYPE": ("Seesaw", "model.options.class_head", "seesaw"),
-    "LOSS.SEESAW_P": ("0.8", "method.criterion.seesaw_p", 0.8),
-    "MATCHER.MODE": ("multi-match", "method.matcher.mode", "frequency"),
-    "MATCHER.T": ("0.001", "method.matcher.threshold", 0.001),
-    "TEST.EVAL_PERIOD": ("50", "eval.every", 50),
-    "TEST.AUG.ENABLED": ("True", "eval.scales", (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)),
-}  # fmt: skip
-
-
-def at(cfg: Config, path: str):
-    value = cfg
-    for part in path.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return value
-
-
-@pytest.mark.parametrize("key", EXAMPLES)
-@pytest.mark.parametrize("form", ["pair", "equals"])
-def test_keys_of_detectron2(key, form):
-    text, path, expected = EXAMPLES[key]
-    words = [key, text] if form == "pair" else [f"{key}={text}"]
-    assert at(load_config(BASE, overrides(words)), path) == expected
-
-
-SECTIONS = {  # who types a section's values
-    "data.streams.labeled.augment.": Detectron2,
-    "data.streams.labeled.sampler.": SamplerConfig,
-    "data.streams.labeled.": StreamConfig,
-    "model.options.": Mask2FormerOptions,
-    "method.": Mask2FormerConfig,
-    "": Config,
-}
-
-
-@pytest.mark.parametrize("path", [rule for rule in KEYS.values() if isinstance(rule, str)])
-def test_every_key_leads_to_one_of_ours(path):
-    if path == "model.options.backbone.drop_path":
-        assert "drop_path" in inspect.signature(BACKBONES["swin_tiny"]).parameters
-        return
-    section = next(section for section in SECTIONS if path.startswith(section))
-    kind = SECTIONS[section]
-    for part in path.removeprefix(section).split("."):
-        kind = get_type_hints(kind)[part]  # KeyError: there is no such field
-
-
-def test_keys_of_both_kinds_are_mixed():
-    words = ["SOLVER.MAX_ITER", "10", "optim.lr=1e-3", "seed", "7", "SEED=8", "INPUT.COPY_PASTE.MODE", "rare",
-             "INPUT.COPY_PASTE.ENABLED", "True"]  # fmt: skip
-    assert overrides(words) == ["train.steps=10", "optim.lr=1e-3", "seed=7", "seed=8",
-                                "data.streams.labeled.augment.copy_paste=rare"]  # fmt: skip
-    assert overrides(["INPUT.COPY_PASTE.MODE", "rare", "INPUT.COPY_PASTE.ENABLED", "False"])[-1].endswith("=none")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["SOLVER.MAXITER", "3"], "SOLVER.MAXITER: unknown; did you mean 'SOLVER.MAX_ITER'"),
-        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: no value follows"),
-        (["SOLVER.AMP.ENABLED", "yes"], "SOLVER.AMP.ENABLED: 'yes' is neither True nor False"),
-        (["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"], "is not one of TrainingSampler, Repeat"),
-        (["MATCHER.MODE", "rare-first"], "MATCHER.MODE: 'rare-first' is not one of default, multi_match"),
-        (["OUTPUT_DIR", "/"], "OUTPUT_DIR: '/' has no last part"),
-        (["MODEL.MASK_FORMER.DEC_LAYERS", "ten"], "MODEL.MASK_FORMER.DEC_LAYERS: "),
-        *((([key, "1"]), f"{key}: not used here: ") for key in REFUSED),
-    ],
-)
-def test_keys_that_are_refused_are_named(words, message):
-    with pytest.raises(ConfigError) as error:
-        overrides(words)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_no_key_is_both_understood_and_refused():
-    assert not KEYS.keys() & REFUSED.keys()
-    assert detectron2_keys.TTA_SCALES == tuple(edge / 512 for edge in (256, 384, 512, 640, 768, 896))
-
 
 # Command line -------------------------------------------------------------------------------------------------------
 
@@ -142,6 +29,13 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
     for word in ("configs/toy/mask2former/maskformer2_R18.yaml", str(BASE)):
         args = train_net.parse(["--config", word, "--eval-only", "SOLVER.BASE_LR", "1e-3", "--resume"])
         assert train_net.open_config(args).optim.lr == 1e-3 and args.resume and args.eval_only
+
+
+def test_predictions_are_saved_by_an_evaluation_only(capsys):
+    with pytest.raises(SystemExit) as end:
+        train_net.parse(["--config-file", str(BASE), "--save-predictions"])
+    assert end.value.code == 2 and "--save-predictions belongs to --eval-only" in capsys.readouterr().err
+    assert train_net.parse(["--config-file", str(BASE), "--save-predictions", "--eval-only"]).save_predictions
 
 
 @pytest.mark.parametrize(
@@ -218,6 +112,7 @@ def toy_root(tmp_path_factory) -> Path:
         (["SOLVER.STEPS", "1"], "SOLVER.STEPS: not used here"),
         (["--eval-only"], "--eval-only needs MODEL.WEIGHTS FILE, or --resume"),
         (["--eval-only", "MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl"),
+        (["--eval-only", "model.reset_classifier=true"], "model.reset_classifier: --eval-only cannot score a new"),
         (["data.root=/nowhere"], "no folder /nowhere"),
         (["model.num_classes=9"], "model.num_classes is 9, but data set"),
     ],
@@ -336,3 +231,16 @@ def test_large_maps_are_encoded():
     text = encode_labels(label)[846]
     assert np.array_equal(decode(text, label.shape), label == 846) and len(text) < 2000
     assert encode_labels(np.zeros((0, 5), np.int64)) == {}
+
+
+def test_resumed_evaluation_is_of_the_newest_checkpoint(tmp_path):
+    cfg = Config(
+        name="run", output=str(tmp_path), model=ModelConfig(name="none", num_classes=2, checkpoint="start.pkl")
+    )
+    newest = tmp_path / "run" / "checkpoints" / "last"
+    assert train_net.weights_of(cfg, resume=True) == Path("start.pkl")  # nothing trained yet
+    newest.mkdir(parents=True)
+    assert train_net.weights_of(cfg, resume=True) == newest
+    assert train_net.weights_of(cfg, resume=False) == Path("start.pkl")
+    with pytest.raises(ConfigError, match="needs MODEL.WEIGHTS FILE"):
+        train_net.weights_of(replace(cfg, model=replace(cfg.model, checkpoint=None)), resume=False)
