@@ -174,7 +174,21 @@ def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Con
     for override in overrides:
         _override(tree, override)
     config = typed(Config, tree, where)
+    _check_intervals(config, where)
     return dataclasses.replace(config, data=_inherit(config.data))
+
+
+def _check_intervals(config: Config, where: str) -> None:
+    """ConfigError for an interval of no steps, or a division among no processes."""
+    train = config.train
+    intervals = {"train.log_every": train.log_every, "train.save_every": train.save_every}
+    for key, value in {**intervals, "eval.every": config.eval.every}.items():
+        if value < 1:
+            raise ConfigError(
+                f"{where}: {key}: {value} is less than 1; for the end of the run alone give train.steps ({train.steps})"
+            )
+    if train.devices < 1:
+        raise ConfigError(f"{where}: train.devices: {train.devices} is less than 1; give 1 to leave the batch whole")
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

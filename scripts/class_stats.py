@@ -5,12 +5,10 @@ are counted. Prints images and pixels of each class, its group, the weight that 
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.config import Config, SourceConfig, load_config
 from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.statistics import GROUPS, gini, groups
 from common.engine.logging import write_json
@@ -19,18 +17,12 @@ from common.losses.blv import class_weights
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, with --config")
-    parser.add_argument("--config", metavar="FILE")
-    parser.add_argument("--stream", help="which stream of the config (default: its first with labels)")
-    parser.add_argument("--root", help="default: $LTS_DATA/<folder>, else ./datasets/<folder>")
-    parser.add_argument("--split", help="default train")
-    parser.add_argument("--list", metavar="FILE", help="count only the images that it names")
+    cli.add_source(parser)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_intermixed_args()
-    dataset = SegmentationDataset(source(args))
+    dataset = SegmentationDataset(cli.source(args))
     statistics = class_statistics(dataset, args.workers, args.cache)
     result = describe(dataset, statistics)
     print(table(result))
@@ -38,28 +30,6 @@ def main() -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
-
-
-def source(args: argparse.Namespace) -> SourceConfig:
-    """What the arguments name. ValueError where they name nothing, or two things."""
-    words, overrides = cli.split_overrides([word for word in (args.dataset, *args.overrides) if word])
-    if bool(words) == bool(args.config) or len(words) > 1 or (overrides and not args.config):
-        raise ValueError("name one data set (class_stats.py camvid), or a --config with its overrides")
-    chosen = from_config(load_config(args.config, overrides), args.stream) if args.config else None
-    chosen = chosen or SourceConfig(dataset=words[0])
-    given = {"root": args.root, "split": args.split, "list": args.list}
-    return replace(chosen, **{key: value for key, value in given.items() if value is not None})
-
-
-def from_config(cfg: Config, stream: str | None) -> SourceConfig:
-    """The labels of a config's stream."""
-    labelled = [name for name, item in cfg.data.streams.items() if item.labels]
-    name = stream or next(iter(labelled), None)
-    if name not in cfg.data.streams:
-        known = ", ".join(cfg.data.streams) or "none"
-        raise ValueError(f"{cfg.name}: data.streams has no {name or 'stream with labels'!r}; streams: {known}")
-    item = cfg.data.streams[name]
-    return SourceConfig(dataset=item.dataset, root=item.root, split=item.split, list=item.list, folder=item.folder)
 
 
 def describe(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:

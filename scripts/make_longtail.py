@@ -2,7 +2,8 @@
 
 Removes training images one at a time so that the Gini coefficient of the class counts rises as fast as it can, and
 writes the names of those that remain, one a line. With --images and --gini the number is exact and the coefficient
-ends at the second. No class loses its last image.
+ends at the second. No class loses its last image. With --config the data set is the config's (its training stream's,
+or that of --stream), which is how `folder` data sets are named.
 """
 
 import argparse
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from common import cli
-from common.config import SourceConfig
 from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.longtail import class_weights, greedy_subset
 from common.data.statistics import GROUPS, gini, groups
@@ -19,9 +19,7 @@ from common.data.statistics import GROUPS, gini, groups
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", help="a row of DATASETS, such as coco_stuff_118k")
-    parser.add_argument("--root", help="default: the folder of the row below its environment variable")
-    parser.add_argument("--split", default="train")
+    cli.add_source(parser)
     parser.add_argument("--images", type=int, metavar="N", help="how many images remain")
     parser.add_argument("--gini", type=float, metavar="G", help="Gini coefficient to reach, at the level")
     parser.add_argument(
@@ -31,10 +29,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that count the labels")
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--out", required=True, metavar="FILE", help="the list to write")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.images is None and args.gini is None:
         raise ValueError("give --images, --gini, or both")
-    dataset = SegmentationDataset(SourceConfig(dataset=args.dataset, root=args.root, split=args.split))
+    dataset = SegmentationDataset(cli.source(args))
     statistics = class_statistics(dataset, args.workers, args.cache)
     print(describe("whole set", statistics))
     weights = class_weights(statistics, args.level)

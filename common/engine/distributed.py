@@ -9,16 +9,34 @@ from torch import Tensor, nn
 
 
 def start(device: str | None = None) -> torch.device:
-    """Join the process group that torchrun announced, if any, and return this rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    """Join the process group that torchrun announced, if any, and return this rank's device.
+
+    `cuda` is this rank's own GPU. Raises ValueError for a device that is not there, or that ranks would share.
+    """
+    chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
+
+
+def _device(name: str) -> torch.device:
+    """The device that cpu, cuda or cuda:N names on this rank."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"--device {name}: give cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device(kind)
+    if index and world_size() > 1:
+        raise ValueError(
+            f"--device {name}: {world_size()} processes would share this GPU; give --device cuda, one for each process "
+            "(CUDA_VISIBLE_DEVICES chooses among them)"
+        )
+    number, found = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= found:
+        raise ValueError(f"--device {name}: GPU {number} is asked for, and torch finds {found}; give --device cpu")
+    return torch.device(kind, number)
 
 
 def stop() -> None:

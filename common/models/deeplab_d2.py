@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import ModelConfig, typed
+from common.config import ConfigError, ModelConfig, typed
 from common.models.backbones import build_backbone
 from common.models.layers import resize
 from common.models.segmentor import Geometry, SegmentationModel
@@ -112,5 +112,9 @@ def dilate_last_stage(backbone: nn.Module, dilation: int = 2) -> nn.Module:
 def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
     """The network of a config with a ResNet."""
     options = typed(DeepLabV3PlusOptions, config.options, "model.options")
+    if config.align_corners:
+        raise ConfigError(
+            "model.align_corners: detectron2's DeepLabV3+ resizes without aligned corners; set it to false"
+        )
     backbone = dilate_last_stage(build_backbone(config, **{"output_stride": 16, **options.backbone}))
     return DeepLabV3PlusD2(backbone, config.num_classes, config.mean, config.std, options)

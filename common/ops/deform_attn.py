@@ -10,12 +10,13 @@ embedding_bag   one weighted row sum over corners × points, on the CPU several 
                 fraction of its memory. Deterministic on every device.
 triton          one fused kernel each way (deform_attn_triton.py); keeps only its inputs for the backward.
 
-`ms_deform_attn` chooses once per device and logs what it chose.
+`ms_deform_attn` chooses once per device and logs what it chose; without Triton it warns that CUDA is slow.
 """
 
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -65,8 +66,10 @@ def _choose(device: str, deterministic: bool) -> Form:
     if device == "cpu" or (device == "cuda" and deterministic):
         form, why = "embedding_bag", "fastest on CPUs, deterministic on all devices"
     elif device == "cuda":
-        missing = triton_missing()
-        form, why = ("grid_sample", missing) if missing else ("triton", "fused kernel")
+        if missing := triton_missing():
+            warnings.warn(f"deformable attention on cuda: grid_sample, slow and large ({missing})", stacklevel=2)
+            return "grid_sample"
+        form, why = "triton", "fused kernel"
     else:
         form, why = "grid_sample", "any device"
     log.info("deformable attention on %s: %s (%s)", device, form, why)

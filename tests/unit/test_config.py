@@ -56,6 +56,10 @@ def test_json_reads_like_yaml(tmp_path):
         ("optim.lr=fast", ["optim: lr", "expected float"]),
         ("train.steps=true", ["steps", "expected int"]),
         ("steps", ["section.key=value"]),
+        ("train.log_every=0", ["run.yaml: train.log_every: 0 is less than 1", "give train.steps (1000)"]),
+        ("train.save_every=-5", ["train.save_every: -5 is less than 1"]),
+        ("eval.every=0", ["eval.every: 0 is less than 1"]),
+        ("train.devices=0", ["train.devices: 0 is less than 1"]),
     ],
 )
 def test_bad_override_names_key_and_fix(config, override, words):

@@ -172,8 +172,9 @@ def test_dispatch_says_once_what_runs(monkeypatch, caplog):
     assert choose_form("cuda", deterministic=True) == "embedding_bag"
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert choose_form("cuda") == "grid_sample"
-    assert triton_missing() is not None
+    with pytest.warns(UserWarning, match="on cuda: grid_sample, slow and large .Triton") as warned:
+        assert choose_form("cuda") == choose_form("cuda") == "grid_sample"
+    assert len(warned) == 1 and triton_missing() is not None
     deform_attn._choose.cache_clear()
 
 

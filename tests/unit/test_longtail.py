@@ -1,10 +1,12 @@
 """The greedy sampler against a search over all images with fractions, and its script."""
 
+import dataclasses
 import sys
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import yaml
 from scipy import sparse
 
 from common.config import SourceConfig
@@ -173,3 +175,24 @@ def test_script(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(ValueError, match="give --images, --gini, or both"):
         make_longtail.main()
+
+
+def test_script_takes_a_folder_set_from_a_config(source, tmp_path, monkeypatch):
+    data = {"dataset": "folder", "root": source.root, "folder": source.folder}
+    streams = {"labeled": {"batch_size": 1}, "all": {"batch_size": 1, "labels": False}}
+    tree = {"model": {"name": "pspnet", "num_classes": 5}, "data": {**data, "streams": streams}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(tree))
+    out = tmp_path / "own.txt"
+    words = ["make_longtail.py", "--config", str(tmp_path / "own.yaml"), "--images", "9", "--workers", "0"]
+    for more in ([], ["--stream", "all", "data.streams.all.split=train"]):
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(out), *more])
+        make_longtail.main()
+        listed = SegmentationDataset(dataclasses.replace(source, list=str(out)))
+        assert len(listed) == len(out.read_text().split()) == 9
+        assert (class_statistics(listed, 0).image_count > 0).all()
+        out.unlink()
+    for wrong, message in ((["camvid"], "name one data set"), (["--stream", "none"], "streams: all, labeled")):
+        monkeypatch.setattr(sys, "argv", [*words, "--out", str(out), *wrong])
+        with pytest.raises(ValueError, match=message):
+            make_longtail.main()
+    assert not out.exists()

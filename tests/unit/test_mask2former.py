@@ -102,13 +102,17 @@ def test_attention_masks_equal_resized_masks():
 @pytest.mark.parametrize("class_head", ["softmax", "seesaw"])
 def test_every_parameter_trains(class_head):
     model = small(class_head=class_head).train()
+    for layer in model.pixel_decoder.layers:  # at their zero start, queries and level embeddings have no gradient yet
+        nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.01)
+        nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.01)
     loss = SetCriterion(CLASSES, CriterionOptions("ce" if class_head == "softmax" else "seesaw", points=64))
     label = torch.randint(-1, CLASSES, (2, 64, 96), dtype=torch.int16)
     result = loss(model(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)), label)
     result["loss"].backward()
     assert len(result) == 1 + 3 * 5
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not without and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, g in gradients.items() if g is None or not g.isfinite().all() or not g.any()]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 def test_training_lowers_the_loss():
@@ -162,6 +166,9 @@ def test_options_that_do_not_fit():
         small(hidden_dim=48)
     with pytest.raises(ConfigError, match="num_queries"):
         small(num_query=3)
+    for name in ("mask2former", "deeplabv3plus_d2"):
+        with pytest.raises(ConfigError, match="model.align_corners: .* set it to false"):
+            build_model(ModelConfig(name, CLASSES, "resnet50", align_corners=True))
 
 
 @pytest.mark.parametrize(

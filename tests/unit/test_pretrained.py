@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -109,10 +110,45 @@ def test_another_class_count(trained, tmp_path):
     with pytest.raises(ValueError, match="trained on 5 classes, the model has 7; .*reset_classifier"):
         load_weights(model, tmp_path / "five.pth")
     before = model.decode_head.conv_seg.weight.clone()
-    with pytest.warns(UserWarning, match="classifier of 5 classes left out"):
+    with pytest.warns(UserWarning, match="trained on 5 classes, the model has 7; its classifier is left out"):
         load_weights(model, tmp_path / "five.pth", reset_classifier=True)
     assert torch.equal(model.decode_head.conv_seg.weight, before)
     assert torch.equal(model.decode_head.bottleneck.conv.weight, trained.decode_head.bottleneck.conv.weight)
+
+
+TINY = {"hidden_dim": 32, "heads": 4, "num_queries": 3, "encoder_layers": 1, "encoder_hidden": 8, "decoder_layers": 1}
+
+
+def mask2former(classes=5, **options):
+    return build_model(
+        ModelConfig("mask2former", classes, "resnet18", options={**TINY, "decoder_hidden": 8, **options})
+    )
+
+
+@pytest.mark.parametrize(("theirs", "ours", "rows"), [("seesaw", "softmax", 6), ("softmax", "seesaw", 4)])
+def test_another_class_head(tmp_path, theirs, ours, rows):
+    """Of as many classes: one output more or less."""
+    save_file(mask2former(class_head=theirs).state_dict(), tmp_path / "five.safetensors")
+    message = (
+        f"trained on 5 classes with class_head {theirs}, or on {rows} with {ours}; set "
+        f"model.options.class_head={theirs}, or model.num_classes={rows}, or reset_classifier"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_weights(mask2former(class_head=ours), tmp_path / "five.safetensors")
+    with pytest.raises(ValueError, match="trained on 5 classes, the model has 8; set model.num_classes, or"):
+        load_weights(mask2former(8, class_head=theirs), tmp_path / "five.safetensors")
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_trained_and_frozen_norms_hold_the_same_weights(tmp_path, frozen):
+    """Only trained ones have counters."""
+    theirs, ours = mask2former(frozen_norm=not frozen), mask2former(frozen_norm=frozen)
+    save_file(theirs.state_dict(), tmp_path / "w.safetensors")
+    load_weights(ours, tmp_path / "w.safetensors")
+    found, expected = ours.state_dict(), theirs.state_dict()
+    shared = [name for name in found if not name.endswith("num_batches_tracked")]
+    assert len(found.keys() ^ expected.keys()) == 20  # the counters of ResNet-18's norms
+    assert all(torch.equal(found[name], expected[name]) for name in shared)
 
 
 def test_config_names_the_checkpoint(trained, tmp_path):
@@ -269,6 +305,50 @@ def test_backbone_file_of_torchvision(tmp_path):
     net.fc, net.avgpool = torch.nn.Identity(), torch.nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(backbone(x)[-1].flatten(1), net.eval()(x))
+
+
+def detectron2_names(name):
+    """torchvision's name as detectron2's conversion of ImageNet weights writes it."""
+    name = name if name.startswith("layer") else f"stem.{name}"
+    name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+    return (
+        re.sub(r"bn(\d)", r"conv\1.norm", name)
+        .replace("downsample.0", "shortcut")
+        .replace("downsample.1", "shortcut.norm")
+    )
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A ResNet-18 and its pickle in detectron2's form, classifier included."""
+    net = timm.create_model("resnet18", num_classes=3)
+    weights = {detectron2_names(name): tensor.numpy() for name, tensor in net.state_dict().items()}
+    assert {"stem.conv1.norm.bias", "res3.0.shortcut.norm.running_var", "stem.fc.weight"} <= weights.keys()
+    raw = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(raw))
+    return net.state_dict(), tmp_path / "R-18.pkl"
+
+
+def test_backbone_file_of_detectron2(zoo):
+    """Norms are frozen at the file's scale, zeros of the last norms included."""
+    reference, path = zoo
+    config = ModelConfig("mask2former", 5, "resnet18", pretrained=str(path), options=TINY | {"decoder_hidden": 8})
+    for backbone in (build_backbone(config), build_model(config).backbone):
+        assert all(torch.equal(tensor, reference[key]) for key, tensor in backbone.state_dict().items())
+    assert not reference["layer4.1.bn2.weight"].any()
+
+
+def test_backbone_file_in_place_of_a_checkpoint(zoo, trained, fresh, tmp_path):
+    with pytest.raises(ValueError, match="R-18.pkl: .*holds the backbone alone: name it in model.pretrained, not"):
+        load_weights(mask2former(), zoo[1])
+    backbone = {k: t for k, t in mmseg_state(trained).items() if k.startswith("backbone.")}
+    torch.save(backbone, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match="name it in model.pretrained"):
+        load_weights(fresh, tmp_path / "net.pth")
+    torch.save(backbone | {"decode_head.conv_seg.bias": torch.zeros(5)}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="missing: ") as error:
+        load_weights(fresh, tmp_path / "part.pth")
+    assert "model.pretrained" not in str(error.value)
 
 
 def test_backbone_file_that_does_not_fit(tmp_path):

@@ -41,8 +41,12 @@ class FrozenNormConv2d(nn.Conv2d):
         return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
 
 
-def freeze_batchnorm(network: nn.Module) -> nn.Module:
-    """Replace every batch norm of a timm ResNet, in place: `bn1` follows `conv1`, `downsample.1` `downsample.0`, …"""
+def freeze_batchnorm(network: nn.Module, *, untrained: bool = False) -> nn.Module:
+    """Replace every batch norm of a timm ResNet, in place: `bn1` follows `conv1`, `downsample.1` `downsample.0`, …
+
+    `untrained`: the network has no weights from elsewhere, so every scale becomes 1. The zero at which the last norm of
+    a residual block begins, frozen, would keep the block's convolutions out of the network for good.
+    """
     for parent in list(network.modules()):
         children = dict(parent.named_children())
         for name, norm in children.items():
@@ -53,6 +57,8 @@ def freeze_batchnorm(network: nn.Module) -> nn.Module:
             if isinstance(children[before], nn.Sequential):  # the deep stem: its last convolution
                 holder, before = children[before], str(len(children[before]) - 1)
             frozen = FrozenBatchNorm2d(norm)
+            if untrained:
+                nn.init.ones_(frozen.weight)
             conv = FrozenNormConv2d(getattr(holder, before), frozen)
             setattr(parent, name, frozen)
             setattr(holder, before, conv)

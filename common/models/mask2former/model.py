@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelConfig, typed
+from common.config import ConfigError, ModelConfig, typed
 from common.models.backbones import build_backbone
 from common.models.backbones.frozen_norm import freeze_batchnorm
 from common.models.layers import resize_rows, source_rows
@@ -61,7 +61,7 @@ class Mask2Former(SegmentationModel):
 
     def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions):
         super().__init__(num_classes, mean, std, align_corners=False, divisor=32)
-        self.backbone = backbone
+        self.backbone, self.class_head = backbone, options.class_head
         self.pixel_decoder = PixelDecoder(
             backbone.channels,
             options.hidden_dim,
@@ -123,7 +123,9 @@ def mask2former(config: ModelConfig) -> Mask2Former:
         raise ValueError(
             f"model.options.hidden_dim: {options.hidden_dim} must be a multiple of 32 and of heads ({options.heads})"
         )
+    if config.align_corners:
+        raise ConfigError("model.align_corners: Mask2Former resizes without aligned corners; set it to false")
     backbone = build_backbone(config, **options.backbone)
     if options.frozen_norm:
-        freeze_batchnorm(backbone)
+        freeze_batchnorm(backbone, untrained=not config.pretrained)
     return Mask2Former(backbone, config.num_classes, config.mean, config.std, options)

@@ -57,6 +57,17 @@ def _network(raw: Mapping[str, Any]) -> dict[str, Any]:
     return state_dict(part) if isinstance(part, Mapping) else {}
 
 
+def has_extra_norm(path: str | Path, prefix: str | None = None) -> bool:
+    """Whether a checkpoint's network has the batch norm between backbone and head: found from the names of its tensors.
+
+    path: a file of the release, or ours, of a network or a method. prefix: the network inside a method's checkpoint;
+    None: the one that predicts. Raises FileNotFoundError or ValueError.
+    """
+    raw, metadata = read(path)
+    prefix = metadata.get("predict_prefix", "") if prefix is None else prefix
+    return any(name.startswith(prefix + EXTRA_NORM) for name in _network(raw))
+
+
 def read_extras(path: str | Path) -> Extras:
     """Prototypes, discriminator and iteration of an official checkpoint. Raises FileNotFoundError or ValueError."""
     raw, _ = read(path)

@@ -66,12 +66,10 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     state = tensors(state_dict(raw))
     unused = [name for name in state if name.startswith(UNUSED)]
     if unused:
-        logging.getLogger(__name__).info("unused: %s", short(unused))
+        logging.getLogger(__name__).info("detectron2 checkpoint: unused: %s", short(unused))
     inner = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     if hasattr(model, "backbone"):
         inner = BACKBONE_NAMES[model.backbone.family](inner, model.backbone)
     rules = MASK2FORMER if hasattr(model, "pixel_decoder") else DEEPLAB
     rest = {rename(n, rules): t for n, t in state.items() if not n.startswith(("backbone.", *UNUSED))}
-    converted = {**{f"backbone.{name}": t for name, t in inner.items()}, **rest}
-    own = model.state_dict().keys()  # a norm that is frozen here has no counter
-    return {name: t for name, t in converted.items() if name in own or not name.endswith("num_batches_tracked")}
+    return {**{f"backbone.{name}": t for name, t in inner.items()}, **rest}

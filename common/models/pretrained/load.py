@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.models.pretrained import cpsl, detectron2, mmseg, usrn
 from common.models.pretrained.containers import read, short, state_dict, tensors
+from common.models.pretrained.timm import fits_backbone
 
 # Each reader has matches(raw) -> bool and convert(raw, model) -> {our name: tensor}; the first that matches is taken.
 READERS = (mmseg, cpsl, usrn, detectron2)
@@ -51,24 +52,39 @@ def _fit(state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_cla
     """`state` without classifiers of another size; ValueError where anything else does not fit `model`."""
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
-    extra = [name for name in state if name not in own]
+    extra = [name for name in state if name not in own and not name.endswith(COUNTER)]
     other = [name for name in state if name in own and state[name].shape != own[name].shape]
     heads = [name for name in other if _is_classifier(name, model)]
     if missing or extra or len(heads) < len(other):
         shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in other if n not in heads]
         parts = (("missing", missing), ("not in the model", extra), ("of another shape", shapes))
         lists = "; ".join(f"{title}: {short(names)}" for title, names in parts if names)
-        raise ValueError(f"{path}: does not fit this model. {lists}")
+        raise ValueError(f"{path}: does not fit this model. {lists}{_advice(state, model)}")
     if not heads:
         return state
-    theirs = model.num_classes + state[heads[0]].shape[0] - own[heads[0]].shape[0]
+    difference, fix = _classifiers(model, state[heads[0]].shape[0] - own[heads[0]].shape[0])
     if not reset_classifier:
-        raise ValueError(
-            f"{path}: trained on {theirs} classes, the model has {model.num_classes}; set model.num_classes, or "
-            "reset_classifier to start with a new classifier"
-        )
-    warnings.warn(f"{path}: classifier of {theirs} classes left out ({short(heads)})", stacklevel=3)
+        raise ValueError(f"{path}: {difference}; set {fix}, or reset_classifier to start with a new classifier")
+    warnings.warn(f"{path}: {difference}; its classifier is left out ({short(heads)})", stacklevel=3)
     return {name: tensor for name, tensor in state.items() if name not in heads}
+
+
+def _advice(state: dict[str, Tensor], model: nn.Module) -> str:
+    """What to do with a file that holds the model's backbone and nothing else of it; for others nothing."""
+    backbone, rest = getattr(model, "backbone", None), [n for n in model.state_dict() if not n.startswith("backbone.")]
+    if not isinstance(backbone, nn.Module) or not state.keys().isdisjoint(rest) or not fits_backbone(state, backbone):
+        return ""
+    return "; it holds the backbone alone: name it in model.pretrained, not in model.checkpoint"
+
+
+def _classifiers(model: nn.Module, rows: int) -> tuple[str, str]:
+    """What a file was trained on whose classifier has `rows` outputs more than the model's, and the option to set."""
+    theirs, ours = model.num_classes + rows, model.num_classes
+    other = {("softmax", 1): "seesaw", ("seesaw", -1): "softmax"}.get((getattr(model, "class_head", None), rows))
+    if other is None:
+        return f"trained on {theirs} classes, the model has {ours}", "model.num_classes"
+    difference = f"trained on {ours} classes with class_head {other}, or on {theirs} with {model.class_head}"
+    return difference, f"model.options.class_head={other}, or model.num_classes={theirs}"
 
 
 def _is_classifier(name: str, model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""ImageNet weights of backbones: timm's by tag, or a file with the names of timm, torchvision or OpenMMLab."""
+"""ImageNet weights of backbones: timm's by tag, or a file (names of timm, torchvision, OpenMMLab or detectron2)."""
 
 import logging
 import socket
@@ -12,7 +12,7 @@ import timm
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
-from common.models.pretrained import mmseg
+from common.models.pretrained import detectron2, mmseg
 from common.models.pretrained.containers import read, short, state_dict, tensors
 
 TAGS = {  # backbone → timm's pretrained model
@@ -42,7 +42,7 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "resnet": Family(unused=("fc.",)),
+    "resnet": Family(unused=("fc.", "stem.fc.")),
     "hrnet": Family(unused=("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")),
     "mit": Family(unused=("head.",)),
     "swin": Family(unused=("head.", "norm."), absent=("norms.",)),
@@ -58,18 +58,26 @@ def load_backbone(backbone: nn.Module, name: str, source: bool | str | Path) -> 
     if next(backbone.parameters()).is_meta:
         return
     state = _fetch(name) if source is True else tensors(state_dict(read(source)[0]))
-    if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): t for key, t in state.items() if key.startswith("backbone.")}
     where, family = f"weights of {name}" if source is True else str(source), FAMILIES[backbone.family]
-    problems = {}
+    attempts = []
     for candidate in _spellings(state, backbone, family):
         problems, dropped = _compare(candidate, backbone, family)
         if not problems:
-            logging.getLogger(__name__).info("%s: unused: %s", where, short(dropped) or "nothing")
+            logging.getLogger(__name__).info("%s: loaded; unused: %s", where, short(dropped) or "nothing")
             backbone.load_state_dict(candidate, strict=False)
             return
-    lists = "; ".join(f"{title}: {short(names)}" for title, names in problems.items())
+        attempts.append(problems)
+    nearest = min(attempts, key=lambda problems: sum(map(len, problems.values())))
+    lists = "; ".join(f"{title}: {short(names)}" for title, names in nearest.items())
     raise ValueError(f"{where}: does not fit the backbone {name}. {lists}")
+
+
+def fits_backbone(state: dict[str, Tensor], backbone: nn.Module) -> bool:
+    """Whether `load_backbone` would take weights of these names and shapes."""
+    family = FAMILIES.get(getattr(backbone, "family", ""))
+    if family is None:
+        return False
+    return not all(_compare(candidate, backbone, family)[0] for candidate in _spellings(state, backbone, family))
 
 
 def _fetch(name: str) -> dict[str, Tensor]:
@@ -80,8 +88,8 @@ def _fetch(name: str) -> dict[str, Tensor]:
         return timm.create_model(TAGS[name], pretrained=True).state_dict()
     except Exception as error:  # whatever the download library of the day raises
         raise ValueError(
-            f"model.pretrained: cannot fetch {TAGS[name]} ({type(error).__name__}); without network, set "
-            "model.pretrained to a file with its weights (timm, torchvision or OpenMMLab names), or to false"
+            f"model.pretrained: cannot fetch {TAGS[name]} ({type(error).__name__}); without network, set it to a file "
+            "with these weights (names of timm, torchvision, OpenMMLab or detectron2), or to false"
         ) from error
 
 
@@ -95,9 +103,11 @@ def _check_host(tag: str) -> None:
 
 
 def _spellings(state: dict[str, Tensor], backbone: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
-    """`state` as it is, with timm's names made ours, and with OpenMMLab's names made ours."""
+    """`state` as it is, and with timm's, OpenMMLab's and detectron2's names made ours."""
+    if any(key.startswith("backbone.") for key in state):
+        state = {key.removeprefix("backbone."): t for key, t in state.items() if key.startswith("backbone.")}
     yield state
-    for rename in (family.rename, mmseg.NAMES.get(backbone.family)):
+    for rename in (family.rename, mmseg.NAMES.get(backbone.family), detectron2.BACKBONE_NAMES.get(backbone.family)):
         if rename is not None:
             try:
                 yield rename(state, backbone)
@@ -110,7 +120,7 @@ def _compare(state: dict[str, Tensor], backbone: nn.Module, family: Family) -> t
     own = backbone.state_dict()
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
     missing = [n for n in missing if not n.startswith(family.absent or ("\0",))]
-    extra = [n for n in state if n not in own]
+    extra = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
     dropped = [n for n in extra if n.startswith(family.unused or ("\0",))]
     shapes = [n for n in own if n in state and state[n].shape != own[n].shape]
     found = {"missing": missing, "unknown": [n for n in extra if n not in dropped], "of another shape": shapes}

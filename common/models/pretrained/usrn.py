@@ -38,6 +38,6 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         raise ValueError("no subclass branch in the file; set model.name to deeplabv3plus, or take a USRN checkpoint")
     if branch and not wanted:
         families = [family[:-1] for family in SUBCLASS_BRANCH if any(name.startswith(family) for name in branch)]
-        logging.getLogger(__name__).info("unused: %d tensors of %s", len(branch), ", ".join(families))
+        logging.getLogger(__name__).info("USRN checkpoint: unused: %d tensors of %s", len(branch), ", ".join(families))
         state = {name: tensor for name, tensor in state.items() if name not in set(branch)}
     return state
