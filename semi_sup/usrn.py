@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from common.config import Config, ConfigError, typed
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, move_average
-from common.losses.refreshed import StudentLogits
+from common.losses.refreshed import StudentLogits, Unit
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_model
 from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
@@ -47,7 +47,8 @@ class BaselineConfig:
 
     subclasses: str | tuple[int, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
     supervised: float = 1.0  # weight of the terms on labelled images
-    blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: labels only)
+    # BLV options (`average` is that of the labelled term), and `refresh` (steps between new counts; 0: labels only)
+    blv: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
     config_type: type[BaselineConfig] = BaselineConfig
+    pseudo_labels: Unit | None = None  # how they count in BLV's frequencies
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
         super().__init__(cfg.optim)
@@ -102,7 +104,8 @@ class Baseline(Method):
         if self.model.dual != self.branches:
             name = "usrn" if self.branches else "deeplabv3plus"
             raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {name}")
-        self.class_logits = StudentLogits(self.options.blv, counts, f"{cfg.name}: method: blv")
+        where = f"{cfg.name}: method: blv"
+        self.class_logits = StudentLogits(self.options.blv, counts, where, self.pseudo_labels)
 
     @property
     def branches(self) -> bool:
@@ -121,6 +124,7 @@ class Baseline(Method):
         """L_s of the labelled crops."""
         logits = self.model.classifier(maps.features)
         loss = self.at_full_size(logits, batch["label"], lambda z: self.class_logits.perturb(z, progress))
+        loss = self.class_logits.averaged(loss, batch["label"])
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
     def at_full_size(self, logits: Tensor, label: Tensor, perturb=None) -> Tensor:
@@ -135,6 +139,7 @@ class SelfTraining(Baseline):
     geometry)."""
 
     config_type = SelfTrainingConfig
+    pseudo_labels = "pixels"
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
         super().__init__(cfg, options, counts)

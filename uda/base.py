@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import Config, ConfigError, OptimConfig, typed
+from common.config import Config, ConfigError, ModelConfig, OptimConfig, typed
 from common.engine.method import Batch, Losses, Method
-from common.engine.optim import parameter_groups
 from common.losses.cross_entropy import pixel_cross_entropy
-from common.losses.refreshed import StudentLogits
+from common.losses.refreshed import StudentLogits, Unit
 from common.losses.self_training import symmetric_cross_entropy
-from common.models import build_model
+from common.models import build_model, load_weights
+from common.models.pretrained.cpsl import has_extra_norm
 from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
+from uda.config import command
 
 STRIDE = 4  # of the grid on which target losses live
 CONFIDENCE_STEPS = 254  # a confidence of 1 in 8-bit maps, where 255 marks ignored pixels
@@ -52,16 +54,17 @@ def onto_grid(maps: Tensor, size: tuple[int, int]) -> Resampling:
 class SegmentationLoss(StudentLogits):
     """The student's segmentation losses; with BLV the logits are perturbed first, on source and target alike.
 
-    BLV's counts are those of the source labels; `refresh: N` adds the target's pseudo-labels every N steps.
+    BLV's counts are those of the source labels. `refresh: N` adds, every N steps, the class shares of the target's
+    pseudo-labels of those steps times the number of source pixels, so that both domains weigh alike.
     """
 
     def forward(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
-        """Cross-entropy over valid pixels, of logits (B, K, H, W) and label (B, H, W)."""
-        return pixel_cross_entropy(self.perturb(logits, progress), label)
+        """Cross-entropy of logits (B, K, H, W) and label (B, H, W): over valid pixels, or as BLV's `average` says."""
+        return self.averaged(pixel_cross_entropy(self.perturb(logits, progress), label), label)
 
     def symmetric(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
-        """Symmetric cross-entropy with the factors `rce` of its two terms."""
-        return symmetric_cross_entropy(self.perturb(logits, progress), label, *rce)
+        """Symmetric cross-entropy with the factors `rce` of its two terms; the same means."""
+        return self.averaged(symmetric_cross_entropy(self.perturb(logits, progress), label, *rce), label)
 
 
 @contextmanager
@@ -82,6 +85,7 @@ class Stage(Method):
     """What every stage has: options of its own type, the student, its segmentation loss, its parameter groups."""
 
     Options: type
+    pseudo_labels: Unit | None = "shares"  # how they count in BLV's frequencies; None: the stage makes none
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
         """`counts`: pixels of each class in the source labels; only BLV needs them."""
@@ -89,7 +93,8 @@ class Stage(Method):
         self.options = typed(self.Options, options, f"{cfg.name}: method")
         self.steps = cfg.train.steps
         self.model = build_model(cfg.model)
-        self.segmentation_loss = SegmentationLoss(self.options.blv, counts, f"{cfg.name}: method: blv")
+        where = f"{cfg.name}: method: blv"
+        self.segmentation_loss = SegmentationLoss(self.options.blv, counts, where, self.pseudo_labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
@@ -109,13 +114,16 @@ class Stage(Method):
 
 
 def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float) -> list[dict[str, Any]]:
-    """Backbone and head (with the extra norm) at multiples of `optim.lr`; rules of `optim.groups` come first.
+    """Backbone and head (with the extra norm) at multiples of `optim.lr`. ConfigError for rules in `optim.groups`.
 
     The release's optimiser visits most backbone tensors three times a step, so its nominal rate acts threefold; the
     multiplier says so openly.
     """
     if optim.groups:
-        return parameter_groups(model, optim)
+        raise ConfigError(
+            f"optim.groups: {optim.groups[0].match!r}: the groups of domain adaptation are fixed; set "
+            "method.backbone_lr_mult and method.head_lr_mult instead"
+        )
     head = re.compile(r"^(layer5|bn_pretrain)\.")
     rest, chosen = [], []
     for name, parameter in model.named_parameters():
@@ -130,11 +138,24 @@ def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_m
     return [{"params": p, "name": name, "lr": optim.lr * mult, **common} for name, p, mult in parts if p]
 
 
+def network_of(config: ModelConfig, path: str | Path, prefix: str | None = None) -> nn.Module:
+    """The network that `config` describes with the weights of a checkpoint, ours or the release's.
+
+    It has the extra norm where the checkpoint has it, whatever the config says: stage 1's network has none, those of
+    stages 2 and 3 do. prefix: the network inside a checkpoint of ours; None: the one that the method predicts with.
+    """
+    options = {key: value for key, value in config.options.items() if key != "extra_norm"}
+    options |= {"extra_norm": True} if has_extra_norm(path, prefix) else {}
+    model = build_model(replace(config, pretrained=False, checkpoint=None, options=options))
+    load_weights(model, path, prefix=prefix)
+    return model
+
+
 def read_prototypes(path: str, classes: int) -> Tensor:
     """Prototypes float32 (C, D) of calc_prototype.py: torch-saved tensor, or .npy. ValueError names the fix."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{path}: no prototypes there; calc_prototype.py makes them from the warm-up's checkpoint")
+        raise ValueError(f"{path}: no prototypes there; {command('calc_prototype.py', path)} makes them")
     if file.suffix == ".npy":
         value = torch.from_numpy(np.load(file, allow_pickle=False))
     else:
@@ -149,7 +170,8 @@ def read_distribution(path: str, classes: int) -> Tensor:
     """Class shares float32 (C,) of generate_class_distribution.py. ValueError names the fix."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{path}: no class distribution there; generate_class_distribution.py makes it")
+        program = command("generate_class_distribution.py", path)
+        raise ValueError(f"{path}: no class distribution there; {program} makes it")
     value = np.load(file, allow_pickle=False)
     if value.shape != (classes,):
         raise ValueError(f"{path}: {value.shape[0]} class shares for {classes} classes; make the file again")

@@ -10,6 +10,26 @@ SOFT, HARD = "pseudo_soft", "pseudo_hard"
 PROTOTYPES, DISTRIBUTION = "prototypes.pt", "class_distribution.npy"
 
 
+def split_name(name: str) -> tuple[str | None, str]:
+    """Stage and variant that a run is named after: ("stage1", "blv") for `stage1_blv`, (None, "") where it is not."""
+    for stage in STAGES:
+        if name == stage or name.startswith(f"{stage}_"):
+            return stage, name[len(stage) + 1 :]
+    return None, ""
+
+
+def run_of(path: str | Path) -> tuple[str | None, str]:
+    """Stage and variant of the run in whose folder `path` lies: the last one on the way that is named after a stage."""
+    names = (split_name(folder) for folder in reversed(Path(path).parent.parts))
+    return next((name for name in names if name[0] is not None), (None, ""))
+
+
+def command(program: str, path: str | Path) -> str:
+    """The program that makes the file `path`, with the --stage and --variant of its run."""
+    stage, variant = run_of(path)
+    return program + (f" --stage {stage}" if stage else "") + (f" --variant {variant}" if variant else "")
+
+
 def stage_parser(description: str | None, stage: str | None = None) -> argparse.ArgumentParser:
     """CONFIG [--stage STAGE] [--variant NAME] [--checkpoint FILE] [--device D] [key=value …]"""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

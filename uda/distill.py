@@ -8,7 +8,7 @@ Stage 2 starts from self-supervised weights (SimCLRv2) with an extra normalisati
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,17 +18,15 @@ from common.config import Config, ConfigError
 from common.data import IGNORE
 from common.engine.method import Batch, Losses
 from common.losses.self_training import distillation
-from common.models import build_model, load_weights
 from common.ops.warp import warp_labels
-from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, to_grid
+from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, network_of, to_grid
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """The `method:` section of stages 2 and 3."""
 
-    teacher: str  # checkpoint of the previous stage
-    teacher_extra_norm: bool = False  # stage 3's teacher has the extra normalisation
+    teacher: str  # checkpoint of the previous stage, ours or the release's
     threshold: float = 0.95  # confidence that a pseudo-label has to exceed
     distillation: float = 1.0
     kd_loss: Literal["kl", "inner_product"] = "kl"  # release: inner_product, a KL whose logarithm is missing
@@ -49,10 +47,7 @@ class Distill(Stage):
 
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
         super().__init__(cfg, options, counts)
-        norm = {"extra_norm": self.options.teacher_extra_norm}
-        plain = replace(cfg.model, pretrained=False, checkpoint=None, options={**cfg.model.options, **norm})
-        self.teacher = build_model(plain).requires_grad_(False)
-        load_weights(self.teacher, self.options.teacher)
+        self.teacher = network_of(cfg.model, self.options.teacher).requires_grad_(False)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """Two parts, back-propagated one by one: source, then the strong target view."""

@@ -1,16 +1,16 @@
 #!/bin/sh
-# The whole pipeline of a task: sh main.sh gta5_to_cityscapes [blv]
+# The whole pipeline of a task: sh main.sh gta5_to_cityscapes [blv | proda]
 # Also synthia_to_cityscapes, camvid_day_to_dusk, toy. A stopped run goes on where it was; finished steps are skipped.
 # $TRAIN starts a training, e.g. TRAIN="torchrun --nproc-per-node 4 -m uda.train"; further settings come from $OVERRIDES.
 set -eu
 cd "$(dirname "$0")"
-if [ $# -lt 1 ] || [ ! -d "configs/$1" ]; then
-    echo "error: usage: sh main.sh TASK [VARIANT]; tasks: $(ls configs | tr '\n' ' ')" >&2
+task=${1:-}
+variant=${2:-}
+if [ -z "$task" ] || [ ! -f "configs/$task/stage1${variant:+_$variant}.yaml" ]; then
+    echo "error: usage: sh main.sh TASK [VARIANT]; configs of the first stage:" \
+        $(cd configs && ls */stage1*.yaml | sed 's/\.yaml$//') >&2
     exit 2
 fi
-task=$1
-variant=${2:-}
-end=${variant:+_$variant}
 runs=runs/$task
 train=${TRAIN:-python train.py}
 
@@ -23,15 +23,26 @@ step() {
     else
         echo "[$task] $*"
         "$@"
-        mkdir -p "$(dirname "$mark")" && : >"$mark"
+        mkdir -p "$(dirname "$mark")"
+        [ -e "$mark" ] || : >"$mark"
     fi
 }
-stage() { step "$runs/$1$end/done" $train "configs/$task" --stage "$1" ${variant:+--variant "$variant"} --resume ${OVERRIDES:-}; }
+# A stage that the variant has no config of is the plain one (the warm-up of proda).
+choose() {
+    run=$1 words="configs/$task --stage $1"
+    if [ -n "$variant" ] && [ -f "configs/$task/$1_$variant.yaml" ]; then
+        run=$1_$variant words="$words --variant $variant"
+    fi
+}
+stage() {
+    choose "$1"
+    step "$runs/$run/done" $train $words --resume ${OVERRIDES:-}
+}
 tool() {
-    program=$1 name=$2
+    program=$1
+    choose "$2"
     shift 2
-    step "$runs/$name$end/done_${program}" python "$program.py" "configs/$task" --stage "$name" \
-        ${variant:+--variant "$variant"} "$@" ${OVERRIDES:-}
+    step "$runs/$run/done_$program" python "$program.py" $words "$@" ${OVERRIDES:-}
 }
 
 if [ "$task" = toy ]; then
@@ -41,6 +52,8 @@ fi
 if [ "$task" = camvid_day_to_dusk ]; then
     step datasets/camvid_half/done python ../scripts/shrink_dataset.py camvid --out datasets/camvid_half
 fi
+choose stage2 # its initial weights are the one file that no step makes
+[ -e "$runs/$run/done" ] || python train.py $words --check ${OVERRIDES:-}
 stage warm_up
 tool generate_pseudo_label warm_up --soft
 tool calc_prototype warm_up
@@ -50,4 +63,5 @@ tool generate_pseudo_label stage1
 stage stage2
 tool generate_pseudo_label stage2
 stage stage3
-python test.py "configs/$task" --stage stage3 ${variant:+--variant "$variant"} ${OVERRIDES:-} --history
+tool test stage3
+python test.py $words --history ${OVERRIDES:-}

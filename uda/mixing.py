@@ -1,4 +1,4 @@
-"""CutMix of source pixels into the weak target view: one box of half the crop's area for the whole batch."""
+"""CutMix of source pixels into the weak target view: one box of half the crop's area for a micro-batch."""
 
 from typing import NamedTuple
 

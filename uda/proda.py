@@ -49,7 +49,7 @@ class ProDA(Stage):
         super().__init__(cfg, options, counts)
         self.teacher = deepcopy(self.model).requires_grad_(False)
         self.register_buffer("prototypes", read_prototypes(self.options.prototypes, cfg.model.num_classes))
-        self._means: list[tuple[Tensor, Tensor]] = []  # class means of this step's images, used after the update
+        self._seen: list[tuple[Tensor, Tensor]] = []  # class sums of each image of this step, used after the update
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         target, progress = streams["target"], step / self.steps
@@ -67,7 +67,7 @@ class ProDA(Stage):
     def look(self, target: Batch) -> tuple[Tensor, Tensor]:
         """−d of the teacher's features on the crop's grid (B, C, h, w), and the rectified labels (B, h, w)."""
         out = self.teacher.eval()(target["full"])
-        self._means = [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
+        self._seen += [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
         crop = tuple(target["weak"].shape[-2:])
         closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
@@ -91,9 +91,9 @@ class ProDA(Stage):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         move_average(self.teacher, self.model, self.options.momentum)
-        sums, counts = (gather_rows(torch.stack(values)) for values in zip(*self._means, strict=True))
+        sums, counts = (gather_rows(torch.stack(values)) for values in zip(*self._seen, strict=True))
         for total, count in zip(sums, counts, strict=True):
             share = ((count >= FEWEST_PIXELS) * self.options.prototype_momentum)[:, None]
             self.prototypes += share * (total / count.clamp(min=1)[:, None] - self.prototypes)
-        self._means = []
+        self._seen = []
         super().after_step(step)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
-from common.models import build_model, load_weights
 from common.models.layers import resize_rows
-from uda.base import CONFIDENCE_STEPS
+from uda.base import CONFIDENCE_STEPS, network_of
+from uda.config import command
 
 FEWEST_PIXELS = 10  # of a class in an image, for its mean feature to count
 MEMORY = 3000  # image-level vectors after which a prototype's running mean becomes a moving average
@@ -52,11 +52,8 @@ def open_network(cfg: Config, checkpoint: str | None, device: torch.device, pref
     """
     path = Path(checkpoint) if checkpoint else cfg.folder / "checkpoints" / "last"
     if not path.exists():
-        stage = cfg.name.removesuffix("_blv")
-        raise ValueError(f"{path}: no checkpoint there; train.py --stage {stage} makes it, or give --checkpoint")
-    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, path, prefix=prefix)
-    return model.to(device).eval()
+        raise ValueError(f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint")
+    return network_of(cfg.model, path, prefix).to(device).eval()
 
 
 def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,8 @@
-"""Evaluate a stage: `python test.py configs/gta5_to_cityscapes --stage stage3 [CHECKPOINT] [--eval teacher]`.
+"""Evaluate a stage: `python test.py configs/gta5_to_cityscapes --stage stage3 [--checkpoint FILE] [--eval teacher]`.
 
 One evaluation gives the means over 19, 16 and 13 Cityscapes classes: mIoU16 and mIoU13 are means over subsets of the
-model's own classes. `--history` also prints the target mIoU of the stages before.
+model's own classes, those that neither labels nor predictions show left out. With `--history` nothing is evaluated: it
+prints the target mIoU that each stage of the task ended with.
 """
 
 import json
@@ -14,7 +15,7 @@ from common.data import DATASETS
 from common.engine import distributed
 from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
-from uda.config import STAGES, stage_config, stage_parser
+from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import open_network
 
 SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
@@ -25,9 +26,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", "--resume_path", "--resume", help="default: the stage's newest")
     parser.add_argument("--eval", choices=("student", "teacher"), default="student", help="stage 1: which network")
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
-    parser.add_argument("--history", action="store_true")
+    parser.add_argument("--history", action="store_true", help="print the stored results of all stages, no more")
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
+    if args.history:
+        print_history(cfg)
+        return
     experiment = Experiment(cfg, train=False)  # inference needs no source data
     device = distributed.start(args.device)
     prefix = "teacher." if args.eval == "teacher" else None
@@ -36,19 +40,21 @@ def main() -> None:
     result |= subset_means(result)
     print_result(result)
     print_lines(result)
-    if args.history:
-        print_history(cfg)
     write_json(Path(cfg.folder) / "test.json", result) if cfg.folder.is_dir() else None
 
 
 def subset_means(result: dict) -> dict[str, float]:
-    """Means over the 16 and 13 classes of the SYNTHIA protocols, where the model has them all."""
-    iou = {item["name"]: item["iou"] or 0.0 for item in result["per_class"]}
+    """Means over the 16 and 13 classes of the SYNTHIA protocols, where the model has them all.
+
+    Without the classes whose IoU is undefined (None), as in the table's mean.
+    """
+    iou = {item["name"]: item["iou"] for item in result["per_class"]}
     means = {}
     for key, row in SUBSETS.items():
         names = DATASETS[row].classes
-        if set(names) <= iou.keys():
-            means[key] = sum(iou[name] for name in names) / len(names)
+        defined = [iou[name] for name in names if iou.get(name) is not None]
+        if set(names) <= iou.keys() and defined:
+            means[key] = sum(defined) / len(defined)
     return means
 
 
@@ -62,12 +68,23 @@ def print_lines(result: dict) -> None:
 
 
 def print_history(cfg: Config) -> None:
-    """Target mIoU of every stage of the task that has been evaluated."""
-    end = "_blv" if cfg.name.endswith("_blv") else ""
-    for stage in STAGES:
-        path = replace(cfg, name=stage + end).folder / "evaluation.json"
-        if path.is_file():
-            print(f"{stage + end:<14} target mIoU {100 * json.loads(path.read_text())['miou']:.2f}")
+    """Target mIoU of every stage of the task and the variant that has been evaluated in training.
+
+    A stage that the variant does not have is the plain one. ValueError where there is none.
+    """
+    found = [path for path in (evaluation_of(cfg, stage) for stage in STAGES) if path is not None]
+    if not found:
+        raise ValueError(f"{cfg.output}: no stage has been evaluated there; main.sh or train.py runs them")
+    for path in found:
+        print(f"{path.parent.name:<14} target mIoU {100 * json.loads(path.read_text())['miou']:.2f}")
+
+
+def evaluation_of(cfg: Config, stage: str) -> Path | None:
+    """The stored result of a stage."""
+    variant = split_name(cfg.name)[1]
+    names = [f"{stage}_{variant}", stage] if variant else [stage]
+    paths = (replace(cfg, name=name).folder / "evaluation.json" for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from common import cli
 from common.config import Config, ConfigError, nearest
 from common.engine import Method, distributed, fit, prepare
 from common.experiment import Experiment, print_result
-from uda.base import read_prototypes
-from uda.config import STAGES, stage_config, stage_parser
+from uda.base import read_distribution, read_prototypes
+from uda.config import command, run_of, stage_config, stage_parser
 from uda.cpsl import CPSL
 from uda.distill import Distill
 from uda.proda import ProDA
@@ -30,24 +30,40 @@ def build_method(cfg: Config, counts) -> Method:
 
 def require_earlier_steps(cfg: Config) -> None:
     """Look for the files of earlier steps before any work; a ValueError names the command that makes one."""
+    require_initial_weights(cfg)
     for path in (cfg.model.checkpoint, cfg.model.pretrained, cfg.method.get("teacher")):
-        stage = next((s for s in STAGES if isinstance(path, str) and s in Path(path).as_posix()), None)
-        if isinstance(path, str) and not Path(path).exists() and (stage or path is not cfg.model.pretrained):
-            raise ValueError(f"{path}: not there; train.py --stage {stage or 'of the step before'} makes it")
-    for key, folder in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
-        if "{name}" not in folder and not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no {key} pseudo-labels there; generate_pseudo_label.py makes them")
-        if "{name}" in folder and not Path(folder).parent.is_dir():
-            raise ValueError(f"{Path(folder).parent}: no pseudo-labels there; generate_pseudo_label.py makes them")
+        if isinstance(path, str) and not Path(path).exists():
+            raise ValueError(f"{path}: not there; {command('train.py', path)} makes it")
+    for key, path in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
+        folder = Path(path).parent if "{name}" in path else Path(path)
+        if not folder.is_dir():
+            program = command("generate_pseudo_label.py", folder) + (" --soft" if key == "soft" else "")
+            raise ValueError(f"{folder}: no pseudo-labels there; {program} makes them")
     if "prototypes" in cfg.method:
         read_prototypes(cfg.method["prototypes"], cfg.model.num_classes)
+    if "class_distribution" in cfg.method:
+        read_distribution(cfg.method["class_distribution"], cfg.model.num_classes)
+
+
+def require_initial_weights(cfg: Config) -> None:
+    """Look for the weights that no step of the task makes: stage 2 of the official tasks starts from SimCLRv2's."""
+    path = cfg.model.pretrained
+    if isinstance(path, str) and run_of(path)[0] is None and not Path(path).exists():
+        raise ValueError(
+            f"{path}: not there, and {cfg.name} starts from it (model.pretrained); put the weights there "
+            "(uda/README.md says which), or start from ImageNet's: model.pretrained=true"
+        )
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on from the stage's newest checkpoint")
+    parser.add_argument("--check", action="store_true", help="only look for the weights that no step of a task makes")
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
+    if args.check:
+        require_initial_weights(cfg)
+        return
     require_earlier_steps(cfg)
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)

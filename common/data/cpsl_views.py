@@ -27,6 +27,7 @@ class CPSL:
     1024×2048, SYNTHIA 760×1280); `geometry` counts from it. width, ratio: the drawn width is ⌊U(ratio) · width⌋, the
     height follows the aspect of `base`. Filters are Pillow's bilinear (image) and nearest (labels).
     strong: give `weak` and `strong` in place of `image`, and how they relate: `warp` and `cutout` (see `strong_view`).
+    blur, jitter: how probable the two are in the strong view (CPSL's 0.5; ProDA has neither, 0).
     full: also the whole image at `base`, as `full` (the teacher's input).
     colour_from: a source whose images lend their LAB colour statistics, one drawn for each sample (GTA5 takes
     Cityscapes train).
@@ -38,6 +39,8 @@ class CPSL:
     ratio: tuple[float, float] = (0.5, 1.5)
     flip: float = 0.5
     strong: bool = False
+    blur: float = 0.5
+    jitter: float = 0.5
     full: bool = False
     colour_from: Mapping[str, Any] | None = None
 
@@ -71,7 +74,9 @@ class CPSL:
         if self.full:
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
         weak = pad(pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop, left=left)
-        return {**result, "weak": weak, **strong_view(weak, rng)} if self.strong else {**result, "image": weak}
+        if not self.strong:
+            return {**result, "image": weak}
+        return {**result, "weak": weak, **strong_view(weak, rng, self.blur, self.jitter)}
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
         """Size, crop and mirror."""
@@ -100,8 +105,12 @@ def at_base(sample: Mapping[str, Any], base: tuple[int, int] | None) -> dict[str
     return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
 
 
-def strong_view(weak: torch.Tensor, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+def strong_view(
+    weak: torch.Tensor, rng: np.random.Generator, blur: float = 0.5, jitter: float = 0.5
+) -> dict[str, torch.Tensor]:
     """Mirror, blur, colour jitter, two random operations of fourteen, cutout of `weak` uint8 (3, H, W).
+
+    blur, jitter: probabilities of these two; the mirror's is 0.5.
 
     Returns `strong` uint8 (3, H, W); `warp` float32 (3, 3), which takes a position (x, y, 1) of the strong view to
     the weak view, both in pixels with centres at k + ½; `cutout` int32 (4,) = y0, x0, y1, x1 of the grey box in the
@@ -112,9 +121,9 @@ def strong_view(weak: torch.Tensor, rng: np.random.Generator) -> dict[str, torch
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
         warp = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
-    if rng.random() < 0.5:
+    if rng.random() < blur:
         image = image.filter(ImageFilter.GaussianBlur(1))
-    if rng.random() < 0.5:
+    if rng.random() < jitter:
         image = colour_jitter(image, rng, 0.4, 0.4)
     image, moved = random_operations(image, rng)
     box = _draw_cutout(height, width, rng)

@@ -204,8 +204,14 @@ class _Samples(torch.utils.data.Dataset):
             return ValueError(str(error))
 
 
+WHOLE = ("full", "soft")  # a teacher's input and output of the whole image
+
+
 def collate(samples: list[dict[str, Any] | Exception]) -> dict[str, Any] | Exception:
-    """Stacks tensors of equal shape; other tensors and strings become lists, numbers an int64 tensor."""
+    """Stacks tensors of equal shape; other tensors and strings become lists, numbers an int64 tensor.
+
+    Maps of whole images have to be of one shape: a ValueError, returned as a value, names two that are not.
+    """
     for sample in samples:
         if isinstance(sample, Exception):
             return sample
@@ -214,9 +220,21 @@ def collate(samples: list[dict[str, Any] | Exception]) -> dict[str, Any] | Excep
         values = [sample[key] for sample in samples]
         if isinstance(values[0], torch.Tensor) and all(v.shape == values[0].shape for v in values):
             batch[key] = torch.stack(values)
+        elif key in WHOLE:
+            return _unequal(key, samples)
         else:
             batch[key] = torch.tensor(values) if isinstance(values[0], int) else values
     return batch
+
+
+def _unequal(key: str, samples: list[dict[str, Any]]) -> ValueError:
+    first = samples[0]
+    other = next(sample for sample in samples if sample[key].shape != first[key].shape)
+    shapes = " and ".join("×".join(map(str, sample[key].shape[-2:])) for sample in (first, other))
+    return ValueError(
+        f"{first['name']} and {other['name']}: `{key}`, which no crop brings to one size, is {shapes}; "
+        "set train.devices to the stream's batch_size, so that images of several sizes are taken one by one"
+    )
 
 
 def _loader(stream: Stream, schedule: _Schedule, workers: int) -> DataLoader:

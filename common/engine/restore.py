@@ -1,6 +1,8 @@
 """What a checkpoint holds besides weights, and how a run begins, saves and goes on."""
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -45,13 +47,35 @@ class Restorable:
         return 0
 
     def resume(self) -> int:
-        """Restore the newest whole checkpoint of the run; 0 where there is none."""
+        """Restore the newest whole checkpoint of the run; 0 where there is none.
+
+        Rates, decay and momentum are those of this run's config: they may differ from the checkpoint's. A ValueError
+        says where its optimisers or their groups are others.
+        """
         path = checkpoint.newest(self.cfg.folder / "checkpoints")
         if path is None:
             return 0
         state = checkpoint.restore(path, self.method)
+        saved = state["optimizers"]
+        theirs, ours = _layout(saved), _layout({name: o.state_dict() for name, o in self.optimizers.items()})
+        if theirs != ours:
+            raise ValueError(
+                f"{path}: its optimisers are {theirs}, this config makes {ours} (group, tensors); resume with the "
+                "optim.name and optim.groups of the run, or give this one another `name`"
+            )
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            optimizer.load_state_dict(saved[name])
+            for group, configured in zip(optimizer.param_groups, settings, strict=True):
+                group.update(configured)
         self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         return state["step"]
+
+
+def _layout(optimizers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:
+    """Name and number of tensors of each group, in order, of each optimiser's state dict."""
+    return {
+        name: [(group["name"], len(group["params"])) for group in state["param_groups"]]
+        for name, state in optimizers.items()
+    }

@@ -92,7 +92,8 @@ class BLVLoss(nn.Module):
             counts = given
         if counts is None:
             raise ConfigError("BLV counts: the dataset's statistics are needed")
-        self.register_buffer("weight", class_weights(counts, options.coefficient), persistent=False)
+        self.counts = torch.as_tensor(counts, dtype=torch.float64)  # (K,), as chosen by the options
+        self.register_buffer("weight", class_weights(self.counts, options.coefficient), persistent=False)
 
     def set_counts(self, counts: Tensor) -> None:
         """Use new class counts (K,), e.g. refreshed by pseudo-labels; no host sync."""

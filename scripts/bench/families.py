@@ -80,8 +80,7 @@ def uda_files(cfg: Config) -> None:
         shares = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.05
         _save(lambda values, path: np.save(path, values.numpy()), shares / shares.sum(), method["class_distribution"])
     if "teacher" in method:
-        norm = {"extra_norm": method.get("teacher_extra_norm", False)}
-        plain = replace(cfg.model, pretrained=False, checkpoint=None, options={**cfg.model.options, **norm})
+        plain = replace(cfg.model, pretrained=False, checkpoint=None)
         _save(save_file, build_model(plain).state_dict(), Path(method["teacher"]) / "model.safetensors")
 
 

@@ -11,7 +11,7 @@ import torch
 from common.config import ModelConfig
 from common.losses.self_training import symmetric_cross_entropy
 from common.models import build_model, load_weights
-from common.models.pretrained.cpsl import read_extras
+from common.models.pretrained.cpsl import has_extra_norm, read_extras
 from common.ops.sinkhorn import sinkhorn
 from tests.golden.fill import fill, image
 from uda.discriminator import Discriminator
@@ -92,6 +92,8 @@ def test_names_shapes_and_counts_are_the_official_ones(name, keys):
 
 @pytest.mark.parametrize("name", FILES)
 def test_extra_norm_is_found_from_the_keys(name, files):
+    """By tools that open a checkpoint; a model that was configured otherwise is refused, with the option's name."""
+    assert has_extra_norm(files[name]) is FILES[name]
     model = build_model(config(not FILES[name], blocks=[1, 1, 1, 1]))
     with pytest.raises(ValueError, match=f"model.options.extra_norm={str(FILES[name]).lower()}") as error:
         load_weights(model, files[name])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from common.data.toy import make
@@ -70,13 +71,24 @@ def test_later_stages_and_test(task):
     call("uda/train.py", task / "toy", "--stage", "stage2", *QUICK)
     call("uda/generate_pseudo_label.py", task / "toy", "--stage", "stage2", *QUICK)
     call("uda/train.py", task / "toy", "--stage", "stage3", *QUICK)
+    out = call("uda/test.py", task / "toy", *QUICK)
+    assert "Mean IoU" in out and "miou13" in out
     out = call("uda/test.py", task / "toy", *QUICK, "--history")
-    assert "Mean IoU" in out and "miou13" in out and "stage2" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["warm_up", "stage1", "stage2", "stage3"]
+
+
+def test_proda_in_place_of_stage_1(task):
+    """From the same warm-up; two images a step, back-propagated one by one."""
+    out = call("uda/train.py", task / "toy", "--stage", "stage1", "--variant", "proda", *QUICK, "train.devices=2")
+    assert "mIoU" in out
+    start = torch.load(task / "runs/warm_up/prototypes.pt")
+    moved = weights(task / "runs/stage1_proda")["prototypes"]
+    assert moved.shape == start.shape and 0 < (moved - start).abs().max() < 1
 
 
 def test_missing_step_names_its_command(task):
     out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "method.prototypes=none.pt", expect=2)
-    assert "calc_prototype.py makes them" in out and "Traceback" not in out
+    assert "none.pt: no prototypes there; calc_prototype.py makes them" in out and "Traceback" not in out
     out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "model.checkpoint=none/warm_up/x", expect=2)
     assert "train.py --stage warm_up makes it" in out
     out = call("uda/train.py", task / "toy", "--stage", "stage1", *QUICK, "model.num_classes=16", expect=2)
@@ -98,4 +110,4 @@ def test_the_toy_task_rises_from_the_warm_up_to_stage_1(tmp_path):
     stages = ("warm_up", "stage1", "stage2", "stage3")
     results = [json.loads((tmp_path / f"uda/runs/toy/{s}/evaluation.json").read_text())["miou"] for s in stages]
     assert results[1] > results[0] and min(results) > 0.15, results
-    assert run().count("done already") == 11
+    assert run().count("done already") == 12

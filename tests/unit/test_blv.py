@@ -9,10 +9,19 @@ import torch.nn.functional as F
 from common.config import ConfigError
 from common.losses.blv import RELEASED_COUNTS, BLVLoss, BLVOptions, blv_options, class_weights, draw_mean
 from common.losses.cross_entropy import pixel_cross_entropy
+from common.losses.refreshed import RefreshedBLV, StudentLogits
 
 CITYSCAPES = (
     2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536,
     221979646, 67326424, 7463162, 386328286, 14772328, 12990290, 12863955, 5449152, 22861233,
+)  # fmt: skip
+GTA5 = (
+    16139327127, 4158369631, 8495419275, 927064742, 318109335, 532432540, 67453231, 40526481, 3818867486, 1081467674,
+    6800402117, 182228033, 15360044, 1265024472, 567736474, 184854135, 32542442, 15832619, 2721193,
+)  # fmt: skip
+WARM_UP = (  # class shares of a warmed-up network's predictions on Cityscapes, as published
+    0.379220, 0.049299, 0.226651, 0.015507, 0.017205, 0.014027, 0.002186, 0.002213, 0.133376, 0.024243, 0.043411,
+    0.013146, 0.001615, 0.066048, 0.004075, 0.002789, 0.001847, 0.001229, 0.001912,
 )  # fmt: skip
 # (σ, folded: P(1), mean, std; positive part: P(1), mean, std), the exact moments of the two limited Gaussians
 MOMENTS = [
@@ -141,6 +150,91 @@ def test_refreshed_counts_change_the_weights():
     expected = [1.0, math.log(4 / 3) / math.log(4)]
     assert loss.weight.tolist() == pytest.approx(expected)
     assert not loss.state_dict()
+
+
+def quarter_grid(images=4):
+    """Pseudo-labels of some crops at the paper's size: 128 × 224 cells each, some of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.multinomial(torch.tensor(WARM_UP), images * 128 * 224, True, generator=generator)
+    return label.view(images, 128, 224).masked_fill(torch.rand(images, 128, 224, generator=generator) < 0.2, -1)
+
+
+def test_pseudo_labels_of_another_domain_weigh_like_all_source_pixels():
+    """A thousand steps of quarter grids beside GTA5's 44 · 10⁹ pixels: class shares count, not the number of cells."""
+    label = quarter_grid()
+    shares = torch.bincount(label[label >= 0], minlength=19).double()
+    shares /= shares.sum()
+    source = torch.tensor(GTA5, dtype=torch.float64)
+    start, expected = class_weights(GTA5), class_weights(source + source.sum() * shares)
+    for steps in (1, 3):
+        refreshed = RefreshedBLV(BLVLoss(BLVOptions(), GTA5), "shares")
+        for _ in range(steps):
+            refreshed.count(label, area=16.0)
+        assert torch.equal(refreshed.blv.weight, start)
+        refreshed.refresh()
+        torch.testing.assert_close(refreshed.blv.weight, expected, rtol=1e-6, atol=0)
+    assert start.argmax() == 18 and expected.argmax() == 17, "a bicycle is the rarest in GTA5, a motorcycle in both"
+    assert (expected - start).abs().max() > 0.1
+    as_pixels = RefreshedBLV(BLVLoss(BLVOptions(), GTA5), "pixels")
+    as_pixels.count(label, area=1000)  # of a thousand steps
+    as_pixels.refresh()
+    assert (as_pixels.blv.weight - start).abs().max() < 0.01
+
+
+def test_pseudo_labels_of_the_same_domain_count_as_pixels():
+    label = quarter_grid(1)
+    refreshed = RefreshedBLV(BLVLoss(BLVOptions(), CITYSCAPES))
+    refreshed.count(label, area=64.0)
+    refreshed.refresh()
+    pixels = 64 * torch.bincount(label[label >= 0], minlength=19)
+    torch.testing.assert_close(refreshed.blv.weight, class_weights(torch.tensor(CITYSCAPES) + pixels))
+    refreshed.refresh()  # nothing was counted since
+    assert torch.equal(refreshed.blv.weight, class_weights(CITYSCAPES))
+
+
+@pytest.mark.parametrize("unit", ["pixels", "shares"])
+@pytest.mark.parametrize("counts", ["released", tuple(range(100, 119)), "dataset"])
+def test_refreshed_counts_start_from_those_in_use(unit, counts):
+    """What the options choose, not always the data set's: before and after a refresh, and after a resume."""
+    used = {"released": RELEASED_COUNTS, "dataset": CITYSCAPES}.get(counts, counts)
+    section = {"refresh": 2, **({} if counts == "dataset" else {"counts": counts})}
+    label = quarter_grid(1)
+
+    def make():
+        return StudentLogits(section, CITYSCAPES, "test", unit)
+
+    student = make()
+    student.count(label, 4.0)
+    student.after_step(0)
+    resumed = make()
+    resumed.load_state_dict(student.state_dict())
+    assert torch.equal(student.blv.weight, class_weights(used)) and torch.equal(resumed.blv.weight, student.blv.weight)
+    for each in (student, resumed):
+        each.count(label, 4.0)
+        each.after_step(1)
+    pseudo = 8 * torch.bincount(label[label >= 0], minlength=19).double()
+    pseudo *= sum(used) / pseudo.sum() if unit == "shares" else 1
+    torch.testing.assert_close(student.blv.weight, class_weights(torch.tensor(used) + pseudo))
+    assert torch.equal(resumed.blv.weight, student.blv.weight)
+
+
+def test_refresh_needs_pseudo_labels_and_a_number_of_steps():
+    with pytest.raises(ConfigError, match="head: refresh: 5, but this method makes no pseudo-labels; remove the key"):
+        StudentLogits({"refresh": 5}, [1, 2], "head", None)
+    assert StudentLogits({"refresh": 0}, [1, 2], "head", None).refreshed is None
+    for wrong in ("5", -1, 0.5):
+        with pytest.raises(ConfigError, match="head: refresh: .* is not a number of steps"):
+            StudentLogits({"refresh": wrong}, [1, 2], "head")
+
+
+@pytest.mark.parametrize("preset", ["paper", "released-head"])
+def test_a_student_averages_as_blv_does(preset):
+    logits, label = data((2, 19, 8, 9))
+    section = {"preset": preset, "noise": "constant"}
+    student = StudentLogits(section, CITYSCAPES, "test")
+    loss = student.averaged(pixel_cross_entropy(student.perturb(logits, 0.0), label), label)
+    torch.testing.assert_close(loss, BLVLoss(blv_options(section, "test"), CITYSCAPES)(logits, label))
+    assert StudentLogits(None, None, "test").averaged(loss, label) is loss
 
 
 @pytest.mark.parametrize(

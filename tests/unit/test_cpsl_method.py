@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.config import Config, ModelConfig
+from common.config import Config, ConfigError, ModelConfig
+from common.losses.blv import class_weights
 from uda.base import read_distribution, read_prototypes, to_grid
 from uda.cpsl import CPSL
 from uda.distill import Distill
@@ -39,7 +40,8 @@ def batches(size=2):
     g = torch.Generator().manual_seed(1)
     images = lambda *shape: torch.randint(0, 256, (size, 3, *shape), generator=g, dtype=torch.uint8)  # noqa: E731
     soft = torch.randn(size, CLASSES, 9, 13, generator=g).softmax(1).half()
-    geometry = torch.tensor([[*FULL, 72, 108, 16, 24, 1], [*FULL, 60, 90, 4, 8, 0]], dtype=torch.int32)[:size]
+    geometry = torch.tensor([[*FULL, 72, 108, 16, 24, 1], [*FULL, 60, 90, 4, 8, 0]], dtype=torch.int32)
+    geometry = geometry.repeat(-(-size // 2), 1)[:size]
     label = torch.randint(-1, CLASSES, (size, *CROP), generator=g, dtype=torch.int16)
     target = {
         "weak": images(*CROP), "strong": images(*CROP), "full": images(*FULL), "soft": soft, "geometry": geometry,
@@ -97,14 +99,6 @@ def test_one_hot_soft_labels_survive_rectification_and_equal_similarities_change
     target["soft"] = warm
     label, changed = method.rectify(torch.zeros_like(similarity), target)
     assert changed == 0 and label.shape == (2, 8, 12)
-
-
-def test_rectification_of_known_numbers():
-    similarity, warm = torch.tensor([0.52, 0.60, 0.40]), torch.tensor([0.6, 0.3, 0.1])
-    weights = (similarity / 0.08).softmax(0)
-    product = weights * warm
-    assert weights.tolist() == pytest.approx([0.253716, 0.689672, 0.056612], abs=1e-5)
-    assert (product / product.sum()).tolist() == pytest.approx([0.417305, 0.567176, 0.015519], abs=1e-5)
 
 
 def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
@@ -172,16 +166,37 @@ def test_cutmix_equals_pasting_at_full_size():
 
 
 def test_blv_counts_are_refreshed_and_saved(cfg, options):
-    method = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=[100, 50, 20, 10, 5])
-    before = method.segmentation_loss.blv.weight.clone()
+    """Source pixels, and as many target pixels by the shares of the pseudo-labels."""
+    counts = torch.tensor([1000, 500, 200, 100, 50])
+    method = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=counts)
+    after = method.segmentation_loss.blv.weight
+    torch.testing.assert_close(after, class_weights(counts))
+    *_, label, _, _ = method.look(batches()["target"])
     for _ in method(batches(), 0):
         pass
     method.after_step(0)
-    after = method.segmentation_loss.blv.weight
-    assert not torch.equal(before, after)
-    again = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=[100, 50, 20, 10, 5])
+    seen = torch.bincount(label.flatten(), minlength=CLASSES).double()
+    torch.testing.assert_close(after, class_weights(counts + counts.sum() * seen / seen.sum()))
+    again = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=counts)
     again.load_state_dict(method.state_dict())
-    torch.testing.assert_close(again.segmentation_loss.blv.weight, after)
+    assert torch.equal(again.segmentation_loss.blv.weight, after)
+
+
+def test_blv_in_every_stage(cfg):
+    """Preset and `average` reach both losses; the warm-up has no pseudo-labels to refresh counts with."""
+    with pytest.raises(ConfigError, match="method: blv: refresh: 100, but this method makes no pseudo-labels"):
+        WarmUp(cfg, {"blv": {"refresh": 100}}, [9, 5, 3, 2, 1])
+    label = batches()["source"]["label"]
+    logits, valid = torch.randn(2, CLASSES, *CROP), (label != -1).float().mean()
+    assert valid < 0.9
+    losses = []
+    for average in ("valid", "all"):
+        options = {"blv": {"noise": "constant", "average": average}}
+        loss = WarmUp(cfg, options, [9, 5, 3, 2, 1]).segmentation_loss
+        losses.append([loss(logits, label, 0.0), loss.symmetric(logits, label, (0.1, 1.0), 0.0)])
+    torch.testing.assert_close(losses[1], [valid * value for value in losses[0]])
+    noisy = logits + class_weights([9, 5, 3, 2, 1]).view(1, -1, 1, 1)
+    torch.testing.assert_close(losses[0][0], F.cross_entropy(noisy, label.long(), ignore_index=-1))
 
 
 def test_warm_up_equals_alternating_updates(cfg):
@@ -243,6 +258,25 @@ def test_proda_moves_its_prototypes_towards_class_means(cfg, tmp_path):
             if (mask == k).sum() >= 10:
                 expected[k] += 0.5 * (features[:, mask == k].mean(1) - expected[k])
     torch.testing.assert_close(method.prototypes, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prodas_prototypes_do_not_depend_on_the_micro_batches(cfg, tmp_path):
+    """Four images back-propagated at once, and one by one before the same update."""
+    streams = batches(4)
+    results = []
+    for parts in ([slice(0, 4)], [slice(i, i + 1) for i in range(4)]):
+        torch.manual_seed(0)
+        method = ProDA(cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
+        for conv in (m for m in method.teacher.modules() if isinstance(m, torch.nn.Conv2d)):
+            torch.nn.init.kaiming_normal_(conv.weight)  # else its logits are all but equal, and rounding chooses
+        for part in parts:
+            micro = {name: {key: value[part] for key, value in batch.items()} for name, batch in streams.items()}
+            for _ in method(micro, 0):
+                pass
+        method.after_step(0)
+        results.append(method.prototypes)
+        assert not torch.equal(method.prototypes, torch.load(tmp_path / "prototypes.pt"))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_prototype_sums_equal_masked_means():

@@ -1,10 +1,13 @@
-"""Schedules against their closed forms, groups against names, clipping against torch."""
+"""Schedules against their closed forms, groups against names, clipping against torch, resuming with other settings."""
+
+from itertools import repeat
 
 import pytest
 import torch
 from torch import nn
 
-from common.config import ConfigError, GroupConfig, OptimConfig
+from common.config import Config, ConfigError, GroupConfig, ModelConfig, OptimConfig, TrainConfig
+from common.engine import Method, fit
 from common.engine.optim import build_optimizers, clip_gradients, learning_rate, parameter_groups
 
 
@@ -71,3 +74,64 @@ def test_each_gradient_can_be_clipped_alone():
     (net.conv(torch.ones(1, 2)).sum() * 100).backward()
     clip_gradients(list(net.conv.parameters()), OptimConfig(clip_each=0.01))
     assert all(p.grad.norm() <= 0.01 + 1e-6 for p in net.conv.parameters())
+
+
+class Line(Method):
+    """Two weights, in groups of their own."""
+
+    def __init__(self, optim):
+        super().__init__(optim)
+        self.slow, self.fast = (nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def forward(self, streams, step):
+        return {"loss": (self.slow + 2 * self.fast).sum()}
+
+
+def run(folder, steps, resume=False, decay=0.1, mult=10.0, head="fast", **optim):
+    rule = GroupConfig(head, lr_mult=mult, weight_decay=decay)
+    cfg = Config(
+        name="line", output=str(folder), model=ModelConfig("none", 1), train=TrainConfig(steps=steps),
+        optim=OptimConfig(**{"schedule": "constant", "groups": (rule,), "weight_decay": decay} | optim),
+    )  # fmt: skip
+    method = Line(cfg.optim)
+    fit(cfg, method, lambda step: {"x": repeat({})}, device=torch.device("cpu"), resume=resume)
+    return method
+
+
+def by_torch(stages):
+    """The two weights after (steps, rate, multiplier, decay, momentum) of each stage, by one torch optimiser."""
+    slow, fast = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [fast]}, {"params": [slow]}], lr=1.0)
+    for steps, rate, mult, decay, momentum in stages:
+        for group, lr in zip(optimizer.param_groups, (mult * rate, rate), strict=True):
+            group.update(lr=lr, weight_decay=decay, momentum=momentum)
+        for _ in range(steps):
+            slow.grad, fast.grad = torch.full((3,), 1.0), torch.full((3,), 2.0)
+            optimizer.step()
+    return slow, fast
+
+
+@pytest.mark.parametrize(
+    "changes, second",
+    [
+        ({}, (3, 0.01, 10.0, 0.1, 0.9)),
+        ({"lr": 0.002}, (3, 0.002, 10.0, 0.1, 0.9)),
+        ({"mult": 5.0, "decay": 0.0}, (3, 0.01, 5.0, 0.0, 0.9)),
+        ({"momentum": 0.5}, (3, 0.01, 10.0, 0.1, 0.5)),
+    ],
+)
+def test_a_resumed_run_takes_its_settings_from_the_config(tmp_path, changes, second):
+    """The momentum buffers are the checkpoint's; rates, multipliers, decay and momentum are not."""
+    run(tmp_path, 2, lr=0.01)
+    method = run(tmp_path, 5, resume=True, **{"lr": 0.01} | changes)
+    slow, fast = by_torch([(2, 0.01, 10.0, 0.1, 0.9), second])
+    torch.testing.assert_close(method.slow, slow)
+    torch.testing.assert_close(method.fast, fast)
+
+
+@pytest.mark.parametrize("changes, words", [({"name": "adamw"}, "'adamw'"), ({"head": "slow"}, "'slow', 1")])
+def test_other_optimisers_or_groups_cannot_be_resumed(tmp_path, changes, words):
+    run(tmp_path, 1, lr=0.01)
+    with pytest.raises(ValueError, match=words) as error:
+        run(tmp_path, 2, resume=True, lr=0.01, **changes)
+    assert "\n" not in str(error.value)

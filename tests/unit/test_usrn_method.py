@@ -243,6 +243,18 @@ def test_blv_counts_are_refreshed_and_kept():
     assert torch.equal(again.class_logits.blv.weight, weight) and not torch.equal(weight, before)
 
 
+def test_blvs_average_is_that_of_the_labelled_term():
+    """Unlabelled terms are means over all pixels whatever it says."""
+    streams, terms = batches(), []
+    for average in ("valid", "all"):
+        blv = {"noise": "constant", "average": average}
+        torch.manual_seed(0)
+        terms.append(run(method(counts=[50, 9, 1, 20, 3], threshold=0.2, blv=blv).eval(), streams))
+    share = (streams["labeled"]["label"] != -1).float().mean()
+    torch.testing.assert_close(terms[1]["Ls"], share * terms[0]["Ls"])
+    assert terms[1]["Lu_reg"] == terms[0]["Lu_reg"] > 0
+
+
 # Settings that cannot work ------------------------------------------------------------------------------------------
 
 
@@ -254,6 +266,8 @@ def test_settings_that_cannot_work():
         build_method(Config(network, method={"name": "self_training"}, name="test"), None)
     with pytest.raises(ConfigError, match="unknown 'usnr'; did you mean 'usrn'"):
         build_method(Config(network, method={"name": "usnr"}, name="test"), None)
+    with pytest.raises(ConfigError, match="blv: refresh: 3, but this method makes no pseudo-labels"):
+        method("baseline", counts=[50, 9, 1, 20, 3], blv={"refresh": 3})
     streams = batches()
     streams["unlabeled"]["strong"] = streams["unlabeled"]["strong"][..., :16]
     with pytest.raises(ValueError, match="crops of one size"):

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.data import cpsl_views
 from common.data.cpsl_views import GEOMETRIC_OPERATIONS, strong_view
 from common.ops.warp import warp_labels, warp_maps
 
@@ -145,6 +146,23 @@ def test_views_of_the_loader_speak_of_the_same_geometry():
         assert abs(hidden.sum() * STRIDE**2 - (y1 - y0) * (x1 - x0)) < 2 * STRIDE * (y1 - y0 + x1 - x0)
         centres = view["strong"][:, 3::STRIDE, 3::STRIDE][:, hidden]
         assert hidden.any() and (centres == 127).all()
+
+
+def test_blur_and_jitter_can_be_left_out(monkeypatch):
+    """Without them and the random operations the strong view is the weak one or its mirror, but for the cutout."""
+    monkeypatch.setattr(cpsl_views, "random_operations", lambda image, rng: (image, np.eye(3)))
+    weak = torch.randint(0, 256, (3, H, W), dtype=torch.uint8)
+
+    def untouched(seed: int, **probabilities) -> bool:
+        view = strong_view(weak, np.random.default_rng(seed), **probabilities)
+        y0, x0, y1, x1 = view["cutout"].tolist()
+        seen = torch.ones(H, W, dtype=torch.bool)
+        seen[y0 : y1 + 1, x0 : x1 + 1] = False
+        return any(torch.equal(view["strong"][:, seen], image[:, seen]) for image in (weak, weak.flip(2)))
+
+    assert all(untouched(seed, blur=0.0, jitter=0.0) for seed in range(40))
+    assert not any(untouched(seed, blur=1.0, jitter=0.0) or untouched(seed, blur=0.0, jitter=1.0) for seed in range(40))
+    assert 0.1 < np.mean([untouched(seed) for seed in range(80)]) < 0.4  # neither of two of probability ½
 
 
 def test_cutout_covers_whole_cells():
