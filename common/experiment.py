@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from common import distributed
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset, check, make_loaders, make_streams
 from common.data.statistics import GROUPS, Statistics, class_statistics, groups
-from common.engine import distributed
 from common.engine.logging import write_json
 from common.engine.method import Method
 from common.engine.train import Streams

@@ -7,9 +7,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.config import load_config
-from common.engine import distributed
 from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
 from common.models import build_model, load_weights

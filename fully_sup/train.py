@@ -1,8 +1,8 @@
 """Train a supervised model, with or without BLV: `python fully_sup/train.py CONFIG [--resume] [key=value …]`."""
 
-from common import cli
+from common import cli, distributed
 from common.config import load_config
-from common.engine import distributed, fit, prepare
+from common.engine import fit, prepare
 from common.experiment import Experiment, print_result
 from fully_sup.supervised import Supervised
 

@@ -13,7 +13,7 @@ from common.losses.blv import BLVLoss, blv_options
 from common.losses.hard_pixel import hard_pixel_cross_entropy
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_model
-from common.models.deeplab_d2 import STRIDE
+from common.models.deeplabv3plus_detectron2 import STRIDE
 from ltss_benchmark.criterion import pad_label
 
 STREAM = "labeled"

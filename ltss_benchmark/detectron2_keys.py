@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from common import distributed
 from common.config import Config, ConfigError, OptimConfig, load_config, nearest
-from common.engine import distributed
 
 Pairs = Sequence[tuple[str, str]]  # of the command line: key, value
 Typed = Mapping[str, str]  # every detectron2 key on the command line

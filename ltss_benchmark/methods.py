@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from common import distributed
 from common.config import Config, ConfigError, nearest
 from common.data.statistics import Statistics
-from common.engine import distributed
 from common.engine.method import Method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from common.engine import distributed
+from common import distributed
 from common.engine.logging import write_json
 from common.evaluate import summarise
 from ltss_benchmark.rle import encode_labels

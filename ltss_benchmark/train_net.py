@@ -14,9 +14,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
-from common.engine import distributed, fit, prepare
+from common.engine import fit, prepare
 from common.experiment import Experiment, print_result
 from common.models import build_model, load_weights
 from ltss_benchmark import launch, results

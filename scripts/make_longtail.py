@@ -13,8 +13,8 @@ import numpy as np
 
 from common import cli
 from common.data import SegmentationDataset, Statistics, class_statistics
-from common.data.longtail import class_weights, greedy_subset
 from common.data.statistics import GROUPS, gini, groups
+from common.data.subset import class_weights, greedy_subset
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.data import toy
-from common.data.toy_canvas import DOMAINS
+from common.data.toy.canvas import DOMAINS
 
 
 def size(text: str) -> tuple[int, int]:

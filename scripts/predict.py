@@ -14,13 +14,12 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import cli
+from common import cli, distributed
 from common.config import Config, load_config
 from common.data import DATASETS, DatasetRow
-from common.data.datasets import folder_row
+from common.data.catalogue.layouts import IMAGE_SUFFIXES
+from common.data.catalogue.registry import folder_row
 from common.data.images import read_image
-from common.data.layouts import IMAGE_SUFFIXES
-from common.engine import distributed
 from common.evaluate import mirrored_classes, network_input, write_label
 from common.inference import predict_labels
 from common.models import build_model, load_weights

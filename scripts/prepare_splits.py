@@ -16,7 +16,7 @@ import numpy as np
 from common import cli
 from common.config import Config, SourceConfig, load_config
 from common.data import SegmentationDataset, class_statistics
-from common.data.layouts import read_list
+from common.data.catalogue.layouts import read_list
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from common import cli
+from common import cli, distributed
 from common.config import Config, config_of, load_config, save_config
 from common.data import SegmentationDataset
-from common.engine import distributed, fit, prepare
+from common.engine import fit, prepare
 from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
 from common.models import build_model, load_weights

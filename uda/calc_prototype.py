@@ -4,8 +4,7 @@ import os
 
 import torch
 
-from common import cli
-from common.engine import distributed
+from common import cli, distributed
 from uda.config import PROTOTYPES, stage_config, stage_parser
 from uda.pseudo_labels import TargetImages, open_network, prototypes
 

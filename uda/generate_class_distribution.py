@@ -7,8 +7,7 @@ import os
 
 import numpy as np
 
-from common import cli
-from common.engine import distributed
+from common import cli, distributed
 from uda.config import DISTRIBUTION, SOFT, stage_config, stage_parser
 from uda.pseudo_labels import TargetImages, class_distribution, distribution_of_soft, open_network
 

@@ -6,8 +6,7 @@
 
 import argparse
 
-from common import cli
-from common.engine import distributed
+from common import cli, distributed
 from uda.config import HARD, SOFT, stage_config, stage_parser
 from uda.pseudo_labels import TargetImages, open_network, write_hard, write_soft
 

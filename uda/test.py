@@ -9,10 +9,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
-from common.engine import distributed
 from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
 from uda.config import STAGES, split_name, stage_config, stage_parser

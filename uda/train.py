@@ -5,9 +5,9 @@ The stages of a task, and what runs between them, are in `main.sh`.
 
 from pathlib import Path
 
-from common import cli
+from common import cli, distributed
 from common.config import Config, ConfigError, nearest
-from common.engine import Method, distributed, fit, prepare
+from common.engine import Method, fit, prepare
 from common.experiment import Experiment, print_result
 from uda.base import read_distribution, read_prototypes
 from uda.config import command, run_of, stage_config, stage_parser

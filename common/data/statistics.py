@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.data.dataset import SegmentationDataset
 from common.data.imbalance import GROUPS as GROUPS
 from common.data.imbalance import gini as gini
 from common.data.imbalance import groups as groups
 from common.data.labels import IGNORE
-from common.data.segmentation import SegmentationDataset
 
 _VERSION = 1  # of the cached files; raise it when their meaning changes
 

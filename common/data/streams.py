@@ -17,10 +17,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from common.config import DataConfig, StreamConfig, TrainConfig, typed
-from common.data.detectron2_views import Detectron2
-from common.data.segmentation import SegmentationDataset
+from common.data.dataset import SegmentationDataset
+from common.data.recipes.build import build_transform
+from common.data.recipes.detectron2 import Detectron2
 from common.data.statistics import class_statistics, repeat_factors
-from common.data.transforms import build_transform
 
 
 def generator(seed: int, stream: str, purpose: str, number: int) -> np.random.Generator:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common import distributed
 from common.config import Config, save_config
-from common.engine import distributed
 
 
 def describe_machine() -> dict[str, Any]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from common import distributed
 from common.config import Config, to_tree
-from common.engine import checkpoint, distributed
+from common.engine import checkpoint
 from common.engine.method import Method
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from common import distributed
 from common.config import Config, TrainConfig
-from common.engine import distributed
 from common.engine.method import Batch, Method
 
 

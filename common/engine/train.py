@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from common import distributed
 from common.config import Config
-from common.engine import distributed, optim, runtime
+from common.engine import optim, runtime
 from common.engine.logging import RunLog
 from common.engine.method import Batch, Losses, Method, Parts
 from common.engine.restore import Restorable

@@ -9,9 +9,9 @@ from torch import nn
 
 from common.config import ConfigError, ModelConfig, nearest, typed
 from common.models.backbones import build_backbone
-from common.models.deeplab import deeplabv2
-from common.models.deeplab_d2 import deeplabv3plus_d2
-from common.models.deeplabv3plus import deeplabv3plus, usrn
+from common.models.deeplabv2_cpsl import deeplabv2
+from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2
+from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
 from common.models.heads.fcn import FCNHead
 from common.models.heads.knet import KNetHead
 from common.models.heads.ocr import OCRHead

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from common.data.catalogue.ltss import class_table
 from common.data.geometry import Geometry, bilinear, nearest
 from common.data.images import Picture
 from common.data.labels import LabelTable, read_index
-from common.data.ltss_rows import class_table
 from ltss_benchmark.datasets.preparation import place, save
 
 SHORT_SIDE = 512  # of ADE20K-Full: larger images are shrunk to it

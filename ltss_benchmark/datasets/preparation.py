@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from common.config import SourceConfig
 from common.data import DATASETS, SegmentationDataset, Statistics, check, class_statistics
+from common.data.catalogue.layouts import files, read_list
+from common.data.catalogue.row import DatasetRow
 from common.data.imbalance import gini
-from common.data.layouts import files, read_list
-from common.data.rows import DatasetRow
 
 EXPECTED = {  # images with a label
     "ade20k": {"train": 20210, "val": 2000},

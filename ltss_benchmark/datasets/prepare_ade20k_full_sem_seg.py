@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from common import cli
-from common.data.ltss_rows import class_table
-from common.data.rows import NAMES_FILE
+from common.data.catalogue.ltss import class_table
+from common.data.catalogue.row import NAMES_FILE
 from ltss_benchmark.datasets import preparation
 from ltss_benchmark.datasets.conversions import ade20k_full_pair
 from ltss_benchmark.datasets.index_file import read_index

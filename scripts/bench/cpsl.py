@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.config import SourceConfig, load_config
 from common.data import SegmentationDataset, build_transform, toy
-from common.data.cpsl_views import CPSL as Recipe
+from common.data.recipes.cpsl import CPSL as Recipe
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import RingBank
 from common.ops.sinkhorn import sinkhorn

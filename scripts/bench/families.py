@@ -16,7 +16,7 @@ from torch import nn
 
 from common.config import Config
 from common.data import SegmentationDataset
-from common.data.segmentation import map_path
+from common.data.dataset import map_path
 from common.data.statistics import Statistics
 from common.models import build_model
 from common.ops.ring import RingBank

@@ -22,7 +22,8 @@ from common.config import SourceConfig
 from common.data import SegmentationDataset, build_transform, toy
 from common.data.geometry import draw_offset, fit
 from common.data.images import Picture, read_image
-from common.data.transforms import MMSeg, is_varied
+from common.data.labels import is_varied
+from common.data.recipes.mmseg import MMSeg
 from scripts.bench import measure
 from scripts.bench.full_size import parse_size
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from common.data.toy import make
+from common.data.toy.write import make
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.data.toy import make
+from common.data.toy.write import make
 from ltss_benchmark import train_net
 from tests.integration.conftest import ROOT, call
 from tests.unit.test_train_net import decode

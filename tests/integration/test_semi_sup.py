@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common import cli
-from common.data.toy import make
+from common.data.toy.write import make
 from scripts import prepare_splits
 from semi_sup import clustering, main
 from semi_sup.subclasses import parents

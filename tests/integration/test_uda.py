@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from common.data.toy import make
+from common.data.toy.write import make
 from tests.integration.conftest import ROOT, assert_equal, call, weights
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uda.train")

@@ -9,7 +9,7 @@ import torch
 
 from common.config import DataConfig, SourceConfig, StreamConfig
 from common.data import IGNORE, SegmentationDataset, Stream, build_transform, make_streams
-from common.data.copy_paste import choose_random, choose_rare, classes_of, paste
+from common.data.recipes.copy_paste import choose_random, choose_rare, classes_of, paste
 from tests.unit.data_files import classes, folder_options, make_folder, picture, save
 
 CROP = {"recipe": "detectron2", "crop": [32, 40], "short_edges": [32, 48], "max_size": 200}
@@ -162,8 +162,8 @@ def stream(source, cache=None, **augment):
 def test_rare_classes_come_from_the_row(source, monkeypatch):
     rows = {"image": ("frequent",) * 4 + ("rare",), "pixel": ("rare",) * 5}
     with_groups = dataclasses.replace(dataset(source).row, groups=rows)
-    monkeypatch.setattr("common.data.segmentation.resolve", lambda source: (with_groups, Path(source.root)))
-    monkeypatch.setattr("common.data.detectron2_views.class_statistics", None)  # nothing is counted
+    monkeypatch.setattr("common.data.dataset.resolve", lambda source: (with_groups, Path(source.root)))
+    monkeypatch.setattr("common.data.recipes.detectron2.class_statistics", None)  # nothing is counted
     mixed, listed = stream(source, copy_paste="rare"), dataset(source, copy_paste="rare", rare_classes=[4])
     for k in range(10):
         assert torch.equal(mixed.dataset.sample(k % 5, rng(k))["image"], listed.sample(k % 5, rng(k))["image"])

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import distributed
 from common.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, StreamConfig, TrainConfig
-from common.engine import Method, checkpoint, distributed, fit
+from common.engine import Method, checkpoint, fit
 from common.engine.method import move_average
 from common.engine.train import NonFiniteLoss
 

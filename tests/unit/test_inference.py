@@ -16,7 +16,7 @@ from common.data import IGNORE
 from common.evaluate import evaluate, evenly, format_table, network_input, write_label
 from common.inference import multi_scale, predict_labels, predict_scores, slide, whole, window_starts
 from common.models.segmentor import SegmentationModel
-from common.report_panels import read_label
+from common.report.panels import read_label
 
 
 class Pixelwise(SegmentationModel):

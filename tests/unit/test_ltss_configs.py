@@ -10,10 +10,10 @@ import torch
 
 from common.config import ConfigError, load_config
 from common.data import DATASETS
-from common.data.datasets import folder_row
+from common.data.catalogue.registry import folder_row
+from common.data.recipes.build import build_transform
 from common.data.statistics import Statistics
 from common.data.streams import SamplerConfig
-from common.data.transforms import build_transform
 from common.engine.optim import learning_rate
 from ltss_benchmark.methods import build_method
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from common.config import SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset, check, resolve
+from common.data.catalogue.ltss import class_table
+from common.data.catalogue.row import colour_map
 from common.data.imbalance import gini
-from common.data.ltss_rows import class_table
-from common.data.rows import colour_map
 from common.data.statistics import image_factors
 from ltss_benchmark.matcher import queries_per_class
 from tests.unit.data_files import classes, picture, save

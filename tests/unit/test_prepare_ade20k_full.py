@@ -11,7 +11,7 @@ import pytest
 
 from common.config import SourceConfig
 from common.data import SegmentationDataset
-from common.data.ltss_rows import class_table
+from common.data.catalogue.ltss import class_table
 from ltss_benchmark.datasets import conversions
 from ltss_benchmark.datasets.index_file import read_index
 from tests.unit.data_files import classes, picture, save

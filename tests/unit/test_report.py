@@ -16,8 +16,8 @@ from PIL import Image
 from common import cli
 from common.evaluate import summarise, write_label
 from common.report import Report, RunFolder, write_report
-from common.report_sections import running_mean
-from common.report_svg import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
+from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
+from common.report.sections import running_mean
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, confidence_map, error_map, overlay
 from scripts.report import main
 

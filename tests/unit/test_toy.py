@@ -14,10 +14,10 @@ from torchvision.io import decode_png
 from common.config import SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset, class_statistics, toy
 from common.data.imbalance import gini
-from common.data.toy_canvas import DOMAINS
-from common.data.toy_glyphs import ADE_IDS, ADE_RANKS, ade_scene, voc_scene
-from common.data.toy_people import mhp_scene
-from common.data.toy_scene import street_scene
+from common.data.toy.canvas import DOMAINS
+from common.data.toy.glyphs import ADE_IDS, ADE_RANKS, ade_scene, voc_scene
+from common.data.toy.people import mhp_scene
+from common.data.toy.scene import street_scene
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = {"train": 3, "val": 2, "size": (64, 128)}
@@ -238,7 +238,7 @@ def test_a_broken_off_writer_leaves_the_old_set(tmp_path, monkeypatch):
             raise OSError("No space left on device")
         return street_scene(seed, domain, index, size)
 
-    monkeypatch.setattr(toy, "street_scene", fail)
+    monkeypatch.setattr("common.data.toy.write.street_scene", fail)
     with pytest.raises(OSError, match="No space"):
         toy.make("cityscapes", root, **SMALL | {"seed": 1})
     assert json.loads((root / toy.MARKER).read_text()) == before and os.listdir(tmp_path) == ["city"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from common.config import ModelConfig, SourceConfig
 from common.data import SegmentationDataset
-from common.data.toy import make
+from common.data.toy.write import make
 from common.models import build_model
 from scripts.prepare_splits import order, whole
 from semi_sup.cells import blocky_subclasses, cell_classes, cell_pixels, pixel_cells, pixel_subclasses

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.geometry import MEAN_COLOUR
 from common.data.images import Picture
-from common.data.usrn_views import USRN as Views
+from common.data.recipes.usrn import USRN as Views
 from common.losses.blv import BLVLoss, BLVOptions, class_weights
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.upsampled import upsampled_cross_entropy

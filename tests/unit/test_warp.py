@@ -11,8 +11,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.data import cpsl_views
-from common.data.cpsl_views import GEOMETRIC_OPERATIONS, strong_view
+from common.data.recipes import cpsl as cpsl_views
+from common.data.recipes.cpsl import GEOMETRIC_OPERATIONS, strong_view
 from common.ops.warp import warp_labels, warp_maps
 
 H, W, STRIDE = 64, 112, 4

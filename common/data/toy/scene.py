@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data import toy_objects as things
-from common.data.toy_canvas import DOMAINS, RAW_IDS, Canvas, Domain, Place
+from common.data.toy import objects as things
+from common.data.toy.canvas import DOMAINS, RAW_IDS, Canvas, Domain, Place
 
 FOCAL = 1.1  # of the camera, in image heights
 # Objects expected in a scene; lanes from/to in metres beside the road's edge (negative: on the road), scale from/to.

@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from common.config import SourceConfig, typed
 from common.data.colour import colour_jitter, from_pillow, to_pillow
+from common.data.colour_transfer import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
+from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, draw_offset, pad, pillow, pillow_nearest_index, warp_maps
 from common.data.images import Picture
-from common.data.lab import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
-from common.data.segmentation import SegmentationDataset
 
 _GREY = (127, 127, 127)
 

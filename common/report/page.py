@@ -21,9 +21,9 @@ import numpy as np
 import yaml
 
 from common.evaluate import summarise
-from common.report_html import page
-from common.report_panels import configs, making, panels
-from common.report_sections import classes, confusion, curves, headline, notes, run_bar, summary
+from common.report.html import page
+from common.report.panels import configs, making, panels
+from common.report.sections import classes, confusion, curves, headline, notes, run_bar, summary
 
 SECTIONS = {
     "Scores": summary,

@@ -10,9 +10,9 @@ from PIL import Image
 
 from common.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from common.data import DATASETS, IGNORE, build_transform, make_streams, resolve
-from common.data.detectron2_views import Detectron2, exchanged
 from common.data.geometry import Geometry, nearest, pillow_exact, torch_nearest_index
 from common.data.images import Picture
+from common.data.recipes.detectron2 import Detectron2, exchanged
 from common.evaluate import mirrored_classes
 from tests.unit.data_files import classes, folder_options, opened, picture, pillow_resize, save
 

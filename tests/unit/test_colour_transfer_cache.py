@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from common.data import toy
-from common.data.cpsl_views import CPSL
-from common.data.lab import colour_statistics, rgb_to_lab
+from common.data.colour_transfer import colour_statistics, rgb_to_lab
+from common.data.recipes.cpsl import CPSL
 
 
 @pytest.fixture

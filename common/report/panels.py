@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from common.data import IGNORE
-from common.report_html import chip, details, header, section, swatch, table
+from common.report.html import chip, details, header, section, swatch, table
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, error_map
 
 MOST, WIDTH = 8, 560  # images shown, and their width in pixels

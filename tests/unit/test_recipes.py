@@ -8,7 +8,8 @@ from common.config import ConfigError, SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset, build_transform
 from common.data import colour as colours
 from common.data.geometry import Geometry, nearest
-from common.data.transforms import MMSeg, is_varied
+from common.data.labels import is_varied
+from common.data.recipes.mmseg import MMSeg
 from tests.unit.data_files import classes, make_folder, opened, picture
 
 SIZE = (60, 90)

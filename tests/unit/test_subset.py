@@ -12,7 +12,7 @@ from scipy import sparse
 from common.config import SourceConfig
 from common.data import SegmentationDataset, class_statistics
 from common.data.imbalance import gini
-from common.data.longtail import class_weights, greedy_subset
+from common.data.subset import class_weights, greedy_subset
 from scripts import make_longtail
 from tests.unit.data_files import folder_options, picture, save
 

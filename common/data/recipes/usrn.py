@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
+from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, draw_offset, pad, pillow, warp_maps
-from common.data.segmentation import SegmentationDataset
 
 
 @dataclass(frozen=True)

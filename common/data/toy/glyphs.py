@@ -6,9 +6,9 @@ Labels are made from instance numbers: object n of a scene has the class that wa
 
 import numpy as np
 
-from common.data import toy_objects as things
-from common.data.toy_canvas import DOMAINS, Canvas, Pen, Place
-from common.data.toy_scene import Quota, Scene
+from common.data.toy import objects as things
+from common.data.toy.canvas import DOMAINS, Canvas, Pen, Place
+from common.data.toy.scene import Quota, Scene
 
 COLOURS = ((0.75, 0.25, 0.20), (0.30, 0.45, 0.75), (0.35, 0.55, 0.28), (0.78, 0.68, 0.30), (0.55, 0.35, 0.60),
            (0.62, 0.60, 0.57), (0.50, 0.36, 0.24), (0.28, 0.60, 0.62))  # fmt: skip

@@ -6,10 +6,10 @@ with the long tail of MHP-v2-LT: the classes of each list stand in the order of 
 
 import numpy as np
 
-from common.data.toy_canvas import Canvas, Pen, Place
-from common.data.toy_glyphs import backdrop, begin, glyph, spread, zipf
-from common.data.toy_objects import CLOTHES, SKIN, pick
-from common.data.toy_scene import Scene
+from common.data.toy.canvas import Canvas, Pen, Place
+from common.data.toy.glyphs import backdrop, begin, glyph, spread, zipf
+from common.data.toy.objects import CLOTHES, SKIN, pick
+from common.data.toy.scene import Scene
 
 FACE, HAIR, TORSO_SKIN, SOCKS, STOCKINGS = 3, 4, 16, 21, 20
 ARMS, HANDS, LEGS = (5, 6), (7, 8), (30, 31)  # left, right

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
-from common.data.copy_paste import choose_random, choose_rare, classes_of, paste
+from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, draw_offset, nearest, pad, pillow_exact, torch_nearest_index, warp_maps
 from common.data.imbalance import GROUPS, groups
 from common.data.labels import IGNORE, is_varied
-from common.data.rows import DatasetRow
-from common.data.segmentation import SegmentationDataset
+from common.data.recipes.copy_paste import choose_random, choose_rare, classes_of, paste
 from common.data.statistics import class_statistics
 
 _GREY = (128, 128, 128)

@@ -6,7 +6,7 @@ furniture are dark or grey: colour alone does not tell these classes apart.
 
 import numpy as np
 
-from common.data.toy_canvas import RAW_IDS, Canvas, Pen, Place
+from common.data.toy.canvas import RAW_IDS, Canvas, Pen, Place
 
 PAINTS = ((0.62, 0.62, 0.64), (0.85, 0.85, 0.85), (0.16, 0.17, 0.19), (0.60, 0.13, 0.12), (0.14, 0.25, 0.52),
           (0.72, 0.62, 0.22), (0.17, 0.38, 0.28))  # fmt: skip

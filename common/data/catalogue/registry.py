@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.config import SourceConfig, typed
-from common.data import layouts
+from common.data.catalogue import layouts
+from common.data.catalogue.layouts import Paired
+from common.data.catalogue.ltss import LTSS_ROWS
+from common.data.catalogue.row import DatasetRow, colour_map
 from common.data.labels import IGNORE, colour_codes
-from common.data.layouts import Paired
-from common.data.ltss_rows import LTSS_ROWS
-from common.data.rows import DatasetRow, colour_map
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.data.catalogue.layouts import Paired
+from common.data.catalogue.row import DatasetRow, Published, colour_map
 from common.data.imbalance import GROUPS, groups
-from common.data.layouts import Paired
-from common.data.rows import DatasetRow, Published, colour_map
 
 ENV = "DETECTRON2_DATASETS"
 _ADE_SPLITS = {"train": "training", "val": "validation"}
@@ -38,7 +38,7 @@ class ClassTable(NamedTuple):
 def class_table(name: str) -> ClassTable:
     """The class table of a data set: `ade20k`, `ade20k_full`, `coco_stuff_lt` or `mhpv2_lt`. ADE20K-Full's table holds
     no names: its classes are `object <id>` until the prepared data set brings them."""
-    lines = files("common.data").joinpath("tables", f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    lines = files("common.data.catalogue").joinpath("tables", f"{name}.txt").read_text(encoding="utf-8").splitlines()
     if name == "ade20k":
         ids, names = zip(*(line.split(" ", 1) for line in lines), strict=True)
         return ClassTable(tuple(map(int, ids)), (), (), names)

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from common.data.catalogue.layouts import Layout
 from common.data.labels import Colour, LabelTable
-from common.data.layouts import Layout
 
 NAMES_FILE = "class_names.txt"
 

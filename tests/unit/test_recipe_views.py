@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common.data import IGNORE, SegmentationDataset, build_transform, cpsl_views
+from common.data import IGNORE, SegmentationDataset, build_transform
 from common.data import colour as colours
+from common.data.colour_transfer import Recoloured, colour_statistics, lab_to_rgb, rgb_to_lab
 from common.data.geometry import Geometry, nearest
 from common.data.images import Picture
-from common.data.lab import Recoloured, colour_statistics, lab_to_rgb, rgb_to_lab
+from common.data.recipes import cpsl as cpsl_views
 from tests.unit.data_files import assert_close, classes, make_folder, opened, picture, pillow_resize, save
 
 SIZE = (60, 90)

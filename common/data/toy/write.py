@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data.datasets import DATASETS
-from common.data.toy_canvas import DOMAINS, RAW_IDS
-from common.data.toy_glyphs import ADE_RANKS, ade_scene, voc_scene
-from common.data.toy_people import mhp_scene
-from common.data.toy_scene import street_scene
+from common.data.catalogue.registry import DATASETS
+from common.data.toy.canvas import DOMAINS, RAW_IDS
+from common.data.toy.glyphs import ADE_RANKS, ade_scene, voc_scene
+from common.data.toy.people import mhp_scene
+from common.data.toy.scene import street_scene
 
 MARKER = "toy.json"
 VERSION = 2  # of the drawings: raise it when a picture changes

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from common.config import SourceConfig
-from common.data.datasets import resolve
+from common.data.catalogue.layouts import Record, read_list
+from common.data.catalogue.registry import resolve
 from common.data.images import Picture
 from common.data.labels import IGNORE, read_index
-from common.data.layouts import Record, read_list
 
 Transform = Callable[[dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]]
 

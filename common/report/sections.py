@@ -9,8 +9,8 @@ import numpy as np
 
 from common.data.statistics import GROUPS
 from common.metrics import CONVENTIONS, scores, tail_miou
-from common.report_html import delta, details, header, points, section, swatch, table
-from common.report_svg import ClassRow, Run, Series, class_chart, heatmap, line_chart
+from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart
+from common.report.html import delta, details, header, points, section, swatch, table
 
 SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc", "FreqW": "fwiou"}
 MANY = 60  # classes beyond which the class chart shows groups of neighbours in frequency

@@ -1,0 +1,51 @@
+"""Augmentations: typed from the `augment` section of a stream, run on opened samples with an explicit generator.
+
+A transform is called as transform(sample, rng, dataset, index). The sample comes from `SegmentationDataset.open`: its
+image is decoded only when asked for. The result is what training sees (see `SegmentationDataset.sample`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.config import typed
+from common.data.dataset import SegmentationDataset, Transform
+from common.data.geometry import bilinear, fit, identity, warp_maps
+from common.data.recipes.cpsl import CPSL
+from common.data.recipes.detectron2 import Detectron2
+from common.data.recipes.mmseg import MMSeg
+from common.data.recipes.usrn import USRN
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Native:
+    """No augmentation: the image at its own size, or shrunk or enlarged to fit `box` (labels stay as they are)."""
+
+    box: tuple[int, int] | None = None  # height, width
+
+    def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
+        size = sample["image"].size
+        whole = identity(*size)
+        height, width = size if self.box is None else fit(size, self.box)
+        g = whole._replace(height=height, width=width)
+        image = bilinear(sample["image"], g, (g.height, g.width))
+        return {**warp_maps(sample, whole, size), "image": image, "geometry": g.array()}
+
+
+RECIPES: dict[str, type] = {"none": Native, "mmseg": MMSeg, "cpsl": CPSL, "usrn": USRN, "detectron2": Detectron2}
+
+
+def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Transform:
+    """The transform of an `augment` section: its `recipe` names the pipeline, the other keys are that one's options.
+
+    An empty section is no augmentation. ConfigError (one line) for an unknown recipe, key or type.
+    """
+    options = dict(augment)
+    recipe = options.pop("recipe", "none")
+    if recipe not in RECIPES:
+        raise ValueError(f"{where}: recipe {recipe!r} is unknown; known: {', '.join(RECIPES)}")
+    return typed(RECIPES[recipe], options, where)
