@@ -9,8 +9,8 @@ from torch import Tensor
 from common.config import Config, ConfigError, typed
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method
-from common.losses.blv import BLVLoss, blv_options
 from common.losses.hard_pixel import hard_pixel_cross_entropy
+from common.losses.refreshed import StudentLogits
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_model
 from common.models.deeplabv3plus_detectron2 import STRIDE
@@ -41,8 +41,7 @@ class DeepLabV3PlusMethod(Method):
             raise ConfigError(f"{where}: `loss: blv` and a section `blv` go together")
         self.model, self.steps = build_model(cfg.model), cfg.train.steps
         counts = None if statistics is None else statistics.pixel_count
-        blv = self.options.blv
-        self.blv = None if blv is None else BLVLoss(blv_options(blv, f"{where}: blv"), counts)
+        self.class_logits = StudentLogits(self.options.blv, counts, f"{where}: blv", pseudo_labels=None)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
@@ -54,6 +53,8 @@ class DeepLabV3PlusMethod(Method):
         """Of logits (B, K, h, w) and label maps (B, H, W), the upper left part of the logits enlarged 4 times."""
         if self.options.loss == "hard_pixels":
             return hard_pixel_cross_entropy(logits, label, fraction=self.options.fraction, stride=STRIDE)
-        perturb = None if self.blv is None else lambda z: self.blv.perturb(z, progress)
         label = pad_label(label, logits.shape[-2:])
-        return upsampled_cross_entropy(logits, label, align_corners=False, perturb=perturb)
+        loss = upsampled_cross_entropy(
+            logits, label, align_corners=False, perturb=lambda z: self.class_logits.perturb(z, progress)
+        )
+        return self.class_logits.averaged(loss, label)
