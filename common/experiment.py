@@ -14,7 +14,7 @@ from common.data import SegmentationDataset, check, make_loaders, make_streams
 from common.data.statistics import GROUPS, Statistics, class_statistics, groups
 from common.engine.logging import write_json
 from common.engine.method import Method
-from common.engine.train import Streams
+from common.engine.trainer import Streams
 from common.evaluate import evaluate, format_table
 
 

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.config import Config, load_config
 from common.engine.method import Batch, Losses, Method
-from common.engine.train import Trainer
+from common.engine.trainer import Trainer
 from common.losses.blv import BLVLoss, BLVOptions, class_weights
 from common.losses.cross_entropy import pixel_cross_entropy
 from scripts.bench import measure, workspace

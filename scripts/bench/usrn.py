@@ -14,7 +14,7 @@ import torch
 from common.config import Config, load_config
 from common.engine import prepare, runtime
 from common.engine.method import Batch
-from common.engine.train import Trainer
+from common.engine.trainer import Trainer
 from scripts.bench import measure
 from scripts.bench.families import ROOT
 from scripts.bench.step import Form, whole_step

@@ -10,7 +10,7 @@ import torch
 from common.config import Config, SourceConfig
 from common.data import DATASETS, toy
 from common.engine import prepare, runtime
-from common.engine.train import Trainer
+from common.engine.trainer import Trainer
 from common.experiment import Experiment
 from scripts.bench.families import Family
 

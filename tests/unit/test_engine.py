@@ -15,7 +15,7 @@ from common import distributed
 from common.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, StreamConfig, TrainConfig
 from common.engine import Method, checkpoint, fit
 from common.engine.method import move_average
-from common.engine.train import NonFiniteLoss
+from common.engine.trainer import NonFiniteLoss
 
 CPU = torch.device("cpu")
 

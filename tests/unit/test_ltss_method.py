@@ -12,7 +12,7 @@ from torch import nn
 from common.config import EvalConfig, ModelConfig, load_config
 from common.data.statistics import Statistics
 from common.engine import runtime
-from common.engine.train import Trainer
+from common.engine.trainer import Trainer
 from common.evaluate import mirrored_classes
 from common.inference import multi_scale, predict_scores
 from common.models import build_model
