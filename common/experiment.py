@@ -15,7 +15,7 @@ from common.data.statistics import GROUPS, Statistics, class_statistics, groups
 from common.engine.logging import write_json
 from common.engine.method import Method
 from common.engine.trainer import Streams
-from common.evaluate import evaluate, format_table
+from common.evaluation import evaluate, format_table
 
 
 class Experiment:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import distributed
 from common.engine.logging import write_json
-from common.evaluate import summarise
+from common.evaluation import summarise
 from ltss_benchmark.rle import encode_labels
 
 Groups = Mapping[str, Sequence[str]] | None

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from common import cli
-from common.evaluate import format_table
+from common.evaluation import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "fully_sup" / "configs" / "toy"

@@ -20,7 +20,7 @@ from common.data import DATASETS, DatasetRow
 from common.data.catalogue.layouts import IMAGE_SUFFIXES
 from common.data.catalogue.registry import folder_row
 from common.data.images import read_image
-from common.evaluate import mirrored_classes, network_input, write_label
+from common.evaluation import mirrored_classes, network_input, write_label
 from common.inference import predict_labels
 from common.models import build_model, load_weights
 from common.visualize import colourise, overlay

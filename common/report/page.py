@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from common.evaluate import summarise
+from common.evaluation import summarise
 from common.report.html import page
 from common.report.panels import configs, making, panels
 from common.report.sections import classes, confusion, curves, headline, notes, run_bar, summary

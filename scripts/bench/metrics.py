@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.config import EvalConfig, load_config
 from common.data import DATASETS, IGNORE, SegmentationDataset
-from common.evaluate import evaluate, evaluation_mode
+from common.evaluation import evaluate, evaluation_mode
 from common.inference import predict_labels
 from common.metrics import confusion_matrix
 from common.models import SegmentationModel, build_model

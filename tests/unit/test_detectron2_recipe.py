@@ -13,7 +13,7 @@ from common.data import DATASETS, IGNORE, build_transform, make_streams, resolve
 from common.data.geometry import Geometry, nearest, pillow_exact, torch_nearest_index
 from common.data.images import Picture
 from common.data.recipes.detectron2 import Detectron2, exchanged
-from common.evaluate import mirrored_classes
+from common.evaluation import mirrored_classes
 from tests.unit.data_files import classes, folder_options, opened, picture, pillow_resize, save
 
 PLAIN = SimpleNamespace(row=SimpleNamespace(flip_pairs=(), num_classes=9))

@@ -13,7 +13,7 @@ from common.config import EvalConfig, ModelConfig, load_config
 from common.data.statistics import Statistics
 from common.engine import runtime
 from common.engine.trainer import Trainer
-from common.evaluate import mirrored_classes
+from common.evaluation import mirrored_classes
 from common.inference import multi_scale, predict_scores
 from common.models import build_model
 from common.models.pretrained import detectron2

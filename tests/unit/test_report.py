@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from common import cli
-from common.evaluate import summarise, write_label
+from common.evaluation import summarise, write_label
 from common.report import Report, RunFolder, write_report
 from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
 from common.report.sections import running_mean

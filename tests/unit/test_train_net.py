@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 from common import distributed
 from common.config import Config, ConfigError, ModelConfig, load_config
 from common.data import DATASETS, toy
-from common.evaluate import summarise
+from common.evaluation import summarise
 from ltss_benchmark import launch, results, train_net
 from ltss_benchmark.rle import compress, encode_labels
 

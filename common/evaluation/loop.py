@@ -1,0 +1,111 @@
+"""Evaluation of a model or method on a data set: one confusion matrix over all ranks, as a dict that JSON can hold."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import EvalConfig
+from common.evaluation.pictures import save_panel, save_prediction
+from common.evaluation.samples import evenly, raise_first, sample_loader
+from common.evaluation.summary import summarise
+from common.inference import predict_labels
+from common.metrics import ConfusionMatrix
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    cfg: EvalConfig,
+    *,
+    device: torch.device | str,
+    rank: int = 0,
+    world: int = 1,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    save_predictions: str | Path | None = None,
+    keep: Callable[[str, Tensor], None] | None = None,
+    panels: str | Path | None = None,
+) -> dict[str, Any]:
+    """Scores of `model` (a network, or a method that owns one) on `dataset`, at each label's own size.
+
+    Every rank takes every `world`-th image and gets the scores of all of them. Modules are put into evaluation mode
+    and back. `dataset` gives `load(index)` (image uint8 (H, W, 3), label int16 (h, w), name) and `row`.
+
+    groups: level -> each class's group, for the rare, common and frequent means. save_predictions: folder for one PNG
+    an image in the data set's stored values. keep: is given the name and the predicted classes (H, W) of every image
+    of this rank. panels: folder for `cfg.panels` images with truth and prediction, the same for every run.
+
+    Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
+    `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
+    `images`, `seconds`, `ms_per_image`.
+    Raises ValueError for data without labels or classes that do not fit.
+    """
+    row, classes = dataset.row, len(dataset.row.classes)
+    if not len(dataset):
+        raise ValueError(f"{row.name}: nothing to evaluate, the split is empty")
+    chosen = evenly(len(dataset), cfg.max_images or len(dataset))
+    shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
+    matrix, mirrored = ConfusionMatrix(classes, device), mirrored_classes(row)
+    start = time.monotonic()
+    with torch.no_grad(), evaluation_mode(model):
+        for samples in sample_loader(dataset, chosen[rank::world], cfg):
+            raise_first(samples)
+            for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
+                matrix.update(pred, sample["label"].to(device))
+                if keep is not None:
+                    keep(sample["name"], pred)
+                if save_predictions:
+                    save_prediction(Path(save_predictions), sample["name"], pred, row)
+                if sample["index"] in shown:
+                    save_panel(Path(panels), sample, pred, row)
+        total = matrix.reduce()
+    seconds = time.monotonic() - start
+    return {
+        **summarise(total, row, cfg.convention, groups),
+        "images": len(chosen),
+        "seconds": round(seconds, 3),
+        "ms_per_image": round(1000 * seconds / max(len(chosen[rank::world]), 1), 3),
+    }
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode; afterwards each is as it was (a frozen teacher stays frozen)."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def mirrored_classes(row: Any) -> list[int] | None:
+    """The class that each one is in a mirrored image; None where left and right are not told apart."""
+    if not row.flip_pairs:
+        return None
+    classes = list(range(len(row.classes)))
+    for left, right in row.flip_pairs:
+        classes[left], classes[right] = right, left
+    return classes
+
+
+def _predict(
+    model: Any,
+    samples: list[dict[str, Any]],
+    cfg: EvalConfig,
+    device: torch.device | str,
+    mirrored: Sequence[int] | None,
+) -> list[Tensor]:
+    """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree."""
+    together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
+    batches = [samples] if together else [[sample] for sample in samples]
+    result: list[Tensor] = []
+    for batch in batches:
+        images = torch.stack([sample["image"] for sample in batch]).to(device)
+        result += predict_labels(model, images, cfg, tuple(batch[0]["label"].shape), mirrored).unbind()
+    return result

@@ -1,0 +1,54 @@
+"""The PNG files of an evaluation: predictions in a data set's own values, and the panels of the report."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from common.data import IGNORE
+
+
+def save_prediction(folder: Path, name: str, pred: Tensor, row: Any) -> None:
+    """`<folder>/<name>.png` in the data set's stored values, so that its own tools read it."""
+    values = stored_values(row)
+    colours = dict(zip(values.tolist(), row.palette, strict=True))
+    write_label(folder / f"{name}.png", values[pred.cpu().numpy()], colours)
+
+
+def stored_values(row: Any) -> np.ndarray:
+    """The value that stands for each class in the data set's own label files (K,); of several the lowest.
+
+    Where labels are coded by colour, or a class has no value of its own, these are the class ids.
+    """
+    ids = np.arange(len(row.classes))
+    if not row.label_maps or row.encoding == "rgb":
+        return ids
+    _, mapping = row.label_maps[-1]  # the last entry is the files' general form
+    lowest = {k: value for value, k in sorted(mapping.items(), reverse=True)}
+    return np.array([lowest[k] for k in ids]) if set(ids.tolist()) <= lowest.keys() else ids
+
+
+def save_panel(folder: Path, sample: dict[str, Any], pred: Tensor, row: Any) -> None:
+    """`<index>_{image,truth,prediction}.png`; labels as class ids, 255 (65535 in 16 bits) where ignored."""
+    stem, colours = f"{sample['index']:05d}", dict(enumerate(row.palette))
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(folder / f"{stem}_image.png")
+    write_label(folder / f"{stem}_truth.png", sample["label"].numpy(), colours)
+    write_label(folder / f"{stem}_prediction.png", pred.cpu().numpy(), colours)
+
+
+def write_label(path: Path, values: np.ndarray, colours: Mapping[int, Sequence[int]]) -> None:
+    """Write values (H, W) as an 8-bit palette PNG, or 16-bit grey where they need it; IGNORE becomes the highest."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if max(colours) > 254:
+        Image.fromarray(np.where(values == IGNORE, 65535, values).astype(np.uint16)).save(path)
+        return
+    image = Image.fromarray(np.where(values == IGNORE, 255, values).astype(np.uint8), mode="P")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[255] = 255
+    palette[list(colours)] = list(colours.values())
+    image.putpalette(palette.tobytes())
+    image.save(path)

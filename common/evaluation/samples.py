@@ -1,0 +1,74 @@
+"""The images of an evaluation: which ones, at which size, and their loader."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.config import EvalConfig
+from common.inference import edge_size
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """At most `count` of `length` indices, evenly spread: frames of a video differ more than neighbours do."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
+def network_input(image: np.ndarray, cfg: EvalConfig) -> Tensor:
+    """The tensor (3, h, w) uint8 that the network gets of an image (H, W, 3): at its own size or, where the config
+    gives `short_edge`, resized by `edge_size` with Pillow, as detectron2 does."""
+    if cfg.short_edge is not None:
+        height, width = edge_size(image.shape[:2], cfg.short_edge, cfg.max_edge or math.inf)
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+class _Samples(Dataset):
+    """The chosen images as tensors, ready for the device."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int], cfg: EvalConfig):
+        self.dataset, self.indices, self.cfg = dataset, indices, cfg
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, Any] | Exception:
+        try:
+            return self._load(self.indices[position])
+        except (ValueError, OSError) as error:  # raised in a loader process it would arrive with a whole traceback
+            return ValueError(str(error))
+
+    def _load(self, index: int) -> dict[str, Any]:
+        sample = self.dataset.load(index)
+        if sample.get("label") is None:
+            raise ValueError(f"{sample['name']}: evaluation needs labels; set `labels: true` for this split")
+        return {
+            "image": network_input(sample["image"], self.cfg),
+            "label": torch.from_numpy(sample["label"]),
+            "name": sample["name"],
+            "index": index,
+        }
+
+
+def sample_loader(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> DataLoader:
+    """Batches of the images `indices`: lists of samples, or of the error that one could not be read by."""
+    return DataLoader(
+        _Samples(dataset, indices, cfg),
+        batch_size=cfg.batch_size,
+        num_workers=min(cfg.workers, len(indices)),
+        collate_fn=list,
+        generator=torch.Generator(),  # its own, so that the training's random numbers do not move
+    )
+
+
+def raise_first(samples: Sequence[dict[str, Any] | Exception]) -> None:
+    """Raise the first error of a batch."""
+    for sample in samples:
+        if isinstance(sample, Exception):
+            raise sample

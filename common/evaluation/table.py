@@ -1,0 +1,41 @@
+"""The scores of an evaluation as a console table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def format_table(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> str:
+    """The scores as a console table in percent, with the change against `baseline` (another result) in points.
+
+    `*` marks a tail class. A baseline of another convention is refused (ValueError): the difference means nothing.
+    """
+    if baseline is not None and baseline["convention"] != result["convention"]:
+        raise ValueError(
+            f"baseline was scored by {baseline['convention']}, this run by {result['convention']}; "
+            "evaluate both with the same eval.convention"
+        )
+    names = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc", "FreqW": "fwiou"}
+    lines = [(name, result[key], baseline and baseline[key]) for name, key in names.items()]
+    for level, means in result["groups"].items():
+        before = (baseline or {}).get("groups", {}).get(level, {})
+        lines += [(f"mIoU {level}-level {group}", value, before.get(group)) for group, value in means.items()]
+    count = len(lines)
+    before = {item["name"]: item["iou"] for item in (baseline or {}).get("per_class", ())}
+    lines += [(_marked(item), item["iou"], before.get(item["name"])) for item in result["per_class"]]
+    wide = max(len(name) for name, *_ in lines)
+    text = [_line(wide, *line, compared=baseline is not None) for line in lines]
+    rule = "-" * len(text[0])
+    title = f"{result['dataset']}: {result['images']} images, convention {result['convention']}, in percent"
+    return "\n".join([title, rule, *text[:count], rule, *text[count:]])
+
+
+def _marked(item: Mapping[str, Any]) -> str:
+    return item["name"] + (" *" if item["tail"] else "")
+
+
+def _line(wide: int, name: str, value: float | None, before: float | None, compared: bool) -> str:
+    text = f"{name:<{wide}}  {'-' if value is None else f'{100 * value:.2f}':>6}"
+    if compared:
+        change = "-" if value is None or before is None else f"{100 * (value - before):+.2f}"
+        text += f"  {change:>7}"
+    return text
