@@ -12,10 +12,10 @@ from common import distributed
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset, check, make_loaders, make_streams
 from common.data.statistics import GROUPS, Statistics, class_statistics, groups
-from common.engine.logging import write_json
 from common.engine.method import Method
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
+from common.files import write_json
 
 
 class Experiment:

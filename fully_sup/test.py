@@ -9,8 +9,8 @@ from pathlib import Path
 
 from common import cli, distributed
 from common.config import load_config
-from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
+from common.files import write_json
 from common.models import build_model, load_weights
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augmentation

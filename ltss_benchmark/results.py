@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from common import distributed
-from common.engine.logging import write_json
 from common.evaluation import summarise
+from common.files import write_json
 from ltss_benchmark.rle import encode_labels
 
 Groups = Mapping[str, Sequence[str]] | None

@@ -78,7 +78,8 @@ def configure(threads: int | None) -> None:
 
 def write(name: str, rows: list[dict], args: argparse.Namespace, words: list[str]) -> None:
     """The result as JSON: what was measured, on what, and how."""
-    from common.engine.logging import commit, describe_machine, write_json
+    from common.engine.logging import commit, describe_machine
+    from common.files import write_json
 
     result = {
         "benchmark": name,

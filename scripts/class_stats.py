@@ -11,7 +11,7 @@ from typing import Any
 from common import cli
 from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.statistics import GROUPS, gini, groups
-from common.engine.logging import write_json
+from common.files import write_json
 from common.losses.blv import class_weights
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.engine.logging import write_json
+from common.files import write_json
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from common import cli
 from common.config import Config, ConfigError, load_config
 from common.data import IGNORE, SegmentationDataset, class_statistics
-from common.engine.logging import write_json
+from common.files import write_json
 from common.ops.balanced_kmeans import balanced_kmeans
 from semi_sup.cells import blocky_subclasses, cell_classes, pixel_subclasses
 from semi_sup.config import NUMBERS, digest, labelled_source, take_overrides

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.data import SegmentationDataset
-from common.engine.logging import write_json
+from common.files import write_json
 
 STRIDE = 8
 ROWS, INDEX = "features.npy", "index.json"

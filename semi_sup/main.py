@@ -23,8 +23,8 @@ from common import cli, distributed
 from common.config import Config, config_of, load_config, save_config
 from common.data import SegmentationDataset
 from common.engine import fit, prepare
-from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
+from common.files import write_json
 from common.models import build_model, load_weights
 from common.report import RunFolder, write_report
 from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides

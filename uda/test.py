@@ -12,8 +12,8 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
-from common.engine.logging import write_json
 from common.experiment import Experiment, print_result
+from common.files import write_json
 from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import open_network
 

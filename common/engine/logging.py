@@ -17,6 +17,7 @@ from PIL import Image
 
 from common import distributed
 from common.config import Config, save_config
+from common.files import replacing, write_json
 
 
 def describe_machine() -> dict[str, Any]:
@@ -155,14 +156,6 @@ def _truncate(path: Path, step: int) -> float:
         if record["step"] <= step and step > 0:
             kept.append(line)
             minutes = record.get("minutes", minutes)
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(line + "\n" for line in kept))
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text("".join(line + "\n" for line in kept))
     return minutes
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)

@@ -19,7 +19,8 @@ from typing import Any
 
 from common.cli import split_overrides
 from common.config import load_config
-from common.engine.logging import commit, describe_machine, write_json
+from common.engine.logging import commit, describe_machine
+from common.files import write_json
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark.py"
 OUT = BENCHMARK.parents[1] / "docs" / "results" / "full_size.json"

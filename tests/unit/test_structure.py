@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("fully_sup", "semi_sup", "uda", "ltss_benchmark")
 # A module may import those before it in this list, and its own package.
 ORDER = (
-    "config", "pickles", "distributed", "data", "ops", "models", "losses", "engine", "inference", "metrics",
+    "files", "config", "pickles", "distributed", "data", "ops", "models", "losses", "engine", "inference", "metrics",
     "evaluation", "visualize", "report", "experiment", "cli",
 )  # fmt: skip
 FILES = sorted(p for top in ("common", *SYSTEMS, "scripts") for p in (ROOT / top).rglob("*.py"))
