@@ -168,8 +168,6 @@ def _argmax(scores: Tensor, size: Size | None, align_corners: bool) -> Tensor:
 def _single(model: Any, cfg: EvalConfig) -> Predict:
     if cfg.mode == "whole":
         return partial(whole, model)
-    if cfg.crop is None:
-        raise ValueError("eval.mode slide needs eval.crop: [height, width]")
     crop, stride = cfg.crop, cfg.stride or cfg.crop
     return lambda images, size: slide(model, images, crop, stride, size, cfg.window_batch)
 

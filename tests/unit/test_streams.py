@@ -173,7 +173,7 @@ def test_settings_that_cannot_work_are_refused(data):
     with pytest.raises(ValueError, match="names no training stream"):
         make_loaders(DataConfig(), TrainConfig())
     broken = dataclasses.replace(data.streams["labeled"], sampler={"order": "random"})
-    with pytest.raises(ConfigError, match="labeled.sampler: order: 'random' is not one of shuffle"):
+    with pytest.raises(ConfigError, match="data.streams.labeled.sampler.order: 'random' is not one of shuffle"):
         make_streams(dataclasses.replace(data, streams={"labeled": broken}), 0)
     with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
         Stream("s", make_streams(data, 0)["labeled"].dataset, 0, 0)

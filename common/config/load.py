@@ -1,0 +1,127 @@
+"""Reading a config: a file over its `base:` parents, under dotted overrides, as a `Config`; and writing one."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config.errors import ConfigError, shown
+from common.config.schema import Config, DataConfig, SourceConfig
+from common.config.text import parse
+from common.config.typed import typed_section
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML or JSON config, merge it over its `base:`, apply `a.b=value` overrides, and type it.
+
+    Raises ConfigError (one line) for a missing file, an unknown key, a wrong type, a value out of its bounds, a key
+    that stands twice, or a bad override.
+    """
+    path = Path(path)
+    config = config_of(read_tree(path), overrides, path.name)
+    return config if config.name else dataclasses.replace(config, name=path.stem)
+
+
+def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    """The config of a nested mapping, e.g. of a resolved one that a checkpoint carries; `where` begins the errors."""
+    for override in overrides:
+        _override(tree, override)
+    config = typed_section(Config, tree, where, prefix=f"{where}: ")
+    return dataclasses.replace(config, data=_inherit(config.data))
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The nested mapping of a config file, merged over its `base:` (a path relative to the file)."""
+    path = _resolved(path)
+    if path in seen:
+        raise ConfigError(f"{path}: `base` leads back to itself")
+    text = _read(path, f"{seen[-1]}: base: " if seen else "")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
+    try:
+        tree = parse(text, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a config is a mapping, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{path}: base: expected the name of a config file, got {shown(base)}")
+    return _merge(read_tree(path.parent / base, (*seen, path)), tree)
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+        raise ConfigError(f"{str(path)[:300]}: cannot read the config ({error.__class__.__name__})") from error
+
+
+def _read(path: Path, named_by: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{named_by}{str(path)[:300]}: cannot read the config ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise ConfigError(f"{named_by}{path}: the config is not UTF-8 text ({place}); save it as UTF-8") from error
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` wins; mappings merge key by key, anything else (lists too) is replaced whole."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply `section.key=value` to the tree, in place; a value that is a mapping merges into the one that is there."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"override {shown(override)} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {shown(override)}: {shown(section)} holds a value, not a section")
+    try:
+        value = parse(text) if text else None
+    except ConfigError as error:
+        raise ConfigError(f"override {shown(override)}: {error}") from error
+
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        value = _merge(tree[last], value)
+    tree[last] = value
+
+
+def _inherit(data: DataConfig) -> DataConfig:
+    """Streams and `val` take dataset, root and folder from `data` where they give no dataset of their own."""
+
+    def complete(source: SourceConfig) -> SourceConfig:
+        if source.dataset:
+            return source
+        root = data.root if source.root is None else source.root
+        return dataclasses.replace(source, dataset=data.dataset, root=root, folder=source.folder or data.folder)
+
+    streams = {name: complete(stream) for name, stream in data.streams.items()}
+    return dataclasses.replace(data, streams=streams, val=complete(data.val))
+
+
+def to_tree(config: Any) -> Any:
+    """Plain mappings, lists and scalars of a dataclass, fit for YAML and JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_tree(value) for key, value in config.items()}
+    return [to_tree(item) for item in config] if isinstance(config, list | tuple) else config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config; reading it again gives an equal one."""
+    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False, width=120), encoding="utf-8")

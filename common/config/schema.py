@@ -1,0 +1,187 @@
+"""The sections of a config as frozen dataclasses: what each key means, and what it allows.
+
+Sections that only one package understands (`method`, `model.options`, a stream's `augment` and `sampler`) stay
+mappings here; their owner types them with `typed`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from common.config.bounds import (
+    AtLeast,
+    AtMost,
+    Classes,
+    Count,
+    Length,
+    NotNegative,
+    Pattern,
+    Positive,
+    Processes,
+    Rate,
+    Scale,
+    Share,
+    Side,
+    Size,
+    Whole,
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where samples come from. Empty fields of a stream are inherited from `data`."""
+
+    dataset: str = ""  # a row of common.data.DATASETS, or "folder"
+    root: str | None = None  # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
+    split: str = "train"
+    list: str | None = None  # file with one image name a line; restricts the split
+    labels: bool = True  # False: no label file is opened or needed
+    maps: Mapping[str, str] = field(default_factory=dict)  # sample key -> folder with an earlier step's files
+    folder: Mapping[str, Any] | None = None  # the whole description when dataset is "folder"
+
+
+@dataclass(frozen=True)
+class StreamConfig(SourceConfig):
+    """One named stream of training samples."""
+
+    batch_size: Count = 2  # images an optimiser step, over all ranks and accumulated micro-batches
+    augment: Mapping[str, Any] = field(default_factory=dict)
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    """The training streams, and the validation source."""
+
+    streams: Mapping[str, StreamConfig] = field(default_factory=dict)
+    val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
+    workers: Processes = 2  # loader processes a stream
+    cache: str | None = None  # folder of dataset statistics; None: <output>/.cache
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that a network needs; `options` belongs to the family and is typed by it."""
+
+    name: str
+    num_classes: Classes
+    backbone: str = ""
+    pretrained: bool | str = False  # True: timm's ImageNet weights; a path: that file; False: none
+    checkpoint: str | None = None  # weights of the whole model, loaded before training
+    reset_classifier: bool = False  # `checkpoint` was trained on other classes
+    norm: Literal["bn", "sync_bn"] = "sync_bn"
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    align_corners: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters whose name matches `match` (regular expression, searched); the first rule that matches wins."""
+
+    match: Annotated[str, Pattern()]
+    lr_mult: NotNegative = 1.0
+    weight_decay: NotNegative | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw", "adam"] = "sgd"
+    lr: NotNegative = 0.01
+    momentum: Rate = 0.9
+    nesterov: bool = False
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    weight_decay: NotNegative = 5e-4
+    groups: tuple[GroupConfig, ...] = ()
+    schedule: Literal["poly", "step", "constant"] = "poly"
+    power: NotNegative = 0.9
+    floor: NotNegative = 0.0  # poly: the same absolute lowest lr for every group
+    milestones: tuple[Whole, ...] = ()  # step: 0-based steps at which the lr is multiplied by gamma
+    gamma: NotNegative = 0.1
+    warmup: Whole = 0  # steps
+    warmup_ratio: Share = 1e-6
+    clip: Positive | None = None  # total L2 norm
+    clip_each: Positive | None = None  # L2 norm of each parameter's gradient
+
+    def __post_init__(self):
+        if self.nesterov and self.name == "sgd" and self.momentum == 0:
+            raise ValueError("nesterov: true needs a momentum above 0")
+
+
+Interval = Annotated[int, AtLeast(1, "for the end of the run alone give the number of train.steps")]
+Devices = Annotated[int, AtLeast(1, "give 1 to leave the batch whole")]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: Count = 1000
+    devices: Devices = 1  # the batch is stated for this many processes; fewer accumulate the rest
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False  # on CUDA; the CPU always is
+    threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = None  # CPU threads; None: torch's default
+    log_every: Interval = 50
+    save_every: Interval = 1000
+    keep: Count = 2  # newest checkpoints; the best one stays as well
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Validation and test."""
+
+    every: Interval = 1000
+    mode: Literal["whole", "slide"] = "whole"
+    crop: Size | None = None  # slide: window height, width
+    stride: Size | None = None  # of the windows; None: their size
+    window_batch: Count = 4
+    short_edge: Side | None = None  # shorter side of the net's input; None: the image's own size
+    max_edge: Side | None = None  # with short_edge: the longer side's limit, which shortens both
+    scales: Annotated[tuple[Scale, ...], Length(1, 100)] = (1.0,)
+    scaled_max_edge: Side | None = None  # with short_edge: that limit for scaled images; None: max_edge times the scale
+    flip: bool = False
+    batch_size: Count = 1
+    workers: Processes = 2
+    convention: Literal["nan_mean", "absent_zero", "ltss", "detectron2"] = "nan_mean"
+    best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = "miou"  # its highest value marks `best`
+    panels: Whole = 4  # images kept for the report
+    max_images: Count | None = None
+
+    def __post_init__(self):
+        if self.mode == "slide" and self.crop is None:
+            raise ValueError("mode: slide needs crop: [height, width]")
+        if self.mode == "slide" and self.stride is not None and _exceeds(self.stride, self.crop):
+            text = "pixels between the windows would have no score"
+            raise ValueError(f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}")
+        for name in ("max_edge", "scaled_max_edge"):
+            if getattr(self, name) is not None and self.short_edge is None:
+                raise ValueError(f"{name}: {getattr(self, name)} has no effect without short_edge; set that too")
+
+
+def _exceeds(size: tuple[int, int], limit: tuple[int, int]) -> bool:
+    return size[0] > limit[0] or size[1] > limit[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, resolved."""
+
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Mapping[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    name: str = ""  # the run's folder is <output>/<name>; empty: the config file's stem
+    output: str = "runs"
+    seed: Whole = 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name

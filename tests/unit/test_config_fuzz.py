@@ -1,0 +1,194 @@
+"""Whatever a config says, reading it gives a config or one line that names the file, within two seconds.
+
+Texts are mutated character by character, values by wrong ones of every kind. 200 seeds of each run by default, 5000
+with --slow; the values of a failing test name its seed.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.config import ConfigError, load_config
+from common.config.typed import typed
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted(
+    path for path in ROOT.glob("*/configs/**/*") if path.suffix in (".yaml", ".json") and "_base_" not in path.parts
+)
+SEEDS = [
+    *(range(first, first + 25) for first in range(0, 200, 25)),
+    *(pytest.param(range(first, first + 400), marks=pytest.mark.slow) for first in range(200, 5000, 400)),
+]
+SNIPPETS = (
+    "[", "]", "{", "}", ":", ": ", "- ", "\n", "\t", ",", "&a ", "*a", "<<: ", "!!bool zz", "!!timestamp zz", "!!set ",
+    "!!python/object:os.system ", "? ", "|", ">", "%", "@", "`", '"', "'", '"\\UFFFFFFFF"', '"\\ud800"', "\\", "\0",
+    "2001-99-99", "1" * 5000, "0x" + "f" * 5000, "1e999", ".nan", "~", "base: 5", "base: .", "é", "\ufeff", "\u2028",
+    "null", "true", "-", "=", "0b_", "1:99:99", "---", "...", "#", "[" * 3000, '{"a":' * 3000, "x" * 100_000,
+)  # fmt: skip
+
+
+def expect_config_or_one_line(make, name: str = "") -> None:
+    start = time.monotonic()
+    try:
+        make()
+    except ConfigError as error:
+        text = str(error)
+        assert "\n" not in text and name in text and len(text) < 1500, text[:2000]
+    assert time.monotonic() - start < 2
+
+
+def mutated_text(text: str, rng: random.Random) -> str:
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(text) + 1)
+        end = min(place + rng.choice((0, 0, 1, 5, 40)), len(text))
+        other = rng.randrange(len(text) + 1)
+        piece = rng.choice((*SNIPPETS, text[other : other + rng.randint(1, 60)]))
+        text = text[:place] + piece + text[end:]
+    return text
+
+
+def read_mutated_text(seed: int, folder: Path) -> None:
+    rng = random.Random(seed)
+    source = rng.choice(SHIPPED)
+    path = folder / f"mutated{source.suffix}"
+    content = mutated_text(source.read_text(encoding="utf-8"), rng).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.1:
+        place = rng.randrange(len(content) + 1)
+        content = content[:place] + bytes([rng.randrange(128, 256)]) + content[place:]
+    path.write_bytes(content)
+    expect_config_or_one_line(lambda: load_config(path), "mutated")
+
+
+@pytest.mark.parametrize("seeds", SEEDS)
+def test_mutated_texts(seeds, tmp_path):
+    for seed in seeds:
+        read_mutated_text(seed, tmp_path)
+
+
+BOMB = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12))])
+MERGES = "\n".join(
+    ["a0: &a0 {x: 1}", *(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 12))]
+)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("base: none.yaml", "hostile.yaml: base: "),
+        (BOMB, "more than 300000 values, with those that aliases repeat"),
+        (MERGES, "more than 300000 values, with those that aliases repeat"),
+        ("a: &a [*a]", "an alias inside what it names"),
+        ("a: &a {b: *a}", "an alias inside what it names"),
+        ("a: " + "[" * 60, "nested more than 50 levels"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nest"),  # the parser in C has a limit, too
+        ("x" * (2 << 20), "characters; a config has at most"),
+        ("a: " + "1" * 5000, "line 1: '11111"),
+        ("seed: 0x" + "f" * 5000, "integer of 20000 bits>: an integer beyond 64 bits"),
+        ("seed: 9223372036854775808", "an integer beyond 64 bits"),
+        ("base: 5", "base: expected the name of a config file, got 5"),
+        ("base: [a]", "base: expected the name of a config file, got ['a']"),
+        ("seed: !!bool zz", "line 1: 'zz' cannot be read as bool"),
+        ("seed: !!timestamp zz", "line 1: unknown tag 'tag:yaml.org,2002:timestamp'"),
+        ("seed: !!python/object/apply:os.system [x]", "line 1: unknown tag"),
+        ("seed: 2001-99-99", "seed: expected int, got '2001-99-99'"),
+        ('seed: "\\UFFFFFFFF"', "not valid YAML"),
+        ("? [1, 2]\n: 3", "line 1: a key is no plain value"),
+        ("a: 1\n---\nb: 2", "not valid YAML"),
+        ("5", "a config is a mapping, not int"),
+        ("", "a config is a mapping, not NoneType"),
+    ],
+)
+def test_hostile_yaml(text, words, tmp_path):
+    path = tmp_path / "hostile.yaml"
+    full = text if words.startswith("a config is") else f"model: {{name: a, num_classes: 2}}\n{text}"
+    full = full if "line 1" not in words else text
+    path.write_text(full)
+    with pytest.raises(ConfigError) as error:
+        start = time.monotonic()
+        load_config(path)
+    assert time.monotonic() - start < 2
+    assert words in str(error.value) and str(path.name) in str(error.value) and len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"a":' * 3000, "nested more than 50 levels"),
+        ('{"a":' * 100 + "1" + "}" * 100, "nested more than 50 levels"),
+        ('{"a": ' + "1" * 5000 + "}", "not valid JSON"),
+        ('{"a": 9223372036854775808}', "an integer beyond 64 bits"),
+        ('{"a": "\\ud800"}', "holds half a character"),
+        ('{"a": "\\u0000"}', "holds a NUL character"),
+        ('{"a": 1', "not valid JSON"),
+        ("[1]", "a config is a mapping, not list"),
+    ],
+)
+def test_hostile_json(text, words, tmp_path):
+    (tmp_path / "hostile.json").write_text(text)
+    with pytest.raises(ConfigError, match="hostile.json") as error:
+        load_config(tmp_path / "hostile.json")
+    assert words in str(error.value)
+
+
+def test_other_encodings_and_marks(tmp_path):
+    text = "model: {name: é, num_classes: 2}\n"
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / "run.yaml").write_bytes(text.encode(encoding))
+        with pytest.raises(ConfigError, match="run.yaml: the config is not UTF-8 text .*; save it as UTF-8"):
+            load_config(tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_bytes(text.encode("utf-8-sig"))
+    assert load_config(tmp_path / "run.yaml").model.name == "é"
+
+
+# Values -----------------------------------------------------------------------------------------------------------
+
+WRONG = (
+    None, True, False, 0, 1, -1, 2, 3, 2**63, -(2**63), 10**400, 0.0, -0.5, 1.5, 1e30, float("nan"), float("inf"), "",
+    "toy", "x" * 100_000, "\n", [], [0], [0, 0], [-1, -1], [1, 2, 3], [[]], [1] * 1000, {}, {"a": 1}, {"": {}}, [{}],
+    {"preset": []}, {"recipe": [0, 0]}, ["a", "b"], "(", "released", "dataset",
+)  # fmt: skip
+
+
+def places(tree, path=()):
+    """The paths of all values below `tree`."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def mutate_values(tree: dict, rng: random.Random) -> None:
+    for _ in range(rng.randint(1, 2)):
+        *parents, last = rng.choice(list(places(tree)))
+        owner = tree
+        for key in parents:
+            owner = owner[key]
+        owner[last] = rng.choice(WRONG)
+        if isinstance(owner, dict) and rng.random() < 0.1:
+            owner[rng.choice(("", "lr", "nmae", "x" * 1000))] = rng.choice(WRONG)
+
+
+def test_shown_values_are_short():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Options:
+        a: int = 1
+
+    for value in WRONG:
+        expect_config_or_one_line(lambda value=value: typed(Options, {"a": value}, "here"), "here")
+        expect_config_or_one_line(lambda value=value: typed(Options, value, "here"), "here")
+
+
+@pytest.mark.parametrize(
+    "text", ["optim.lr=[", "=", "a", "a..b=1", ".=", "optim.lr=" + "[" * 3000, "optim=" + "x" * 9999]
+)
+def test_bad_overrides(text, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"name": "a", "num_classes": 2}}))
+    with pytest.raises(ConfigError):
+        load_config(path, [text])
+    expect_config_or_one_line(lambda: load_config(path, [text]))
