@@ -1,16 +1,15 @@
 """Checkpoints: safetensors weights and the training state, written so that a crash leaves the older one whole.
 
-`checkpoints/step_00000450/` holds `model.safetensors` (the method's state dict), `state.pt` (optimisers, scaler, best
-score) and `manifest.json` (sizes and checksums). The folder appears by one rename once all its bytes are on disk.
-`checkpoints/best` and `checkpoints/last` are links.
+    step_00000450/   model.safetensors (the method's state dict), state.pt (optimisers, scaler) and manifest.json
+    scores.json      the validation score of each step: the record of which checkpoint is the best
+    last, best       links, made from the two above
+
+A step's folder appears by one rename once all its bytes are on disk.
 """
 
-import json
-import os
+import math
 import shutil
-import uuid
 import warnings
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-FILES = ("model.safetensors", "state.pt")
+from common.files import damage, link, load_json, read_artifact, remove_drafts, replacing, seal, write_json
+
+WEIGHTS, STATE = FILES = ("model.safetensors", "state.pt")
+SCORES = "scores.json"
+
+Scores = dict[int, float | None]  # by step; None where the score is undefined
 
 
 def save(folder: Path, step: int, method: nn.Module, state: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
     """Write the checkpoint of `step` below `folder` and return its path; an OSError leaves nothing half written."""
-    final = folder / f"step_{step:08d}"
-    if is_whole(final):
-        return final
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{final.name}.{uuid.uuid4().hex[:8]}"
-    draft.mkdir()
-    try:
+    if not folder.parent.is_dir():
+        raise OSError(f"{folder.parent}: the run's folder is gone, the checkpoint of step {step} cannot be saved")
+    folder.mkdir(exist_ok=True)
+    final = path_of(folder, step)
+
+    if damage(final, FILES) is not None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
-        save_file(_unshared(tensors), draft / FILES[0], metadata={**metadata, "step": str(step)})
-        torch.save({"step": step, **state}, draft / FILES[1])
-        sums = {name: [(draft / name).stat().st_size, _checksum(draft / name)] for name in FILES}
-        (draft / "manifest.json").write_text(json.dumps({"step": step, "files": sums}))
-        for path in (*draft.iterdir(), draft):
-            _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(draft, final)
-        _sync(folder)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError | RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise OSError(f"{final}: cannot write the checkpoint ({error})") from error
-        raise
-    link(folder, "last", final)
+        with replacing(final) as draft:
+            draft.mkdir()
+            save_file(_unshared(tensors), draft / WEIGHTS, metadata={**metadata, "step": str(step)})
+            torch.save({"step": step, **state}, draft / STATE)
+            seal(draft, {"step": step})
+
+    link(folder / "last", final)
     return final
 
 
@@ -61,36 +55,8 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def is_whole(path: Path) -> bool:
-    """Whether every file of the checkpoint has the size and checksum that were written."""
-    try:
-        sums = json.loads((path / "manifest.json").read_text())["files"]
-        return all([(path / name).stat().st_size, _checksum(path / name)] == sums[name] for name in FILES)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def link(folder: Path, name: str, target: Path) -> None:
-    """Point `folder/name` at the checkpoint `target`, in one step."""
-    draft = folder / f".{name}.{uuid.uuid4().hex[:8]}"
-    os.symlink(target.name, draft)
-    os.replace(draft, folder / name)
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:08d}"
 
 
 def steps(folder: Path) -> list[Path]:
@@ -98,22 +64,43 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one, and drafts of killed runs."""
-    best = (folder / "best").resolve()
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`, and what killed runs left unfinished."""
+    spared = None if best is None else path_of(folder, best)
     for path in steps(folder)[: -max(keep, 1)]:
-        if path.resolve() != best:
+        if path != spared:
             shutil.rmtree(path)
-    for path in folder.glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_drafts(folder)
+
+
+def refuse_earlier(run: Path) -> None:
+    """Raise ValueError where the folder of a new run holds an earlier one: nothing of it is overwritten."""
+    earlier = steps(run / "checkpoints")
+    if earlier:
+        raise ValueError(
+            f"{run}: holds an earlier run, up to {earlier[-1].name}; add --resume to go on with it, "
+            "give this run another `name`, or remove the folder"
+        )
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; torn ones are skipped with a warning."""
-    for path in reversed(steps(folder)):
-        if is_whole(path):
+    """The newest whole checkpoint, None where there is none at all; damaged ones are skipped with a warning.
+
+    Raises ValueError where all are damaged: to begin at step 0 would overwrite what may still be saved by hand.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        problem = damage(path, FILES)
+        if problem is None:
             return path
-        warnings.warn(f"{path}: torn or damaged, skipped; resuming from an older checkpoint", stacklevel=2)
+        warnings.warn(f"{path}: torn or damaged, skipped ({problem})", stacklevel=2)
+
+    if found:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(
+            f"{folder}: no checkpoint to resume from, all are damaged: {names}; put back a copy of one, or remove "
+            f"{folder.parent} to start anew"
+        )
     return None
 
 
@@ -122,7 +109,9 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
 
     Raises ValueError, naming the first few keys, where the checkpoint is of another method, model or class count.
     """
-    tensors, own = load_file(path / FILES[0]), method.state_dict()
+    tensors, own = read_artifact(path / WEIGHTS, load_file), method.state_dict()
+    state = read_artifact(path / STATE, _load_state)
+
     wrong = sorted(set(tensors) ^ set(own)) + sorted(
         name for name in set(tensors) & set(own) if tensors[name].shape != own[name].shape
     )
@@ -130,4 +119,49 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
         names = ", ".join(wrong[:4])
         raise ValueError(f"{path}: not a checkpoint of this config, {len(wrong)} tensors differ: {names}")
     method.load_state_dict(tensors)
-    return torch.load(path / FILES[1], map_location="cpu", weights_only=True)
+    return state
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# Scores and links ---------------------------------------------------------------------------------------------------
+
+
+def best_step(scores: Scores) -> int | None:
+    """The step of the highest score, the first one of several; None where none is defined."""
+    defined = [step for step in sorted(scores) if scores[step] is not None]
+    return max(defined, key=lambda step: scores[step], default=None)
+
+
+def write_scores(folder: Path, scores: Scores) -> None:
+    write_json(folder / SCORES, {str(step): score for step, score in scores.items()})
+
+
+def read_scores(folder: Path, until: int) -> Scores:
+    """The scores of the steps up to `until`; later ones come again. Raises ValueError for a damaged file."""
+
+    def parse(path: Path) -> Scores:
+        scores = {int(step): score for step, score in load_json(path).items()}
+        wrong = [score for score in scores.values() if not (score is None or is_score(score))]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no score")
+        return scores
+
+    path = folder / SCORES
+    if not path.exists():
+        return {}
+    scores = read_artifact(path, parse, "remove it to choose the best checkpoint among later ones")
+    return {step: score for step, score in scores.items() if step <= until}
+
+
+def is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def link_best(folder: Path, scores: Scores) -> None:
+    """Point `best` at the checkpoint with the highest score, if it is still there."""
+    step = best_step(scores)
+    if step is not None and path_of(folder, step).is_dir():
+        link(folder / "best", path_of(folder, step))

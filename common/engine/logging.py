@@ -134,7 +134,22 @@ class RunLog:
         return round(self.earlier_minutes + (time.monotonic() - self.started) / 60, 3)
 
     def _write(self, record: Mapping[str, Any]) -> None:
+        if not self.folder.is_dir():
+            raise OSError(f"{self.folder}: the run's folder is gone; it was removed while the run was writing to it")
         self.file.write(json.dumps(record) + "\n")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close; what goes wrong in that does not hide the error that ended the run."""
+        if error is not None and self.active and not self.folder.is_dir():
+            return  # removed during the run: TensorBoard's thread would print a traceback
+        try:
+            self.close()
+        except OSError:
+            if error is None:
+                raise
 
     def close(self) -> None:
         if self.active:

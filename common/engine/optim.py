@@ -1,7 +1,8 @@
 """Parameter groups by name, optimisers by group, and the learning-rate schedule as a function of the step."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,33 @@ def build_optimizers(groups: Iterable[dict[str, Any]]) -> dict[str, torch.optim.
         group = dict(group)
         by_name.setdefault(group.pop("optimizer"), []).append(group | {"initial_lr": group["lr"]})
     return {name: OPTIMIZERS[name](members, lr=members[0]["lr"]) for name, members in by_name.items()}
+
+
+def restore(optimizers: dict[str, torch.optim.Optimizer], saved: Mapping[str, Any], where: Path) -> None:
+    """Load the state dicts `saved` by `where`, but keep the rates, decay and momentum of this run's config.
+
+    Raises ValueError where the optimisers or their groups are others.
+    """
+    theirs, ours = _layout(saved), _layout({name: o.state_dict() for name, o in optimizers.items()})
+    if theirs != ours:
+        raise ValueError(
+            f"{where}: its optimisers are {theirs}, this config makes {ours} (group, tensors); resume with the "
+            "optim.name and optim.groups of the run, or give this one another `name`"
+        )
+
+    for name, optimizer in optimizers.items():
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(saved[name])
+        for group, configured in zip(optimizer.param_groups, settings, strict=True):
+            group.update(configured)
+
+
+def _layout(states: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:
+    """Name and number of tensors of each group, in order, of each optimiser's state dict."""
+    return {
+        name: [(group["name"], len(group["params"])) for group in state["param_groups"]]
+        for name, state in states.items()
+    }
 
 
 def learning_rate(initial: float, step: int, cfg: OptimConfig, steps: int) -> float:

@@ -1,6 +1,5 @@
 """The training loop: next batches → method → backward → finite on every rank? → clip → step → log → evaluate → save."""
 
-import contextlib
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -31,21 +30,32 @@ def fit(
     runtime.configure(cfg.train, device)
     trainer = Trainer(cfg, method, device)
     step = trainer.resume() if resume else trainer.begin()
-    log, streams = RunLog(cfg, step), open_streams(step)
-    with runtime.stop_signals() as stopped, contextlib.closing(log):
+    streams = open_streams(step)
+
+    with runtime.stop_signals() as received, RunLog(cfg, step) as log:
+
+        def validate() -> None:
+            trainer.judge(evaluate(step), step, log)
+            trainer.agree(received)
+
+        if evaluate is not None and step > 0 and trainer.due(step) and step not in trainer.scores:
+            validate()  # the run ended between this step's checkpoint and its evaluation
+
         while step < cfg.train.steps:
-            scalars = trainer.step(step, streams, stopped)
+            scalars = trainer.step(step, streams, received)
             step += 1
             last = step == cfg.train.steps
+            due = evaluate is not None and trainer.due(step)
+
             if step % cfg.train.log_every == 0 or last:
                 values = torch.stack([v.float() for v in scalars.values()]).tolist()
                 log.train(step, dict(zip(scalars, values, strict=True)), optim.rates(trainer.optimizers))
-            best = False
-            if evaluate is not None and (step % cfg.eval.every == 0 or last):
-                best = trainer.judge(evaluate(step), step, log)
-            if best or last or stopped or step % cfg.train.save_every == 0:
-                trainer.save(step, best)
-            if stopped and not last:
-                log.message(f"stopped by {signal.Signals(stopped[0]).name} at step {step}; go on with --resume")
-                raise SystemExit(128 + stopped[0])
+            if due or last or trainer.stop or step % cfg.train.save_every == 0:
+                trainer.save(step)  # before the evaluation, whose failure then costs nothing
+            if due:
+                validate()
+
+            if trainer.stop and not last:
+                log.message(f"stopped by {signal.Signals(trainer.stop).name} at step {step}; go on with --resume")
+                raise SystemExit(128 + trainer.stop)
     return step

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from common.config import Config, to_tree
 from common.engine import checkpoint, optim, runtime
 from common.engine.logging import RunLog
 from common.engine.method import Batch, Losses, Method, Parts
+from common.files import link
 
 Streams = Mapping[str, Iterator[Batch]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,10 +37,14 @@ class Trainer:
             self.parts = nn.parallel.DistributedDataParallel(self.parts, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
         self.accumulate = runtime.accumulation(cfg)
-        self.best: float | None = None
+        self.scores: checkpoint.Scores = {}
+        self.stop = 0  # the signal that a rank was sent, once all ranks know of it
 
-    def step(self, step: int, streams: Streams, stopped: list[int]) -> dict[str, torch.Tensor]:
-        """One optimiser step (0-based number `step`); returns device scalars, the loss and the gradient norm."""
+    def step(self, step: int, streams: Streams, received: list[int]) -> dict[str, torch.Tensor]:
+        """One optimiser step (0-based number `step`); returns device scalars, the loss and the gradient norm.
+
+        received: the signals that this rank was sent.
+        """
         optim.set_learning_rates(self.optimizers, step, self.cfg.optim, self.cfg.train.steps)
         total: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulate):
@@ -48,7 +55,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         total["grad_norm"] = optim.clip_gradients(self.parameters, self.cfg.optim)
-        self._check(total, step, stopped)
+        self._check(total, step, received)
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -73,87 +80,90 @@ class Trainer:
                 merged[name] = merged.get(name, 0) + value.detach()
         return merged
 
-    def _check(self, total: Losses, step: int, stopped: list[int]) -> None:
+    def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
         finite = torch.isfinite(total["loss"])
         if not self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips those steps itself
             finite = finite & torch.isfinite(total["grad_norm"])
-        flags = torch.stack([(~finite).float(), torch.full_like(total["loss"], max(stopped, default=0)).float()])
+        flags = torch.stack([(~finite).float(), torch.full_like(total["loss"], max(received, default=0)).float()])
         broken, stop = distributed.all_max(flags).tolist()
-        if stop and not stopped:
-            stopped.append(int(stop))
+        self.stop = int(stop)
         if broken:
             terms = [name for name, value in total.items() if not torch.isfinite(value)]
             where = ", ".join(terms) if terms else "another rank"
             advice = "weights not updated (lower optim.lr or set optim.clip)"
             raise NonFiniteLoss(f"step {step + 1}: not finite: {where}; {advice}")
 
-    def judge(self, result: dict[str, Any] | None, step: int, log: RunLog) -> bool:
-        """Log an evaluation; whether it is the best so far."""
+    def due(self, step: int) -> bool:
+        """Whether the run is evaluated after `step` steps."""
+        return step % self.cfg.eval.every == 0 or step == self.cfg.train.steps
+
+    def judge(self, result: Mapping[str, Any] | None, step: int, log: RunLog) -> None:
+        """Log an evaluation of the checkpoint of `step` and record its score; `best` points at the highest one's."""
         if result is None:
-            return False
+            return
         log.evaluation(step, result)
         score = result[self.cfg.eval.best]
-        better = score is not None and (self.best is None or score > self.best)
-        self.best = score if better else self.best
-        return better
+        self.scores[step] = score if checkpoint.is_score(score) else None
 
-    def save(self, step: int, best: bool) -> None:
         if distributed.rank() == 0:
-            folder = self.cfg.folder / "checkpoints"
+            checkpoint.write_scores(self.folder, self.scores)
+            checkpoint.link_best(self.folder, self.scores)
+            checkpoint.prune(self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores))
+
+    def agree(self, received: list[int]) -> None:
+        """Learn whether any rank was asked to stop while no step was done, as in an evaluation."""
+        number = torch.tensor(float(max(received, default=0)), device=self.device)
+        self.stop = int(distributed.all_max(number).item())
+
+    # Checkpoints ----------------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return self.cfg.folder / "checkpoints"
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`, on rank 0."""
+        if distributed.rank() == 0:
             state = {
                 "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
                 "scaler": self.scaler.state_dict(),
-                "best": self.best,
                 "threads": torch.get_num_threads(),
             }
             metadata = {"predict_prefix": self.method.predict_prefix, "config": json.dumps(to_tree(self.cfg))}
-            path = checkpoint.save(folder, step, self.method, state, metadata)
-            if best:
-                checkpoint.link(folder, "best", path)
-            checkpoint.prune(folder, self.cfg.train.keep)
+            checkpoint.save(self.folder, step, self.method, state, metadata)
+            checkpoint.prune(self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores))
         distributed.barrier()
 
     def begin(self) -> int:
-        """Step 0 of a new run. ValueError where the folder holds an earlier one: nothing of it is overwritten."""
-        earlier = checkpoint.steps(self.cfg.folder / "checkpoints")
-        if earlier:
-            raise ValueError(
-                f"{self.cfg.folder}: holds an earlier run, up to {earlier[-1].name}; add --resume to go on with it, "
-                "give this run another `name`, or remove the folder"
-            )
+        """Step 0 of a new run. Raises ValueError where the folder holds an earlier one."""
+        checkpoint.refuse_earlier(self.cfg.folder)
         return 0
 
     def resume(self) -> int:
-        """Restore the newest whole checkpoint of the run; 0 where there is none.
+        """Restore the newest whole checkpoint of the run and return its step; 0 where the run has none yet.
 
-        Rates, decay and momentum are those of this run's config: they may differ from the checkpoint's. A ValueError
-        says where its optimisers or their groups are others.
+        Rates, decay and momentum are those of this run's config: they may differ from the checkpoint's. Raises
+        ValueError where all checkpoints are damaged, or are of another method, model or optimiser.
         """
-        path = checkpoint.newest(self.cfg.folder / "checkpoints")
+        path = checkpoint.newest(self.folder)
         if path is None:
             return 0
         state = checkpoint.restore(path, self.method)
-        saved = state["optimizers"]
-        theirs, ours = _layout(saved), _layout({name: o.state_dict() for name, o in self.optimizers.items()})
-        if theirs != ours:
-            raise ValueError(
-                f"{path}: its optimisers are {theirs}, this config makes {ours} (group, tensors); resume with the "
-                "optim.name and optim.groups of the run, or give this one another `name`"
-            )
-        for name, optimizer in self.optimizers.items():
-            settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved[name])
-            for group, configured in zip(optimizer.param_groups, settings, strict=True):
-                group.update(configured)
-        self.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
-        return state["step"]
+        optim.restore(self.optimizers, state["optimizers"], path)
+        self._restore_scaler(state["scaler"], path)
 
+        step = state["step"]
+        self.scores = checkpoint.read_scores(self.folder, until=step)
+        if distributed.rank() == 0:  # a kill may have come between a checkpoint and the links to it
+            link(self.folder / "last", path)
+            checkpoint.link_best(self.folder, self.scores)
+        return step
 
-def _layout(optimizers: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:
-    """Name and number of tensors of each group, in order, of each optimiser's state dict."""
-    return {
-        name: [(group["name"], len(group["params"])) for group in state["param_groups"]]
-        for name, state in optimizers.items()
-    }
+    def _restore_scaler(self, state: Mapping[str, Any], path: Path) -> None:
+        """The loss scale of fp16; other precisions have none, and may be changed from or to."""
+        if bool(state) == self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+        elif distributed.rank() == 0:
+            what = "has no loss scale, fp16 starts with a fresh one" if not state else "its loss scale is left out"
+            warnings.warn(f"{path}: saved with another train.precision: {what}", stacklevel=2)
