@@ -40,6 +40,8 @@ from common.models import build_model
 from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
 from semi_sup.subclasses import chosen_counts, parents
 
+CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled losses live
+
 
 @dataclass(frozen=True)
 class BaselineConfig:
@@ -128,6 +130,8 @@ class Baseline(Method):
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
     def at_full_size(self, logits: Tensor, label: Tensor, perturb=None) -> Tensor:
+        """Cross-entropy of logits enlarged to the crop as the network padded it; that padding has no label."""
+        label = self.model.pad_label(label)
         return upsampled_cross_entropy(logits, label, align_corners=self.model.align_corners, perturb=perturb)
 
     def after_step(self, step: int) -> None:
@@ -196,13 +200,19 @@ class SelfTraining(Baseline):
         return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
 
     def valid(self, batch: Batch, logits: Tensor) -> Tensor | None:
-        """Which cells of the logits' grid show the image, bool (B, h, w); None: all count."""
-        if not self.options.mask_borders:
-            return None
-        return inside(batch["geometry"], batch["weak"].shape[-2:], logits.shape[-2:])
+        """Which cells of the logits' grid count, bool (B, h, w): those that show the image; None: all.
+
+        Without `mask_borders` the crop's own padding counts too. The network's padding, to a multiple of 8, never does.
+        """
+        crop, grid = batch["weak"].shape[-2:], logits.shape[-2:]
+        if self.options.mask_borders:
+            return inside(batch["geometry"], crop, grid)
+        if any(side % CELL for side in crop):
+            return within(crop, grid, len(logits), logits.device)
+        return None
 
     def count(self, label: Tensor, batch: Batch) -> None:
-        self.class_logits.count(label, batch["weak"][:, 0].numel() / label.numel())
+        self.class_logits.count(label, CELL**2)
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
@@ -259,12 +269,26 @@ def share(label: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def inside(geometry: Tensor, crop: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Whether the centre of a cell shows the image and not the padding of its crop, bool (B, *grid).
+    """Whether the centre of a cell of 8×8 pixels shows the image and no padding, bool (B, *grid).
 
-    geometry: (B, 7) as the samples carry it; crop: height and width in pixels. Padding lies at the bottom and the
-    right, mirrored crops have it at the left.
+    geometry: (B, 7) as the samples carry it; crop: height and width in pixels; grid: those of the logits, which cover
+    the crop and what the network pads it by, at the bottom and the right. Padding of the crop itself lies at the bottom
+    and the right, mirrored crops have it at the left.
     """
     _, _, height, width, y, x, flip = geometry.T[..., None]
-    rows, columns = ((torch.arange(n, device=flip.device) + 0.5) * (c / n) for n, c in zip(grid, crop, strict=True))
-    columns = torch.where(flip > 0, crop[1] - columns, columns)
-    return (rows < height - y)[:, :, None] & (columns < width - x)[:, None, :]
+    rows, columns = (centres(n, geometry.device) for n in grid)
+    mirrored = torch.where(flip > 0, crop[1] - columns, columns)
+    down = rows < height - y
+    across = mirrored < width - x
+    return down[:, :, None] & across[:, None, :] & within(crop, grid, len(geometry), geometry.device)
+
+
+def within(crop: tuple[int, int], grid: tuple[int, int], batch: int, device: torch.device) -> Tensor:
+    """Whether the centre of a cell lies in the crop of `crop` pixels, bool (batch, *grid)."""
+    down, across = (centres(cells, device) < side for cells, side in zip(grid, crop, strict=True))
+    return (down[:, None] & across).expand(batch, *grid)
+
+
+def centres(cells: int, device: torch.device) -> Tensor:
+    """The centre of each cell along a side, in pixels."""
+    return (torch.arange(cells, device=device) + 0.5) * CELL

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.data import IGNORE
 from common.models.layers import resize_rows, source_rows
 
 BAND = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that a band of `labels` holds: the cache, or 64 MiB
@@ -55,6 +56,17 @@ class SegmentationModel(nn.Module, ABC):
         if (height, width) == (padded_height, padded_width):
             return x
         return F.pad(x, (0, padded_width - width, 0, padded_height - height))
+
+    def pad_label(self, label: Tensor) -> Tensor:
+        """Label maps (B, H, W) filled up with −1 to the size that `normalise` pads their images to.
+
+        A loss on logits resized to this size sees each pixel where `predict` puts it.
+        """
+        height, width = label.shape[-2:]
+        padded_height, padded_width = self._padded((height, width))
+        if (height, width) == (padded_height, padded_width):
+            return label
+        return F.pad(label, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`."""

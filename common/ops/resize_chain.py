@@ -69,6 +69,11 @@ def _column(size: int | Tensor, like: Tensor) -> Tensor:
     return size.to(like.dtype)[:, None, None] if isinstance(size, Tensor) else like.new_full((1, 1, 1), size)
 
 
+def cells_of(side: int, stride: int) -> int:
+    """Cells along a side of `side` pixels: one for each pixel of `label[::stride]`, so rounded up."""
+    return -(-side // stride)
+
+
 def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True) -> Pair:
     """Rows and columns (B, crop/stride, grid) that bring a map of the whole image to its crop as CPSL does soft labels.
 
@@ -79,8 +84,9 @@ def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4,
         *sizes, flip = geometry.long().unbind(1)
 
         def axis(i: int, mirrored: Tensor | None) -> Tensor:
-            taps = Taps(len(geometry), crop[i] // stride, geometry.device)
-            taps.resize(crop[i], crop[i] // stride, align_corners)
+            cells = cells_of(crop[i], stride)
+            taps = Taps(len(geometry), cells, geometry.device)
+            taps.resize(crop[i], cells, align_corners)
             return _through_image(taps, crop[i], sizes[i::2], mirrored, grid[i], align_corners)
 
         return axis(0, None), axis(1, flip)
@@ -89,15 +95,17 @@ def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4,
 def feature_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True) -> Pair:
     """Rows and columns (B, crop/stride, grid) that bring a map of the whole image to its crop as CPSL does features.
 
-    The chain: grid → image size / stride → random size / stride → crop at the offset / stride → mirror, all floored.
+    The chain: grid → image size / stride → random size / stride → crop at the offset / stride → mirror, all floored
+    but the crop's own size.
     geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored.
     """
     with exactly(geometry):
         sizes = torch.div(geometry[:, :6].long(), stride, rounding_mode="floor").unbind(1)
 
         def axis(i: int, mirrored: Tensor | None) -> Tensor:
-            taps = Taps(len(geometry), crop[i] // stride, geometry.device)
-            return _through_image(taps, crop[i] // stride, sizes[i::2], mirrored, grid[i], align_corners)
+            cells = cells_of(crop[i], stride)
+            taps = Taps(len(geometry), cells, geometry.device)
+            return _through_image(taps, cells, sizes[i::2], mirrored, grid[i], align_corners)
 
         return axis(0, None), axis(1, geometry[:, 6])
 

@@ -86,7 +86,8 @@ def test_reference_step(threshold, two_threads):
     m = method(blocks=None, classes=21, subclasses="voc_1over32", threshold=float(threshold)).train()
     state = m.model.state_dict()
     m.model.load_state_dict({key: torch.as_tensor(fill(key, tuple(t.shape))) for key, t in state.items()})
-    m.model.normalise = lambda x: x  # the reference's inputs are normalised
+    m.model.normalise = lambda x: x  # the reference's inputs are normalised,
+    m.model.divisor = 1  # and it trains without padding
     draw, views = np.random.RandomState(7), torch.from_numpy(image(2, (2, 2, 3, 97, 97)))
     label, sub = (torch.from_numpy(draw.randint(0, n, (2, 97, 97))) for n in (21, sum(PRESETS["voc_1over32"])))
     label[:, :5] = sub[:, :5] = -1
