@@ -6,9 +6,11 @@ CHECKPOINT is one of ours (a run's `checkpoints/best`), a .safetensors file, or 
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from common import cli, distributed
 from common.config import load_config
+from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.files import write_json
 from common.models import build_model, load_weights
@@ -23,7 +25,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--tta", action="store_true", help="average six scales, each also mirrored")
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
-    parser.add_argument("--json", metavar="FILE", help="where the scores go; default: <run folder>/test.json")
+    parser.add_argument("--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
@@ -33,15 +35,23 @@ def main() -> None:
     device = distributed.start(args.device)
     model = build_model(dataclasses.replace(cfg.model, pretrained=False, checkpoint=None))
     load_weights(model, args.checkpoint)
-    result = experiment.score(model.to(device), device, save_predictions=args.save_predictions)
-    result |= {"checkpoint": args.checkpoint, "scales": cfg.eval.scales, "flip": cfg.eval.flip}
+
+    folder = folder_of_test(cfg, experiment.val, args.checkpoint)
+    panels = None if args.json else folder / "panels"
+    result = experiment.score(model.to(device), device, save_predictions=args.save_predictions, panels=panels)
+    result |= {"checkpoint": args.checkpoint}
     print_result(result)
-    if distributed.rank() == 0:
-        out = Path(args.json) if args.json else cfg.folder / "test.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, result)
-        print(f"scores written to {out}")
+    if args.json is None:
+        write_test(folder, cfg, result)
+    elif distributed.rank() == 0:
+        write_scores(Path(args.json), result)
     distributed.stop()
+
+
+def write_scores(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"scores written to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
                                                                   TEST.AUG.ENABLED True also with augmentation
     train_net.py --config-file C --eval-only --resume             the same of the run's newest checkpoint
 
+<run>/inference/ holds the newest evaluation; those of every checkpoint and setting stay in <run>/test/.
+
 Keys are this project's (optim.lr=1e-4) or detectron2's (SOLVER.BASE_LR 1e-4). --num-gpus starts that many processes,
 on a machine without GPUs CPU ones; torchrun does as well.
 """
@@ -17,6 +19,7 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare
+from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.models import build_model, load_weights
 from ltss_benchmark import launch, results
@@ -137,14 +140,19 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     single = plain(cfg.eval)
     for options in [single] if single == cfg.eval else [single, cfg.eval]:
         augmented = options is not single
+        tested = replace(cfg, eval=options)
+        folder = folder_of_test(tested, experiment.val, weights)
         name = results.file_name(options.convention, "predictions")
-        folder = results.inference_folder(cfg.folder, augmented)
-        keep = results.Predictions(folder / name) if args.save_predictions else None
-        result = experiment.score(model, device, cfg=options, keep=keep) | {"checkpoint": str(weights)}
+        inference = results.inference_folder(cfg.folder, augmented)
+        keep = results.Predictions(inference / name) if args.save_predictions else None
+
+        result = experiment.score(model, device, cfg=options, keep=keep, panels=folder / "panels")
+        result |= {"checkpoint": str(weights)}
         if keep is not None:
             keep.close()
         print_result(result)
         results.print_groups(result)
+        write_test(folder, tested, result)
         results.write_results(cfg.folder, result, experiment.val.row, experiment.levels(), augmented)
 
 

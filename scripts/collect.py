@@ -1,8 +1,9 @@
 """Tabulate runs that differ by seed: `python scripts/collect.py NAME=RUN,RUN… [NAME=…] --out docs/results/x`.
 
-The first name is the baseline. Writes x.json (every value) and prints a Markdown table of mean ± half the range over
-the seeds, with the change of the mean against the baseline: mIoU, mIoU(tail), and every class or, with --groups, rare,
-common and frequent classes at image and at pixel level.
+RUN is a run's folder, or a test's: RUN/test/NAME. The first name is the baseline. Writes x.json (every value) and
+prints a Markdown table of mean ± half the range over the seeds, with the change of the mean against the baseline: mIoU,
+mIoU(tail), and every class or, with --groups, rare, common and frequent classes at image and at pixel level. Seeds that
+were evaluated on other images or otherwise are refused; a name that was has no changes, and the reason below the table.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
+from common.evaluation.identity import differences, has_identity
 from common.files import write_json
 
 
@@ -25,10 +27,14 @@ def main() -> None:
     if len(named) < len(args.runs):
         raise ValueError(f"{[w for w in args.runs if '=' not in w][0]!r} is not of the form NAME=RUN,RUN")
     rows = {name: [load(Path(folder)) for folder in folders.split(",")] for name, folders in named.items()}
+    for name, runs in rows.items():
+        check_seeds(name, runs)
+
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), rows)
     print(table(rows, columns(next(iter(rows.values()))[0], args.groups)))
+    print("\n".join(remarks(rows)))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -41,6 +47,26 @@ def load(folder: Path) -> dict[str, Any]:
     result["per_class"] = {item["name"]: item["iou"] for item in result["per_class"]}
     del result["confusion"]
     return {"run": folder.name, **result, "made": made}
+
+
+def check_seeds(name: str, runs: list[dict[str, Any]]) -> None:
+    """Runs that are averaged were evaluated alike. ValueError names the first that was not."""
+    for run in runs[1:]:
+        if parts := differences(run, runs[0]):
+            raise ValueError(f"{name}: {run['run']} does not compare with {runs[0]['run']}: {'; '.join(parts)}")
+
+
+def remarks(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The lines below the table: names that do not compare with the first, and those of which it is not known."""
+    first = next(iter(rows))
+    lines = []
+    for name, runs in rows.items():
+        parts = differences(runs[0], rows[first][0])
+        if parts:
+            lines.append(f"{name} does not compare with {first}: {'; '.join(parts)}")
+        elif not all(has_identity(run) for run in runs):
+            lines.append(f"{name}: identity unknown, scored before an evaluation kept it")
+    return lines
 
 
 def columns(run: dict[str, Any], groups: bool) -> dict[str, tuple[str, ...]]:
@@ -58,24 +84,24 @@ def table(rows: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, .
     first = next(iter(rows.values()))
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
-        cells = [
-            cell([value(r, p) for r in runs], [value(r, p) for r in first], runs is first) for p in columns.values()
-        ]
+        plain = runs is first or bool(differences(runs[0], first[0]))
+        cells = [cell([value(r, p) for r in runs], [value(r, p) for r in first], plain) for p in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def value(run: dict[str, Any], path: tuple[str, ...]) -> float | None:
-    return functools.reduce(lambda found, key: found[key], path, run)
+    """A run's score; None where it is undefined, or the run's data has no such class."""
+    return functools.reduce(lambda found, key: (found or {}).get(key), path, run)
 
 
-def cell(values: list[float | None], baseline: list[float | None], is_baseline: bool) -> str:
-    """Mean ± half the range, and the change of the mean."""
+def cell(values: list[float | None], baseline: list[float | None], plain: bool) -> str:
+    """Mean ± half the range and, unless `plain`, the change of the mean."""
     if None in values:
         return "–"
     mean, spread = sum(values) / len(values), (max(values) - min(values)) / 2
     text = f"{100 * mean:.1f} ± {100 * spread:.1f}"
-    if is_baseline or None in baseline:
+    if plain or None in baseline:
         return text
     return f"{text} ({100 * (mean - sum(baseline) / len(baseline)):+.1f})"
 

@@ -20,11 +20,11 @@ import torch
 from safetensors import safe_open
 
 from common import cli, distributed
-from common.config import Config, config_of, load_config, save_config
+from common.config import Config, config_of, load_config
 from common.data import SegmentationDataset
 from common.engine import fit, prepare
+from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
-from common.files import write_json
 from common.models import build_model, load_weights
 from common.report import RunFolder, write_report
 from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides
@@ -149,26 +149,27 @@ def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:
-    """Scores, predictions in `preds/`, and the report, in the run's folder."""
+    """Scores and panels in a folder of this test; predictions in `preds/` and the report in the run's folder."""
     experiment = Experiment(cfg, train=False)  # needs no training data
     model, device = open_network(cfg, args)
-    folder = cfg.folder
-    outputs = {"save_predictions": folder / "preds", "panels": folder / "panels"}
+
+    weights = checkpoint(Path(args.resume))
+    folder = folder_of_test(cfg, experiment.val, weights)
+    outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
     result = experiment.score(model, device, **outputs) | {"checkpoint": str(args.resume)}
     print_result(result)
+    write_test(folder, cfg, result)
     if distributed.rank() == 0:
-        write_json(folder / "test.json", result)
-        report(cfg, result)
+        report(cfg, folder)
     distributed.barrier()
 
 
-def report(cfg: Config, result: dict) -> None:
-    """`report.html` of the run, with the test's scores; a folder without a training gets its config."""
-    if not (cfg.folder / "config.yaml").exists():
-        save_config(cfg, cfg.folder / "config.yaml")
-    run = RunFolder.load(cfg.folder)
-    missing = tuple(part for part in run.missing if part != "evaluation.json")
-    run = replace(run, evaluation=result, missing=missing)
+def report(cfg: Config, folder: Path) -> None:
+    """`report.html` of the run, with the scores and panels of the test in `folder`, and its config without a run's."""
+    tested = RunFolder.load(folder)
+    run = RunFolder.load(cfg.folder) if (cfg.folder / "config.yaml").exists() else tested
+    missing = tuple(part for part in run.missing if part not in ("evaluation.json", "panels"))
+    run = replace(run, evaluation=tested.evaluation, panels=tested.panels, missing=missing)
     command = shlex.join(["python", *sys.argv])
     print(f"wrote {write_report(cfg.folder / 'report.html', [run], command=command)}")
 

@@ -45,12 +45,17 @@ class TargetImages(Dataset):
         return sample["name"], torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
 
 
+def newest_checkpoint(cfg: Config) -> Path:
+    """The newest of the stage's run."""
+    return cfg.folder / "checkpoints" / "last"
+
+
 def open_network(cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None) -> nn.Module:
     """The stage's network in evaluation mode, from `checkpoint` or the newest of the stage's run.
 
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
     """
-    path = Path(checkpoint) if checkpoint else cfg.folder / "checkpoints" / "last"
+    path = Path(checkpoint) if checkpoint else newest_checkpoint(cfg)
     if not path.exists():
         raise ValueError(f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint")
     return network_of(cfg.model, path, prefix).to(device).eval()

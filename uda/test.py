@@ -12,10 +12,10 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
+from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
-from common.files import write_json
 from uda.config import STAGES, split_name, stage_config, stage_parser
-from uda.pseudo_labels import open_network
+from uda.pseudo_labels import newest_checkpoint, open_network
 
 SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
 
@@ -33,13 +33,16 @@ def main() -> None:
         return
     experiment = Experiment(cfg, train=False)  # inference needs no source data
     device = distributed.start(args.device)
-    prefix = "teacher." if args.eval == "teacher" else None
-    model = open_network(cfg, args.checkpoint, device, prefix)
-    result = experiment.score(model, device, save_predictions=args.save_predictions)
-    result |= subset_means(result)
+    teacher = args.eval == "teacher"
+    model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)
+
+    checkpoint = args.checkpoint or newest_checkpoint(cfg)
+    folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
+    result = experiment.score(model, device, save_predictions=args.save_predictions, panels=folder / "panels")
+    result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}
     print_result(result)
     print_lines(result)
-    write_json(Path(cfg.folder) / "test.json", result) if cfg.folder.is_dir() else None
+    write_test(folder, cfg, result)
 
 
 def subset_means(result: dict) -> dict[str, float]:

@@ -117,11 +117,8 @@ class _Counts(torch.utils.data.Dataset):
 
 
 def _key(dataset: SegmentationDataset) -> str:
-    row = dataset.row
     digest = hashlib.sha256()
-    maps = [[end, sorted(values.items())] for end, values in row.label_maps]
-    meaning = [_VERSION, row.classes, maps, row.ignore, row.unlisted, row.encoding]
-    digest.update(json.dumps(meaning).encode())
+    digest.update(json.dumps([_VERSION, *dataset.row.meaning]).encode())
     for record in dataset.records:
         if record.label is None:
             raise ValueError(f"{record.image}: no label file for this image; class statistics need labels")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from common.config import EvalConfig
+from common.evaluation.identity import identity
 from common.evaluation.pictures import save_panel, save_prediction
-from common.evaluation.samples import evenly, raise_first, sample_loader
+from common.evaluation.samples import chosen_images, evenly, raise_first, sample_loader
 from common.evaluation.summary import summarise
 from common.inference import predict_labels
 from common.metrics import ConfusionMatrix
@@ -33,7 +34,7 @@ def evaluate(
     """Scores of `model` (a network, or a method that owns one) on `dataset`, at each label's own size.
 
     Every rank takes every `world`-th image and gets the scores of all of them. Modules are put into evaluation mode
-    and back. `dataset` gives `load(index)` (image uint8 (H, W, 3), label int16 (h, w), name) and `row`.
+    and back. `dataset`: a SegmentationDataset (`load(index)`, `row`, `records`, `source`).
 
     groups: level -> each class's group, for the rare, common and frequent means. save_predictions: folder for one PNG
     an image in the data set's stored values. keep: is given the name and the predicted classes (H, W) of every image
@@ -41,18 +42,21 @@ def evaluate(
 
     Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
     `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
-    `images`, `seconds`, `ms_per_image`.
+    `identity` (what was evaluated and how, see there), `images`, `seconds`, `ms_per_image`.
     Raises ValueError for data without labels or classes that do not fit.
     """
-    row, classes = dataset.row, len(dataset.row.classes)
+    row = dataset.row
     if not len(dataset):
         raise ValueError(f"{row.name}: nothing to evaluate, the split is empty")
-    chosen = evenly(len(dataset), cfg.max_images or len(dataset))
+    chosen = chosen_images(dataset, cfg)
+    mine = chosen[rank::world]
     shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
-    matrix, mirrored = ConfusionMatrix(classes, device), mirrored_classes(row)
+
+    matrix = ConfusionMatrix(len(row.classes), device)
+    mirrored = mirrored_classes(row)
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model):
-        for samples in sample_loader(dataset, chosen[rank::world], cfg):
+        for samples in sample_loader(dataset, mine, cfg):
             raise_first(samples)
             for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
                 matrix.update(pred, sample["label"].to(device))
@@ -64,11 +68,13 @@ def evaluate(
                     save_panel(Path(panels), sample, pred, row)
         total = matrix.reduce()
     seconds = time.monotonic() - start
+
     return {
         **summarise(total, row, cfg.convention, groups),
+        "identity": identity(dataset, chosen, cfg),
         "images": len(chosen),
         "seconds": round(seconds, 3),
-        "ms_per_image": round(1000 * seconds / max(len(chosen[rank::world]), 1), 3),
+        "ms_per_image": round(1000 * seconds / max(len(mine), 1), 3),
     }
 
 

@@ -20,6 +20,11 @@ def evenly(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)]
 
 
+def chosen_images(dataset: Any, cfg: EvalConfig) -> list[int]:
+    """The images to evaluate: all, or `max_images` of the whole set."""
+    return evenly(len(dataset), cfg.max_images or len(dataset))
+
+
 def network_input(image: np.ndarray, cfg: EvalConfig) -> Tensor:
     """The tensor (3, h, w) uint8 that the network gets of an image (H, W, 3): at its own size or, where the config
     gives `short_edge`, resized by `edge_size` with Pillow, as detectron2 does."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -47,3 +48,23 @@ def summarise(
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def rescore(result: dict[str, Any], convention: str) -> dict[str, Any]:
+    """The scores of an evaluation's confusion matrix under another convention."""
+    per_class = result["per_class"]
+    row = SimpleNamespace(
+        name=result.get("dataset", ""),
+        classes=[item["name"] for item in per_class],
+        palette=[item["color"] for item in per_class],
+        tail=[item["id"] for item in per_class if item["tail"]],
+        counts=None,
+    )
+    levels = per_class[0].get("groups", {}) if per_class else {}
+    groups = {level: [item["groups"][level] for item in per_class] for level in levels}
+    again = summarise(np.array(result["confusion"]), row, convention, groups)
+    pairs = zip(per_class, again["per_class"], strict=True)
+    again["per_class"] = [{**old, "iou": new["iou"], "acc": new["acc"]} for old, new in pairs]
+    if result.get("identity"):
+        again["identity"] = {**result["identity"], "convention": convention}
+    return {**result, **again}

@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
+from common.evaluation.identity import differences, has_identity
+
 
 def format_table(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> str:
     """The scores as a console table in percent, with the change against `baseline` (another result) in points.
 
-    `*` marks a tail class. A baseline of another convention is refused (ValueError): the difference means nothing.
+    `*` marks a tail class. A baseline of other images, settings or another convention is refused (ValueError): the
+    difference means nothing. Of one that does not say what it evaluated, that is said.
     """
-    if baseline is not None and baseline["convention"] != result["convention"]:
-        raise ValueError(
-            f"baseline was scored by {baseline['convention']}, this run by {result['convention']}; "
-            "evaluate both with the same eval.convention"
-        )
+    if baseline is not None and (parts := differences(result, baseline)):
+        raise ValueError(f"the baseline does not compare with this run: {'; '.join(parts)}; evaluate both alike")
     names = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc", "FreqW": "fwiou"}
     lines = [(name, result[key], baseline and baseline[key]) for name, key in names.items()]
     for level, means in result["groups"].items():
@@ -26,7 +26,9 @@ def format_table(result: Mapping[str, Any], baseline: Mapping[str, Any] | None =
     text = [_line(wide, *line, compared=baseline is not None) for line in lines]
     rule = "-" * len(text[0])
     title = f"{result['dataset']}: {result['images']} images, convention {result['convention']}, in percent"
-    return "\n".join([title, rule, *text[:count], rule, *text[count:]])
+    unknown = baseline is not None and not (has_identity(result) and has_identity(baseline))
+    remark = ["identity unknown: the baseline may be of other images or settings"] if unknown else []
+    return "\n".join([title, *remark, rule, *text[:count], rule, *text[count:]])
 
 
 def _marked(item: Mapping[str, Any]) -> str:

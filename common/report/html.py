@@ -39,6 +39,7 @@ tbody tr:last-child td { border-bottom: 0; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; min-width: 200px; }
 .left th { text-align: left; }
 .best { font-weight: 700; }
+.mark { border: 1px solid var(--c2); border-radius: 9px; padding: 0 7px; font-size: 12px; color: var(--c2); }
 .delta { display: block; font-size: 12px; line-height: 1.3; } .up { color: var(--up); } .down { color: var(--down); }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 16px; }
 .tile { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 12px 18px;

@@ -58,7 +58,7 @@ def panels(report: Any) -> str:
     """Image, truth, and every run's prediction and errors, side by side."""
     if not report.scored:
         return ""
-    shown = [i for i, run in enumerate(report.runs) if run.panels and report.results[i]]
+    shown = [i for i, run in enumerate(report.runs) if run.panels and i in report.scored]
     keys = dict.fromkeys(key for i in shown for key in report.runs[i].panels)
     complete = [k for k in keys if any({"image", "truth"} <= report.runs[i].panels.get(k, {}).keys() for i in shown)]
     if not complete:

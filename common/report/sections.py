@@ -20,7 +20,8 @@ def headline(report: Any) -> str:
     """Title, what was evaluated how, and the figures of the best run (beside the baseline) as tiles."""
     results, names = report.results, report.names
     dataset = next((result.get("dataset") for result in results if result), None)
-    title = f"{names[0]}" if not report.compared else f"{', '.join(names[1:])} against {names[0]}"
+    others = [name for i, name in enumerate(names) if i and i not in report.differing]
+    title = f"{', '.join(others)} against {names[0]}" if others else ", ".join(names)
     data = f" on {escape(dataset)}" if dataset else ""
     images = next((result["images"] for result in results if result), None)
     basis = f"{images} images, " if images else ""
@@ -44,7 +45,7 @@ def _tiles(report: Any) -> str:
 
 
 def notes(report: Any) -> str:
-    """What the reader has to know: missing parts, rescored runs."""
+    """What the reader has to know: missing parts, rescored runs, scores that do not compare."""
     if not report.notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
@@ -71,13 +72,16 @@ def summary(report: Any) -> str:
     if not columns:
         return ""
     values = [[get(row) for _, _, get in columns] for row in rows]
-    best = [max((v[c] for v in values if v[c] is not None), default=None) for c in range(len(columns))]
+    compared = [row for i, row in enumerate(values) if i not in report.differing]
+    best = [max((row[c] for row in compared if row[c] is not None), default=None) for c in range(len(columns))]
     cells = []
     for i, row in enumerate(values):
-        line = [f"{swatch(i)} {escape(report.names[i])}{' (baseline)' if report.compared and i == 0 else ''}"]
+        line = [_summary_name(report, i)]
         for c, value in enumerate(row):
-            css = ' class="best"' if report.compared and value is not None and value == best[c] else ""
-            line.append(f"<span{css}>{points(value)}</span>" + (delta(value, values[0][c]) if i else ""))
+            comparable = report.compared and i not in report.differing
+            css = ' class="best"' if comparable and value is not None and value == best[c] else ""
+            change = delta(value, values[0][c]) if i and comparable else ""
+            line.append(f"<span{css}>{points(value)}</span>{change}")
         cells.append(line)
     body = table(_summary_head(columns), cells) + _conventions(report)
     hint = (
@@ -85,6 +89,15 @@ def summary(report: Any) -> str:
         "of each class and differ in the classes they average; the groups come from the training set."
     )
     return section("scores", "Scores", body, hint)
+
+
+def _summary_name(report: Any, i: int) -> str:
+    """A run's name, whether it is the baseline, and what has to be known of its scores."""
+    role = " (baseline)" if report.compared and i == 0 else ""
+    mark = report.mark(i)
+    reason = escape("; ".join(report.differing.get(i, ())))
+    badge = f' <span class="mark" title="{reason}">{mark}</span>' if mark else ""
+    return f"{swatch(i)} {escape(report.names[i])}{role}{badge}"
 
 
 def _summary_row(report: Any, i: int) -> dict[str, Any]:
@@ -171,6 +184,8 @@ def _grid(charts: Iterable[tuple[str, str]]) -> str:
 def _chart(report: Any, kind: str, key: str, y_label: str, log: bool = False, scale: float = 1.0) -> str:
     series = []
     for i, (run, run_name) in enumerate(zip(report.runs, report.names, strict=True)):
+        if kind == "eval" and i in report.differing:
+            continue
         lines = [line for line in run.log if line.get("kind") == kind and isinstance(line.get(key), int | float)]
         values = [(line["step"], float(line[key])) for line in lines if math.isfinite(line[key])]
         noisy = kind == "train" and key != "lr" and len(values) > 30

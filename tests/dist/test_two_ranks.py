@@ -23,6 +23,6 @@ def test_two_ranks_resume_to_the_bit_and_evaluate_like_one(config, tmp_path):  #
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(a[name].equal(b[name]) for name in a)
     call("fully_sup/test.py", config, tmp_path / "whole" / "checkpoints" / "last", "name=whole")
-    one = json.loads((tmp_path / "whole" / "test.json").read_text())
+    one = json.loads(next((tmp_path / "whole" / "test").glob("*/evaluation.json")).read_text())
     two = json.loads((tmp_path / "whole" / "evaluation.json").read_text())
     assert one["confusion"] == two["confusion"]  # five images over two ranks

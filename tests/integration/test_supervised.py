@@ -58,7 +58,7 @@ def test_sigterm_saves_and_resumes_to_the_bit(config, tmp_path, whole):
 def test_a_checkpoint_evaluates_as_it_did_in_training(config, tmp_path, whole):
     out = call("fully_sup/test.py", config, tmp_path / "whole" / "checkpoints" / "best", "--save-predictions",
                tmp_path / "predictions", "name=whole")  # fmt: skip
-    result = json.loads((tmp_path / "whole" / "test.json").read_text())
+    result = json.loads(next((tmp_path / "whole" / "test").glob("*/evaluation.json")).read_text())
     assert result["miou"] == json.loads((tmp_path / "whole" / "evaluation.json").read_text())["miou"]
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 5
     assert "mIoU(tail)" in out and "nan_mean" in out

@@ -1,6 +1,7 @@
 """Evaluation against counting by a loop: scores, ranks, pictures and the table."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from common.config import EvalConfig
+from common.config import EvalConfig, SourceConfig
 from common.data import IGNORE
+from common.data.catalogue.layouts import Record
 from common.evaluation import evaluate, format_table, network_input, write_label
 from common.evaluation.samples import evenly
 from common.models.segmentor import SegmentationModel
@@ -30,13 +32,16 @@ class Scene:
         label_maps=(("_ids", {0: 0}), ("", {11: 0, 12: 1, 13: 2, 26: 3, 7: 3, 0: IGNORE})),
         encoding="index",
         flip_pairs=(),
+        meaning=["four classes"],
     )
+    source = SourceConfig(dataset="scene", split="val")
 
     def __init__(self, count=5, labels=True, equal=False):
         rng = np.random.default_rng(0)
         sizes = [(12, 16) if equal or i % 2 else (10, 14) for i in range(count)]
         self.images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
         self.labels = [rng.integers(-1, 4, size).astype(np.int16) if labels else None for size in sizes]
+        self.records = [Record(f"street/{i}", Path(f"{i}.jpg"), None) for i in range(count)]
 
     def __len__(self):
         return len(self.images)
@@ -164,5 +169,8 @@ def test_the_table_shows_changes_in_points():
     assert "nan_mean" in format_table(result)
     assert lines["mIoU"].endswith("+1.23") and lines["mIoU(tail)"].endswith("-")
     assert lines["blue *"].split()[-1] == "+0.00" and f"{100 * result['per_class'][2]['iou']:.2f}" in lines["blue *"]
-    with pytest.raises(ValueError, match="baseline was scored by ltss, this run by nan_mean"):
-        format_table(result, {**result, "convention": "ltss"})
+    assert "identity unknown" not in format_table(result, worse)
+    before = {key: value for key, value in result.items() if key != "identity"}
+    assert "identity unknown" in format_table(result, before)
+    with pytest.raises(ValueError, match="not compare with this run: convention nan_mean against ltss; evaluate both"):
+        format_table(result, {**result, "identity": {**result["identity"], "convention": "ltss"}})

@@ -25,17 +25,30 @@ CLASSES = ("road", "sky", "person", "lamp & <post>")
 PALETTE = ((128, 64, 128), (70, 130, 180), (220, 20, 60), (250, 170, 30))
 GROUPS = {"image": ["frequent", "frequent", "common", "rare"], "pixel": ["frequent", "common", "common", "rare"]}
 MATRIX = np.array([[700, 60, 30, 10], [30, 400, 5, 5], [20, 10, 60, 0], [9, 8, 3, 20]])
+IDENTITY = {
+    "dataset": "street",
+    "split": "val",
+    "images": 7,
+    "files": "1234",
+    "labels": "abcd",
+    "convention": "nan_mean",
+    "scales": [1.0],
+}
 BETTER = np.array([[690, 60, 40, 10], [30, 400, 5, 5], [10, 5, 75, 0], [4, 4, 2, 30]])
 
 
-def make_run(folder: Path, matrix=MATRIX, convention="nan_mean", drop=(), tail=(2, 3), classes=CLASSES) -> Path:
-    """A complete run folder, without the parts in `drop`."""
+def make_run(
+    folder: Path, matrix=MATRIX, convention="nan_mean", drop=(), tail=(2, 3), classes=CLASSES, **identity
+) -> Path:
+    """A complete run folder, without the parts in `drop`, evaluated as IDENTITY and the given keys say."""
     folder.mkdir(parents=True)
     k = len(classes)
     palette = [*PALETTE, *[(i % 256, i // 256, 7) for i in range(4, k)]]
     row = SimpleNamespace(name="street", classes=classes, palette=palette, tail=tail, counts=None)
     groups = GROUPS if k == 4 else {"image": ["rare"] * k}
     evaluation = {**summarise(matrix, row, convention, groups), "images": 7, "seconds": 1.5, "ms_per_image": 214.3}
+    if "identity" not in drop:
+        evaluation["identity"] = {**IDENTITY, "convention": convention, **identity}
     machine = {"processor": "Some CPU", "cores": 2, "gpu": None, "torch": "2.15"}
     record = {"command": "python train.py a.yaml", "commit": "abc123", "seed": 5, "started": "2025-01-02", "minutes": 3}
     log = [{"kind": "train", "step": 10 * i, "loss": 3 / i, "lr": 0.01 / i, "grad_norm": 1.0} for i in range(1, 60)]
@@ -180,6 +193,59 @@ def test_runs_on_other_classes_are_left_out(tmp_path):
     html = report_text(tmp_path, make_run(tmp_path / "base"), other)
     check_page(html)
     assert "other was evaluated on other classes" in html
+
+
+def row_of(html: str, name: str) -> str:
+    """A run's row of the table of scores."""
+    scores = html[html.index('id="scores"') : html.index('id="training"')]
+    return next(row for row in re.findall(r"<tr>.*?</tr>", scores, re.S) if re.search(rf"</i> {name}\b", row))
+
+
+def test_scores_of_other_images_or_settings_are_marked_and_never_compared(tmp_path):
+    base, like = make_run(tmp_path / "base"), make_run(tmp_path / "like", BETTER)
+    moved = make_run(tmp_path / "moved", BETTER, files="9999", images=5)
+    scaled = make_run(tmp_path / "scaled", BETTER, scales=[0.5, 1.0])
+    html = report_text(tmp_path, base, like, moved, scaled)
+    check_page(html)
+
+    assert "delta" in row_of(html, "like") and "mark" not in row_of(html, "like")
+    for name in ("moved", "scaled"):
+        row = row_of(html, name)
+        assert "not comparable" in row and "delta" not in row and "best" not in row
+        after = np.diag(BETTER) / (BETTER.sum(0) + BETTER.sum(1) - np.diag(BETTER))
+        assert f">{100 * after.mean():.2f}<" in row, "its own scores are shown"
+    notes = html[html.index('class="notes"') : html.index('id="scores"')]
+    assert "moved does not compare with base: other images or label files: street val, 5 images against" in notes
+    assert "scaled does not compare with base: scales [0.5, 1.0] against [1.0]" in notes
+    assert "<h1>like against base</h1>" in html
+
+    tiles = html[html.index('class="tiles"') : html.index("<nav>")]
+    assert "like" in tiles and "moved" not in tiles and "scaled" not in tiles
+    for anchor in ("classes", "confusion", "images"):
+        part = html[html.index(f'<section id="{anchor}"') :].partition("</section>")[0]
+        assert "like" in part and "moved" not in part and "scaled" not in part
+    assert html.count('alt="prediction for image 00003"') == 2
+
+
+def test_results_without_an_identity_are_shown_as_such(tmp_path):
+    old = make_run(tmp_path / "old", drop=("identity",))
+    html = report_text(tmp_path, make_run(tmp_path / "base"), old)
+    check_page(html)
+    assert "identity unknown" in row_of(html, "old") and "delta" in row_of(html, "old")
+    assert "identity unknown" not in row_of(html, "base")
+    assert "Identity unknown: old." in html
+    assert "dentity unknown" not in report_text(tmp_path, old), "one run is not compared"
+
+
+def test_a_test_of_a_checkpoint_is_reported_beside_its_run(tmp_path):
+    run = make_run(tmp_path / "run")
+    made = make_run(tmp_path / "run" / "test" / "step_00000004_tta-12345678", BETTER, drop=("log.jsonl",))
+    (made / "statistics.json").unlink()
+    (made / "run.json").write_text(json.dumps({"kind": "test", "command": "python test.py"}))
+    html = report_text(tmp_path, run, made)
+    check_page(html)
+    assert "run step_00000004_tta-12345678 against run" in html and "has no" not in html
+    assert "share of training pixels" in report_text(tmp_path, made), "the run counted them"
 
 
 def test_many_classes_without_a_tail(tmp_path):

@@ -227,6 +227,33 @@ def test_collect_tabulates_seeds(tmp_path, call, fails):
     assert "has the run ended?" in fails(collect.main, f"a={tmp_path}", "--out", tmp_path / "table")
 
 
+def test_collect_compares_equal_evaluations_only(tmp_path, call, fails):
+    base = {"dataset": "street", "split": "val", "files": "1234", "labels": "abcd", "convention": "nan_mean"}
+
+    def run(name: str, classes=("pole",), **identity) -> Path:
+        (tmp_path / name).mkdir()
+        result = {"miou": 0.5, "miou_tail": 0.5, "confusion": [], "groups": {}, "run": name}
+        result["per_class"] = [{"name": k, "iou": 0.5} for k in classes]
+        result["identity"] = base | {"images": 7, "scales": [1.0]} | identity
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(result if identity != {"old": 1} else {
+            key: value for key, value in result.items() if key != "identity"}))  # fmt: skip
+        (tmp_path / name / "run.json").write_text("{}")
+        return tmp_path / name
+
+    a, b, scaled, old = run("a"), run("b"), run("scaled", scales=[2.0]), run("old", old=1)
+    elsewhere = run("elsewhere", classes=("car",), files="9", labels="9", dataset="road", images=3)
+    out = ("--out", tmp_path / "table")
+    lines = call(collect.main, f"a={a}", f"b={b}", f"s={scaled}", f"o={old}", f"e={elsewhere}", *out).splitlines()
+    assert lines[3] == "| b | 50.0 ± 0.0 (+0.0) | 50.0 ± 0.0 (+0.0) | 50.0 ± 0.0 (+0.0) |"
+    assert lines[4] == "| s | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 |"
+    assert "(+0.0)" in lines[5] and lines[6] == "| e | 50.0 ± 0.0 | 50.0 ± 0.0 | – |"
+    assert lines[7] == "s does not compare with a: scales [2.0] against [1.0]"
+    assert lines[8].startswith("o: identity unknown")
+    assert lines[9].startswith("e does not compare with a: other images or label files: road val, 3 images against")
+    refused = fails(collect.main, f"a={a},{scaled}", *out)
+    assert "a: scaled does not compare with a: scales [2.0] against [1.0]" in refused
+
+
 # shrink_dataset -----------------------------------------------------------------------------------------------------
 
 

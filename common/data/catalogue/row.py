@@ -63,6 +63,12 @@ class DatasetRow:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @property
+    def meaning(self) -> list:
+        """Classes and what stored label values stand for, as JSON can hold it: whatever is counted depends on it."""
+        maps = [[end, sorted(values.items())] for end, values in self.label_maps]
+        return [self.classes, maps, self.ignore, self.unlisted, self.encoding]
+
     @cached_property
     def _tables(self) -> tuple[tuple[str, LabelTable], ...]:
         maps = self.label_maps or (("", {k: k for k in range(self.num_classes)}),)
