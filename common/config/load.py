@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from common.config.errors import ConfigError, shown
+from common.config.references import resolved, run_of
 from common.config.schema import Config, DataConfig, SourceConfig
 from common.config.text import parse
 from common.config.typed import typed_section
@@ -16,20 +17,37 @@ from common.config.typed import typed_section
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML or JSON config, merge it over its `base:`, apply `a.b=value` overrides, and type it.
 
+    References to files of other steps, `run:STEP/FILE`, become paths (see `common.config.references`).
     Raises ConfigError (one line) for a missing file, an unknown key, a wrong type, a value out of its bounds, a key
     that stands twice, or a bad override.
     """
     path = Path(path)
-    config = config_of(read_tree(path), overrides, path.name)
-    return config if config.name else dataclasses.replace(config, name=path.stem)
+    config = config_of(read_tree(path), overrides, path.name, path)
+    return config if config.name else dataclasses.replace(config, name=config.runs.get(path.stem, path.stem))
 
 
-def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
-    """The config of a nested mapping, e.g. of a resolved one that a checkpoint carries; `where` begins the errors."""
+def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str, file: Path | None = None) -> Config:
+    """The config of a nested mapping, e.g. of a resolved one that a checkpoint carries; `where` begins the errors.
+
+    file: where it was read, which says what its references to other steps mean.
+    """
     for override in overrides:
         _override(tree, override)
     config = typed_section(Config, tree, where, prefix=f"{where}: ")
+    config = _with_paths(config, where, file)
     return dataclasses.replace(config, data=_inherit(config.data))
+
+
+def _with_paths(config: Config, where: str, file: Path | None) -> Config:
+    """The config with paths in place of references to other steps."""
+
+    def folder(step: str) -> Path:
+        return Path(config.output) / run_of(step, file, config.runs)
+
+    try:
+        return resolved(config, folder)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -180,6 +180,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = ""  # the run's folder is <output>/<name>; empty: the config file's stem
     output: str = "runs"
+    runs: Mapping[str, str] = field(default_factory=dict)  # step -> name of its run, where that is not the step's own
     seed: Whole = 0
 
     @property
