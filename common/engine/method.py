@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,28 @@ class Parts(nn.Module):
 
 
 @torch.no_grad()
-def move_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher ← momentum · teacher + (1 − momentum) · student for parameters; buffers are copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
-    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
-        ours.copy_(theirs)
+def move_average(
+    teacher: nn.Module,
+    student: nn.Module,
+    momentum: float,
+    statistics: Literal["averaged", "copied"] = "averaged",
+) -> None:
+    """teacher ← momentum · teacher + (1 − momentum) · student, for parameters and floating-point buffers.
+
+    Batch norm's running statistics describe the features of the weights they were gathered with: a teacher whose
+    weights lag needs statistics that lag alike, or in evaluation mode it normalises by another network's. Integer
+    buffers (counts of batches) are copied.
+
+    statistics: "copied" takes floating-point buffers as they are, for a teacher that normalises by its own batch.
+    """
+    ours = list(teacher.parameters())
+    theirs = list(student.parameters())
+
+    for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
+        if statistics == "averaged" and mine.is_floating_point():
+            ours.append(mine)
+            theirs.append(other)
+        else:
+            mine.copy_(other)
+
+    torch._foreach_lerp_(ours, theirs, 1.0 - momentum)

@@ -47,6 +47,26 @@ class Tiny(Method):
         self.count += 1
 
 
+@pytest.mark.parametrize("statistics", ["averaged", "copied"])
+def test_a_teachers_buffers(statistics):
+    """Closed form of ten steps: floating-point ones are averaged like the weights, or copied; counts are copied."""
+    torch.manual_seed(0)
+    student = nn.BatchNorm1d(3)
+    teacher = deepcopy(student)
+    expected = {"running_mean": torch.zeros(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
+    for _ in range(10):
+        student(torch.randn(6, 3) * 4 + 2)
+        nn.init.uniform_(student.weight)
+        move_average(teacher, student, 0.8, statistics)
+        now = student.state_dict()
+        expected = {name: 0.8 * value + 0.2 * now[name] for name, value in expected.items()}
+    if statistics == "copied":
+        expected |= {name: now[name] for name in ("running_mean", "running_var")}
+    for name, value in expected.items():
+        torch.testing.assert_close(teacher.state_dict()[name], value)
+    assert teacher.num_batches_tracked == 10
+
+
 def config(tmp_path, steps=20, **train):
     return Config(
         name="tiny",

@@ -189,13 +189,19 @@ def test_teacher_is_the_moving_average(name):
     m, streams = method(name, teacher="ema", momentum=0.75), batches()
     optimizer = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.01)
     expected = m.model.classifier[1].weight.detach().clone()
+    nets = (m.model, m.teacher)
+    norm, teachers_norm = (next(n for n in net.modules() if isinstance(n, torch.nn.BatchNorm2d)) for net in nets)
+    statistics = norm.running_var.clone()
     for step in range(6):
         run(m.train(), streams, step)
         optimizer.step()
         m.after_step(step)
         momentum = min(step / (step + 1), 0.75)
         expected = momentum * expected + (1 - momentum) * m.model.classifier[1].weight.detach()
+        statistics = momentum * statistics + (1 - momentum) * norm.running_var
     torch.testing.assert_close(m.teacher.classifier[1].weight, expected)
+    torch.testing.assert_close(teachers_norm.running_var, statistics)
+    assert not torch.equal(teachers_norm.running_var, norm.running_var)
     assert not m.teacher.training and counted(m.model) == counted(m.teacher) == 12  # the weak view is the teacher's
     assert all(not p.requires_grad for p in m.teacher.parameters())
 
