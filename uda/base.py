@@ -166,6 +166,36 @@ def read_prototypes(path: str, classes: int) -> Tensor:
     return value.detach().float()
 
 
+class Prototypes(NamedTuple):
+    """The prototypes that there are."""
+
+    known: Tensor  # classes that have one, int64 (K,), ascending
+    rows: Tensor  # theirs, float32 (K, D)
+
+
+def known_prototypes(path: str, classes: int) -> Prototypes:
+    """The rows of `read_prototypes` that are not 0, which stands for "never seen". ValueError if there is none."""
+    start = read_prototypes(path, classes)
+    known = start.any(1).nonzero().flatten()
+    if not len(known):
+        raise ValueError(f"{path}: no class has a prototype, all of them are 0; {command('calc_prototype.py', path)}")
+    return Prototypes(known, start[known])
+
+
+def rectified(warm: Tensor, evidence: Tensor, known: Tensor) -> Tensor:
+    """Soft labels P_ST (B, C, h, w) weighed by softmax(evidence) of the K classes in `known`: (B, C, h, w).
+
+    With a prototype for every class that is the product of the two, as in the paper. A class without one gives no
+    evidence for or against itself, so it keeps its probability, and the others share theirs in the proportion of
+    the product. (The release has a zero vector there, which is far from every feature: such a class can never win.)
+    """
+    if len(known) == warm.shape[1]:
+        return evidence.softmax(1).mul_(warm)
+    ours = warm.index_select(1, known)
+    shares = (evidence + ours.clamp(min=torch.finfo(ours.dtype).tiny).log()).softmax(1)
+    return warm.index_copy(1, known, shares * ours.sum(1, keepdim=True))
+
+
 def read_distribution(path: str, classes: int) -> Tensor:
     """Class shares float32 (C,) of generate_class_distribution.py. ValueError names the fix."""
     file = Path(path)

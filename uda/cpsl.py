@@ -12,6 +12,9 @@ student and of the learned prototypes c, n(·) = L2 normalisation:
 
 L_SL trains the prototypes alone: z' comes from the teacher. The network learns from the other terms. Everything on the
 target lives on the crop's quarter grid. Where the release differs from the paper, an option holds its behaviour.
+
+Classes that the warmed-up network hardly predicts have no prototype: of C classes K have one. The others take no part
+in L_SL and L_REG, and rectification leaves them the probability of P_ST.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import Config
+from common.config import Config, ConfigError
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, move_average
 from common.losses.self_training import (
@@ -41,15 +44,16 @@ from uda.base import (
     STRIDE,
     Resampling,
     Stage,
+    known_prototypes,
     onto_crop,
     onto_grid,
     read_distribution,
-    read_prototypes,
+    rectified,
     running_statistics_kept,
     to_grid,
 )
 from uda.mixing import Box, draw_box, paste, paste_labels
-from uda.sampling import class_balanced, uniform
+from uda.sampling import class_balanced, stretched, uniform
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,15 @@ class CPSLConfig:
     momentum: float = 0.999  # of θ' and c'
     temperature: float = 0.08  # τ
     rectify: bool = True  # False: ŷ = argmax P_ST, plain self-training
-    threshold: float = 0.0  # rectified probability below which a pixel is ignored
+    threshold: float = 0.0  # probability below which a pixel is ignored
+    # whose: the label's after rectification, as in the release, or that of P_ST's best class; the first is sharper
+    threshold_on: Literal["rectified", "pseudo"] = "rectified"
     rce: tuple[float, float] = (0.1, 1.0)  # α, β of the symmetric cross-entropy
     consistency: float = 5.0
     self_label: float = 0.1
     contrastive: float = 0.0  # release: 0.001, with `bank_labels: first`
-    bank_labels: Literal["matched", "first"] = "matched"  # release: the first entries of the map, whatever was sampled
+    # release: first. Bank pixels come from the whole image, their labels are the first of the map, whatever was sampled
+    bank_labels: Literal["matched", "first"] = "matched"
     bank: int = 65536
     samples: int = 256  # pixels an image and step that enter the bank
     sampling: Literal["class_balanced", "uniform"] = "class_balanced"  # release: uniform
@@ -82,8 +89,12 @@ class CPSLConfig:
     backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
 
+    def __post_init__(self):
+        if self.bank_labels == "first" and self.sampling != "uniform":
+            raise ConfigError(f"method.bank_labels: first is for sampling: uniform, not {self.sampling}; set both")
 
-Sampled = tuple[Tensor, Tensor, Tensor]  # unit features (B, n, D), unit logits (B, n, C), labels (B, n)
+
+Sampled = tuple[Tensor, Tensor, Tensor]  # unit features (B, n, D), unit logits (B, n, K), labels (B, n)
 
 
 class CPSL(Stage):
@@ -96,12 +107,15 @@ class CPSL(Stage):
         super().__init__(cfg, options, counts)
         o, classes = self.options, cfg.model.num_classes
         self.teacher = deepcopy(self.model).requires_grad_(False)
-        start = read_prototypes(o.prototypes, classes)
-        self.prototypes = nn.Parameter(F.normalize(start, dim=1))
-        self.register_buffer("prototypes_ema", F.normalize(start, dim=1))
+        start = known_prototypes(o.prototypes, classes)
+        self.register_buffer("known", start.known, persistent=False)
+        self.prototypes = nn.Parameter(F.normalize(start.rows, dim=1))
+        self.register_buffer("prototypes_ema", F.normalize(start.rows, dim=1))
         self.register_buffer("distribution", read_distribution(o.class_distribution, classes))
-        self.features = RingBank(o.bank, start.shape[1])
-        self.scores = RingBank(o.bank, classes)
+        if not self.distribution[start.known].sum() > 0:
+            raise ConfigError(f"{o.class_distribution}: no share for the classes of {o.prototypes}; make both again")
+        self.features = RingBank(o.bank, start.rows.shape[1])
+        self.scores = RingBank(o.bank, len(start.known))
         self.bank_labels = RingBank(o.bank, dtype=torch.int64)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -122,7 +136,7 @@ class CPSL(Stage):
     @torch.no_grad()
     def look(self, target: Batch) -> tuple[Tensor, Tensor, Tensor, Sampled]:
         """What the teacher sees in the whole image, on the quarter grid of the crop: similarities with the moving
-        prototypes (B, C, h, w); labels (B, h, w) and the share of them that differ from P_ST; pixels for the bank."""
+        prototypes (B, K, h, w); labels (B, h, w) and the share of them that differ from P_ST; pixels for the bank."""
         self.teacher.train(self.options.teacher_mode == "train")
         out = self.teacher(target["full"])
         grid = onto_crop(out["features"], target)
@@ -131,7 +145,7 @@ class CPSL(Stage):
         return similarity, label, changed, self.sample(label, out, grid)
 
     def similarity(self, features: Tensor, grid: Resampling) -> Tensor:
-        """n(z)·n(c'_k) of features (B, D, h, w) brought to a grid (H, W): (B, C, H, W)."""
+        """n(z)·n(c'_k) of features (B, D, h, w) brought to a grid (H, W): (B, K, H, W)."""
         dots, squares = resampled_products(features, F.normalize(self.prototypes_ema, dim=1), *grid)
         return dots / squares.clamp(min=1e-24).sqrt()[:, None]
 
@@ -140,14 +154,19 @@ class CPSL(Stage):
         """Labels ŷ (B, h, w), and the share of pixels at which they differ from argmax P_ST."""
         crop = tuple(target["weak"].shape[-2:])
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
-        if not self.options.rectify:
-            rectified = warm
-        else:
-            rectified = (similarity / self.options.temperature).softmax(1).mul_(warm)
-        best, label = rectified.max(1)
-        changed = (label != warm.max(1).indices).float().mean()
+        probabilities = warm
+        if self.options.rectify:
+            probabilities = rectified(warm, similarity / self.options.temperature, self.known)
+
+        best, label = probabilities.max(1)
+        pseudo, plain = warm.max(1)
+        changed = (label != plain).float().mean()
+
         if self.options.threshold > 0:
-            label = label.masked_fill(best < self.options.threshold * rectified.sum(1), IGNORE)
+            if self.options.threshold_on == "pseudo":
+                best, probabilities = pseudo, warm
+            unsure = best < self.options.threshold * probabilities.sum(1)
+            label = label.masked_fill(unsure, IGNORE)
         return label, changed
 
     # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
@@ -165,7 +184,8 @@ class CPSL(Stage):
         terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
         total = ce + o.self_label * (first + second)
         if o.contrastive > 0:
-            terms["contrastive"] = self.contrast(out["features"], label, mixed=box is not None)
+            whole = tuple(target["soft"].shape[-2:])
+            terms["contrastive"] = self.contrast(out["features"], label, whole, mixed=box is not None)
             total = total + o.contrastive * terms["contrastive"]
         return {"loss": total, **terms, "bank_fill": ce.new_tensor(self.features.fill)}
 
@@ -176,17 +196,27 @@ class CPSL(Stage):
 
     @torch.no_grad()
     def sample(self, label: Tensor, out: Mapping[str, Tensor], grid: Resampling) -> Sampled:
-        """Pixels for the bank: unit features (B, n, D), unit logits (B, n, C), labels (B, n)."""
+        """Pixels for the bank: unit features (B, n, D), unit logits (B, n, K), labels (B, n)."""
+        logits = out["logits"].index_select(1, self.known)
+        if self.options.bank_labels == "first":
+            return self.sample_whole(label, out["features"], logits)
         flat, n = label.flatten(1), min(self.options.samples, label[0].numel())
         if self.options.sampling == "uniform":
             index = uniform(flat, n)
         else:
             index = class_balanced(flat, self.distribution, n)
-        labels = flat.gather(1, index) if self.options.bank_labels == "matched" else flat[:, :n]
-        return unit_rows(out["features"], grid, index), unit_rows(out["logits"], grid, index), labels
+        return unit_rows(out["features"], grid, index), unit_rows(logits, grid, index), flat.gather(1, index)
+
+    def sample_whole(self, label: Tensor, features: Tensor, logits: Tensor) -> Sampled:
+        """The release's draw: cells of the whole image's own grid, the same in every image. The labels are not theirs:
+        the crop's map is stretched over that grid, and its first n cells are taken."""
+        labels = stretched(label, features.shape[-2:]).flatten(1)
+        n = min(self.options.samples, labels.shape[1])
+        index = uniform(labels[:1], n).expand(len(labels), n)
+        return unit_cells(features, index), unit_cells(logits, index), labels[:, :n]
 
     def self_label(self, features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """L_SL from features (B, n, D), logits (B, n, C): image by image, so each sees the earlier ones in the bank."""
+        """L_SL from features (B, n, D), logits (B, n, K): image by image, so each sees the earlier ones in the bank."""
         prototypes = F.normalize(self.prototypes, dim=1)
         basis = (prototypes if self.options.normalise_bank else self.prototypes).detach()
         bank = (basis @ self.features.rows.T).T  # kept up to date below, as images enter the bank
@@ -204,21 +234,39 @@ class CPSL(Stage):
         return torch.stack(losses[0]).mean(), torch.stack(losses[1]).mean()
 
     def assign(self, bank: Tensor, scores: Tensor) -> Tensor:
-        """Sinkhorn assignment (n, C) of the newest rows, together with the bank once that is full."""
+        """Sinkhorn assignment (n, K) of the newest rows, together with the bank once that is full."""
         o = self.options
-        marginal = None if o.marginal == "uniform" else self.distribution
+        marginal = None if o.marginal == "uniform" else self.class_shares()
         rows = torch.cat((bank.T, scores.T), 1).T if self.features.full else scores  # a class is contiguous
         return sinkhorn(rows, marginal, o.epsilon, o.sinkhorn_iterations, keep=len(scores))
 
-    def contrast(self, features: Tensor, label: Tensor, mixed: bool) -> Tensor:
-        """Student pixels against the bank; 0 (with a graph) before the bank is full, and in CutMix steps."""
+    def class_shares(self) -> Tensor:
+        """δ of the classes that have a prototype (K,), sum 1."""
+        if len(self.known) == len(self.distribution):
+            return self.distribution
+        shares = self.distribution[self.known]
+        return shares / shares.sum()
+
+    def contrast(self, features: Tensor, label: Tensor, whole: tuple[int, int], mixed: bool) -> Tensor:
+        """Student pixels against the bank; 0 (with a graph) before the bank is full, and in CutMix steps.
+
+        `whole`: the network's grid of the whole image. With `bank_labels: first` an anchor is a cell of the student's
+        own grid, and its label that of the same index in the label map of the whole image's grid, as in the release.
+        """
         if mixed or not self.features.full:
             return features.sum() * 0
-        index = uniform(label.flatten(1), self.options.samples)
-        anchors = unit_rows(features, onto_grid(features, label.shape[-2:]), index)
-        labels = label.flatten(1).gather(1, index)
+        if self.options.bank_labels == "first":
+            labels = stretched(label, whole).flatten(1)
+            cells = labels[:, : features[0, 0].numel()]
+            index = uniform(cells, min(self.options.samples, cells.shape[1]))
+            anchors = unit_cells(features, index)
+        else:
+            labels = label.flatten(1)
+            index = uniform(labels, min(self.options.samples, labels.shape[1]))
+            anchors = unit_rows(features, onto_grid(features, label.shape[-2:]), index)
         bank = self.features.rows, self.bank_labels.rows, self.options.temperature
-        return torch.stack([pixel_contrast(a, y, *bank) for a, y in zip(anchors, labels, strict=True)]).mean()
+        pairs = zip(anchors, labels.gather(1, index), strict=True)
+        return torch.stack([pixel_contrast(a, y, *bank) for a, y in pairs]).mean()
 
     # Strong view ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +284,8 @@ class CPSL(Stage):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        move_average(self.teacher, self.model, self.options.momentum)
+        statistics = "averaged" if self.options.teacher_mode == "eval" else "copied"
+        move_average(self.teacher, self.model, self.options.momentum, statistics)
         self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
         super().after_step(step)
 
@@ -244,3 +293,10 @@ class CPSL(Stage):
 def unit_rows(maps: Tensor, grid: Resampling, index: Tensor) -> Tensor:
     """Cells `index` (B, n) of a grid to which maps (B, C, h, w) are brought, as rows of unit length (B, n, C)."""
     return F.normalize(resample_points(maps, *grid, index), dim=2)
+
+
+def unit_cells(maps: Tensor, index: Tensor) -> Tensor:
+    """Cells `index` (B, n) of the maps' own grid (B, C, h, w), as rows of unit length (B, n, C)."""
+    flat = maps.flatten(2)
+    rows = flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1))
+    return F.normalize(rows.transpose(1, 2), dim=2)

@@ -2,7 +2,7 @@
 
 Rectification weights are softmax_k(−(d_k − min d)) with d the Euclidean distance of raw teacher features to raw
 prototypes; consistency is on softmax(−d). No bank, no CutMix, no self-labelling loss; logits get a pull towards the
-uniform distribution.
+uniform distribution. A class without a prototype takes no part, as in CPSL.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,8 @@ from common.ops.resampled_products import resampled_products
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
-from uda.base import STRIDE, Resampling, Stage, onto_crop, onto_grid, read_prototypes, to_grid
-from uda.pseudo_labels import FEWEST_PIXELS, class_sums
+from uda.base import STRIDE, Resampling, Stage, known_prototypes, onto_crop, onto_grid, rectified, to_grid
+from uda.pseudo_labels import class_sums, enough
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class ProDA(Stage):
     def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
         super().__init__(cfg, options, counts)
         self.teacher = deepcopy(self.model).requires_grad_(False)
-        self.register_buffer("prototypes", read_prototypes(self.options.prototypes, cfg.model.num_classes))
+        start = known_prototypes(self.options.prototypes, cfg.model.num_classes)
+        self.register_buffer("known", start.known, persistent=False)
+        self.register_buffer("prototypes", start.rows)
         self._seen: list[tuple[Tensor, Tensor]] = []  # class sums of each image of this step, used after the update
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
@@ -65,16 +67,17 @@ class ProDA(Stage):
 
     @torch.no_grad()
     def look(self, target: Batch) -> tuple[Tensor, Tensor]:
-        """−d of the teacher's features on the crop's grid (B, C, h, w), and the rectified labels (B, h, w)."""
+        """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w)."""
         out = self.teacher.eval()(target["full"])
         self._seen += [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
         crop = tuple(target["weak"].shape[-2:])
         closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
-        return closeness, (closeness.softmax(1) * warm).argmax(1)
+        return closeness, rectified(warm, closeness, self.known).argmax(1)
 
     def closeness(self, features: Tensor, grid: Resampling) -> Tensor:
-        """−‖z − η_k‖ of features (B, D, h, w) brought to a grid (H, W): (B, C, H, W)."""
+        """−‖z − η_k‖ of features (B, D, h, w) brought to a grid (H, W), k of the K classes with a prototype:
+        (B, K, H, W)."""
         dots, squares = resampled_products(features, self.prototypes, *grid)
         own = self.prototypes.square().sum(1)[:, None, None]
         return -(squares[:, None] - 2 * dots + own).clamp(min=1e-12).sqrt()
@@ -93,7 +96,8 @@ class ProDA(Stage):
         move_average(self.teacher, self.model, self.options.momentum)
         sums, counts = (gather_rows(torch.stack(values)) for values in zip(*self._seen, strict=True))
         for total, count in zip(sums, counts, strict=True):
-            share = ((count >= FEWEST_PIXELS) * self.options.prototype_momentum)[:, None]
-            self.prototypes += share * (total / count.clamp(min=1)[:, None] - self.prototypes)
+            means = total / count.clamp(min=1)[:, None]
+            share = (enough(count) * self.options.prototype_momentum)[:, None]
+            self.prototypes += share[self.known] * (means[self.known] - self.prototypes)
         self._seen = []
         super().after_step(step)

@@ -21,7 +21,7 @@ from common.models.layers import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
 
-FEWEST_PIXELS = 10  # of a class in an image, for its mean feature to count
+FEWEST = 10 / (129 * 257)  # share of an image that a class needs for its mean feature to count (release: 10 cells)
 MEMORY = 3000  # image-level vectors after which a prototype's running mean becomes a moving average
 
 
@@ -110,14 +110,15 @@ def best_class(probabilities: Tensor, size: tuple[int, int], rows: int = 128) ->
 def prototypes(model: nn.Module, data: TargetImages, workers: int, device: torch.device, epochs: int = 4) -> Tensor:
     """Mean feature of each class (C, D): a running mean over image-level means, every image alike whatever its area.
 
-    An image's mean of a class is taken over the pixels predicted as it, if there are at least ten. The release runs
+    An image's mean of a class is taken over the pixels predicted as it, if there are enough. The release runs
     four identical passes over the images, which matters only beyond 3000 vectors; here the vectors are kept instead.
     A class that no image shows gets a prototype of 0, with a warning.
     """
     outs = (model(image) for _, image in images(data, workers, device, "prototypes"))
     pairs = [class_sums(out["logits"][0], out["features"][0]) for out in outs]
     sums, counts = (torch.stack(values).double().cpu() for values in zip(*pairs, strict=True))
-    means, shown = sums / counts.clamp(min=1)[..., None], counts >= FEWEST_PIXELS
+    means = sums / counts.clamp(min=1)[..., None]
+    shown = enough(counts)
     if not shown.any(0).all():
         missing = [data.dataset.row.classes[k] for k in torch.nonzero(~shown.any(0)).flatten().tolist()]
         warn_absent(missing)
@@ -137,10 +138,20 @@ def class_sums(logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     return (features @ onehot).T, onehot.sum(0)
 
 
+def enough(counts: Tensor) -> Tensor:
+    """Which classes have enough pixels for a mean, bool (…, C), from all classes' counts (…, C) in an image.
+
+    The release asks for 10 of the 129×257 cells of its images; another grid for the same share, and one cell at least.
+    """
+    fewest = (counts.sum(-1, keepdim=True) * FEWEST).round().clamp(min=1)
+    return counts >= fewest
+
+
 def warn_absent(classes: list[str]) -> None:
-    """A class without a prototype can never be assigned by rectification: say so."""
+    """Rectification has nothing to say about a class without a prototype."""
     names = ", ".join(classes)
-    warnings.warn(f"never predicted on {FEWEST_PIXELS} pixels of a target image, prototype 0: {names}", stacklevel=3)
+    message = f"hardly ever predicted in the target, prototype 0: {names}; stage 1 leaves them to the soft labels"
+    warnings.warn(message, stacklevel=3)
 
 
 @torch.no_grad()

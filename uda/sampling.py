@@ -1,12 +1,18 @@
 """Which pixels of a label map enter the feature bank."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def uniform(labels: Tensor, n: int) -> Tensor:
     """n distinct positions of each row of labels (B, N), as int64 (B, n)."""
     return torch.rand(labels.shape, device=labels.device).topk(n, dim=1).indices
+
+
+def stretched(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """A label map (B, h, w) on another grid (B, H, W), nearest: what the release does to pair labels with pixels."""
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].to(labels.dtype)
 
 
 def class_balanced(labels: Tensor, distribution: Tensor, n: int) -> Tensor:

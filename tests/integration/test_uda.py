@@ -82,6 +82,7 @@ def test_proda_in_place_of_stage_1(task):
     out = call("uda/train.py", task / "toy", "--stage", "stage1", "--variant", "proda", *QUICK, "train.devices=2")
     assert "mIoU" in out
     start = torch.load(task / "runs/warm_up/prototypes.pt")
+    start = start[start.any(1)]  # a class without a prototype does not take part
     moved = weights(task / "runs/stage1_proda")["prototypes"]
     assert moved.shape == start.shape and 0 < (moved - start).abs().max() < 1
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from common.config import Config, ConfigError, ModelConfig
 from common.losses.blv import class_weights
-from uda.base import read_distribution, read_prototypes, to_grid
+from uda.base import known_prototypes, read_distribution, read_prototypes, rectified, to_grid
 from uda.cpsl import CPSL
 from uda.distill import Distill
 from uda.mixing import Box, draw_box, paste, paste_labels
 from uda.proda import ProDA
-from uda.pseudo_labels import MEMORY, best_class, class_sums
+from uda.pseudo_labels import MEMORY, best_class, class_sums, enough
 from uda.sampling import class_balanced
 from uda.warmup import WarmUp
 
@@ -99,6 +99,74 @@ def test_one_hot_soft_labels_survive_rectification_and_equal_similarities_change
     target["soft"] = warm
     label, changed = method.rectify(torch.zeros_like(similarity), target)
     assert changed == 0 and label.shape == (2, 8, 12)
+
+
+# Classes without a prototype -----------------------------------------------------------------------------------------
+
+
+def test_a_class_without_a_prototype_keeps_its_probability():
+    """Bayes: evidence about some classes moves the probability among them, none to or from the others."""
+    warm, evidence, known = torch.randn(2, 5, 3, 4).softmax(1), torch.randn(2, 3, 3, 4), torch.tensor([0, 1, 3])
+    ours = rectified(warm, evidence, known)
+    assert torch.equal(ours[:, [2, 4]], warm[:, [2, 4]])
+    for b, y, x in np.ndindex(2, 3, 4):
+        likelihood = evidence[b, :, y, x].double().exp()
+        prior = warm[b, known, y, x].double()
+        posterior = likelihood * prior / (likelihood * prior).sum() * prior.sum()
+        torch.testing.assert_close(ours[b, known, y, x].double(), posterior, rtol=1e-5, atol=1e-7)
+    every = rectified(warm, evidence_of_all := torch.randn(2, 5, 3, 4), torch.arange(5))
+    torch.testing.assert_close(every, evidence_of_all.softmax(1) * warm)
+
+
+@pytest.mark.parametrize("kind", [CPSL, ProDA])
+def test_missing_prototypes_are_neutral(kind, cfg, options, tmp_path):
+    """They are neither learned nor labelled away, and no gradient or loss suffers; files of every class but two."""
+    prototypes = torch.load(tmp_path / "prototypes.pt")
+    prototypes[[1, 4]] = 0
+    torch.save(prototypes, tmp_path / "prototypes.pt")
+    torch.manual_seed(0)
+    method = kind(cfg, options if kind is CPSL else {"prototypes": options["prototypes"]})
+    assert method.known.tolist() == [0, 2, 3] and method.prototypes.shape == (3, 8)
+    streams = batches()
+    sure = F.one_hot(torch.full((2, 9, 13), 4), CLASSES).permute(0, 3, 1, 2).half()
+    streams["target"]["soft"] = 0.9 * sure + 0.02
+    assert (method.look(streams["target"])[1] == 4).all()
+    streams = batches()
+    for step in range(4):  # the bank is full after two
+        for losses in method(streams, step):
+            losses["loss"].backward()
+            assert losses["loss"].isfinite()
+        method.after_step(step)
+    gradients = [p.grad for p in method.parameters() if p.requires_grad]
+    assert all(g.isfinite().all() and g.abs().max() < 1e4 for g in gradients)
+
+
+def test_prototypes_that_are_all_missing(tmp_path):
+    torch.save(torch.zeros(5, 8), tmp_path / "prototypes.pt")
+    with pytest.raises(ValueError, match="no class has a prototype"):
+        known_prototypes(tmp_path / "prototypes.pt", 5)
+
+
+# The teacher ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, mode", [(CPSL, "eval"), (CPSL, "train"), (ProDA, "eval")])
+def test_the_teachers_statistics_lag_as_its_weights_do(kind, mode, cfg, options):
+    """Closed form after three steps; with a teacher that normalises by its batch they are copied, as in the release."""
+    own = options | {"teacher_mode": mode} if kind is CPSL else {"prototypes": options["prototypes"]}
+    method = kind(cfg, own | {"momentum": 0.75})
+    start = method.model.bn1.running_mean.clone()
+    seen = [start]
+    for step in range(3):
+        for losses in method(batches(), step):
+            losses["loss"].backward()
+        method.after_step(step)
+        seen.append(method.model.bn1.running_mean.clone())
+    lagging = 0.75**3 * seen[0] + 0.25 * (0.75**2 * seen[1] + 0.75 * seen[2] + seen[3])
+    expected = lagging if mode == "eval" else seen[3]
+    assert not torch.equal(seen[1], seen[3])
+    torch.testing.assert_close(method.teacher.bn1.running_mean, expected)
+    assert method.teacher.bn1.num_batches_tracked == method.model.bn1.num_batches_tracked == 9
 
 
 def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
@@ -255,7 +323,7 @@ def test_proda_moves_its_prototypes_towards_class_means(cfg, tmp_path):
     for logits, features in zip(out["logits"], out["features"], strict=True):
         mask = logits.argmax(0)
         for k in range(CLASSES):
-            if (mask == k).sum() >= 10:
+            if (mask == k).any():  # of 9·13 cells one is enough
                 expected[k] += 0.5 * (features[:, mask == k].mean(1) - expected[k])
     torch.testing.assert_close(method.prototypes, expected, rtol=1e-4, atol=1e-5)
 
@@ -277,6 +345,13 @@ def test_prodas_prototypes_do_not_depend_on_the_micro_batches(cfg, tmp_path):
         results.append(method.prototypes)
         assert not torch.equal(method.prototypes, torch.load(tmp_path / "prototypes.pt"))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cells, fewest", [(129 * 257, 10), (17 * 33, 1), (96 * 161, 5), (257 * 513, 40)])
+def test_how_many_cells_a_class_needs_goes_with_the_grid(cells, fewest):
+    """Ten on the release's grid of 2048×1024 images."""
+    counts = torch.tensor([[fewest - 1, fewest, cells - 2 * fewest + 1], [cells, 0, 0]], dtype=torch.float64)
+    assert enough(counts).tolist() == [[False, True, True], [True, False, False]]
 
 
 def test_prototype_sums_equal_masked_means():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.config import ConfigError
 from tests.unit.test_uda_configs import batches, small
 from uda.base import onto_grid
 from uda.mixing import Box, paste_labels
@@ -59,17 +60,71 @@ def test_the_teachers_mode(mode, tmp_path, target):
     assert len(moved) > 0 and (all(moved) if mode == "train" else not any(moved))
 
 
-def test_labels_of_the_bank(tmp_path, target):
-    """`matched`: each row's own; `first`: the first entries of the map, whatever was sampled."""
+def test_labels_of_the_bank(tmp_path):
+    """Each row's own."""
     label = torch.arange(2 * 8 * 12).view(2, 8, 12) % CLASSES
-    for choice in ("matched", "first"):
-        method = stage1(tmp_path, f"bank_labels={choice}")
-        out = {"features": one_hot_map(label), "logits": one_hot_map(label)}
-        rows, _, labels = method.sample(label, out, whole(out["features"]))
-        own = rows.argmax(2)
-        assert torch.equal(labels, own) == (choice == "matched")
-        if choice == "first":
-            assert torch.equal(labels, label.flatten(1)[:, :32])
+    out = {"features": one_hot_map(label), "logits": one_hot_map(label)}
+    rows, _, labels = stage1(tmp_path).sample(label, out, whole(out["features"]))
+    assert torch.equal(labels, rows.argmax(2))
+
+
+FIRST = ("bank_labels=first", "sampling=uniform", "contrastive=0.001")
+
+
+def test_pixels_and_labels_of_the_bank_as_released(tmp_path, target):
+    """One draw of cells of the whole image for both images; labels are the first of the crop's map on that grid."""
+    method = stage1(tmp_path, *FIRST)
+    label = torch.arange(2 * 8 * 12).view(2, 8, 12) % CLASSES
+    angle = torch.arange(2 * 9 * 13).view(2, 1, 9, 13) / 100  # tells each cell of both images from all others
+    out = {"features": torch.cat((angle.cos(), angle.sin()), 1), "logits": torch.rand(2, CLASSES, 9, 13)}
+    rows, logits, labels = method.sample(label, out, None)
+
+    cells = (100 * torch.atan2(rows[..., 1], rows[..., 0])).round().long()
+    assert torch.equal(cells[1], cells[0] + 9 * 13) and len(set(cells[0].tolist())) == 32
+    torch.testing.assert_close(logits, F.normalize(out["logits"].flatten(2)[:, :, cells[0]].transpose(1, 2), dim=2))
+    rows_of, columns_of = (torch.arange(n) * m // n for n, m in ((9, 8), (13, 12)))  # nearest, to the lower cell
+    assert torch.equal(labels, label[:, rows_of][:, :, columns_of].flatten(1)[:, :32])
+
+
+def test_contrast_as_released(tmp_path, monkeypatch):
+    """Against loops over the release's formula and indices: an anchor's label is that of its index in another grid."""
+    method = stage1(tmp_path, *FIRST)
+    g = torch.Generator().manual_seed(0)
+    label = torch.randint(0, CLASSES, (2, 8, 12), generator=g)
+    features = torch.randn(2, 8, 5, 7, generator=g)
+    method.features.push(F.normalize(torch.randn(256, 8, generator=g), dim=1))
+    method.bank_labels.push(torch.randint(0, CLASSES, (256,), generator=g))
+    draws = torch.stack([torch.randperm(5 * 7, generator=g)[:32] for _ in range(2)])
+    monkeypatch.setattr("uda.cpsl.uniform", lambda labels, n: draws[:, :n])
+    losses = []
+    for image in range(2):
+        map_of_image = F.interpolate(label[image][None, None].float(), (9, 13)).long().flatten()
+        for cell in draws[image].tolist():
+            anchor = F.normalize(features[image].flatten(1)[:, cell], dim=0)
+            scores = method.features.rows @ anchor / method.options.temperature
+            scores = scores - scores.max()
+            same = method.bank_labels.rows == map_of_image[cell]
+            against = scores[~same].exp().sum()
+            terms = [score - (score.exp() + against).log() for score in scores[same]]
+            losses.append(-sum(terms) / (same.sum() + 1e-5))
+    ours = method.contrast(features, label, (9, 13), mixed=False)
+    torch.testing.assert_close(ours, torch.stack(losses).mean())
+    assert method.contrast(features, label, (9, 13), mixed=True) == 0
+
+
+def test_the_released_pairing_needs_its_sampling(tmp_path):
+    with pytest.raises(ConfigError, match="bank_labels: first is for sampling: uniform, not class_balanced; set both"):
+        stage1(tmp_path, "bank_labels=first")
+
+
+def test_a_step_with_the_contrastive_term(tmp_path):
+    """Both pairings, past the step in which the bank is full."""
+    streams = batches(CLASSES)
+    for words in (("contrastive=0.001",), FIRST):
+        method = stage1(tmp_path, *words, "cutmix=0.0", "bank=64")
+        for step in range(2):
+            parts = list(method(streams, step))
+        assert parts[1]["contrastive"].isfinite() and parts[1]["contrastive"] > 0
 
 
 def one_hot_map(label):
@@ -118,6 +173,14 @@ def test_rectification_of_known_numbers(threshold, label, tmp_path):
     method, similarity, batch = known(tmp_path, f"method.threshold={threshold}")
     labels, changed = method.rectify(similarity, batch)
     assert (labels == label).all() and labels.shape == (2, 8, 12) and changed == 1
+
+
+@pytest.mark.parametrize("threshold, label", [(0.58, 1), (0.62, -1)])
+def test_the_threshold_may_ask_the_soft_labels(threshold, label, tmp_path):
+    """Their best class has 0.6; what rectification makes of it does not matter."""
+    words = (f"method.threshold={threshold}", "method.threshold_on=pseudo", "method.temperature=0.01")
+    method, similarity, batch = known(tmp_path, *words)
+    assert (method.rectify(similarity, batch)[0] == label).all()
 
 
 def test_without_rectification_the_soft_labels_decide(tmp_path):
