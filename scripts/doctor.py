@@ -11,6 +11,7 @@ from pathlib import Path
 from common import cli
 from common.config import SourceConfig
 from common.data import DATASETS, DatasetRow, resolve
+from common.data.catalogue.registry import home
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "tensorboard")
 COMPILERS = ("c++", "g++", "clang++")
@@ -79,9 +80,7 @@ def data_set(row: DatasetRow) -> str:
     try:
         _, root = resolve(SourceConfig(dataset=row.name))
     except ValueError:
-        value = os.environ.get(row.env)
-        place = Path(value).expanduser() if value else Path("datasets")
-        return f"missing: no {place / row.folder} (${row.env} is {value or 'not set'})"
+        return f"missing: no {home(row)[0]} (${row.env} is {os.environ.get(row.env) or 'not set'})"
     try:
         records = row.layout(root, "train", None)
     except (ValueError, OSError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 
 from common import cli
 from common.data import SegmentationDataset, Statistics, class_statistics
+from common.data.catalogue.lists import write_list
 from common.data.statistics import GROUPS, gini, groups
 from common.data.subset import class_weights, greedy_subset
 
@@ -39,8 +40,7 @@ def main() -> None:
     kept = greedy_subset(weights, images=args.images, goal=args.gini, seed=args.seed).kept
     print(describe("subset", Statistics(statistics.pixels[kept], statistics.ignored[kept])))
     path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{dataset.records[k].image.name}\n" for k in kept))
+    write_list(path, [dataset.records[k].image.name for k in kept])
     print(f"{path}: {len(kept)} images")
 
 

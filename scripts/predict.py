@@ -17,8 +17,8 @@ from tqdm import tqdm
 from common import cli, distributed
 from common.config import Config, load_config
 from common.data import DATASETS, DatasetRow
-from common.data.catalogue.layouts import IMAGE_SUFFIXES
-from common.data.catalogue.registry import folder_row
+from common.data.catalogue.folder import folder_row
+from common.data.catalogue.lists import IMAGE_SUFFIXES
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
 from common.inference import predict_labels

@@ -16,7 +16,8 @@ import numpy as np
 from common import cli
 from common.config import Config, SourceConfig, load_config
 from common.data import SegmentationDataset, class_statistics
-from common.data.catalogue.layouts import read_list
+from common.data.catalogue.layouts import Record, visible_files
+from common.data.catalogue.lists import listed, write_list
 
 
 def main() -> None:
@@ -34,13 +35,14 @@ def main() -> None:
         return
     dataset = whole(cfg.data.streams["labeled"])
     if labelled.exists():
-        chosen = read_list(labelled)
+        chosen = SegmentationDataset(replace(dataset.source, list=str(labelled))).records
     else:
         chosen = first(dataset, args.labelled or number(labelled), args.seed, cfg)
         write(labelled, chosen)
+
     if unlabelled is not None and not unlabelled.exists():
-        taken = {stem(name) for name in chosen}
-        write(unlabelled, [name for name in dataset.names if stem(name) not in taken])
+        taken = {record.name for record in chosen}
+        write(unlabelled, [record for record in dataset.records if record.name not in taken])
 
 
 def list_of(cfg: Config, stream: str) -> Path | None:
@@ -60,11 +62,6 @@ def number(path: Path) -> int:
     return int(match[0])
 
 
-def stem(name: str) -> str:
-    """A name without the ending that lists may leave out."""
-    return name.removesuffix("_leftImg8bit")
-
-
 def whole(source: SourceConfig) -> SegmentationDataset:
     """All images of the training split. VOC without a list of train_aug: all labelled ones that are not in val."""
     plain = replace(source, list=None, maps={}, labels=True)
@@ -75,15 +72,15 @@ def whole(source: SourceConfig) -> SegmentationDataset:
             raise
     dataset = SegmentationDataset(replace(plain, split="val"))
     folder, held_out = dataset.records[0].label.parent, set(dataset.names)
-    names = sorted(path.stem for path in folder.glob("*.png") if path.stem not in held_out)
+    names = sorted(path.stem for path in visible_files(folder, (".png",)) if path.stem not in held_out)
     if not names:
         raise ValueError(f"{folder}: no labels besides those of the val split")
     dataset.names, dataset.records = names, dataset.row.layout(dataset.root, "train", names)
     return dataset
 
 
-def first(dataset: SegmentationDataset, count: int, seed: int, cfg: Config) -> list[str]:
-    """The names of the first `count` images of the seed's order, sorted."""
+def first(dataset: SegmentationDataset, count: int, seed: int, cfg: Config) -> list[Record]:
+    """The first `count` images of the seed's order, sorted by name."""
     if not 0 < count < len(dataset):
         raise ValueError(f"{count} labelled images of {len(dataset)}: take between 1 and {len(dataset) - 1}")
     cache = Path(cfg.data.cache or Path(cfg.output) / ".cache")
@@ -91,7 +88,7 @@ def first(dataset: SegmentationDataset, count: int, seed: int, cfg: Config) -> l
     ranking, needed = order(pixels, seed)
     if count < needed:
         raise ValueError(f"{count} labelled images cannot show every class; this seed needs {needed}")
-    return sorted(dataset.names[i] for i in ranking[:count])
+    return sorted((dataset.records[i] for i in ranking[:count]), key=lambda record: record.name)
 
 
 def order(pixels: np.ndarray, seed: int) -> tuple[list[int], int]:
@@ -113,10 +110,9 @@ def order(pixels: np.ndarray, seed: int) -> tuple[list[int], int]:
     return chosen + [int(i) for i in shuffled if i in others], len(chosen)
 
 
-def write(path: Path, names: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{name}\n" for name in names))
-    print(f"{path}: {len(names)} images")
+def write(path: Path, records: list[Record]) -> None:
+    write_list(path, [listed(record.image) for record in records])
+    print(f"{path}: {len(records)} images")
 
 
 if __name__ == "__main__":

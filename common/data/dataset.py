@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from common.config import SourceConfig
-from common.data.catalogue.layouts import Record, read_list
+from common.data.catalogue.layouts import Record
+from common.data.catalogue.lists import read_list
 from common.data.catalogue.registry import resolve
 from common.data.images import Picture
-from common.data.labels import IGNORE, read_index
+from common.data.labels import IGNORE, MOST_CLASSES, read_index
 
 Transform = Callable[[dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]]
 
@@ -33,8 +34,8 @@ class SegmentationDataset:
     def __init__(self, source: SourceConfig, transform: Transform | None = None):
         self.source = source
         self.row, self.root = resolve(source)
-        names = read_list(Path(source.list)) if source.list else None
-        self.records: list[Record] = self.row.layout(self.root, source.split, names)
+        lines = read_list(Path(source.list)) if source.list else None
+        self.records: list[Record] = self.row.layout(self.root, source.split, lines)
         self.names: list[str] = [record.name for record in self.records]
         self.transform = transform
         if source.labels:
@@ -100,18 +101,30 @@ class SegmentationDataset:
         raw = read_index(path)
         if raw.shape != size:
             raise ValueError(_mismatch(path, raw.shape, record.image, size))
-        label = raw.astype(np.int16)  # 65535 becomes -1
-        if raw.dtype == np.uint8:
-            label[raw == 255] = IGNORE
-        return label
+        return _ids(raw, path)
 
 
 def map_path(folder: str, name: str) -> Path:
     """The file of an earlier step for the image `name`: the pattern, else <folder>/<name>.npy or .png."""
     if "{name}" in folder:
-        return Path(folder.format(name=name))
+        return Path(folder.replace("{name}", name))
     array = Path(folder) / f"{name}.npy"
     return array if array.is_file() else Path(folder) / f"{name}.png"
+
+
+def _ids(raw: np.ndarray, path: Path) -> np.ndarray:
+    """The stored values of a map as int16, with IGNORE for the highest that its depth holds. ValueError for values that
+    int16 does not hold."""
+    if raw.dtype == np.uint8:
+        label = raw.astype(np.int16)
+        label[raw == 255] = IGNORE
+        return label
+
+    label = np.where(raw == 65535, IGNORE, raw.astype(np.int32))
+    highest = label.max(initial=0)
+    if highest >= MOST_CLASSES:
+        raise ValueError(f"{path}: value {highest} is no label; give {MOST_CLASSES - 1} at most, or 65535 for none")
+    return label.astype(np.int16)
 
 
 def _nearest(size: int, stored: int) -> np.ndarray:

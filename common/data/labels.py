@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.io import decode_png
 
 IGNORE = -1
+MOST_CLASSES = 1 << 15  # ids that an int16 label holds
 _UNKNOWN = -2
 
 Colour = tuple[int, int, int]
@@ -75,6 +76,8 @@ class LabelTable:
         unlisted: Literal["error", "ignore"] = "error",
         encoding: Literal["index", "rgb"] = "index",
     ):
+        if num_classes > MOST_CLASSES:
+            raise ValueError(f"{num_classes} classes are more than a label holds; give {MOST_CLASSES} at most")
         self.num_classes = num_classes
         self.encoding = encoding
         self.entries = {**dict.fromkeys(ignore, IGNORE), **mapping}

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from common.config import SourceConfig
 from common.data import DATASETS, SegmentationDataset, Statistics, check, class_statistics
-from common.data.catalogue.layouts import files, read_list
+from common.data.catalogue.layouts import files
+from common.data.catalogue.lists import read_list
+from common.data.catalogue.registry import home
 from common.data.catalogue.row import DatasetRow
 from common.data.imbalance import gini
 
@@ -36,13 +38,12 @@ _FORMATS = {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG"}
 
 def folder(name: str) -> Path:
     """Where a row's data set lies or will lie: $DETECTRON2_DATASETS/<folder>, else ./datasets/<folder>."""
-    row = DATASETS[name]
-    return Path(os.environ.get(row.env) or "datasets").expanduser() / row.folder
+    return home(DATASETS[name])[0]
 
 
 def listing(path: Path, suffix: str) -> list[Path]:
     """The files of a folder with this suffix, sorted. ValueError where there is none."""
-    return [found for _, found in sorted(files(path, (suffix,), f"{suffix} files").items())]
+    return files(path, (suffix,), f"{suffix} files")
 
 
 def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers: int | None = None) -> None:
@@ -182,17 +183,23 @@ def sample_subset(name: str, whole_set: str, list_file: str) -> None:
             f"{path}: no such list (one image name a line); the authors' list is not public, make one: "
             f"python {script} {whole_set} --images {count} --gini {published:.3f} --out {path}"
         )
-    names = read_list(path)
-    if len(names) != EXPECTED[name]["train"]:
-        print(f"{path}: lists {len(names)} images, the published set has {EXPECTED[name]['train']}")
+    records = DATASETS[whole_set].layout(source, "train", read_list(path))
+    unlabelled = [record.name for record in records if record.label is None]
+    if unlabelled:
+        raise ValueError(f"{source}: image {unlabelled[0]!r} of {path} has no label; is that set prepared?")
+    if len(records) != EXPECTED[name]["train"]:
+        print(f"{path}: lists {len(records)} images, the published set has {EXPECTED[name]['train']}")
+
     layout = DATASETS[name].layout
     train, val = (layout.splits.get(split, split) for split in ("train", "val"))
-    ends = (("images", ".jpg"), ("annotations", ".png"))
+    folders = [base / kind / train for kind in ("images", "annotations")]
     jobs = [
-        tuple([root / kind / train / f"{stem}{end}" for kind, end in ends] for root in (source, base)) for stem in names
+        ((record.image, record.label), [target / file.name for target, file in zip(folders, record[1:], strict=True)])
+        for record in records
     ]
     run(place_all, jobs, name)
-    for kind, _ in ends:
+    for kind in ("images", "annotations"):
         link(source / kind / val, base / kind / val)
-    verify(name, {"train": len(names), "val": EXPECTED[name]["val"]})
+
+    verify(name, {"train": len(records), "val": EXPECTED[name]["val"]})
     compare(name)

@@ -152,7 +152,7 @@ def test_coco_stuff_lt(root, monkeypatch, capsys):
     script("coco_stuff_lt_40k")()
     assert snapshot(lt) == before
     (lt / "coco-stuff-lt.txt").write_text("000000999999.jpg\n")
-    with pytest.raises(ValueError, match=r"000000999999\.jpg: no such file; is the set that it belongs to prepared"):
+    with pytest.raises(ValueError, match=r"no image named '000000999999\.jpg' \(1 of 1 listed are missing\)"):
         script("coco_stuff_lt_40k")()
 
 

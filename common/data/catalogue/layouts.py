@@ -1,16 +1,18 @@
 """Folder layouts: where a data set keeps the images and labels of a split.
 
-A layout is a function (root, split, names) → records, sorted by name. `names` (from a list file) restricts the split;
-where a data set keeps all its images in one folder (VOC, GTA5, SYNTHIA) it defines the split.
+A layout is a function (root, split, lines) → records, sorted by name. `lines` (of a list file) restrict the split;
+where a data set keeps all its images in one folder (VOC, GTA5, SYNTHIA) they define it. A folder is found under other
+capitals too, files whose names begin with a dot (macOS's `._x`, unfinished ones) are no part of a set.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from common.data.catalogue.lists import IMAGE_SUFFIXES, pick, read_list, same_form
 
 
 class Record(NamedTuple):
@@ -24,48 +26,76 @@ class Record(NamedTuple):
 Layout = Callable[[Path, str, Sequence[str] | None], list[Record]]
 
 
-def read_list(path: Path) -> list[str]:
-    """Image names of a list file: the first word of each line, without folders and suffix. Empty lines are skipped."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read the list of images ({error.strerror})") from error
-    names = [Path(line.split()[0]).name.split(".")[0] for line in lines if line.strip()]
-    if not names:
-        raise ValueError(f"{path}: the list names no image")
-    return names
+def any_case(folder: Path, name: str) -> Path:
+    """`folder`/`name`, or what stands there under other capitals or in another Unicode form where that is missing.
+
+    ValueError where several entries do.
+    """
+    exact = folder / name
+    if exact.exists() or not folder.is_dir():
+        return exact
+
+    wanted = same_form(name).casefold()
+    alike = sorted(entry for entry in os.listdir(folder) if same_form(entry).casefold() == wanted)
+    if len(alike) > 1:
+        raise ValueError(f"{exact}: missing, and {' and '.join(alike)} both resemble it; rename or link one to {name}")
+    return folder / alike[0] if alike else exact
 
 
-def files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "images") -> dict[str, Path]:
-    """Stem → file of a folder (top level only). ValueError where the folder is missing or holds none."""
+def below(root: Path, relative: str) -> Path:
+    """`root`/`relative`, each folder in any case."""
+    path = root
+    for part in PurePath(relative).parts:
+        path = any_case(path, part)
+    return path
+
+
+def files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
+    """The files of a folder (top level only), sorted. ValueError where the folder is missing or holds none."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: the folder of the {what} is missing; check the data set's root and split")
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(tuple(suffixes))]
-    if not names:
+    found = visible_files(folder, suffixes)
+    if not found:
         raise ValueError(f"{folder}: no {what} here ({', '.join(suffixes)})")
-    return {Path(name).stem: folder / name for name in sorted(names)}
+    return found
 
 
-def optional_files(folder: Path | None, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """`files`, but empty where there is no such folder: a set without labels is complete for `labels: false`."""
-    return files(folder, suffixes, "labels") if folder is not None and folder.is_dir() else {}
+def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """`files`, which may be none."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    return [folder / name for name in sorted(names) if name.lower().endswith(tuple(suffixes))]
 
 
-def pick(records: dict[str, Record], names: Sequence[str] | None, where: Path) -> list[Record]:
-    """The named records in the list's order, or all sorted by name."""
-    if names is None:
-        return [records[name] for name in sorted(records)]
-    missing = [name for name in names if name not in records]
-    if missing:
-        raise ValueError(f"{where}: no image named {missing[0]!r} ({len(missing)} of {len(names)} listed are missing)")
-    return [records[name] for name in names]
+class LabelFiles:
+    """The label files of a folder by their stem. None and a folder that does not exist hold none: without labels a set
+    is complete for `labels: false`."""
+
+    def __init__(self, folder: Path | None, suffixes: Sequence[str] = IMAGE_SUFFIXES):
+        there = folder is not None and folder.is_dir()
+        self.found: dict[str, list[Path]] = defaultdict(list)
+        for path in files(folder, suffixes, "labels") if there else ():
+            self.found[same_form(path.stem)].append(path)
+
+    def of(self, stem: str) -> Path | None:
+        """The label with this stem, in either Unicode form. ValueError where there are several."""
+        paths = self.found.get(same_form(stem), [])
+        if len(paths) > 1:
+            paths = [path for path in paths if path.stem == stem] or paths
+        if len(paths) > 1:
+            raise ValueError(
+                f"{paths[0]}: {paths[1]} has the same stem; remove the one that is no label, or give the folder's "
+                f"label_end with its suffix, such as {paths[0].suffix}"
+            )
+        return paths[0] if paths else None
 
 
 @dataclass(frozen=True)
 class Paired:
     """Images and labels in two folders (`{split}` allowed in the paths), paired by stem less their endings.
 
+    An ending may include the suffix (`_rgb.png`, `.jpg`), so that images and labels can share a folder; in one folder,
+    what ends as labels do is no image.
     unsplit: the folders hold the whole set (GTA5, SYNTHIA); `train` and `all` are everything, other splits need a list.
     splits: split → what stands for it in the paths, where that is another word (ADE20K: training, validation).
     """
@@ -77,58 +107,94 @@ class Paired:
     unsplit: bool = False
     splits: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, root: Path, split: str, names: Sequence[str] | None = None) -> list[Record]:
-        if self.unsplit and names is None and split not in ("train", "all"):
+    def __call__(self, root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
+        if self.unsplit and lines is None and split not in ("train", "all"):
             raise ValueError(f"{root}: this data set has no split {split!r}; use train, or give a `list` of its images")
+
         split = self.splits.get(split, split)
-        folder = root / self.images.format(split=split)
-        labels = optional_files(root / self.labels.format(split=split) if self.labels else None)
-        records = {}
-        for stem, path in files(folder).items():
-            if stem.endswith(self.image_end):
-                key = stem.removesuffix(self.image_end) + self.label_end
-                records[stem] = Record(stem, path, labels.get(key))
-        return pick(records, _complete(names, self.image_end), folder)
+        folder = below(root, self.images.replace("{split}", split))
+        label_folder = below(root, self.labels.replace("{split}", split)) if self.labels else None
+        image_end, image_suffixes = split_end(self.image_end)
+        label_end, label_suffixes = split_end(self.label_end)
+
+        images = [path for path in files(folder, image_suffixes) if path.stem.endswith(image_end)]
+        if label_folder == folder and label_end and label_end.endswith(image_end):
+            images = [path for path in images if not path.stem.endswith(label_end)]
+        labels = LabelFiles(label_folder, label_suffixes)
+
+        def record(path: Path) -> Record:
+            return Record(path.stem, path, labels.of(path.stem.removesuffix(image_end) + label_end))
+
+        return [record(path) for path in pick(images, lines, folder, image_end)]
 
 
-def _complete(names: Sequence[str] | None, end: str) -> list[str] | None:
-    return None if names is None else [name if name.endswith(end) else name + end for name in names]
+def split_end(end: str) -> tuple[str, tuple[str, ...]]:
+    """The ending of the stems, and the suffixes that files with it have: `_rgb.png` → `_rgb`, (`.png`,)."""
+    for suffix in IMAGE_SUFFIXES:
+        if end.lower().endswith(suffix):
+            return end[: len(end) - len(suffix)], (suffix,)
+    return end, IMAGE_SUFFIXES
 
 
-def cityscapes(root: Path, split: str, names: Sequence[str] | None = None) -> list[Record]:
+CITYSCAPES_IMAGES = ("leftImg8bit", "leftImg8bit_sequence", "images")
+CITYSCAPES_LABELS = ("gtFine", "segmentation", "annotations")
+
+
+def cityscapes(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
     """leftImg8bit/<split>/<city>/*_leftImg8bit.png and gtFine/<split>/<city>/*_gtFine_label{TrainIds,Ids}.png.
 
-    Sorted by city and name. Train-id labels are preferred; raw ids are mapped when loaded.
+    The trees that other releases ask for are read too: images in leftImg8bit_sequence or images, labels in segmentation
+    or annotations, with or without the folders of the cities. Train-id labels are preferred; raw ids are mapped when
+    loaded.
     """
-    folder = root / "leftImg8bit" / split
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: the folder of the images is missing; check the data set's root and split")
-    records: dict[str, Record] = {}
-    for city in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        label_files = optional_files(root / "gtFine" / split / city, (".png",))
-        for stem, path in files(folder / city, (".png",)).items():
-            key = stem.removesuffix("_leftImg8bit") + "_gtFine_label"
-            records[stem] = Record(stem, path, label_files.get(key + "TrainIds") or label_files.get(key + "Ids"))
-    if not records:
+    folders = [below(root, f"{name}/{split}") for name in CITYSCAPES_IMAGES]
+    folder = next((path for path in folders if path.is_dir()), None)
+    if folder is None:
+        others = ", ".join(CITYSCAPES_IMAGES[1:])
+        raise ValueError(
+            f"{folders[0]}: the folder of the images is missing (nor is there {others}); "
+            "check the data set's root and split"
+        )
+
+    images = [path for place in _with_cities(folder) for path in visible_files(place, (".png",))]
+    if not images:
         raise ValueError(f"{folder}: no images here (<city>/*_leftImg8bit.png)")
-    return pick(records, _complete(names, "_leftImg8bit"), folder)
+
+    label_folders = [below(root, f"{name}/{split}") for name in CITYSCAPES_LABELS]
+    labels = next((path for path in label_folders if path.is_dir()), None)
+    label_of = {path.stem: path for place in _with_cities(labels) for path in visible_files(place, (".png",))}
+
+    def record(path: Path) -> Record:
+        key = path.stem.removesuffix("_leftImg8bit") + "_gtFine_label"
+        return Record(path.stem, path, label_of.get(key + "TrainIds") or label_of.get(key + "Ids"))
+
+    return [record(path) for path in pick(images, lines, folder, "_leftImg8bit")]
 
 
-def voc(root: Path, split: str, names: Sequence[str] | None = None) -> list[Record]:
-    """VOCdevkit/VOC2012 (or VOC2012 itself): JPEGImages, labels of SegmentationClassAug, else SegmentationClass.
+def _with_cities(folder: Path | None) -> list[Path]:
+    """A folder and those in it, sorted; none where there is no such folder."""
+    if folder is None:
+        return []
+    return [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")]
 
-    The names come from `list`, else from ImageSets/Segmentation/<split>.txt.
+
+def voc(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
+    """VOCdevkit/VOC2012 (or VOC2012, or the root itself): JPEGImages, labels of SegmentationClassAug, else
+    SegmentationClass.
+
+    The images are those of `list`, else of ImageSets/Segmentation/<split>.txt.
     """
-    base = root / "VOCdevkit" / "VOC2012"
-    base = base if base.is_dir() else root
-    if names is None:
+    choices = (below(root, "VOCdevkit/VOC2012"), below(root, "VOC2012"))
+    base = next((path for path in choices if path.is_dir()), root)
+    if lines is None:
         path = base / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not path.is_file():
             known = sorted(other.stem for other in path.parent.glob("*.txt"))
             raise ValueError(f"{path}: no such split; here are {', '.join(known) or 'none'}; or give a `list`")
-        names = read_list(path)
-    images = files(base / "JPEGImages", (".jpg",))
-    label_files = optional_files(base / "SegmentationClass", (".png",))
-    label_files |= optional_files(base / "SegmentationClassAug", (".png",))
-    records = {stem: Record(stem, path, label_files.get(stem)) for stem, path in images.items()}
-    return pick(records, names, base / "JPEGImages")
+        lines = read_list(path)
+
+    folder = base / "JPEGImages"
+    images = pick(files(folder, (".jpg",)), lines, folder)
+    augmented = LabelFiles(base / "SegmentationClassAug", (".png",))
+    plain = LabelFiles(base / "SegmentationClass", (".png",))
+    return [Record(path.stem, path, augmented.of(path.stem) or plain.of(path.stem)) for path in images]

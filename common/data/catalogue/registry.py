@@ -1,21 +1,19 @@
 """The data sets: one row each. Adding one is adding a row.
 
 A row's root is `root` of the config, else $LTS_DATA/<folder> ($DETECTRON2_DATASETS for the sets of the LTSS
-benchmark), else ./datasets/<folder>.
+benchmark), else ./datasets/<folder>, else ./dataset/<folder>; the folder's name in any case.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
-from common.config import SourceConfig, typed
+from common.config import SourceConfig
 from common.data.catalogue import layouts
-from common.data.catalogue.layouts import Paired
+from common.data.catalogue.folder import folder_row
+from common.data.catalogue.layouts import Paired, any_case
 from common.data.catalogue.ltss import LTSS_ROWS
 from common.data.catalogue.row import DatasetRow, colour_map
-from common.data.labels import IGNORE, colour_codes
+from common.data.labels import IGNORE
 
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
@@ -114,105 +112,6 @@ _ROWS = (
 DATASETS: dict[str, DatasetRow] = {row.name: row for row in _ROWS}
 
 
-@dataclass(frozen=True)
-class FolderConfig:
-    """A data set described wholly in the config (`dataset: folder`); paths are relative to `root`.
-
-    images, labels: folders, `{split}` stands for the split. lists: split → file of image names (else all images).
-    image_end, label_end: endings of the stems that differ (`_leftImg8bit`, `_gtFine_labelIds`).
-    encoding: `index` (8- or 16-bit, grey or palette) or `rgb` (a colour is a class, by `palette`).
-    ignore: stored values without a class; ignore_colours: the same of colour-coded labels.
-    label_map: stored value → class id or -1, where they differ. tail: names of the tail classes.
-    flip_pairs: (left, right) class ids that change places in a mirrored image.
-    """
-
-    images: str
-    classes: tuple[str, ...]
-    labels: str | None = None
-    lists: Mapping[str, str] = field(default_factory=dict)
-    image_end: str = ""
-    label_end: str = ""
-    encoding: Literal["index", "rgb"] = "index"
-    palette: tuple[tuple[int, int, int], ...] = ()
-    ignore: tuple[int, ...] = (255,)
-    ignore_colours: tuple[tuple[int, int, int], ...] = ()
-    unlisted: Literal["error", "ignore"] = "error"
-    label_map: Mapping[str, int] = field(default_factory=dict)
-    tail: tuple[str, ...] = ()
-    counts: tuple[int, ...] | None = None
-    flip_pairs: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """A layout whose splits are list files."""
-
-    inner: Paired
-    lists: Mapping[str, str]
-
-    def __call__(self, root: Path, split: str, names: Any = None) -> list[layouts.Record]:
-        if names is None and split in self.lists:
-            names = layouts.read_list(root / self.lists[split])
-        return self.inner(root, split, names)
-
-
-def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
-    """The row that a `folder` section describes. ValueError for what contradicts itself."""
-    config = typed(FolderConfig, options, "data.folder")
-    n = len(config.classes)
-    palette = config.palette or colour_map(n)
-    if len(palette) != n:
-        raise ValueError(f"data.folder: palette has {len(palette)} colours for {n} classes")
-    unknown = [c for c in config.tail if c not in config.classes]
-    if unknown:
-        raise ValueError(f"data.folder: tail class {unknown[0]!r} is none of the classes {', '.join(config.classes)}")
-    if config.counts is not None and len(config.counts) != n:
-        raise ValueError(f"data.folder: counts has {len(config.counts)} values for {n} classes")
-    _check_pairs(config.flip_pairs, n)
-    maps, ignore = (), config.ignore
-    if config.encoding == "rgb":
-        if not config.palette:
-            raise ValueError("data.folder: encoding rgb needs a palette, one colour a class")
-        maps = (("", {code: k for k, code in enumerate(colour_codes(palette))}),)
-        ignore = tuple(colour_codes(config.ignore_colours))
-    elif config.label_map:
-        maps = (("", _integer_keys(config.label_map)),)
-    return DatasetRow(
-        name=name,
-        folder=name,
-        classes=config.classes,
-        palette=palette,
-        layout=_Listed(Paired(config.images, config.labels, config.image_end, config.label_end), config.lists),
-        label_maps=maps,
-        ignore=ignore,
-        unlisted=config.unlisted,
-        encoding=config.encoding,
-        tail=tuple(config.classes.index(c) for c in config.tail),
-        counts=config.counts,
-        flip_pairs=config.flip_pairs,
-    )
-
-
-def _check_pairs(pairs: tuple[tuple[int, int], ...], num_classes: int) -> None:
-    """ValueError where a pair names a class that is none, or one that is in a pair already."""
-    seen: set[int] = set()
-    for pair in pairs:
-        for k in pair:
-            if not 0 <= k < num_classes:
-                wrong = f"{k} is none of the {num_classes} classes; give ids from 0 to {num_classes - 1}"
-                raise ValueError(f"data.folder: flip_pairs {list(pair)}: {wrong}")
-            if k in seen:
-                raise ValueError(f"data.folder: flip_pairs {list(pair)}: class {k} is named twice; give it one partner")
-            seen.add(k)
-
-
-def _integer_keys(label_map: Mapping[str, int]) -> dict[int, int]:
-    for key in label_map:
-        if not key.isdigit():
-            raise ValueError(f"data.folder: label_map key {key!r} is no stored value (a whole number)")
-    return {int(key): value for key, value in label_map.items()}
-
-
 def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
     """The row and the root folder of a source. ValueError says what was looked for and how to set it."""
     if source.dataset == "folder":
@@ -223,15 +122,22 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
         row = DATASETS[source.dataset]
     else:
         raise ValueError(f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder")
-    if source.root is not None:
-        root, origin = Path(source.root).expanduser(), "`root` of the config"
-    elif os.environ.get(row.env):
-        root, origin = Path(os.environ[row.env]).expanduser() / row.folder, f"${row.env}"
-    else:
-        root, origin = Path("datasets") / row.folder, f"${row.env} is not set"
+    root, origin = (Path(source.root).expanduser(), "`root` of the config") if source.root else home(row)
     if not root.is_dir():
         raise ValueError(
-            f"data set {row.name!r}: no folder {root} ({origin}); "
-            f"set `root`, or {row.env} to the folder that holds {row.folder}/"
+            f"data set {row.name!r}: no folder {root} ({origin}); set `root`, or {row.env} to the folder that holds "
+            f"{row.folder}/, or link it: ln -s WHERE_IT_IS {root}"
         )
     return row.named(root), root
+
+
+def home(row: DatasetRow) -> tuple[Path, str]:
+    """Where a row's files lie or belong, and what says so: $LTS_DATA/<folder>, else ./datasets/<folder> or, where only
+    that is there, ./dataset/<folder>; each in any case."""
+    value = os.environ.get(row.env)
+    if value:
+        return any_case(Path(value).expanduser(), row.folder), f"${row.env}"
+
+    places = [any_case(Path(base), row.folder) for base in ("datasets", "dataset")]
+    found = next((place for place in places if place.is_dir()), places[0])
+    return found, f"${row.env} is not set"

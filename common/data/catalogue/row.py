@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.data.catalogue.layouts import Layout
+from common.data.catalogue.lists import read_text
 from common.data.labels import Colour, LabelTable
 
 NAMES_FILE = "class_names.txt"
@@ -85,7 +86,7 @@ class DatasetRow:
         path = root / NAMES_FILE
         if not path.is_file():
             return self
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        names = tuple(line.strip() for line in read_text(path, "class names").splitlines())
         if len(names) != self.num_classes or not all(names):
             raise ValueError(
                 f"{path}: has {sum(map(bool, names))} names in {len(names)} lines, but {self.name} has "
