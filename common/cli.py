@@ -1,57 +1,79 @@
 """What the command lines of the four systems share: arguments, one-line errors, exit codes."""
 
 import argparse
-import contextlib
-import logging
 import os
+import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+from common import console
 from common.config import Config, SourceConfig, load_config
 
-PROJECT = ("common", "fully_sup", "semi_sup", "uda", "ltss_benchmark")  # whose log is shown
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit with its code; bad input ends in one line and exit code 2.
+    """Call `main` and exit with its code; whatever goes wrong is one line on stderr.
 
-    What the project logs goes to stderr, on rank 0. LTS_TRACEBACK=1 shows where an error came from.
+    Exit codes: 2 for what the user can mend (files, settings), 130 after Ctrl-C, 1 for the rest (memory, a dead
+    process, a bug of ours). LTS_TRACEBACK=1 shows where an error came from, too.
     """
-    warnings.showwarning = _one_line_warning
+    with console.shown():
+        code = _guarded(main)
+    sys.exit(code)
+
+
+def _guarded(main: Callable[[], int | None]) -> int:
+    """`main`'s exit code, or that of the error which ended it."""
     try:
-        with _shown_log():
-            code = main()
-    except (ValueError, OSError) as error:
+        return main() or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
         if os.environ.get("LTS_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        code = 2
-    sys.exit(code or 0)
+            traceback.print_exception(error)
+        line, code = describe(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        return code
 
 
-@contextlib.contextmanager
-def _shown_log() -> Iterator[None]:
-    """Messages of the project's loggers, from INFO on, as plain lines; other libraries keep their own settings."""
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    handler, loggers = logging.StreamHandler(), [logging.getLogger(name) for name in PROJECT]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+def describe(error: Exception) -> tuple[str, int]:
+    """One line about an error, and the exit code that it means."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__  # names, so that no library is imported to tell its errors
+
+    if isinstance(error, ValueError | OSError) or kind == "DecompressionBombError":
+        return text, 2
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        reason = text.split(" If reserved but", 1)[0]  # torch adds a page of general advice
+        advice = "lower batch_size, the crop, or data.workers; or raise train.devices to take the batch in parts"
+        return f"out of memory: {reason or 'no more to be had'}; {advice}", 1
+    if text.startswith("DataLoader worker"):
+        return f"{text.rstrip('. ')}; killed processes are often out of memory: lower data.workers", 1
+    if kind.startswith("Dist") or "gloo" in text:
+        rank = os.environ.get("RANK", "0")
+        return f"rank {rank}: lost another rank, whose error is the cause ({text[:200]})", 1
+    return f"{kind}: {text} ({_place(error)}); this is a bug, LTS_TRACEBACK=1 shows the traceback for a report", 1
 
 
-def _one_line_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _place(error: Exception) -> str:
+    """File and line that raised an error."""
+    if getattr(error, "__notes__", None):  # its traceback in another process
+        return "in a loader process"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown place"
+
+
+def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C before `run`, while libraries are imported, is no traceback either."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet_interrupt
 
 
 def train_parser(description: str) -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ def main() -> None:
     work = [job for split in args.split for job in jobs(args.dataset, args.root, split, args.out)]
     with Pool(args.workers) as pool:
         done = pool.imap_unordered(partial(shrink, factor=args.factor), work, chunksize=8)
-        made = sum(tqdm(done, total=len(work), unit="file", mininterval=2.0))
+        made = sum(tqdm(done, total=len(work), unit="file", mininterval=2.0, disable=None))
     print(f"{len(work)} files in {args.out} ({made} new)")
 
 

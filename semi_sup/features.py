@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.data import SegmentationDataset
+from common.data.loading import batches, only
 from common.files import write_json
 
 STRIDE = 8
@@ -64,11 +65,9 @@ class _Images(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> torch.Tensor | Exception:
-        try:
-            return torch.from_numpy(self.dataset.open(index)["image"].pixels()).permute(2, 0, 1).contiguous()
-        except (ValueError, OSError) as error:
-            return ValueError(str(error))
+    def __getitem__(self, index: int) -> torch.Tensor:
+        pixels = self.dataset.open(index)["image"].pixels()
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 @torch.no_grad()
@@ -83,10 +82,8 @@ def export(
     (folder / INDEX).unlink(missing_ok=True)  # what lies there is no longer whole
     sizes = [dataset.open(i)["image"].size for i in range(len(dataset))]
     starts, rows = starts_of(sizes), None
-    loader = DataLoader(_Images(dataset), batch_size=None, num_workers=min(workers, len(dataset)))
-    for i, image in enumerate(tqdm(loader, desc="features", unit="image", total=len(dataset), disable=None)):
-        if isinstance(image, Exception):
-            raise image
+    images = batches(_Images(dataset), only, min(workers, len(dataset)))
+    for i, image in enumerate(tqdm(images, desc="features", unit="image", total=len(dataset), disable=None)):
         cells = cell_features(model, image[None].to(device))
         if not torch.isfinite(cells).all():
             raise ValueError(f"{dataset.names[i]}: features beyond half precision; is the checkpoint sound?")

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
+from common.data.loading import batches, only
 from common.models.layers import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
@@ -63,8 +64,8 @@ def open_network(cfg: Config, checkpoint: str | None, device: torch.device, pref
 
 def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:
     """Name and image (1, 3, H, W) on the device, one by one, under a progress bar."""
-    loader = DataLoader(data, batch_size=None, num_workers=min(workers, len(data)))
-    for name, image in tqdm(loader, desc=what, unit="image", mininterval=2.0):
+    loaded = batches(data, only, min(workers, len(data)))
+    for name, image in tqdm(loaded, desc=what, unit="image", total=len(data), mininterval=2.0, disable=None):
         yield name, image[None].to(device)
 
 
@@ -167,7 +168,7 @@ def class_distribution(model: nn.Module, data: TargetImages, workers: int, devic
 def distribution_of_soft(folder: Path, names: list[str], classes: int) -> Tensor:
     """The same from soft pseudo-labels on disk: no pass over the images."""
     counts = np.zeros(classes, np.int64)
-    for name in tqdm(names, desc="class distribution", unit="image", mininterval=2.0):
+    for name in tqdm(names, desc="class distribution", unit="image", mininterval=2.0, disable=None):
         best = np.load(folder / f"{name}.npy", allow_pickle=False).argmax(0)
         counts += np.bincount(best.ravel(), minlength=classes)
     return torch.from_numpy(counts / counts.sum())

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from common.data.dataset import SegmentationDataset
@@ -21,6 +20,7 @@ from common.data.imbalance import GROUPS as GROUPS
 from common.data.imbalance import gini as gini
 from common.data.imbalance import groups as groups
 from common.data.labels import IGNORE
+from common.data.loading import batches
 
 _VERSION = 1  # of the cached files; raise it when their meaning changes
 
@@ -79,20 +79,10 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     path = Path(cache) / f"statistics-{dataset.row.name}-{_key(dataset)}.npz" if cache is not None else None
     if path is not None and (stored := _load(path)) is not None:
         return stored
-    loader = DataLoader(
-        _Counts(dataset),
-        batch_size=8,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # leave torch's global generator alone
-    )
     rows: list[np.ndarray] = []
     with tqdm(total=len(dataset), desc=f"counting {dataset.row.name}", unit="image", disable=None) as bar:
-        for batch in loader:
-            for row in batch:
-                if isinstance(row, Exception):
-                    raise row
-                rows.append(row)
+        for batch in batches(_Counts(dataset), list, workers, batch_size=8):
+            rows += batch
             bar.update(len(batch))
     counts = np.stack(rows).astype(np.int32)
     statistics = Statistics(counts[:, 1:], counts[:, 0])
@@ -101,18 +91,17 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     return statistics
 
 
-class _Counts(torch.utils.data.Dataset):
+class _Counts(Dataset):
+    """Pixels of each class, int64 (1 + K,), the ignored ones first, of each label."""
+
     def __init__(self, dataset: SegmentationDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> np.ndarray | Exception:
-        try:
-            label = self.dataset.label(index)
-        except (ValueError, OSError) as error:
-            return ValueError(str(error))
+    def __getitem__(self, index: int) -> np.ndarray:
+        label = self.dataset.label(index)
         return np.bincount((label - IGNORE).ravel(), minlength=self.dataset.row.num_classes + 1)
 
 

@@ -5,7 +5,6 @@ A stream numbers its draws over all ranks and epochs. Everything about draw d (i
 ranks or loader processes, and sees the same samples.
 """
 
-import signal
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 from common.config import DataConfig, StreamConfig, TrainConfig, typed
 from common.data.dataset import SegmentationDataset
+from common.data.loading import batches
 from common.data.recipes.build import build_transform
 from common.data.recipes.detectron2 import Detectron2
 from common.data.statistics import class_statistics, repeat_factors
@@ -169,11 +169,14 @@ def make_loaders(
                 f"stream {stream.name!r}: batch_size {stream.batch_size} must be a multiple of "
                 f"train.devices {train.devices}"
             )
+
     slots = range(rank, train.devices, world)
-    return {
-        name: _batches(_loader(stream, _Schedule(stream, start_step, slots, train.devices), data.workers))
-        for name, stream in streams.items()
-    }
+    on_gpu = torch.cuda.is_available()
+    loaders = {}
+    for name, stream in streams.items():
+        schedule = _Schedule(stream, start_step, slots, train.devices)
+        loaders[name] = batches(_Samples(stream), collate, data.workers, schedule=schedule, pin_memory=on_gpu)
+    return loaders
 
 
 class _Schedule:
@@ -191,37 +194,31 @@ class _Schedule:
             step += 1
 
 
-class _Samples(torch.utils.data.Dataset):
-    """What a loader process holds. Errors about files are handed over as values, to be raised in the main process."""
+class _Samples(Dataset):
+    """What a loader process holds: the sample of each (draw, index)."""
 
     def __init__(self, stream: Stream):
         self.stream = stream
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Exception:
-        try:
-            return self.stream.sample(*key)
-        except (ValueError, OSError) as error:
-            return ValueError(str(error))
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        return self.stream.sample(*key)
 
 
 WHOLE = ("full", "soft")  # a teacher's input and output of the whole image
 
 
-def collate(samples: list[dict[str, Any] | Exception]) -> dict[str, Any] | Exception:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors of equal shape; other tensors and strings become lists, numbers an int64 tensor.
 
-    Maps of whole images have to be of one shape: a ValueError, returned as a value, names two that are not.
+    Maps of whole images have to be of one shape: a ValueError names two that are not.
     """
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [sample[key] for sample in samples]
         if isinstance(values[0], torch.Tensor) and all(v.shape == values[0].shape for v in values):
             batch[key] = torch.stack(values)
         elif key in WHOLE:
-            return _unequal(key, samples)
+            raise _unequal(key, samples)
         else:
             batch[key] = torch.tensor(values) if isinstance(values[0], int) else values
     return batch
@@ -235,28 +232,3 @@ def _unequal(key: str, samples: list[dict[str, Any]]) -> ValueError:
         f"{first['name']} and {other['name']}: `{key}`, which no crop brings to one size, is {shapes}; "
         "set train.devices to the stream's batch_size, so that images of several sizes are taken one by one"
     )
-
-
-def _loader(stream: Stream, schedule: _Schedule, workers: int) -> DataLoader:
-    return DataLoader(
-        _Samples(stream),
-        batch_sampler=schedule,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals if workers else None,
-        generator=torch.Generator(),  # else making an iterator would advance torch's global generator
-    )
-
-
-def _leave_signals(worker: int) -> None:
-    """A signal to the whole process group is the main process's affair: it saves, and ends its loaders itself."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
-
-
-def _batches(loader: DataLoader) -> Iterator[dict[str, Any]]:
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch

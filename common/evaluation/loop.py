@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.config import EvalConfig
 from common.evaluation.identity import identity
 from common.evaluation.pictures import save_panel, save_prediction
-from common.evaluation.samples import chosen_images, evenly, raise_first, sample_loader
+from common.evaluation.samples import chosen_images, evenly, sample_batches
 from common.evaluation.summary import summarise
 from common.inference import predict_labels
 from common.metrics import ConfusionMatrix
@@ -56,8 +56,7 @@ def evaluate(
     mirrored = mirrored_classes(row)
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model):
-        for samples in sample_loader(dataset, mine, cfg):
-            raise_first(samples)
+        for samples in sample_batches(dataset, mine, cfg):
             for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
                 matrix.update(pred, sample["label"].to(device))
                 if keep is not None:

@@ -1,16 +1,17 @@
 """The images of an evaluation: which ones, at which size, and their loader."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from common.config import EvalConfig
+from common.data.loading import batches
 from common.inference import edge_size
 
 
@@ -43,13 +44,8 @@ class _Samples(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> dict[str, Any] | Exception:
-        try:
-            return self._load(self.indices[position])
-        except (ValueError, OSError) as error:  # raised in a loader process it would arrive with a whole traceback
-            return ValueError(str(error))
-
-    def _load(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        index = self.indices[position]
         sample = self.dataset.load(index)
         if sample.get("label") is None:
             raise ValueError(f"{sample['name']}: evaluation needs labels; set `labels: true` for this split")
@@ -61,19 +57,7 @@ class _Samples(Dataset):
         }
 
 
-def sample_loader(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> DataLoader:
-    """Batches of the images `indices`: lists of samples, or of the error that one could not be read by."""
-    return DataLoader(
-        _Samples(dataset, indices, cfg),
-        batch_size=cfg.batch_size,
-        num_workers=min(cfg.workers, len(indices)),
-        collate_fn=list,
-        generator=torch.Generator(),  # its own, so that the training's random numbers do not move
-    )
-
-
-def raise_first(samples: Sequence[dict[str, Any] | Exception]) -> None:
-    """Raise the first error of a batch."""
-    for sample in samples:
-        if isinstance(sample, Exception):
-            raise sample
+def sample_batches(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> Iterator[list[dict[str, Any]]]:
+    """Lists of the samples of the images `indices`. ValueError for one that cannot be read."""
+    workers = min(cfg.workers, len(indices))
+    return batches(_Samples(dataset, indices, cfg), list, workers, batch_size=cfg.batch_size)
