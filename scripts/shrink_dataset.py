@@ -16,6 +16,8 @@ from tqdm import tqdm
 from common import cli
 from common.config import SourceConfig
 from common.data import SegmentationDataset
+from common.data.decoding import decoding
+from common.data.labels import read_index
 
 
 def main() -> None:
@@ -50,21 +52,30 @@ def shrink(job: tuple[Path, Path, bool], factor: int) -> bool:
     source, copy, is_label = job
     if copy.exists():
         return False
-    try:
-        with Image.open(source) as picture:
-            width, height = picture.width // factor, picture.height // factor
-            if min(width, height) < 1:
-                raise ValueError(f"{source}: {picture.width}×{picture.height} pixels are too few for --factor {factor}")
-            how = Image.Resampling.NEAREST if is_label else Image.Resampling.BOX
-            small = picture.resize((width, height), how, box=(0, 0, width * factor, height * factor))
-            kind = picture.format
-    except OSError as error:
-        raise ValueError(f"{source}: cannot read the image ({error})") from error
+
+    picture, kind = _opened(source, is_label)
+    width, height = picture.width // factor, picture.height // factor
+    if min(width, height) < 1:
+        raise ValueError(f"{source}: {picture.width}×{picture.height} pixels are too few for --factor {factor}")
+    how = Image.Resampling.NEAREST if is_label else Image.Resampling.BOX
+    small = picture.resize((width, height), how, box=(0, 0, width * factor, height * factor))
+
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_name(f".{copy.name}.part")
     small.save(part, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
     part.replace(copy)
     return True
+
+
+def _opened(source: Path, is_label: bool) -> tuple[Image.Image, str]:
+    """The picture, and the format of its file. Labels keep their stored values, which Pillow cuts or stretches where
+    they have 16 bits and several channels, or fewer than 8 bits; only a palette is kept as it is."""
+    with decoding(source, "label" if is_label else "image"), Image.open(source) as picture:
+        picture.load()
+        kind = picture.format
+    if is_label and picture.mode != "P":
+        return Image.fromarray(read_index(source)), kind
+    return picture, kind
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Options and settings that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads than cores make both slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -28,6 +30,24 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def integers_that_fit() -> Iterator[None]:
+    """`np.where` refuses a Python integer outside the array's type, as from NumPy 2.5 on; older ones wrap it around."""
+    where = np.where
+
+    def strict(condition, *choices):
+        types = [choice.dtype for choice in choices if isinstance(choice, np.ndarray) and choice.dtype.kind in "iu"]
+        for value in (choice for choice in choices if type(choice) is int):
+            for kind in types:
+                if not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
+                    raise OverflowError(f"Python integer {value} out of bounds for {kind}")
+        return where(condition, *choices)
+
+    np.where = strict
+    yield
+    np.where = where
 
 
 @pytest.fixture

@@ -1,35 +1,37 @@
 """Image files: one reader for all, with the size known before the pixels are decoded.
 
+Every depth becomes 8 bits by one rule, whatever the format: whole numbers are scaled by the range of their kind (a
+12-bit channel by 4095, a 16-bit one by 65535, a signed one by its positive half), floats are read from 0 to 1.
+
 EXIF orientation is applied to JPEG images, so that they stand as viewers and annotation tools show them; labels are
 taken as stored, and a label drawn on the unrotated pixels is reported as a size mismatch.
 """
 
-import io
-import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
-_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+from common.data.decoding import JPEG, PNG, Refused, bits, check_png, decoding, opened, png_size, read_bytes
 
 
 class Picture:
-    """An opened image file whose pixels are decoded on demand. `height` and `width` cost only the header."""
+    """An opened image file whose pixels are decoded on demand.
+
+    `height` and `width` cost the header alone, and of a PNG its checksums. ValueError names a file that is damaged,
+    too large, or of a kind that is not read; each method may find it so.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self._pixels: np.ndarray | None = None
-        try:
-            self._data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot read the image ({error.strerror})") from error
-        if self._data[:8] == _PNG and len(self._data) > 24:
-            self.width = int.from_bytes(self._data[16:20], "big")
-            self.height = int.from_bytes(self._data[20:24], "big")
+        self._data = read_bytes(path, "image")
+        if self._data.startswith(PNG):
+            with decoding(path, "image"):
+                check_png(self._data)
+                self.height, self.width = png_size(self._data)
         else:
             self.height, self.width = self.pixels().shape[:2]
 
@@ -47,32 +49,27 @@ class Picture:
         return self.height, self.width
 
     def pixels(self) -> np.ndarray:
-        """RGB, uint8 (H, W, 3). ValueError names a file that cannot be decoded."""
+        """RGB, uint8 (H, W, 3)."""
         if self._pixels is None:
-            self._pixels = self._guarded(_decode, self._data)
+            with decoding(self.path, "image"):
+                self._pixels = _decode(self._data)
         return self._pixels
 
     def window(self, rows: slice, columns: slice) -> np.ndarray:
         """The pixels of a window, uint8 (h, w, 3) or (h, w, 4) with a meaningless fourth channel.
 
-        Of a PNG only the rows down to the window's end are decoded, unless that is nearly all of them (the decoder
-        that can stop is slower by a row).
+        Of a PNG only the rows down to the window's end are decoded, unless that is nearly all of them.
         """
-        early = rows.stop < 0.9 * self.height and self._data[24:26] == b"\x08\x02"  # 8-bit RGB
-        if self._pixels is None and early and self._data[:8] == _PNG:
-            return self._guarded(_decode_window, self._data, rows, columns)
+        early = rows.stop < 0.9 * self.height
+        plain = self._data.startswith(PNG) and self._data[24:26] == b"\x08\x02"  # 8-bit RGB
+        if self._pixels is None and early and plain:
+            with decoding(self.path, "image"):
+                return _decode_window(self._data, rows, columns)
         return self.pixels()[rows, columns]
-
-    def _guarded(self, decode: Callable[..., np.ndarray], *arguments) -> np.ndarray:
-        try:
-            return decode(*arguments)
-        except (OSError, RuntimeError, SyntaxError, ValueError, struct.error) as error:
-            reason = str(error).splitlines()[0].rsplit(", ", 1)[-1] if self._data else "the file is empty"
-            raise ValueError(f"{self.path}: cannot decode the image ({reason}); the file is damaged") from error
 
 
 def _decode_window(data: bytes, rows: slice, columns: slice) -> np.ndarray:
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
         if len(image.tile) == 1 and not image.info.get("interlace"):
             image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows.stop))]
             image._size = (image.width, rows.stop)
@@ -81,16 +78,50 @@ def _decode_window(data: bytes, rows: slice, columns: slice) -> np.ndarray:
 
 
 def _decode(data: bytes) -> np.ndarray:
+    """RGB, uint8 (H, W, 3)."""
+    with opened(data) as image:
+        if data.startswith(JPEG):
+            return _decode_jpeg(data)
+        if image.mode == "F":
+            return _grey(_from_unit(np.array(image)))
+        if image.mode.startswith("I"):
+            return _grey(_from_range(image, bits(image, data)))
+        return np.array(image.convert("RGB"))  # of 16 bits a channel Pillow itself keeps the upper 8
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray:
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if data[:3] == _JPEG:
-        image = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    elif data[:8] == _PNG:
-        image = decode_png(buffer, mode=ImageReadMode.RGB)
-    else:
-        with Image.open(io.BytesIO(data)) as opened:
-            return np.array(opened.convert("RGB"))
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    return (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    image = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def _grey(levels: np.ndarray) -> np.ndarray:
+    return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _from_unit(values: np.ndarray) -> np.ndarray:
+    """Floats of 0–1 to 0–255."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 1):  # so also NaN
+        raise Refused(f"float values from {low:g} to {high:g}, only 0 to 1 is read; store it with 8 or 16 bits")
+    return values * 255 + 0.5
+
+
+def _from_range(image: Image.Image, depth: int) -> np.ndarray:
+    """Whole numbers of `depth` bits, in one of Pillow's deep modes, to 0–255."""
+    values = np.array(image)
+    signed = image.format == "TIFF" and image.tag_v2.get(339, (1,))[0] == 2  # SampleFormat
+    if depth == 32 and not signed:
+        values = values.view(np.uint32)
+
+    if values.min() < 0:
+        raise Refused(f"holds negative values ({values.min()}); store it with 8 or 16 bits, 0 as black")
+    levels = values >> (depth - signed - 8)
+    if depth == 32 and values.any() and not levels.any():
+        raise Refused(
+            f"its {depth}-bit values end at {values.max()}, so that all would be black; store it with 8 or 16 bits"
+        )
+    return levels
 
 
 def read_image(path: Path) -> np.ndarray:

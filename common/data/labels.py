@@ -3,15 +3,14 @@
 A loaded label is int16 (H, W) with class ids from 0 and IGNORE (-1) everywhere else, whatever the file holds.
 """
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.io import decode_png
+
+from common.data.decoding import Refused, bits, check_png, decoding, opened, read_bytes
 
 IGNORE = -1
 MOST_CLASSES = 1 << 15  # ids that an int16 label holds
@@ -25,40 +24,87 @@ def read_index(path: Path) -> np.ndarray:
 
     Palette files give their indices, never colours. Of a file with several channels the first (red) holds the
     class, as in SYNTHIA (16-bit, instance in another channel) and in MHP (three equal channels).
+
+    ValueError names a damaged file, and one whose values cannot be had as they were: a lossy format, floats, 16 bits
+    with alpha.
     """
-    try:
-        data = path.read_bytes()
-        depth, kind = (data[24], data[25]) if data[1:4] == b"PNG" and len(data) > 25 else (8, 0)
-        if depth in (8, 16) and kind in (0, 2, 6) and data[1:4] == b"PNG":  # PIL cuts 16-bit RGB to 8 bits
-            return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0].numpy()
-        with Image.open(io.BytesIO(data)) as image:
-            raw = np.array(image)
-    except (OSError, RuntimeError, SyntaxError) as error:
-        raise _undecodable(path, error) from error
-    if raw.dtype == bool:
-        return raw.astype(np.uint8)
-    if depth in (2, 4) and kind == 0:  # PIL stretches grey of few bits to 0–255
-        raw = raw // (255 // (2**depth - 1))
-    raw = raw[..., 0] if raw.ndim == 3 else raw
-    if raw.dtype.kind not in "ui":
-        raise ValueError(f"{path}: label values are {raw.dtype}, expected whole numbers")
-    return raw
+    data = read_bytes(path, "label")
+    with decoding(path, "label"):
+        check_png(data)
+        with opened(data) as image:
+            return _index(image, data)
 
 
 def read_colours(path: Path) -> np.ndarray:
-    """The colours of a colour-coded label as int32 (H, W): red·65536 + green·256 + blue."""
-    try:
-        with Image.open(path) as image:
-            rgb = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise _undecodable(path, error) from error
-    return (rgb[..., 0].astype(np.int32) << 16) | (rgb[..., 1].astype(np.int32) << 8) | rgb[..., 2]
+    """The colours of a colour-coded label as int32 (H, W): red·65536 + green·256 + blue. ValueError as `read_index`."""
+    data = read_bytes(path, "label")
+    with decoding(path, "label"):
+        check_png(data)
+        with opened(data) as image:
+            _require_exact(image, data)
+            if bits(image, data) > 8:
+                raise Refused(f"a colour label of {bits(image, data)} bits a channel; store it with 8")
+            rgb = np.array(image.convert("RGB")).astype(np.int32)
+    return (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
 
 
-def _undecodable(path: Path, error: Exception) -> ValueError:
-    missing = isinstance(error, FileNotFoundError)
-    reason = "no such file" if missing else f"cannot decode the label ({str(error).splitlines()[0]}); it is damaged"
-    return ValueError(f"{path}: {reason}")
+_EXACT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L")  # modes that keep stored values
+
+
+def _require_exact(image: Image.Image, data: bytes) -> None:
+    """Refuse what may have changed values since they were drawn, or changes them when read."""
+    kind, how = image.format, image.info.get("compression")
+    advice = "store the label as PNG, made anew from where it was drawn"
+
+    if kind == "WEBP":
+        exact = data[12:16] == b"VP8L"  # the lossless form
+    elif kind == "TIFF":
+        exact = how not in ("jpeg", "tiff_jpeg", "webp")
+    else:
+        exact = kind in ("PNG", "BMP")
+    if not exact:
+        name = f"{kind} ({how})" if kind == "TIFF" else kind
+        raise Refused(f"is {name}, a lossy format, so that values at class borders are wrong; {advice}")
+
+    if image.mode not in _EXACT:
+        kind_of_values = "float" if image.mode == "F" else image.mode
+        raise Refused(f"label values are {kind_of_values}, expected whole numbers, one channel or RGB; {advice}")
+    if kind == "TIFF" and image.tag_v2.get(262) == 0:  # PhotometricInterpretation: Pillow inverts the values
+        raise Refused(f"a TIFF whose value 0 is white, which is read inverted; {advice}")
+
+
+def _index(image: Image.Image, data: bytes) -> np.ndarray:
+    _require_exact(image, data)
+    depth, channels = bits(image, data), len(image.getbands())
+    if depth == 16 and channels > 1:
+        if image.format == "PNG" and image.mode == "RGB":
+            return _red(data)
+        raise Refused(
+            f"16 bits a channel with {'alpha' if image.mode.endswith('A') else 'RGB'} as {image.format} are not read; "
+            "store the label as grey PNG of 8 or 16 bits"
+        )
+
+    raw = np.array(image)
+    if raw.dtype == bool:
+        return raw.astype(np.uint8)
+    if depth in (2, 4) and image.mode == "L":  # Pillow stretches grey of few bits to 0–255
+        raw = raw // (255 // (2**depth - 1))
+    return raw[..., 0] if raw.ndim == 3 else raw
+
+
+def _red(data: bytes) -> np.ndarray:
+    """The red channel of a 16-bit RGB PNG, uint16 (H, W).
+
+    Pillow keeps one byte of each value: the upper one, or the lower one if it takes the file for little-endian.
+    """
+    upper, lower = _bytes(data, "RGB;16B"), _bytes(data, "RGB;16L")
+    return upper.astype(np.uint16) << 8 | lower
+
+
+def _bytes(data: bytes, layout: str) -> np.ndarray:
+    with opened(data) as image:
+        image.tile = [tile._replace(args=layout) for tile in image.tile]
+        return np.array(image)[..., 0]
 
 
 class LabelTable:

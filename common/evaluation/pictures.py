@@ -43,12 +43,15 @@ def save_panel(folder: Path, sample: dict[str, Any], pred: Tensor, row: Any) -> 
 def write_label(path: Path, values: np.ndarray, colours: Mapping[int, Sequence[int]]) -> None:
     """Write values (H, W) as an 8-bit palette PNG, or 16-bit grey where they need it; IGNORE becomes the highest."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if max(colours) > 254:
-        Image.fromarray(np.where(values == IGNORE, 65535, values).astype(np.uint16)).save(path)
-        return
-    image = Image.fromarray(np.where(values == IGNORE, 255, values).astype(np.uint8), mode="P")
-    palette = np.zeros((256, 3), np.uint8)
-    palette[255] = 255
-    palette[list(colours)] = list(colours.values())
-    image.putpalette(palette.tobytes())
+    deep = max(colours) > 254
+    kind = np.dtype(np.uint16 if deep else np.uint8)
+    stored = values.astype(kind)
+    stored[values == IGNORE] = np.iinfo(kind).max
+    image = Image.fromarray(stored)
+
+    if not deep:
+        palette = np.zeros((256, 3), np.uint8)
+        palette[255] = 255
+        palette[list(colours)] = list(colours.values())
+        image.putpalette(palette.tobytes())
     image.save(path)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from common.data.catalogue.ltss import class_table
+from common.data.decoding import check_png, decoding, opened, read_bytes
 from common.data.geometry import Geometry, bilinear, nearest
 from common.data.images import Picture
 from common.data.labels import LabelTable, read_index
@@ -87,12 +88,11 @@ def _ade20k_full_table() -> np.ndarray:
 
 def _pixels(path: Path) -> np.ndarray:
     """uint8 (H, W) or (H, W, 3), as stored."""
-    try:
-        with Image.open(path) as image:
+    data = read_bytes(path, "image")
+    with decoding(path, "image"):
+        check_png(data)
+        with opened(data) as image:
             return np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot decode the image ({error})"
-        raise ValueError(f"{path}: {reason}; is the download complete?") from error
 
 
 def mhp_people(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -137,16 +137,24 @@ def mhp_image(job: tuple[Path, Path]) -> None:
     source, target = job
     if target.exists():
         return
-    try:
-        with Image.open(source) as image:
-            image.load()
-    except (OSError, SyntaxError) as error:
-        if not str(error).startswith("image file is truncated"):
-            raise ValueError(f"{source}: cannot decode the image ({error}); replace the file") from error
+    if _breaks_off(source):
         save(_beginning(source), target, quality=95)
         print(f"{source}: is truncated; {target} holds what there is")
     else:
         place(source, target)
+
+
+def _breaks_off(path: Path) -> bool:
+    """Whether an image ends before its last row. ValueError for any other damage."""
+    with decoding(path, "image"):
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except OSError as error:
+            if not str(error).startswith("image file is truncated"):
+                raise
+            return True
+    return False
 
 
 def _beginning(path: Path) -> np.ndarray:

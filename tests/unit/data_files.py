@@ -46,12 +46,13 @@ def save_rgb16(planes: np.ndarray, path: Path) -> Path:
     return write_png(path, planes.shape[:2], 16, b"".join(b"\0" + row.astype(">u2").tobytes() for row in planes))
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG with its length and checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def write_png(path: Path, size: tuple[int, int], depth: int, rows: bytes, interlace: int = 0) -> Path:
     """An RGB PNG of unfiltered rows (each with its leading 0)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     path.parent.mkdir(parents=True, exist_ok=True)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", size[1], size[0], depth, 2, 0, 0, interlace))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from common.config import SourceConfig, load_config
 from common.data import DATASETS, SegmentationDataset
+from common.data.labels import read_index
 from common.models import build_model, load_weights
 from scripts import browse, class_stats, collect, convert_checkpoint, doctor, export, predict, shrink_dataset
-from tests.unit.data_files import classes, picture, save
+from tests.unit.data_files import classes, picture, save, save_rgb16
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("unchanged")
@@ -274,3 +275,12 @@ def test_shrink_keeps_layout_and_label_values(tmp_path, call, fails):
     assert "(0 new)" in call(shrink_dataset.main, *words)
     assert "does not shrink" in fails(shrink_dataset.main, *words, "--factor", "1")
     assert "is the data set itself" in fails(shrink_dataset.main, *words[:-1], tmp_path / "camvid")
+
+
+def test_shrink_keeps_the_values_of_deep_labels(tmp_path, call):
+    label = np.kron(np.arange(12).reshape(3, 4), np.ones((2, 2), int)).astype(np.uint16)
+    save(np.zeros((6, 8, 3), np.uint8), tmp_path / "synthia/RGB/0.png")
+    save_rgb16(np.stack((label, label * 900, label), 2), tmp_path / "synthia/GT/LABELS/0.png")
+    words = "--root", tmp_path / "synthia", "--split", "train", "--workers", "1", "--out", tmp_path / "half"
+    call(shrink_dataset.main, "synthia", *words)
+    assert np.array_equal(read_index(tmp_path / "half/GT/LABELS/0.png"), label[::2, ::2])
