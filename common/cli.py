@@ -51,8 +51,8 @@ def describe(error: Exception) -> tuple[str, int]:
         reason = text.split(" If reserved but", 1)[0]  # torch adds a page of general advice
         advice = "lower batch_size, the crop, or data.workers; or raise train.devices to take the batch in parts"
         return f"out of memory: {reason or 'no more to be had'}; {advice}", 1
-    if text.startswith("DataLoader worker"):
-        return f"{text.rstrip('. ')}; killed processes are often out of memory: lower data.workers", 1
+    if text.startswith("DataLoader worker") or kind == "BrokenProcessPool":
+        return f"{text.rstrip('. ')}; killed processes are often out of memory: use fewer workers", 1
     if kind.startswith("Dist") or "gloo" in text:
         rank = os.environ.get("RANK", "0")
         return f"rank {rank}: lost another rank, whose error is the cause ({text[:200]})", 1

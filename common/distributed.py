@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,15 @@ def all_mean(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
+
+
+def mean_scalars(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars on the device as numbers, each the mean over ranks: one collective and one host sync for all.
+
+    Every rank has to give the same names.
+    """
+    values = torch.stack([value.float() for value in scalars.values()])
+    return dict(zip(scalars, all_mean(values).tolist(), strict=True))
 
 
 def all_sum(tensor: Tensor) -> Tensor:

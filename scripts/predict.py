@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from common import cli, distributed
+from common import cli, console, distributed
 from common.config import Config, load_config
 from common.data import DATASETS, DatasetRow
 from common.data.catalogue.folder import folder_row
@@ -45,7 +44,7 @@ def main() -> None:
     model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
     load_weights(model, args.checkpoint)
     model = model.to(device).eval()
-    for name, path in tqdm(pictures.items(), unit="image", disable=None):
+    for name, path in console.bar(pictures.items(), what="predicting"):
         segment(model, cfg, row, path, out / name, args.opacity, device)
     print(f"{len(pictures)} images segmented: labels and overlays in {out}")
 

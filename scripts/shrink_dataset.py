@@ -7,17 +7,16 @@ pixels, labels keep the nearest value and their own kind of file. What is there 
 import argparse
 import os
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
-from common import cli
+from common import cli, console
 from common.config import SourceConfig
 from common.data import SegmentationDataset
 from common.data.decoding import decoding
 from common.data.labels import read_index
+from common.data.loading import parallel
 
 
 def main() -> None:
@@ -32,9 +31,8 @@ def main() -> None:
     if args.factor < 2:
         raise ValueError(f"--factor: {args.factor} does not shrink; give 2 or more")
     work = [job for split in args.split for job in jobs(args.dataset, args.root, split, args.out)]
-    with Pool(args.workers) as pool:
-        done = pool.imap_unordered(partial(shrink, factor=args.factor), work, chunksize=8)
-        made = sum(tqdm(done, total=len(work), unit="file", mininterval=2.0, disable=None))
+    done = parallel(partial(shrink, factor=args.factor), work, args.workers)
+    made = sum(console.bar(done, what="shrinking", total=len(work), unit="file"))
     print(f"{len(work)} files in {args.out} ({made} new)")
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from common import cli
+from common import cli, console
 from common.config import Config, ConfigError, load_config
 from common.data import IGNORE, SegmentationDataset, class_statistics
 from common.files import write_json
@@ -132,7 +131,7 @@ class Clustering:
     def fit(self, algorithm: str, seed: int, device: str, pixels: np.ndarray) -> list[ClassReport]:
         """Cluster every class; `pixels` (C,) are its labelled pixels, for the report."""
         reports = []
-        for c, k in enumerate(tqdm(self.counts, desc=algorithm, unit="class", disable=None)):
+        for c, k in enumerate(console.bar(self.counts, what=algorithm, unit="class")):
             start, rows = time.monotonic(), np.flatnonzero(self.classes == c)
             if k == 1 or not len(rows):
                 cluster = np.zeros(len(rows), np.int64)
@@ -150,7 +149,7 @@ class Clustering:
         """One PNG an image, at its size; `subclasses.json` of an earlier run is gone first."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NUMBERS).unlink(missing_ok=True)
-        for index, name in enumerate(tqdm(self.dataset.names, desc="subclass labels", unit="image", disable=None)):
+        for index, name in enumerate(console.bar(self.dataset.names, what="subclass labels")):
             at, shape = self._cells(index)
             classes, subclasses = self.classes[at].reshape(shape), self.subclasses[at].reshape(shape)
             label = self._label(index)

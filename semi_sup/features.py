@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from common import console
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
 from common.files import write_json
@@ -83,7 +83,7 @@ def export(
     sizes = [dataset.open(i)["image"].size for i in range(len(dataset))]
     starts, rows = starts_of(sizes), None
     images = batches(_Images(dataset), only, min(workers, len(dataset)))
-    for i, image in enumerate(tqdm(images, desc="features", unit="image", total=len(dataset), disable=None)):
+    for i, image in enumerate(console.bar(images, what="features", total=len(dataset))):
         cells = cell_features(model, image[None].to(device))
         if not torch.isfinite(cells).all():
             raise ValueError(f"{dataset.names[i]}: features beyond half precision; is the checkpoint sound?")

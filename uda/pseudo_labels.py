@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from common import console
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
@@ -65,7 +65,7 @@ def open_network(cfg: Config, checkpoint: str | None, device: torch.device, pref
 def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:
     """Name and image (1, 3, H, W) on the device, one by one, under a progress bar."""
     loaded = batches(data, only, min(workers, len(data)))
-    for name, image in tqdm(loaded, desc=what, unit="image", total=len(data), mininterval=2.0, disable=None):
+    for name, image in console.bar(loaded, what=what, total=len(data)):
         yield name, image[None].to(device)
 
 
@@ -168,7 +168,7 @@ def class_distribution(model: nn.Module, data: TargetImages, workers: int, devic
 def distribution_of_soft(folder: Path, names: list[str], classes: int) -> Tensor:
     """The same from soft pseudo-labels on disk: no pass over the images."""
     counts = np.zeros(classes, np.int64)
-    for name in tqdm(names, desc="class distribution", unit="image", mininterval=2.0, disable=None):
+    for name in console.bar(names, what="class distribution"):
         best = np.load(folder / f"{name}.npy", allow_pickle=False).argmax(0)
         counts += np.bincount(best.ravel(), minlength=classes)
     return torch.from_numpy(counts / counts.sum())

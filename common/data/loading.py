@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import queues
 from typing import Any
 
@@ -49,8 +50,8 @@ def batches(
         num_workers=workers,
         collate_fn=_GuardedCollate(collate),
         pin_memory=pin_memory,
-        worker_init_fn=_begin if workers else None,
-        multiprocessing_context=_Context() if workers else None,
+        worker_init_fn=_follow_main if workers else None,
+        multiprocessing_context=_PROCESSES if workers else None,
         generator=torch.Generator(),  # else making an iterator would advance torch's global generator
     )
     for batch in loader:
@@ -121,8 +122,8 @@ def as_value(error: Exception) -> Exception:
 # Processes ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(worker: int) -> None:
-    """The first act of a worker."""
+def _follow_main(*_: Any) -> None:
+    """The first act of a worker: from then on it ends by the main process's will, or with it."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
 
@@ -150,7 +151,7 @@ class _Worker(_METHOD.Process):
 class _Results(queues.Queue):
     """A queue that sends, for what cannot be sent, the reason: by default the item would silently be dropped."""
 
-    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:
+    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:  # item: batch number, batch
         number, _ = item
         reason = " ".join(str(error).split())
         advice = "enlarge /dev/shm (docker run --shm-size) or the limit on open files, or lower data.workers"
@@ -158,9 +159,29 @@ class _Results(queues.Queue):
 
 
 class _Context(type(_METHOD)):
-    """How `DataLoader` makes its processes and queues."""
+    """How processes and their queues are made, for `DataLoader` and for pools of processes."""
 
     Process = _Worker
 
     def Queue(self, maxsize: int = 0) -> _Results:
         return _Results(maxsize, ctx=self.get_context())
+
+
+_PROCESSES = _Context()
+
+
+def parallel(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+    """`function(job)` of every job in order, in `workers` processes; with less than 2 in this one.
+
+    The first error ends it, and so does the death of a process (`multiprocessing.Pool` would wait for its job).
+    """
+    if workers < 2:
+        yield from map(function, jobs)
+        return
+
+    with ProcessPoolExecutor(workers, mp_context=_PROCESSES, initializer=_follow_main) as pool:
+        try:
+            yield from pool.map(function, jobs, chunksize=8)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

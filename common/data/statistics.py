@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from common import console
 from common.data.dataset import SegmentationDataset
 from common.data.imbalance import GROUPS as GROUPS
 from common.data.imbalance import gini as gini
@@ -80,7 +80,7 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     if path is not None and (stored := _load(path)) is not None:
         return stored
     rows: list[np.ndarray] = []
-    with tqdm(total=len(dataset), desc=f"counting {dataset.row.name}", unit="image", disable=None) as bar:
+    with console.bar(what=f"counting {dataset.row.name}", total=len(dataset)) as bar:
         for batch in batches(_Counts(dataset), list, workers, batch_size=8):
             rows += batch
             bar.update(len(batch))

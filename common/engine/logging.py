@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import distributed
+from common import console, distributed
 from common.config import Config, save_config
 from common.files import replacing, write_json
 
@@ -88,23 +88,31 @@ class RunLog:
         self.record = record
         write_json(self.folder / "run.json", record)
 
-    def train(self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        """Record the step that was just done (1-based count `step`) and print one progress line."""
+    def train(
+        self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float], costs: Mapping[str, float]
+    ) -> None:
+        """Record the step that was just done (1-based count `step`) and print one progress line.
+
+        costs: `data_seconds` and `memory_gib`, as `runtime.Costs.read` gives them.
+        """
         if not self.active:
             return
         seconds = time.monotonic() - self.started
         pace = seconds / max(step - self.start_step, 1)
         rate = next(iter(rates.values()))
-        self._write({"kind": "train", "step": step, **scalars, "lr": rate, "minutes": self.minutes})
+        self._write({"kind": "train", "step": step, **scalars, "lr": rate, **costs, "minutes": self.minutes})
         for name, value in scalars.items():
             self.board.add_scalar(f"train/{name}", value, step)
         for name, value in rates.items():
             self.board.add_scalar(f"lr/{name}", value, step)
+        for name, value in costs.items():
+            self.board.add_scalar(f"cost/{name}", value, step)
+
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.cfg.train.steps - step)))
-        print(
-            f"[{self.cfg.name}] {step}/{self.cfg.train.steps}  loss {scalars['loss']:.4f}  lr {rate:.2e}  "
-            f"{self.images / pace:.1f} images/s  ETA {left}",
-            flush=True,
+        cost = f"data {costs['data_seconds']:.3f} s/step  {costs['memory_gib']:.1f} GiB"
+        self.message(
+            f"{step}/{self.cfg.train.steps}  loss {scalars['loss']:.4f}  lr {rate:.2e}  "
+            f"{self.images / pace:.1f} images/s  {cost}  ETA {left}"
         )
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
@@ -123,11 +131,12 @@ class RunLog:
             self.board.add_image(f"prediction/{path.stem.partition('_')[0]}", picture, step, dataformats="HWC")
         shown = {"mIoU": result.get("miou"), "mIoU(tail)": result.get("miou_tail")}
         text = "  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items() if value is not None)
-        print(f"[{self.cfg.name}] step {step}  {text}", flush=True)
+        self.message(f"step {step}  {text}")
 
     def message(self, text: str) -> None:
+        """A line on the console."""
         if self.active:
-            print(f"[{self.cfg.name}] {text}", flush=True)
+            console.say(f"[{self.cfg.name}] {text}")
 
     @property
     def minutes(self) -> float:

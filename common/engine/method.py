@@ -56,7 +56,10 @@ class Method(nn.Module, ABC):
 
 
 class Parts(nn.Module):
-    """A method as something DDP can wrap: the first call of a micro-batch starts it, each call gives the next dict."""
+    """A method as something DDP can wrap: the first call of a micro-batch starts it, each call gives the next dict.
+
+    RuntimeError, naming the method, for one that does not yield as many dicts as its `backwards` says.
+    """
 
     def __init__(self, method: Method):
         super().__init__()
@@ -67,7 +70,20 @@ class Parts(nn.Module):
         if streams is not None:
             out = self.method(streams, step)
             self._parts = iter((out,)) if isinstance(out, dict) else out
-        return next(self._parts)
+
+        part = next(self._parts, None)
+        if part is None:
+            raise self._miscounted("fewer")
+        return part
+
+    def finish(self) -> None:
+        """Called after the last part was back-propagated: lets the method come to its end, and go of its graph."""
+        if next(self._parts, None) is not None:
+            raise self._miscounted("more")
+
+    def _miscounted(self, how: str) -> RuntimeError:
+        name, count = type(self.method).__name__, self.method.backwards
+        return RuntimeError(f"method {name}: forward gave {how} parts than its backwards = {count}; make them equal")
 
 
 @torch.no_grad()

@@ -111,14 +111,22 @@ def rates(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
 
 
 def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Tensor:
-    """Clip in place as `cfg` says and return the total L2 norm before clipping (a device scalar, no host sync)."""
+    """Clip in place as `cfg` says and return the total L2 norm before clipping (a device scalar, no host sync).
+
+    With both limits each gradient is clipped alone first, and the total norm is that of what remains.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    total = torch.nn.utils.get_total_norm(gradients)
+    before = torch.nn.utils.get_total_norm(gradients)
+    remaining = before
+
     if cfg.clip_each is not None:
         norms = torch.stack(torch._foreach_norm(gradients))
         scales = (cfg.clip_each / (norms + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, list(scales.unbind()))
+        if cfg.clip is not None:
+            remaining = torch.nn.utils.get_total_norm(gradients)
+
     if cfg.clip is not None:
-        scale = (cfg.clip / (total + 1e-6)).clamp(max=1.0)
+        scale = (cfg.clip / (remaining + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
-    return total
+    return before

@@ -2,7 +2,9 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -37,6 +39,43 @@ def accumulation(cfg: Config) -> int:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Costs:
+    """What steps cost: the time that they wait for data, and memory."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._waited = 0.0
+        self._steps = 0
+
+    def load(self, streams: Mapping[str, Iterator[Batch]]) -> dict[str, Batch]:
+        """The next batch of every stream, on the device."""
+        start = time.perf_counter()
+        batches = {name: next(stream) for name, stream in streams.items()}
+        self._waited += time.perf_counter() - start
+        return {name: to_device(batch, self.device) for name, batch in batches.items()}
+
+    def step(self) -> None:
+        """A step was done."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """`data_seconds` that a step waited for its batches, the mean since the last call, and `memory_gib`, the peak
+        of the run so far: what torch allocated on this rank's GPU or, on the CPU, what this process held."""
+        seconds = self._waited / max(self._steps, 1)
+        self._waited, self._steps = 0.0, 0
+        return {"data_seconds": round(seconds, 5), "memory_gib": round(_peak_memory(self.device) / 2**30, 3)}
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # here, since Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextlib.contextmanager

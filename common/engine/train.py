@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from common import distributed
 from common.config import Config
 from common.engine import optim, runtime
 from common.engine.logging import RunLog
@@ -48,8 +49,8 @@ def fit(
             due = evaluate is not None and trainer.due(step)
 
             if step % cfg.train.log_every == 0 or last:
-                values = torch.stack([v.float() for v in scalars.values()]).tolist()
-                log.train(step, dict(zip(scalars, values, strict=True)), optim.rates(trainer.optimizers))
+                means = distributed.mean_scalars(scalars)
+                log.train(step, means, optim.rates(trainer.optimizers), trainer.costs.read())
             if due or last or trainer.stop or step % cfg.train.save_every == 0:
                 trainer.save(step)  # before the evaluation, whose failure then costs nothing
             if due:

@@ -32,11 +32,13 @@ class Trainer:
         self.cfg, self.method, self.device = cfg, method.train(), device  # `train` is where frozen norms are frozen
         self.optimizers = optim.build_optimizers(method.parameter_groups())
         self.parameters = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
-        self.parts: nn.Module = Parts(method)
+        self.source = Parts(method)
+        self.parts: nn.Module = self.source
         if distributed.world_size() > 1:
-            self.parts = nn.parallel.DistributedDataParallel(self.parts, broadcast_buffers=False)
+            self.parts = nn.parallel.DistributedDataParallel(self.source, broadcast_buffers=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
         self.accumulate = runtime.accumulation(cfg)
+        self.costs = runtime.Costs(device)
         self.scores: checkpoint.Scores = {}
         self.stop = 0  # the signal that a rank was sent, once all ranks know of it
 
@@ -48,7 +50,7 @@ class Trainer:
         optim.set_learning_rates(self.optimizers, step, self.cfg.optim, self.cfg.train.steps)
         total: dict[str, torch.Tensor] = {}
         for micro in range(self.accumulate):
-            batch = {name: runtime.to_device(next(stream), self.device) for name, stream in streams.items()}
+            batch = self.costs.load(streams)
             runtime.seed_step(self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step)
             for name, value in self._backward(batch, step, micro == self.accumulate - 1).items():
                 total[name] = total.get(name, 0) + value / self.accumulate
@@ -62,6 +64,7 @@ class Trainer:
         self.scaler.update()
         distributed.average_batchnorm(self.method)
         self.method.after_step(step)
+        self.costs.step()
         return total
 
     def _backward(self, batch: Mapping[str, Batch], step: int, last_micro: bool) -> Losses:
@@ -78,6 +81,7 @@ class Trainer:
                 self.scaler.scale(losses["loss"] / self.accumulate).backward()
             for name, value in losses.items():
                 merged[name] = merged.get(name, 0) + value.detach()
+        self.source.finish()
         return merged
 
     def _check(self, total: Losses, step: int, received: list[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import console
 from common.config import EvalConfig
 from common.evaluation.identity import identity
 from common.evaluation.pictures import save_panel, save_prediction
@@ -55,7 +56,7 @@ def evaluate(
     matrix = ConfusionMatrix(len(row.classes), device)
     mirrored = mirrored_classes(row)
     start = time.monotonic()
-    with torch.no_grad(), evaluation_mode(model):
+    with torch.no_grad(), evaluation_mode(model), console.bar(what="evaluating", total=len(mine)) as bar:
         for samples in sample_batches(dataset, mine, cfg):
             for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
                 matrix.update(pred, sample["label"].to(device))
@@ -65,6 +66,7 @@ def evaluate(
                     save_prediction(Path(save_predictions), sample["name"], pred, row)
                 if sample["index"] in shown:
                     save_panel(Path(panels), sample, pred, row)
+            bar.update(len(samples))
         total = matrix.reduce()
     seconds = time.monotonic() - start
 

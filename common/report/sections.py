@@ -165,7 +165,7 @@ def curves(report: Any) -> str:
         ("Validation mIoU(tail)", _chart(report, "eval", "miou_tail", f"mIoU(tail) in percent ({named})", scale=100)),
         ("Learning rate", _chart(report, "train", "lr", "learning rate")),
     ]
-    known = {"kind", "step", "loss", "lr", "minutes"}
+    known = {"kind", "step", "loss", "lr", "data_seconds", "memory_gib", "minutes"}
     keys = dict.fromkeys(k for run in report.runs for line in run.log if line.get("kind") == "train" for k in line)
     others = [(key, _chart(report, "train", key, key, log=True)) for key in keys if key not in known]
     return section(

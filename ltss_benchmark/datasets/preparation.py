@@ -7,15 +7,14 @@ its function writes the targets and raises a ValueError that names a file.
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from common import console
 from common.config import SourceConfig
 from common.data import DATASETS, SegmentationDataset, Statistics, check, class_statistics
 from common.data.catalogue.layouts import files
@@ -23,6 +22,7 @@ from common.data.catalogue.lists import read_list
 from common.data.catalogue.registry import home
 from common.data.catalogue.row import DatasetRow
 from common.data.imbalance import gini
+from common.data.loading import parallel
 
 EXPECTED = {  # images with a label
     "ade20k": {"train": 20210, "val": 2000},
@@ -49,19 +49,8 @@ def listing(path: Path, suffix: str) -> list[Path]:
 def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers: int | None = None) -> None:
     """`function(job)` for all jobs in parallel processes (None: one a core), with a progress bar on a terminal."""
     workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
-    with tqdm(total=len(jobs), desc=what, unit="file", disable=None) as bar:
-        if workers < 2:
-            for job in jobs:
-                function(job)
-                bar.update()
-            return
-        with ProcessPoolExecutor(workers) as pool:
-            try:
-                for _ in pool.map(function, jobs, chunksize=8):
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # the first bad file ends it
-                raise
+    for _ in console.bar(parallel(function, jobs, workers), what=what, total=len(jobs), unit="file"):
+        pass
 
 
 def convert_labels(name: str, sources: str, targets: str, function: Callable[[tuple[Path, Path]], None]) -> None:

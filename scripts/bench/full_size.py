@@ -73,8 +73,9 @@ def read(path: Path) -> dict[str, Any]:
         return {"benchmark": "full-size", "configs": {}}
     try:
         found = json.loads(path.read_text())
-        assert isinstance(found["configs"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        if not isinstance(found["configs"], dict):
+            raise TypeError("configs is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of this benchmark; give another --out") from error
     return found
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,6 +333,66 @@ def test_parts_equal_one_backward(tmp_path):
         fit(cfg, method, streams(cfg), device=CPU)
         results.append(method.model[0].weight.detach())
     torch.testing.assert_close(*results)
+
+
+class Miscounted(Tiny):
+    """Says another number of parts than it gives."""
+
+    def __init__(self, cfg, given, said):
+        super().__init__(cfg)
+        self.given, self.backwards = given, said
+
+    def forward(self, streams, step):
+        parts = [self.term(streams["labeled"]["x"], step) for _ in range(self.given)]
+        return parts[0] if self.given == 1 else iter(parts)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "how"), [(3, 2, "more"), (2, 1, "more"), (1, 2, "fewer"), (2, 3, "fewer"), (0, 1, "fewer")]
+)
+def test_parts_are_counted(tmp_path, given, said, how):
+    cfg = config(tmp_path, steps=1)
+    words = f"method Miscounted: forward gave {how} parts than its backwards = {said}"
+    with pytest.raises(RuntimeError, match=words):
+        train(cfg, Miscounted(cfg, given, said))
+
+
+def test_a_method_comes_to_its_end_after_the_last_part(tmp_path):
+    ended = []
+
+    class Ends(Tiny):
+        def forward(self, streams, step):
+            yield self.term(streams["labeled"]["x"], step)
+            ended.append(self.model[0].weight.grad is not None)
+
+    cfg = config(tmp_path, steps=2)
+    train(cfg, Ends(cfg))
+    assert ended == [True, True]
+
+
+def test_every_line_of_the_log_says_what_steps_cost(tmp_path, capsys):
+    cfg = config(tmp_path, steps=6, log_every=2)
+    inner = streams(cfg)
+
+    def slow(step):
+        for batch in inner(step)["labeled"]:
+            time.sleep(0.02)
+            yield batch
+
+    fit(cfg, Tiny(cfg), lambda step: {"labeled": slow(step)}, device=CPU)
+    lines = [json.loads(line) for line in (cfg.folder / "log.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(line["data_seconds"] >= 0.02 for line in lines)
+    resident = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    assert lines[-1]["memory_gib"] == pytest.approx(resident, rel=0.1)
+    console = capsys.readouterr().out.splitlines()
+    assert len(console) == 3 and all(re.search(r"data 0\.0\d\d s/step  \d+\.\d GiB", line) for line in console)
+
+
+def test_quiet_training_prints_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LTS_QUIET", "1")
+    cfg = config(tmp_path, steps=2)
+    train(cfg)
+    assert capsys.readouterr().out == "" and (cfg.folder / "log.jsonl").read_text().count("\n") == 2
 
 
 def test_micro_batches_equal_the_whole_batch(tmp_path):

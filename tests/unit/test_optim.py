@@ -76,6 +76,17 @@ def test_each_gradient_can_be_clipped_alone():
     assert all(p.grad.norm() <= 0.01 + 1e-6 for p in net.conv.parameters())
 
 
+def test_the_total_is_clipped_after_each_gradient():
+    """Norms 3 and 4, each clipped to 1, have a total of √2; clipped to 1 they are 1/√2. The norm told is of before."""
+    weights = [nn.Parameter(torch.zeros(n)) for n in (9, 16)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+
+    norm = clip_gradients(weights, OptimConfig(clip_each=1.0, clip=1.0))
+    assert norm.item() == pytest.approx(5.0)
+    assert [w.grad.norm().item() for w in weights] == pytest.approx([0.5**0.5, 0.5**0.5], rel=1e-5)
+
+
 class Line(Method):
     """Two weights, in groups of their own."""
 

@@ -60,6 +60,16 @@ def test_files_and_functions_stay_short():
     assert not long
 
 
+def test_asserts_do_nothing_that_is_needed():
+    """`python -O` drops them, so they only compare what is there: no call, whose effect might be wanted."""
+    calls = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert) and any(isinstance(part, ast.Call) for part in ast.walk(node)):
+                calls.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not calls
+
+
 def test_importing_the_core_is_quick_and_needs_no_gpu():
     code = "import time; t = time.time(); import common; assert time.time() - t < 3; print('ok')"
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

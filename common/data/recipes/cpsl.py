@@ -46,7 +46,7 @@ class CPSL:
 
     def __post_init__(self):
         if self.colour_from is not None:
-            assert len(self._colours) == len(self.reference)  # made now: a missing data set is an error before training
+            _ = self._colours  # made now: a missing data set is an error before training
 
     @cached_property
     def reference(self) -> SegmentationDataset:
