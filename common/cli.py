@@ -105,10 +105,16 @@ def source(args: argparse.Namespace) -> SourceConfig:
     words, overrides = split_overrides([word for word in (args.dataset, *args.overrides) if word])
     if bool(words) == bool(args.config) or len(words) > 1 or (overrides and not args.config):
         raise ValueError("name one data set, such as camvid, or a --config with its overrides")
-    chosen = _labelled(load_config(args.config, overrides), args.stream) if args.config else None
-    chosen = chosen or SourceConfig(dataset=words[0])
+    cfg = source_config(args)
+    chosen = SourceConfig(dataset=words[0]) if cfg is None else _labelled(cfg, args.stream)
     given = {"root": args.root, "split": args.split, "list": args.list}
     return replace(chosen, **{key: value for key, value in given.items() if value is not None})
+
+
+def source_config(args: argparse.Namespace) -> Config | None:
+    """The config that the arguments of `add_source` name; None where they name a row."""
+    _, overrides = split_overrides([word for word in (args.dataset, *args.overrides) if word])
+    return load_config(args.config, overrides) if args.config else None
 
 
 def _labelled(cfg: Config, stream: str | None) -> SourceConfig:

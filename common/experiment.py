@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from common import distributed
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset, check, make_loaders, make_streams
-from common.data.statistics import GROUPS, Statistics, class_statistics, groups
+from common.data.coverage import coverage_warnings
+from common.data.groups import grouping, groups_config
+from common.data.statistics import Statistics, class_statistics
 from common.engine.method import Method
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
@@ -33,10 +36,14 @@ class Experiment:
         for dataset in (*(stream.dataset for stream in self.streams.values()), self.val):
             check(dataset)
         self._check_classes()
+        groups = groups_config(cfg.data.groups, self.val.row)
+
         self.statistics: Statistics | None = None
+        self.counted: SegmentationDataset | None = None
         if counted is not None:
-            dataset = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
-            self.statistics = class_statistics(dataset, cfg.data.workers, self.cache)
+            self.counted = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
+            self.statistics = class_statistics(self.counted, cfg.data.workers, self.cache)
+        self.grouping = grouping(groups, self.val.row, self.statistics)
 
     def _check_classes(self) -> None:
         for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):
@@ -64,15 +71,15 @@ class Experiment:
         return validate
 
     def score(self, model: torch.nn.Module, device: torch.device, **options: Any) -> dict[str, Any]:
-        """`evaluate` on the validation set, with rare, common and frequent groups where they are known."""
+        """`evaluate` on the validation set, with rare, common and frequent groups where they are known (`group_rule`
+        says by what)."""
         options = {"groups": self.levels(), "rank": distributed.rank(), "world": distributed.world_size(), **options}
-        return evaluate(model, self.val, options.pop("cfg", self.cfg.eval), device=device, **options)
+        result = evaluate(model, self.val, options.pop("cfg", self.cfg.eval), device=device, **options)
+        return {**result, "group_rule": self.grouping.rule} if self.grouping else result
 
     def levels(self) -> Mapping[str, Sequence[str]] | None:
-        """Rare, common or frequent for each class: as the data set defines it, else by the classes counted."""
-        if self.val.row.groups is not None:
-            return self.val.row.groups
-        return levels_of(self.statistics) if self.statistics is not None else None
+        """Level of counting → each class's group; None where nothing says what is rare."""
+        return self.grouping.levels if self.grouping else None
 
     def last_result(self) -> dict[str, Any]:
         """The newest validation of this run."""
@@ -90,21 +97,20 @@ class Experiment:
         self.cfg.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.cfg.folder, os.W_OK):
             raise OSError(f"{self.cfg.folder}: not writable; set `output` to another folder")
-        if self.statistics is not None:
-            write_json(self.cfg.folder / "statistics.json", counts_of(self.statistics))
+        if self.statistics is not None and self.counted is not None:
+            write_json(self.cfg.folder / "statistics.json", counts_of(self.counted, self.statistics))
 
 
-def levels_of(statistics: Statistics) -> dict[str, list[str]]:
-    """Rare, common or frequent for each class, at image and pixel level."""
-    return {level: [GROUPS[g] for g in groups(statistics.count(level))] for level in ("image", "pixel")}
-
-
-def counts_of(statistics: Statistics) -> dict[str, Any]:
-    """What the report shows of the training labels."""
+def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:
+    """What the report shows of the training labels. What these lack is said on the way."""
+    lacks = coverage_warnings(dataset, statistics)
+    for lack in lacks:
+        warnings.warn(lack, stacklevel=3)
     return {
         "class_pixels": statistics.pixel_count.tolist(),
         "class_images": statistics.image_count.tolist(),
         "num_images": statistics.num_images,
+        "warnings": lacks,
     }
 
 

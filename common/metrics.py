@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.data.statistics import GROUPS
+from common.data.imbalance import ABSENT, GROUPS
 
 Convention = Literal["nan_mean", "absent_zero", "ltss", "detectron2"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -104,8 +104,8 @@ def group_scores(
 ) -> dict[str, dict[str, float]]:
     """mIoU of rare, common and frequent classes at every level, in 0..1; NaN for an empty group.
 
-    groups: level ("image", "pixel") -> each class's group, K names. All levels use the same IoU, only the grouping
-    differs; both index sets of the convention are intersected with the group.
+    groups: level ("image", "pixel") -> each class's group, K names; absent classes are in no mean. All levels
+    use the same IoU, only the grouping differs; both index sets of the convention are intersected with the group.
     """
     counts = _Counts(matrix, convention)
     result: dict[str, dict[str, float]] = {}
@@ -113,9 +113,9 @@ def group_scores(
         names = np.asarray(names)
         if names.shape != counts.iou.shape:
             raise ValueError(f"{level} level: {len(names)} groups for {len(counts.iou)} classes")
-        unknown = set(names.tolist()) - set(GROUPS)
+        unknown = set(names.tolist()) - {*GROUPS, ABSENT}
         if unknown:
-            raise ValueError(f"{level} level: {min(unknown)!r} is not one of {', '.join(GROUPS)}")
+            raise ValueError(f"{level} level: {min(unknown)!r} is not one of {', '.join((*GROUPS, ABSENT))}")
         result[level] = {group: counts.mean_iou(names == group) for group in GROUPS}
     return result
 

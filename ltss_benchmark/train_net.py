@@ -83,7 +83,7 @@ def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
     if not eval_only:
         return Experiment(cfg, counted=STREAM)
     experiment = Experiment(cfg, train=False)
-    if experiment.val.row.groups is None and results.is_long_tailed(cfg.eval.convention):
+    if experiment.levels() is None and results.is_long_tailed(cfg.eval.convention):
         return Experiment(cfg, counted=STREAM, train=False)
     return experiment
 

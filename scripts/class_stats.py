@@ -5,12 +5,15 @@ are counted. Prints images and pixels of each class, its group, the weight that 
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
 from common import cli
 from common.data import SegmentationDataset, Statistics, class_statistics
-from common.data.statistics import GROUPS, gini, groups
+from common.data.coverage import coverage_warnings
+from common.data.groups import Grouping, by_rank, grouping, groups_config
+from common.data.imbalance import gini
 from common.files import write_json
 from common.losses.blv import class_weights
 
@@ -23,22 +26,28 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     args = parser.parse_intermixed_args()
     dataset = SegmentationDataset(cli.source(args))
+    cfg = cli.source_config(args)
+    chosen = groups_config(cfg.data.groups, dataset.row) if cfg else None
+
     statistics = class_statistics(dataset, args.workers, args.cache)
-    result = describe(dataset, statistics)
+    by = grouping(chosen, dataset.row, statistics) if chosen else by_rank(statistics)
+    result = describe(dataset, statistics, by)
     print(table(result))
+    for lack in result["warnings"]:
+        warnings.warn(lack, stacklevel=1)
     if args.json:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
 
 
-def describe(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:
-    """All figures, as JSON holds them."""
+def describe(dataset: SegmentationDataset, statistics: Statistics, by: Grouping | None) -> dict[str, Any]:
+    """All figures, as JSON holds them; `by` groups the classes."""
     row, pixels = dataset.row, statistics.pixel_count
     total = int(pixels.sum())
     if not total:
         raise ValueError(f"{dataset.root}: split {dataset.source.split!r} has no labelled pixel")
-    level = {name: groups(statistics.count(name)) for name in ("image", "pixel")}
+    levels = by.levels if by else {}
     weights = class_weights(pixels).tolist()
     return {
         "dataset": row.name,
@@ -47,7 +56,9 @@ def describe(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, 
         "images": statistics.num_images,
         "labelled_pixels": total,
         "ignored_pixels": int(statistics.ignored.sum(dtype="int64")),
-        "gini": {name: gini(statistics.count(name)) for name in level},
+        "gini": {level: gini(statistics.count(level)) for level in ("image", "pixel")},
+        "group_rule": by.rule if by else None,
+        "warnings": coverage_warnings(dataset, statistics),
         "classes": [
             {
                 "id": k,
@@ -55,7 +66,7 @@ def describe(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, 
                 "images": int(statistics.image_count[k]),
                 "pixels": int(pixels[k]),
                 "share": int(pixels[k]) / total,
-                "groups": {name: GROUPS[ranks[k]] for name, ranks in level.items()},
+                "groups": {level: names[k] for level, names in levels.items()},
                 "tail": k in row.tail,
                 "blv_weight": weights[k],
             }
@@ -69,17 +80,20 @@ def table(result: dict[str, Any]) -> str:
     names = [item["name"] + (" *" if item["tail"] else "") for item in result["classes"]]
     wide = max(map(len, names))
     ignored = result["ignored_pixels"] / (result["ignored_pixels"] + result["labelled_pixels"])
+    levels = list(result["classes"][0]["groups"])
+    heads = "".join(f"{level + ' level':<11}  " for level in levels)
     lines = [
         f"{result['dataset']} {result['split']}: {result['images']} images in {result['root']}, "
         f"{100 * ignored:.2f} % of the pixels without a class",
         f"Gini {result['gini']['image']:.4f} at image level, {result['gini']['pixel']:.4f} at pixel level",
-        f"{'id':>3}  {'class':<{wide}}  {'images':>7}  {'pixels':>13}  {'share %':>8}  {'image level':<11}  "
-        f"{'pixel level':<11}  BLV weight",
+        *([f"groups {result['group_rule']}"] if levels else []),
+        f"{'id':>3}  {'class':<{wide}}  {'images':>7}  {'pixels':>13}  {'share %':>8}  {heads}BLV weight",
     ]
     for name, item in zip(names, result["classes"], strict=True):
+        cells = "".join(f"{item['groups'][level]:<11}  " for level in levels)
         lines.append(
             f"{item['id']:>3}  {name:<{wide}}  {item['images']:>7}  {item['pixels']:>13}  {100 * item['share']:>8.3f}  "
-            f"{item['groups']['image']:<11}  {item['groups']['pixel']:<11}  {item['blv_weight']:.4f}"
+            f"{cells}{item['blv_weight']:.4f}"
         )
     return "\n".join(lines)
 

@@ -7,14 +7,14 @@ or that of --stream), which is how `folder` data sets are named.
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 from common import cli
 from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.catalogue.lists import write_list
-from common.data.statistics import GROUPS, gini, groups
+from common.data.groups import named
+from common.data.imbalance import ABSENT, GROUPS, gini, groups
 from common.data.subset import class_weights, greedy_subset
 
 
@@ -49,10 +49,10 @@ def describe(what: str, statistics: Statistics) -> str:
     lines = [f"{what}: {statistics.num_images} images"]
     for level in ("image", "pixel"):
         counts = statistics.count(level)
-        sizes = np.bincount(groups(counts), minlength=3)
-        named = ", ".join(f"{size} {name}" for size, name in zip(sizes, GROUPS, strict=True))
+        sizes = Counter(named(groups(counts)))
+        shown = ", ".join(f"{sizes[name]} {name}" for name in (*GROUPS, ABSENT) if sizes[name] or name != ABSENT)
         lines.append(
-            f"  {level} level: Gini {gini(counts):.4f}, counts {counts.min():.4g} to {counts.max():.6g}, {named}"
+            f"  {level} level: Gini {gini(counts):.4f}, counts {counts.min():.4g} to {counts.max():.6g}, {shown}"
         )
     return "\n".join(lines)
 

@@ -58,6 +58,7 @@ class DataConfig(SourceConfig):
     val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
     workers: Processes = 2  # loader processes a stream
     cache: str | None = None  # folder of dataset statistics; None: <output>/.cache
+    groups: Mapping[str, Any] | None = None  # rare, common, frequent: thresholds or lists, see common.data.groups
 
 
 @dataclass(frozen=True)

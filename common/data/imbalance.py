@@ -3,6 +3,8 @@
 import numpy as np
 
 GROUPS = ("rare", "common", "frequent")
+ABSENT = "absent"  # the group of a class that the training set does not show
+FEWEST_CLASSES = 5  # of fewer the lowest fifth is none
 
 
 def gini(counts: np.ndarray) -> float:
@@ -18,11 +20,17 @@ def gini(counts: np.ndarray) -> float:
 
 
 def groups(counts: np.ndarray) -> np.ndarray:
-    """0 rare, 1 common, 2 frequent for each class (K,), by the rank of its training count.
+    """0 rare, 1 common, 2 frequent for each class (K,), by the rank of its training count; -1 for a count of 0.
 
-    The thresholds are the ⌊0.2 n⌋-th and ⌊0.4 n⌋-th smallest counts; a class at a threshold belongs above it (LTSS).
+    Of the n classes that occur, the thresholds are the ⌊0.2 n⌋-th and ⌊0.4 n⌋-th smallest counts; a class at a
+    threshold belongs above it (LTSS, whose data sets show every class).
     """
-    ascending = np.sort(counts)
-    n = len(ascending)
-    thresholds = ascending[[n * 2 // 10, n * 4 // 10]]
-    return np.searchsorted(thresholds, counts, side="right")
+    counts = np.asarray(counts)
+    occurring = np.sort(counts[counts > 0])
+    n = len(occurring)
+    if n == 0:
+        return np.full(len(counts), -1)
+
+    thresholds = occurring[[n * 2 // 10, n * 4 // 10]]
+    rank = np.searchsorted(thresholds, counts, side="right")
+    return np.where(counts > 0, rank, -1)

@@ -147,13 +147,15 @@ class LabelTable:
 
     def read(self, path: Path) -> np.ndarray:
         """The label of a file: int16 (H, W), class ids and IGNORE. ValueError names the file and the value."""
-        if self.encoding == "rgb":
-            return self.decode(read_colours(path), path, 24)
-        raw = read_index(path)
-        return self.decode(raw, path, 8 if raw.dtype == np.uint8 else 16)
+        return self.decode(self.stored(path), path)
 
-    def decode(self, raw: np.ndarray, path: Path, bits: int) -> np.ndarray:
-        """`raw` (H, W) through the table of 2^bits entries."""
+    def stored(self, path: Path) -> np.ndarray:
+        """The stored values of a file (H, W), as `read_index` or `read_colours` gives them."""
+        return read_colours(path) if self.encoding == "rgb" else read_index(path)
+
+    def decode(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        """The label (H, W) of the stored values of the file `path`."""
+        bits = 24 if self.encoding == "rgb" else 8 if raw.dtype == np.uint8 else 16
         if raw.dtype.itemsize > 2 and raw.size and not 0 <= raw.min() <= raw.max() < 1 << bits:
             raise ValueError(f"{path}: label value {raw.max() if raw.max() >= 1 << bits else raw.min()} is no class id")
         if bits == 8 and self.num_classes < 127:  # a table of bytes is the fastest
@@ -167,11 +169,16 @@ class LabelTable:
 
     def _complaint(self, raw: np.ndarray, label: np.ndarray, path: Path) -> str:
         value = int(raw[label == _UNKNOWN][0])
-        name = f"colour {(value >> 16, value >> 8 & 255, value & 255)}" if self.encoding == "rgb" else f"value {value}"
         return (
-            f"{path}: label {name} is none of the {self.num_classes} classes; "
+            f"{path}: label {self.describe(value)} is none of the {self.num_classes} classes; "
             "add it to the label map or to the ignored values, or check the number of classes"
         )
+
+    def describe(self, value: int) -> str:
+        """A stored value as messages name it."""
+        if self.encoding == "rgb":
+            return f"colour {(value >> 16, value >> 8 & 255, value & 255)}"
+        return f"value {value}"
 
 
 def colour_codes(palette: Sequence[Colour]) -> list[int]:

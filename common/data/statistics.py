@@ -16,9 +16,6 @@ from torch.utils.data import Dataset
 
 from common import console
 from common.data.dataset import SegmentationDataset
-from common.data.imbalance import GROUPS as GROUPS
-from common.data.imbalance import gini as gini
-from common.data.imbalance import groups as groups
 from common.data.labels import IGNORE
 from common.data.loading import batches
 
@@ -112,7 +109,7 @@ def _key(dataset: SegmentationDataset) -> str:
         if record.label is None:
             raise ValueError(f"{record.image}: no label file for this image; class statistics need labels")
         stat = os.stat(record.label)
-        digest.update(f"{record.label.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{record.label.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 

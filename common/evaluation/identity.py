@@ -43,7 +43,7 @@ def _size(path: str | os.PathLike | None) -> int:
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _settings(cfg: EvalConfig) -> dict[str, Any]:

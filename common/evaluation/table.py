@@ -27,8 +27,9 @@ def format_table(result: Mapping[str, Any], baseline: Mapping[str, Any] | None =
     rule = "-" * len(text[0])
     title = f"{result['dataset']}: {result['images']} images, convention {result['convention']}, in percent"
     unknown = baseline is not None and not (has_identity(result) and has_identity(baseline))
+    by = [f"groups: {result['group_rule']}"] if result["groups"] and result.get("group_rule") else []
     remark = ["identity unknown: the baseline may be of other images or settings"] if unknown else []
-    return "\n".join([title, *remark, rule, *text[:count], rule, *text[count:]])
+    return "\n".join([title, *by, *remark, rule, *text[:count], rule, *text[count:]])
 
 
 def _marked(item: Mapping[str, Any]) -> str:

@@ -47,6 +47,7 @@ class Report:
         self.differing: dict[int, list[str]] = {}
         self.results = [self._result(i) for i in range(len(self.runs))]
         self._compare()
+        self._tell_lacks()
         self.shares, self.share_label = self._shares()
 
     @property
@@ -106,6 +107,14 @@ class Report:
                 f"Identity unknown: {', '.join(unknown)}. Scored before an evaluation kept its identity; whether the "
                 "same images were evaluated in the same way cannot be checked."
             )
+
+    def _tell_lacks(self) -> None:
+        """What the training labels of the runs lack, each lack once."""
+        lacks: dict[str, list[str]] = {}
+        for run, name in zip(self.runs, self.names, strict=True):
+            for lack in (run.statistics or {}).get("warnings", ()):
+                lacks.setdefault(lack, []).append(name)
+        self.notes += [f"{', '.join(names)}: {lack}." for lack, names in lacks.items()]
 
     def _shares(self) -> tuple[list[float | None], str]:
         """Every class's share of the labelled training pixels; of the evaluated ones where no run says."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.statistics import GROUPS
+from common.data.imbalance import GROUPS
 from common.metrics import CONVENTIONS, scores, tail_miou
 from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart
 from common.report.html import delta, details, header, points, section, swatch, table
@@ -86,7 +86,7 @@ def summary(report: Any) -> str:
     body = table(_summary_head(columns), cells) + _conventions(report)
     hint = (
         f"In percent, convention <b>{escape(report.convention)}</b>. Tail, rare, common and frequent use the same IoU "
-        "of each class and differ in the classes they average; the groups come from the training set."
+        f"of each class and differ in the classes they average{_group_rules(report)}."
     )
     return section("scores", "Scores", body, hint)
 
@@ -98,6 +98,15 @@ def _summary_name(report: Any, i: int) -> str:
     reason = escape("; ".join(report.differing.get(i, ())))
     badge = f' <span class="mark" title="{reason}">{mark}</span>' if mark else ""
     return f"{swatch(i)} {escape(report.names[i])}{role}{badge}"
+
+
+def _group_rules(report: Any) -> str:
+    """By what the classes are grouped: one rule, or one a run."""
+    rules = {report.names[i]: report.results[i].get("group_rule") for i in report.scored}
+    said = {name: escape(rule) for name, rule in rules.items() if rule}
+    if len(set(said.values())) < 2:
+        return f"; groups {next(iter(said.values()))}" if said else ""
+    return "; groups " + "; ".join(f"of {escape(name)} {rule}" for name, rule in said.items())
 
 
 def _summary_row(report: Any, i: int) -> dict[str, Any]:

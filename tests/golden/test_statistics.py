@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data.statistics import gini, image_factors
+from common.data.imbalance import gini
+from common.data.statistics import image_factors
 
 REFERENCE = np.load(Path(__file__).parent / "data" / "op_repeat_factors_gini.npz")
 

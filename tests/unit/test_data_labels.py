@@ -38,7 +38,7 @@ def test_first_of_three_channels(tmp_path):
 def test_table_against_a_loop():
     mapping = {7: 0, 9: 1, 300: 2, 20: IGNORE}
     raw = np.random.default_rng(0).choice([7, 9, 300, 20, 65535], (40, 50)).astype(np.uint16)
-    label = LabelTable(3, mapping, ignore=[65535]).decode(raw, Path("x"), 16)
+    label = LabelTable(3, mapping, ignore=[65535]).decode(raw, Path("x"))
     assert label.dtype == np.int16
     expected = [[mapping.get(int(v), IGNORE) for v in row] for row in raw]
     assert np.array_equal(label, expected)
@@ -87,11 +87,11 @@ def test_cityscapes_raw_ids():
     """7, 8, 11, 12, 13, 17, 19–28, 31, 32, 33 are train ids 0–18 in that order; all else is void."""
     listed = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
     raw = np.array([[*range(35), 255]], np.uint8)
-    label = DATASETS["cityscapes"].label_table(Path("a_gtFine_labelIds.png")).decode(raw, Path("x"), 8)
+    label = DATASETS["cityscapes"].label_table(Path("a_gtFine_labelIds.png")).decode(raw, Path("x"))
     assert label[0].tolist() == [listed.index(v) if v in listed else IGNORE for v in [*range(35), 255]]
     train = np.array([[*range(19), 255]], np.uint8)
     table = DATASETS["cityscapes"].label_table(Path("a_gtFine_labelTrainIds.png"))
-    assert table.decode(train, Path("x"), 8)[0].tolist() == [*range(19), IGNORE]
+    assert table.decode(train, Path("x"))[0].tolist() == [*range(19), IGNORE]
 
 
 # raw id of SYNTHIA, raw id of Cityscapes, class of 16, class of 13
@@ -122,16 +122,14 @@ def test_synthia_and_cityscapes_share_their_classes(name):
         target = DATASETS["cityscapes" + suffix]
         source = DATASETS["synthia" if suffix == "16" else "synthia13"]
         assert target.classes == source.classes
-        a = source.label_table(Path("x.png")).decode(np.array([[synthia]], np.uint16), Path("x"), 16)
-        b = target.label_table(Path("x_labelIds.png")).decode(np.array([[cityscapes]], np.uint8), Path("x"), 8)
+        a = source.label_table(Path("x.png")).decode(np.array([[synthia]], np.uint16), Path("x"))
+        b = target.label_table(Path("x_labelIds.png")).decode(np.array([[cityscapes]], np.uint8), Path("x"))
         assert a.item() == b.item() == (IGNORE if expected is None else expected)
         assert expected is None or target.classes[expected] == name
 
 
 def test_synthia_ignores_what_has_no_class():
-    label = (
-        DATASETS["synthia"].label_table(Path("x.png")).decode(np.array([[0, 13, 14, 22, 16]], np.uint16), Path(), 16)
-    )
+    label = DATASETS["synthia"].label_table(Path("x.png")).decode(np.array([[0, 13, 14, 22, 16]], np.uint16), Path())
     assert label.tolist() == [[IGNORE] * 5]
 
 

@@ -67,8 +67,8 @@ def test_what_only_looks_like_a_contradiction():
     table = wide.label_table(Path("a.png"))
     raw = np.array([[0, 255, 32767, 65535]], np.uint16)
     with pytest.raises(ValueError, match="label value 65535 is none of the 32768 classes"):
-        table.decode(raw, Path("a.png"), 16)
-    assert table.decode(raw[:, :3], Path("a.png"), 16).tolist() == [[0, 255, 32767]]
+        table.decode(raw, Path("a.png"))
+    assert table.decode(raw[:, :3], Path("a.png")).tolist() == [[0, 255, 32767]]
 
 
 def test_more_classes_than_a_label_holds():

@@ -8,7 +8,8 @@ import pytest
 
 from common.config import SourceConfig
 from common.data import SegmentationDataset
-from common.data.statistics import Statistics, class_statistics, gini, groups, image_factors, repeat_factors
+from common.data.imbalance import gini, groups
+from common.data.statistics import Statistics, class_statistics, image_factors, repeat_factors
 from tests.unit.data_files import folder_options, make_folder, save
 
 
@@ -84,8 +85,8 @@ def test_gini_is_the_mean_absolute_difference():
 
 
 def test_groups_by_rank_with_ties_upward():
-    assert groups(np.arange(10)).tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
-    assert groups(np.arange(10)[::-1]).tolist() == [2, 2, 2, 2, 2, 2, 1, 1, 0, 0]
+    assert groups(np.arange(1, 11)).tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
+    assert groups(np.arange(1, 11)[::-1]).tolist() == [2, 2, 2, 2, 2, 2, 1, 1, 0, 0]
     assert groups(np.array([5, 5, 5, 5, 9])).tolist() == [2, 2, 2, 2, 2]
     assert groups(np.array([1, 2, 2, 3, 4])).tolist() == [0, 2, 2, 2, 2]  # both thresholds are 2
     for n in (59, 171, 847):

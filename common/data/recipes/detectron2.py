@@ -75,7 +75,7 @@ class Detectron2:
             rare = [group == "rare" for group in row.groups["image"]]
         else:
             count = class_statistics(dataset, workers, cache).image_count
-            rare = (groups(count) == GROUPS.index("rare")) & (count > 0)
+            rare = groups(count) == GROUPS.index("rare")
         if not any(rare):
             raise ValueError(
                 f"augment.copy_paste 'rare': no class that data set {row.name!r} shows is rare by its image counts; "
