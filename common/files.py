@@ -179,7 +179,7 @@ def read_artifact(path: str | Path, parse: Callable[[Path], T], remedy: str = ""
     except ValueError as error:
         reason, cause = str(error), error
     except Exception as error:  # damage surfaces as zlib.error, KeyError, RecursionError, MemoryError, …
-        reason, cause = f"damaged ({type(error).__name__}: {error})", error
+        reason, cause = f"damaged file ({type(error).__name__}: {error})", error
 
     line = " ".join(reason.split()).removeprefix(f"{path}: ")
     line = line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"

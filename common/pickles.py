@@ -1,10 +1,13 @@
 """Reading pickles without running what is in them.
 
 A pickle can call any function. Here it may hold plain values and name what `NUMPY`, or a caller's own table, lists:
-NumPy arrays and scalars are rebuilt from their bytes, without NumPy's own constructors. Any other name is refused.
+NumPy arrays and scalars are rebuilt from their bytes, without NumPy's own constructors. Any other name is refused, and
+so is what Python's unpickler does not survive.
 """
 
+import io
 import pickle
+import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -100,8 +103,8 @@ class Refused(pickle.UnpicklingError):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, known: Mapping[str, Any]):
-        super().__init__(file, encoding="latin1")
+    def __init__(self, data: bytes, known: Mapping[str, Any]):
+        super().__init__(io.BytesIO(data), encoding="latin1")
         self.known = known
 
     def find_class(self, module: str, name: str) -> Any:
@@ -111,18 +114,92 @@ class _Unpickler(pickle.Unpickler):
         return self.known[full]
 
 
-def load(file: BinaryIO, known: Mapping[str, Any] = NUMPY) -> Any:
+def load(data: bytes, known: Mapping[str, Any] = NUMPY) -> Any:
     """The pickled value. known: what each name that may occur becomes; with `NUMPY`'s, `plain` has to follow.
 
-    Raises Refused for any other name; other errors of `pickle` where the file is damaged.
+    Raises Refused for any other name; ValueError for what `check` finds; other errors where the file is damaged
+    (`common.files.read_artifact` makes one line of each).
     """
-    return _Unpickler(file, known).load()
+    check(io.BytesIO(data), len(data))
+    return _Unpickler(data, known).load()
+
+
+# Before it is unpickled ---------------------------------------------------------------------------------------------
+
+DEEPEST = 100  # tuples within tuples; hashing them recurses in C and overflows the stack at some 10 000
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+_GETS = ("GET", "BINGET", "LONG_BINGET")
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
+
+_Depth = int | None  # of a value on the unpickler's stack: tuples within it; None is a mark
+
+
+def check(file: BinaryIO, size: int) -> None:
+    """Raise ValueError for a pickle that would take the process with it; nothing in it is run or made.
+
+    That is: lengths beyond its end, memo numbers beyond any need (their table is allocated at once), deep tuples.
+    file: stands at the pickle, and afterwards behind it. size: in bytes, of the whole file.
+    """
+    stack: list[_Depth] = []
+    memo: dict[int, _Depth] = {}
+
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in _PUTS and argument > size:
+            raise ValueError(f"memo number {argument} in a pickle of {size} bytes")
+        if code.name in _PUTS or code.name == "MEMOIZE":
+            memo[argument if code.name in _PUTS else len(memo)] = stack[-1] if stack else 0
+        elif code.name in _GETS:
+            stack.append(memo.get(argument, 0))
+        elif code.name == "DUP":
+            stack.append(stack[-1] if stack else 0)
+        else:
+            _apply(code, stack)
+
+        if stack and (stack[-1] or 0) > DEEPEST:
+            raise ValueError(f"more than {DEEPEST} tuples within each other")
+
+
+def _apply(code: pickletools.OpcodeInfo, stack: list[_Depth]) -> None:
+    """Take from the stack what an operation takes, and put the depths of what it makes."""
+    before = code.stack_before
+    taken: list[_Depth] = []
+    if pickletools.markobject in before:
+        while stack and stack[-1] is not None:
+            taken.append(stack.pop())
+        before = before[: before.index(pickletools.markobject) + 1]
+
+    for _ in range(min(len(before), len(stack))):
+        taken.append(stack.pop())
+
+    inner = max((depth or 0 for depth in taken), default=0)
+    depth = 1 + inner if code.name in _TUPLES else 0
+    for made in code.stack_after:
+        stack.append(None if made is pickletools.markobject else depth)
+
+
+# Afterwards ---------------------------------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:
-    """`value` with real arrays in place of what they were rebuilt in."""
+    """`value` with real arrays in place of what they were rebuilt in. ValueError where something contains itself."""
+    return _plain(value, {}, set())
+
+
+def _plain(value: Any, done: dict[int, Any], open_: set[int]) -> Any:
+    """`done` has what was made of each object already, so that what is shared stays shared."""
     if isinstance(value, _Array):
         return value.value
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+    if not (isinstance(value, Mapping) or type(value) in (list, tuple)):
+        return value
+    key = id(value)
+    if key in open_:
+        raise ValueError(f"a {type(value).__name__} that contains itself")
+
+    if key not in done:
+        open_.add(key)
+        if isinstance(value, Mapping):
+            done[key] = {name: _plain(item, done, open_) for name, item in value.items()}
+        else:
+            done[key] = type(value)(_plain(item, done, open_) for item in value)
+        open_.remove(key)
+    return done[key]

@@ -4,23 +4,30 @@ A pickle may name tensors, what `common.pickles` rebuilds, and log buffers and c
 which become inert placeholders. Any other name is refused.
 """
 
+import io
 import pickle
 import re
 import struct
+import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from common.pickles import NUMPY, Inert, load, plain
+from common.files import MANIFEST, damage, follow, read_artifact
+from common.pickles import NUMPY, Inert, check, load, plain
 
+ZIP = b"PK\x03\x04"  # torch files since 1.6
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
+LEGACY_PICKLES = 5  # that number, the protocol, the machine, the value, the names of its storages
 WEIGHTS = "model.safetensors"
+
+Contents = tuple[dict[str, Any], dict[str, str]]  # what a file holds, and its metadata (safetensors only)
 
 
 def _inert(*args) -> Inert:
@@ -40,60 +47,119 @@ def _known() -> dict[str, Any]:
 KNOWN = _known()
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+def weight_file(path: str | Path) -> Path:
+    """The file that `path` names: itself, the weights of a checkpoint (or a link to one), or of a run's newest."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "last"
+    path = follow(path)
+    return path / WEIGHTS if path.is_dir() else path
+
+
+def read(path: str | Path) -> Contents:
     """What a weight file holds, and its metadata (safetensors only; else empty).
 
-    Reads a checkpoint folder (its model.safetensors), safetensors, files of torch.save and plain pickles, told apart
-    by content. Raises FileNotFoundError, or ValueError for a damaged file or one that would run code.
+    Reads what `weight_file` finds: safetensors, files of torch.save and plain pickles, told apart by content.
+    Raises FileNotFoundError, or ValueError for a damaged file or one that would run code.
     """
-    path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
+    path = weight_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file")
+
+    if path.name == WEIGHTS and (path.parent / MANIFEST).is_file():
+        problem = damage(path.parent, [WEIGHTS])
+        if problem is not None:
+            raise ValueError(f"{problem}; damaged file")
+    return read_artifact(path, _parse)
+
+
+def _parse(path: Path) -> Contents:
+    reader = _reader(path)
+    try:
+        raw, metadata = reader(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        raise ValueError(_explain(str(error))) from error
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"holds a {type(raw).__name__}, not a dict of weights")
+    return raw, metadata
+
+
+def _reader(path: Path) -> Callable[[Path], Contents]:
     with path.open("rb") as file:
         start = file.read(32)
-    try:
-        if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
-            return _read_safetensors(path)
-        if start.startswith((b"PK\x03\x04", TORCH_LEGACY)):
-            raw = _read_torch(path, mmap=start.startswith(b"PK"))
-        elif start.startswith(b"\x80"):
-            raw = _read_pickle(path)
-        else:
-            raise ValueError(f"{path}: neither safetensors nor a file of torch.save nor a pickle")
-    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, struct.error) as error:
-        raise ValueError(_explain(path, str(error))) from error
-    except (TypeError, AttributeError, KeyError, IndexError, UnicodeError) as error:  # how broken pickles end
-        raise ValueError(f"{path}: damaged file ({error})") from error
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"{path}: holds a {type(raw).__name__}, not a dict of weights")
-    return plain(raw), {}
+    if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
+        return _read_safetensors
+    if start.startswith(ZIP):
+        return _read_torch
+    if start.startswith(TORCH_LEGACY):
+        return _read_torch_legacy
+    if start.startswith(b"\x80"):
+        return _read_pickle
+    raise ValueError("neither safetensors nor a file of torch.save nor a pickle")
 
 
-def _explain(path: Path, reason: str) -> str:
+def _explain(reason: str) -> str:
     refused = re.search(r"(?:GLOBAL|the name) (\S+)", reason)
     if refused:
         return (
-            f"{path}: names {refused[1]}, which is neither a tensor nor a plain value, and loading it would run code; "
+            f"names {refused[1]}, which is neither a tensor nor a plain value, and loading it would run code; "
             "refused. Save the weights alone (a dict of tensors, or safetensors) where you trust the file"
         )
-    return f"{path}: damaged file ({' '.join(reason.split())[:200]})"
+    return f"damaged file ({' '.join(reason.split())[:200]})"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_safetensors(path: Path) -> Contents:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
-def _read_torch(path: Path, mmap: bool) -> Any:
-    with torch.serialization.safe_globals([(value, name) for name, value in KNOWN.items()]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+def _read_torch(path: Path) -> Contents:
+    _check_zip(path)
+    return _load_torch(path, mmap=True), {}
 
 
-def _read_pickle(path: Path) -> Any:
-    """Plain pickles, such as detectron2's .pkl."""
+def _read_torch_legacy(path: Path) -> Contents:
     with path.open("rb") as file:
-        return load(file, KNOWN)
+        for _ in range(LEGACY_PICKLES):
+            check(file, path.stat().st_size)
+    return _load_torch(path, mmap=False), {}
+
+
+def _load_torch(path: Path, mmap: bool) -> Any:
+    with torch.serialization.safe_globals([(value, name) for name, value in KNOWN.items()]):
+        return plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def _read_pickle(path: Path) -> Contents:
+    """Plain pickles, such as detectron2's .pkl."""
+    return plain(load(path.read_bytes(), KNOWN)), {}
+
+
+def _check_zip(path: Path) -> None:
+    """Raise ValueError for a file of torch.save whose checksums, which torch does not look at, or whose pickle is bad.
+
+    `torch.serialization.set_crc32_options(False)` writes files without checksums: the member `version` shows it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        versions = [name for name in archive.namelist() if name.endswith("/version")]
+        if not versions or not _sound(archive, versions[0]):
+            return
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} differs")
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                data = archive.read(name)
+                check(io.BytesIO(data), len(data))
+
+
+def _sound(archive: zipfile.ZipFile, name: str) -> bool:
+    """Whether the checksum of a member is that of its bytes."""
+    try:
+        archive.read(name)
+    except zipfile.BadZipFile:
+        return False
+    return True
 
 
 def state_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,14 +176,24 @@ def strip_module(name: str) -> str:
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Arrays as tensors. Raises ValueError for what is neither."""
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor | np.ndarray | np.generic)]
+    """Arrays as tensors. Raises ValueError for what is neither, and for values that are not real and finite."""
+    wrong = [name for name, value in state.items() if not _is_numeric(value)]
     if wrong:
         raise ValueError(f"not a dict of weights: {short(wrong)} of {type(state[wrong[0]]).__name__} is no tensor")
-    return {
-        name: value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
-        for name, value in state.items()
-    }
+
+    found = {name: value if isinstance(value, Tensor) else _tensor(value) for name, value in state.items()}
+    unreal = [name for name, value in found.items() if value.is_complex() or not value.isfinite().all()]
+    if unreal:
+        raise ValueError(f"weights that are not real and finite: {short(unreal)}")
+    return found
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc")
+
+
+def _tensor(array: np.ndarray | np.generic) -> Tensor:
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("=")))
 
 
 def short(names: Iterable[str], limit: int = 4) -> str:
