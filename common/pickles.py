@@ -126,7 +126,7 @@ def load(data: bytes, known: Mapping[str, Any] = NUMPY) -> Any:
 
 # Before it is unpickled ---------------------------------------------------------------------------------------------
 
-DEEPEST = 100  # tuples within tuples; hashing them recurses in C and overflows the stack at some 10 000
+DEEPEST = 100  # tuples within tuples; hashing them recurses in C and overflows the stack at some 100 000
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")

@@ -13,7 +13,7 @@ from common.config import load_config
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.files import write_json
-from common.models import build_model, load_weights
+from common.models import load_model
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augmentation
 
@@ -33,8 +33,7 @@ def main() -> None:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True))
     experiment = Experiment(cfg, train=False)
     device = distributed.start(args.device)
-    model = build_model(dataclasses.replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, args.checkpoint)
+    model = load_model(cfg.model, args.checkpoint)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
     panels = None if args.json else folder / "panels"

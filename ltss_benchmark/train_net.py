@@ -21,7 +21,7 @@ from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
-from common.models import build_model, load_weights
+from common.models import load_model
 from ltss_benchmark import launch, results
 from ltss_benchmark.detectron2_keys import read_config
 from ltss_benchmark.mask2former import STREAM
@@ -134,9 +134,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     weights = weights_of(cfg, args.resume)
     experiment = open_experiment(cfg, eval_only=True)
     device = distributed.start(args.device)
-    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, weights)
-    model = model.to(device)
+    model = load_model(cfg.model, weights).to(device)
     single = plain(cfg.eval)
     for options in [single] if single == cfg.eval else [single, cfg.eval]:
         augmented = options is not single
@@ -162,8 +160,7 @@ def weights_of(cfg: Config, resume: bool) -> Path:
     if resume and newest.exists():
         return newest
     if cfg.model.checkpoint:
-        path = Path(cfg.model.checkpoint)
-        return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
+        return Path(cfg.model.checkpoint)
     raise ConfigError(f"{cfg.name}: --eval-only needs MODEL.WEIGHTS FILE, or --resume and a run in {cfg.folder}")
 
 

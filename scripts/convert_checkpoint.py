@@ -6,7 +6,6 @@ the config's network. The result holds tensors alone and can be used wherever a 
 
 import argparse
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 
 from common import cli
 from common.config import load_config
-from common.models import build_model, load_weights
+from common.models import load_model
 from common.models.pretrained import cpsl
 from common.models.pretrained.containers import read
 
@@ -30,8 +29,7 @@ def main() -> None:
     if Path(args.out).suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: the name has to end in .safetensors")
     cfg = load_config(args.config, args.overrides)
-    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, args.checkpoint)
+    model = load_model(cfg.model, args.checkpoint)
     prototypes = found_prototypes(args.checkpoint)
     if args.prototypes and prototypes is None:
         raise ValueError(f"{args.checkpoint}: holds no prototypes; only stage-1 files of CPSL do")

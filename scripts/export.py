@@ -7,7 +7,6 @@ The program takes images (B, 3, H, W), RGB in 0–255, of exactly this batch and
 import argparse
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from common import cli
 from common.config import load_config
-from common.models import build_model, load_weights
+from common.models import load_model
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
 
@@ -46,8 +45,7 @@ def main() -> None:
     if Path(args.out).suffix != ".pt2":
         raise ValueError(f"--out {args.out}: the name has to end in .pt2")
     cfg = load_config(args.config, args.overrides)
-    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, args.checkpoint)
+    model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
     apart = export(Scores(model.eval()), images, Path(args.out))
     print(f"wrote {args.out}; its scores differ from the network's by {apart:.1e} (relative)")

@@ -5,7 +5,6 @@ set are needed; the config gives network, class names and colours, and how windo
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from common.data.catalogue.lists import IMAGE_SUFFIXES
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
 from common.inference import predict_labels
-from common.models import build_model, load_weights
+from common.models import load_model
 from common.visualize import colourise, overlay
 
 
@@ -41,8 +40,7 @@ def main() -> None:
     row, pictures, out = row_of(cfg), images(named), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = distributed.start(args.device)
-    model = build_model(replace(cfg.model, pretrained=False, checkpoint=None))
-    load_weights(model, args.checkpoint)
+    model = load_model(cfg.model, args.checkpoint)
     model = model.to(device).eval()
     for name, path in console.bar(pictures.items(), what="predicting"):
         segment(model, cfg, row, path, out / name, args.opacity, device)

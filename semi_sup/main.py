@@ -25,7 +25,8 @@ from common.data import SegmentationDataset
 from common.engine import fit, prepare
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
-from common.models import build_model, load_weights
+from common.models import load_model
+from common.models.pretrained.containers import weight_file
 from common.report import RunFolder, write_report
 from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides
 from semi_sup.features import export
@@ -73,10 +74,9 @@ def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
         return load_config(args.config, overrides)
     if args.resume in (None, NEWEST):
         raise ValueError("--config is needed, or --resume with a checkpoint of ours")
-    path = checkpoint(Path(args.resume))
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = weight_file(args.resume)
     if file.suffix != ".safetensors":
-        raise ValueError(f"{path}: an official checkpoint has no config inside; give --config")
+        raise ValueError(f"{args.resume}: an official checkpoint has no config inside; give --config")
     if not file.is_file():
         raise ValueError(f"{file}: no such checkpoint")
     with safe_open(file, "pt") as opened:
@@ -84,11 +84,6 @@ def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
     if text is None:
         raise ValueError(f"{file}: no config inside; give --config")
     return config_of(json.loads(text), overrides, str(file))
-
-
-def checkpoint(path: Path) -> Path:
-    """`path`; of a run's folder its newest checkpoint."""
-    return path / "checkpoints" / "last" if (path / "checkpoints").is_dir() else path
 
 
 # Train --------------------------------------------------------------------------------------------------------------
@@ -110,12 +105,12 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
 
 def check_resumed(cfg: Config, path: Path) -> None:
     """A run goes on from its own newest checkpoint: ValueError for any other."""
-    own = cfg.folder / "checkpoints"
-    if not checkpoint(path).exists():
+    own = cfg.folder / "checkpoints" / "last"
+    if not path.exists():
         raise ValueError(f"{path}: no such checkpoint")
-    if checkpoint(path).resolve() != (own / "last").resolve():
+    if weight_file(path).resolve() != weight_file(own).resolve():
         raise ValueError(
-            f"{path}: training goes on from {own / 'last'}; to start from other weights set model.checkpoint, "
+            f"{path}: training goes on from {own}; to start from other weights set model.checkpoint, "
             "to go on elsewhere set name or output"
         )
 
@@ -141,11 +136,10 @@ def spread(cfg: Config) -> Config:
 def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.device]:
     """The class branch of the checkpoint, in evaluation mode."""
     device = distributed.start(args.device)
-    model = build_model(replace(single_branch(cfg).model, pretrained=False, checkpoint=None))
-    load_weights(model, checkpoint(Path(args.resume)))
+    model = load_model(single_branch(cfg).model, args.resume)
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return model.to(device).eval(), device
+    return model.to(device), device
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:
@@ -153,7 +147,7 @@ def test(cfg: Config, args: argparse.Namespace) -> None:
     experiment = Experiment(cfg, train=False)  # needs no training data
     model, device = open_network(cfg, args)
 
-    weights = checkpoint(Path(args.resume))
+    weights = weight_file(args.resume)
     folder = folder_of_test(cfg, experiment.val, weights)
     outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
     result = experiment.score(model, device, **outputs) | {"checkpoint": str(args.resume)}

@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import Config, ConfigError, ModelConfig, OptimConfig, typed
 from common.engine.method import Batch, Losses, Method
+from common.files import read_artifact
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.refreshed import StudentLogits, Unit
 from common.losses.self_training import symmetric_cross_entropy
-from common.models import build_model, load_weights
+from common.models import build_model, load_model
+from common.models.pretrained.containers import load_tensor
 from common.models.pretrained.cpsl import has_extra_norm
 from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
 from uda.config import command
@@ -146,24 +147,21 @@ def network_of(config: ModelConfig, path: str | Path, prefix: str | None = None)
     """
     options = {key: value for key, value in config.options.items() if key != "extra_norm"}
     options |= {"extra_norm": True} if has_extra_norm(path, prefix) else {}
-    model = build_model(replace(config, pretrained=False, checkpoint=None, options=options))
-    load_weights(model, path, prefix=prefix)
-    return model
+    return load_model(replace(config, options=options), path, prefix)
 
 
 def read_prototypes(path: str, classes: int) -> Tensor:
     """Prototypes float32 (C, D) of calc_prototype.py: torch-saved tensor, or .npy. ValueError names the fix."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: no prototypes there; {command('calc_prototype.py', path)} makes them")
-    if file.suffix == ".npy":
-        value = torch.from_numpy(np.load(file, allow_pickle=False))
-    else:
-        value = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(value, Tensor) or value.ndim != 2 or len(value) != classes:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{path}: prototypes of shape {shape} for {classes} classes; run calc_prototype.py again")
-    return value.detach().float()
+
+    def parse(file: Path) -> Tensor:
+        value = load_tensor(file)
+        if value.ndim != 2 or len(value) != classes:
+            raise ValueError(f"prototypes of shape {tuple(value.shape)} for {classes} classes")
+        return value.float()
+
+    return read_artifact(path, parse, "run calc_prototype.py again")
 
 
 class Prototypes(NamedTuple):
@@ -198,13 +196,16 @@ def rectified(warm: Tensor, evidence: Tensor, known: Tensor) -> Tensor:
 
 def read_distribution(path: str, classes: int) -> Tensor:
     """Class shares float32 (C,) of generate_class_distribution.py. ValueError names the fix."""
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         program = command("generate_class_distribution.py", path)
         raise ValueError(f"{path}: no class distribution there; {program} makes it")
-    value = np.load(file, allow_pickle=False)
-    if value.shape != (classes,):
-        raise ValueError(f"{path}: {value.shape[0]} class shares for {classes} classes; make the file again")
-    if not np.isfinite(value).all() or value.min() < 0 or abs(value.sum() - 1) > 1e-3:
-        raise ConfigError(f"{path}: class shares must be at least 0 and sum to 1, the sum is {value.sum():.4f}")
-    return torch.from_numpy(value / value.sum()).float()
+
+    def parse(file: Path) -> Tensor:
+        value = load_tensor(file).double()
+        if value.shape != (classes,):
+            raise ValueError(f"{value.numel()} class shares for {classes} classes")
+        if value.min() < 0 or abs(value.sum() - 1) > 1e-3:
+            raise ValueError(f"class shares must be at least 0 and sum to 1, the sum is {value.sum():.4f}")
+        return (value / value.sum()).float()
+
+    return read_artifact(path, parse, "run generate_class_distribution.py again")

@@ -3,11 +3,9 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
-import zipfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +16,7 @@ from common import console
 from common.data.dataset import SegmentationDataset
 from common.data.labels import IGNORE
 from common.data.loading import batches
+from common.files import read_artifact, replacing
 
 _VERSION = 1  # of the cached files; raise it when their meaning changes
 
@@ -74,7 +73,7 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     or not at all.
     """
     path = Path(cache) / f"statistics-{dataset.row.name}-{_key(dataset)}.npz" if cache is not None else None
-    if path is not None and (stored := _load(path)) is not None:
+    if path is not None and (stored := _load(path, dataset)) is not None:
         return stored
     rows: list[np.ndarray] = []
     with console.bar(what=f"counting {dataset.row.name}", total=len(dataset)) as bar:
@@ -113,23 +112,30 @@ def _key(dataset: SegmentationDataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load(path: Path) -> Statistics | None:
+def _load(path: Path, dataset: SegmentationDataset) -> Statistics | None:
     if not path.is_file():
         return None
+    shape = (len(dataset), dataset.row.num_classes)
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return Statistics(data["pixels"], data["ignored"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        warnings.warn(f"{path}: the cached class statistics cannot be read ({error}); counting again", stacklevel=3)
+        return read_artifact(path, partial(_parse, shape=shape))
+    except ValueError as error:
+        warnings.warn(f"the cached class statistics cannot be read, counting again ({error})", stacklevel=3)
         return None
+
+
+def _parse(path: Path, shape: tuple[int, int]) -> Statistics:
+    with np.load(path, allow_pickle=False) as data:
+        pixels, ignored = data["pixels"], data["ignored"]
+    for name, array, expected in (("pixels", pixels, shape), ("ignored", ignored, shape[:1])):
+        if array.shape != expected or array.dtype != np.int32 or array.min(initial=0) < 0:
+            raise ValueError(f"{name}: {array.dtype} {array.shape}, expected counts int32 {expected}")
+    return Statistics(pixels, ignored)
 
 
 def _save(path: Path, statistics: Statistics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        np.savez_compressed(file, pixels=statistics.pixels, ignored=statistics.ignored)
-    os.replace(temporary, path)
+    with replacing(path) as draft:
+        np.savez_compressed(draft, pixels=statistics.pixels, ignored=statistics.ignored)
 
 
 def repeat_factors(statistics: Statistics, threshold: float, level: Level = "image", mode: Mode = "max") -> np.ndarray:

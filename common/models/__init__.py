@@ -1,7 +1,8 @@
-"""Networks: `build_model(config.model)` makes one, `load_weights(model, path)` fills it from any known file."""
+"""Networks: `build_model(config.model)` makes one, `load_weights(model, path)` fills it from any known file; both in
+one, for inference: `load_model(config.model, path)`."""
 
 from common.models.backbones import BACKBONES, build_backbone
-from common.models.build import MODELS, build_model
+from common.models.build import MODELS, build_model, load_model
 from common.models.pretrained import load_weights
 from common.models.segmentor import Geometry, SegmentationModel, Segmentor
 
@@ -13,5 +14,6 @@ __all__ = [
     "Segmentor",
     "build_backbone",
     "build_model",
+    "load_model",
     "load_weights",
 ]

@@ -1,7 +1,8 @@
 """MODELS: the networks by name; `build_model` makes the one that a config describes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -157,3 +158,13 @@ def build_model(config: ModelConfig) -> nn.Module:
     if config.checkpoint and torch.get_default_device().type != "meta":
         load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)
     return model
+
+
+def load_model(config: ModelConfig, checkpoint: str | Path, prefix: str | None = None) -> nn.Module:
+    """The network of `config` with the weights of `checkpoint` and no others, in evaluation mode.
+
+    checkpoint, prefix: as `load_weights` takes them. Raises what it raises.
+    """
+    model = build_model(replace(config, pretrained=False, checkpoint=None))
+    load_weights(model, checkpoint, prefix=prefix)
+    return model.eval()

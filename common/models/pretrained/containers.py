@@ -23,6 +23,7 @@ from common.files import MANIFEST, damage, follow, read_artifact
 from common.pickles import NUMPY, Inert, check, load, plain
 
 ZIP = b"PK\x03\x04"  # torch files since 1.6
+NUMPY_ARRAY = b"\x93NUMPY"
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
 LEGACY_PICKLES = 5  # that number, the protocol, the machine, the value, the names of its storages
 WEIGHTS = "model.safetensors"
@@ -73,15 +74,36 @@ def read(path: str | Path) -> Contents:
     return read_artifact(path, _parse)
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weight file by name, out of whatever holds them. Raises as `read` and `tensors` do."""
+    raw, _ = read(path)
+    return read_artifact(path, lambda _: tensors(state_dict(raw)))
+
+
+def load_tensor(path: Path) -> Tensor:
+    """The one tensor in a file of torch.save, or array in one of numpy.save; real and finite.
+
+    For `read_artifact`: raises whatever a damaged file makes the readers raise, ValueError for other content.
+    """
+    with path.open("rb") as file:
+        numpy = file.read(len(NUMPY_ARRAY)) == NUMPY_ARRAY
+    value = _read_numpy(path) if numpy else _load(path)[0]
+    return tensors({"the value": value})["the value"].detach()
+
+
 def _parse(path: Path) -> Contents:
-    reader = _reader(path)
-    try:
-        raw, metadata = reader(path)
-    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
-        raise ValueError(_explain(str(error))) from error
+    raw, metadata = _load(path)
     if not isinstance(raw, Mapping):
         raise ValueError(f"holds a {type(raw).__name__}, not a dict of weights")
     return raw, metadata
+
+
+def _load(path: Path) -> tuple[Any, dict[str, str]]:
+    reader = _reader(path)
+    try:
+        return reader(path)
+    except (pickle.UnpicklingError, RuntimeError, ValueError) as error:
+        raise ValueError(_explain(str(error))) from error
 
 
 def _reader(path: Path) -> Callable[[Path], Contents]:
@@ -128,6 +150,14 @@ def _read_torch_legacy(path: Path) -> Contents:
 def _load_torch(path: Path, mmap: bool) -> Any:
     with torch.serialization.safe_globals([(value, name) for name, value in KNOWN.items()]):
         return plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+
+
+def _read_numpy(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        array = np.load(file, allow_pickle=False)
+        if file.read(1):
+            raise ValueError(f"goes on after the array of shape {array.shape}")
+    return array
 
 
 def _read_pickle(path: Path) -> Contents:

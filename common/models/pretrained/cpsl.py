@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from common.models.pretrained.containers import read, short, state_dict, strip_module, tensors
+from common.files import read_artifact
+from common.models.pretrained.containers import read, read_weights, short, state_dict, strip_module, tensors
 
 NETWORK, DISCRIMINATOR = "ResNet101", "FCDiscriminator"
 EXTRA_NORM = "bn_pretrain."
@@ -71,8 +72,12 @@ def has_extra_norm(path: str | Path, prefix: str | None = None) -> bool:
 def read_extras(path: str | Path) -> Extras:
     """Prototypes, discriminator and iteration of an official checkpoint. Raises FileNotFoundError or ValueError."""
     raw, _ = read(path)
+    return read_artifact(path, lambda _: _extras(raw))
+
+
+def _extras(raw: Mapping[str, Any]) -> Extras:
     if not isinstance(raw.get(NETWORK), Mapping):
-        raise ValueError(f"{path}: not a checkpoint of CPSL (no entry {NETWORK!r})")
+        raise ValueError(f"not a checkpoint of CPSL (no entry {NETWORK!r})")
     prototypes = raw[NETWORK].get("prototypes_ema", raw[NETWORK].get("objective_vectors"))
     prototypes = prototypes.detach().float() if isinstance(prototypes, Tensor) and prototypes.any() else None
     discriminator, iteration = raw.get(DISCRIMINATOR), raw.get("iter")
@@ -89,7 +94,7 @@ def load_initial(model: nn.Module, path: str | Path, parts: Iterable[str], keys:
     else the file holds is left out, with a warning unless it is the classifier `fc`.
     Raises FileNotFoundError, or ValueError that says what does not fit.
     """
-    state = tensors(state_dict(read(path)[0]))
+    state = read_weights(path)
     for pattern, replacement in keys.items():
         state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
     own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in tuple(parts)}

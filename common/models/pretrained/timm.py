@@ -13,7 +13,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from common.models.pretrained import detectron2, mmseg
-from common.models.pretrained.containers import read, short, state_dict, tensors
+from common.models.pretrained.containers import read_weights, short
 
 TAGS = {  # backbone → timm's pretrained model
     "resnet18": "resnet18.tv_in1k",
@@ -57,7 +57,7 @@ def load_backbone(backbone: nn.Module, name: str, source: bool | str | Path) -> 
     """
     if next(backbone.parameters()).is_meta:
         return
-    state = _fetch(name) if source is True else tensors(state_dict(read(source)[0]))
+    state = _fetch(name) if source is True else read_weights(source)
     where, family = f"weights of {name}" if source is True else str(source), FAMILIES[backbone.family]
     attempts = []
     for candidate in _spellings(state, backbone, family):
