@@ -105,9 +105,7 @@ def config(masks, tmp_path):
 def test_the_start_of_training_and_the_report(config):
     cfg = load_config(config)
     experiment = Experiment(cfg, counted="labeled")
-    with pytest.warns(
-        UserWarning, match=r"class 1 \(crack\) has no pixel .* value 255: .*label_map: \{0: 0, 255: 1\}"
-    ):
+    with pytest.warns(UserWarning, match=r"class 1 \(crack\) has no pixel .* value 255: .*label_map: \{0: 0, 255: 1\}"):
         experiment.begin()
 
     (cfg.folder / "log.jsonl").touch()
