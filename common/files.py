@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,10 +71,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes left unfinished in `folder`; nobody else may be writing there."""
-    for path in folder.glob(f"{DRAFT}*"):
-        remove(path)
+def remove_drafts(folder: Path, *, deep: bool = False, idle: float = 0.0) -> None:
+    """Remove what killed processes left unfinished in `folder` (deep: and below it).
+
+    idle: seconds without a change after which a draft is taken for left. 0 is for folders where nobody else may be
+    writing, a minute for those that processes share.
+    """
+    pattern = f"{DRAFT}*"
+    for path in list(folder.rglob(pattern) if deep else folder.glob(pattern)):
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime >= idle:
+                remove(path)
 
 
 def _rename(draft: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from common import console
 from common.data.dataset import SegmentationDataset
 from common.data.labels import IGNORE
 from common.data.loading import batches
-from common.files import read_artifact, replacing
+from common.files import read_artifact, remove_drafts, replacing
 
 _VERSION = 1  # of the cached files; raise it when their meaning changes
 
@@ -73,8 +73,12 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     or not at all.
     """
     path = Path(cache) / f"statistics-{dataset.row.name}-{_key(dataset)}.npz" if cache is not None else None
-    if path is not None and (stored := _load(path, dataset)) is not None:
-        return stored
+    if path is not None:
+        remove_drafts(path.parent, idle=60)
+        stored = _load(path, dataset)
+        if stored is not None:
+            return stored
+
     rows: list[np.ndarray] = []
     with console.bar(what=f"counting {dataset.row.name}", total=len(dataset)) as bar:
         for batch in batches(_Counts(dataset), list, workers, batch_size=8):

@@ -6,7 +6,7 @@ its function writes the targets and raises a ValueError that names a file.
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from common.data.catalogue.registry import home
 from common.data.catalogue.row import DatasetRow
 from common.data.imbalance import gini
 from common.data.loading import parallel
+from common.files import remove_drafts, replacing
 
 EXPECTED = {  # images with a label
     "ade20k": {"train": 20210, "val": 2000},
@@ -41,6 +42,13 @@ def folder(name: str) -> Path:
     return home(DATASETS[name])[0]
 
 
+def begin(name: str) -> Path:
+    """`folder`, without what killed preparations left unfinished there: a set is prepared by one process at a time."""
+    base = folder(name)
+    remove_drafts(base, deep=True)
+    return base
+
+
 def listing(path: Path, suffix: str) -> list[Path]:
     """The files of a folder with this suffix, sorted. ValueError where there is none."""
     return files(path, (suffix,), f"{suffix} files")
@@ -56,22 +64,18 @@ def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers
 def convert_labels(name: str, sources: str, targets: str, function: Callable[[tuple[Path, Path]], None]) -> None:
     """`function((source, target))` for every label of the set `name`: the .png files of all splits below the folder
     `sources` of the set, written below its folder `targets`; then `verify`. ValueError names what is missing."""
-    base, splits = folder(name), DATASETS[name].layout.splits.values()
+    base, splits = begin(name), DATASETS[name].layout.splits.values()
     labels = [path for split in splits for path in listing(base / sources / split, ".png")]
     run(function, [(path, base / targets / path.parent.name / path.name) for path in labels], f"{name} labels")
     verify(name)
 
 
 @contextmanager
-def whole(path: Path):
-    """A temporary path beside `path` to write to; it takes the place of `path` when all went well."""
+def whole(path: Path) -> Iterator[Path]:
+    """A draft beside `path` to write to; it takes the place of `path` when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path, sync=False) as draft:
+        yield draft
 
 
 def save(array: np.ndarray, path: Path, **options) -> None:
@@ -163,7 +167,7 @@ def counted(name: str) -> tuple[DatasetRow, Statistics]:
 
 def sample_subset(name: str, whole_set: str, list_file: str) -> None:
     """A long-tailed set from its list: training files of the listed images, validation folders as links."""
-    base, source = folder(name), folder(whole_set)
+    base, source = begin(name), folder(whole_set)
     path = base / list_file
     if not path.is_file():
         count, published = EXPECTED[name]["train"], gini(np.array(DATASETS[name].published.image_count))

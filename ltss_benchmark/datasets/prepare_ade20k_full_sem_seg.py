@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--png", action="store_true", help="images without loss (the benchmark's are JPEG)")
     end = ".png" if parser.parse_args().png else ".jpg"
-    base = preparation.folder("ade20k_full")
+    base = preparation.begin("ade20k_full")
     index = read_index(base / "index_ade20k.pkl")
     names = class_names(index["objectnames"], base)
     jobs = []

@@ -14,7 +14,7 @@ from ltss_benchmark.datasets.conversions import mhp_image, mhp_label, mhp_people
 
 
 def main() -> None:
-    base = preparation.folder("mhpv2_15k")
+    base = preparation.begin("mhpv2_15k")
     raw = base / "LV-MHP-v2"
     for split in ("train", "val"):
         images, target = first_folder(raw / f"{split}_img", raw / split / "images"), base / "images" / split

@@ -7,12 +7,13 @@ quotes, escaped as in JSON, and then stands for itself.
 
 import codecs
 import json
-import os
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from common.files import replacing
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _SLASH = re.compile(r"[/\\]")
@@ -60,9 +61,8 @@ def write_list(path: Path, names: Iterable[str]) -> None:
         raise ValueError(f"{path}: {line!r}… begins a file name that is not UTF-8; rename the file") from error
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_bytes(data)
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_bytes(data)
 
 
 def listed(image: Path) -> str:

@@ -4,8 +4,10 @@ Every picture is a pure function of (seed, domain, its number, size); a folder i
 `toy.json` is there. Programs read these folders as they read the real ones.
 """
 
+import glob
 import json
 import os
+import re
 import shutil
 import struct
 import warnings
@@ -297,6 +299,7 @@ def _complete(root: Path, params: dict) -> bool:
 def _once(root: str | Path, params: dict, fill: Fill) -> Path:
     """Fills a folder beside `root` and renames it, so that `root` is the old set or the new one, never half of it."""
     root = Path(root).absolute()
+    _remove_leftovers(root)
     if _complete(root, params):
         return root
     part, old = (root.parent / f".{root.name}.{os.getpid()}.{end}" for end in ("part", "old"))
@@ -315,3 +318,24 @@ def _once(root: str | Path, params: dict, fill: Fill) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return root
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed processes left beside `root`; the number in such a folder's name is its process."""
+    for path in root.parent.glob(f".{glob.escape(root.name)}.*"):
+        match = re.fullmatch(r"\.(\d{1,9})\.(part|old)", path.name.removeprefix(f".{root.name}"))
+        if match and not _is_running(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    """Whether there is such a process; true where the system cannot be asked."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # no signal, only the check
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
