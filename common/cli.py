@@ -77,13 +77,24 @@ sys.excepthook = _quiet_interrupt
 
 
 def train_parser(description: str) -> argparse.ArgumentParser:
-    """CONFIG [--resume] [key=value …]"""
+    """CONFIG [--resume] [--device D] [--quiet] [key=value …]"""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML or JSON config")
-    parser.add_argument("overrides", nargs="*", help="values to change, as section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="values to change, as section.key=value")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    add_quiet(parser)
     return parser
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """[--quiet]: it takes effect while the arguments are read."""
+    parser.add_argument("--quiet", action=_Quiet, nargs=0, help="only results, warnings and errors")
+
+
+class _Quiet(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        console.silence()
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
@@ -92,12 +103,13 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     The parser's `parse_intermixed_args` reads them, `source` says what they name.
     """
     parser.add_argument("dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, with --config")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, with --config")
     parser.add_argument("--config", metavar="FILE", help="take the data set of this config, `folder` ones too")
     parser.add_argument("--stream", help="which stream of the config (default: its first with labels)")
     parser.add_argument("--root", help="default: the folder of the row below its environment variable or ./datasets")
     parser.add_argument("--split", help="default: train, or the stream's")
     parser.add_argument("--list", metavar="FILE", help="only the images that it names")
+    add_quiet(parser)
 
 
 def source(args: argparse.Namespace) -> SourceConfig:

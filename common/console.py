@@ -26,6 +26,13 @@ def quiet() -> bool:
     return os.environ.get(QUIET, "0") not in ("", "0")
 
 
+def silence() -> None:
+    """From now on be quiet."""
+    os.environ[QUIET] = "1"
+    for name in PROJECT:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def say(text: str) -> None:
     """Print a notice, one that `--quiet` leaves out."""
     if not quiet():

@@ -22,11 +22,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("checkpoint")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--tta", action="store_true", help="average six scales, each also mirrored")
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
     parser.add_argument("--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     if args.tta:

@@ -2,7 +2,8 @@
 
 from common import cli, distributed
 from common.config import load_config
-from common.engine import fit, prepare
+from common.data.statistics import placeholder
+from common.engine import fit, prepare, rehearse
 from common.experiment import Experiment, print_result
 from fully_sup.supervised import Supervised
 
@@ -10,6 +11,7 @@ from fully_sup.supervised import Supervised
 def main() -> None:
     args = cli.train_parser(__doc__).parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
+    rehearse(cfg, lambda: Supervised(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin()

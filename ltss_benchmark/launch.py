@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ def start(main: Callable[[Any], None], args: Any) -> int:
     """Run `main(args)` on args.num_gpus ranks of this machine; returns the exit code of the first that fails, or 0.
 
     args: num_gpus, num_machines, machine_rank, dist_url ("auto" or tcp://host:port), device. SIGTERM and SIGINT are
-    passed on to the ranks. Raises ValueError for numbers that do not fit.
+    passed on to the ranks. `check` says whether they fit.
     """
     address = meeting_point(args)
     context = multiprocessing.start_processes(_rank, (main, args, address), args.num_gpus, join=False)
@@ -42,14 +43,6 @@ def start(main: Callable[[Any], None], args: Any) -> int:
 
 def meeting_point(args: Any) -> tuple[str, int]:
     """Host and port of rank 0; on one machine any free port. Raises ValueError."""
-    if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
-        raise ValueError(
-            f"--num-gpus {args.num_gpus}, --machine-rank {args.machine_rank}, --num-machines {args.num_machines}: "
-            "at least one process, and ranks of machines count from 0"
-        )
-    found = torch.cuda.device_count()
-    if torch.cuda.is_available() and args.device is None and args.num_gpus > found:
-        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {found}; give --device cpu for CPU processes")
     if args.dist_url != "auto":
         url = urlsplit(args.dist_url)
         if url.scheme != "tcp" or not url.hostname or not url.port:
@@ -60,6 +53,42 @@ def meeting_point(args: Any) -> tuple[str, int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return "127.0.0.1", free.getsockname()[1]
+
+
+def check(args: Any) -> None:
+    """Whether the arguments of `start` fit each other and this machine: ValueError, or a warning."""
+    if "RANK" in os.environ:
+        if args.num_gpus * args.num_machines > 1:
+            warnings.warn("--num-gpus and --num-machines are ignored: torchrun has started the processes", stacklevel=2)
+        return
+
+    if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}, --machine-rank {args.machine_rank}, --num-machines {args.num_machines}: "
+            "at least one process, and ranks of machines count from 0"
+        )
+    if needed(args.num_gpus, args.num_machines):
+        _check_devices(args)
+        meeting_point(args)
+
+
+def _check_devices(args: Any) -> None:
+    """A device for each of several processes: ValueError, or a warning where they are CPU processes."""
+    kind, _, index = (args.device or "").partition(":")
+    if index:
+        raise ValueError(f"--device {args.device}: {args.num_gpus} processes need one each; give --device {kind}")
+
+    found = torch.cuda.device_count()
+    if kind == "cuda" or (found and not kind):
+        if args.num_gpus > found:
+            raise ValueError(
+                f"--num-gpus {args.num_gpus}: this machine has {found}; give --device cpu for CPU processes"
+            )
+    elif not kind:
+        warnings.warn(
+            f"NO GPU FOUND: --num-gpus {args.num_gpus} starts {args.num_gpus} CPU processes on {os.cpu_count()} cores",
+            stacklevel=3,
+        )
 
 
 def _rank(local: int, main: Callable[[Any], None], args: Any, address: tuple[str, int]) -> None:

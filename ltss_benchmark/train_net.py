@@ -18,7 +18,8 @@ from pathlib import Path
 
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
-from common.engine import fit, prepare
+from common.data.statistics import placeholder
+from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.models import load_model
@@ -32,8 +33,9 @@ HERE = Path(__file__).resolve().parent
 
 def main(words: list[str] | None = None) -> int:
     args = parse(words)
+    launch.check(args)
     if launch.needed(args.num_gpus, args.num_machines):
-        open_experiment(open_config(args), args.eval_only)  # mistakes are found, and labels counted, by one process
+        ready(open_config(args), args, args.num_gpus * args.num_machines)  # by one process, which also counts labels
         return launch.start(work, args)
     work(args)
     return 0
@@ -50,7 +52,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="or key=value")
+    parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE", help="or key=value")
+    cli.add_quiet(parser)
     args = parser.parse_intermixed_args(words)
     if args.save_predictions and not args.eval_only:
         parser.error("--save-predictions belongs to --eval-only: training writes no predictions")
@@ -78,6 +81,19 @@ def work(args: argparse.Namespace) -> None:
     distributed.stop()
 
 
+def ready(cfg: Config, args: argparse.Namespace, world: int) -> tuple[Config, Experiment]:
+    """The config as `world` processes run it, and its data. What can be refused is refused here: ValueError."""
+    if args.eval_only:
+        weights = weights_of(cfg, args.resume)
+        if not weights.exists():
+            raise ValueError(f"{weights}: no such checkpoint")
+        return cfg, open_experiment(cfg, eval_only=True)
+
+    cfg = divided(replace(cfg, eval=plain(cfg.eval)), world)
+    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes)))
+    return cfg, open_experiment(cfg, eval_only=False)
+
+
 def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
     """The data. Training labels are counted for training, and for groups that the data set itself does not define."""
     if not eval_only:
@@ -92,8 +108,7 @@ def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
 
 
 def train(cfg: Config, args: argparse.Namespace) -> None:
-    cfg = divided(replace(cfg, eval=plain(cfg.eval)))
-    experiment = open_experiment(cfg, eval_only=False)
+    cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
     experiment.begin()
     method = prepare(cfg, lambda: build_method(cfg, experiment.statistics), device)
@@ -111,12 +126,12 @@ def plain(cfg: EvalConfig) -> EvalConfig:
     return replace(cfg, scales=(1.0,), flip=False)
 
 
-def divided(cfg: Config) -> Config:
+def divided(cfg: Config, world: int) -> Config:
     """The batch divided over `train.devices`, or the next lower number that fits it and the processes started.
 
     The other number changes batch norm and the normaliser of the mask losses, so it is said. Raises ConfigError.
     """
-    batch, world, stated = cfg.data.streams[STREAM].batch_size, distributed.world_size(), cfg.train.devices
+    batch, stated = cfg.data.streams[STREAM].batch_size, cfg.train.devices
     fitting = [n for n in range(1, max(stated, world) + 1) if batch % n == 0 and n % world == 0]
     if not fitting:
         raise ConfigError(f"{cfg.name}: {batch} images a step cannot be divided over {world} processes")
@@ -132,7 +147,7 @@ def divided(cfg: Config) -> Config:
 def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     """Scores of a checkpoint: as they are, then, if the config asks for it, with test-time augmentation."""
     weights = weights_of(cfg, args.resume)
-    experiment = open_experiment(cfg, eval_only=True)
+    cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
     model = load_model(cfg.model, weights).to(device)
     single = plain(cfg.eval)

@@ -37,7 +37,7 @@ figcaption { font-size: 12px; color: #5b6572; }
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--stream", help="only this one")
     parser.add_argument("--count", type=int, default=12, help="samples a stream (default 12)")
     parser.add_argument("--start", type=int, default=0, help="number of the first draw")

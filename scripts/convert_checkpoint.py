@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="describes the network")
     parser.add_argument("checkpoint", help="the file to read")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, such as model.options.extra_norm=true")
+    parser.add_argument("overrides", nargs="*", default=[], help="such as model.options.extra_norm=true")
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
     parser.add_argument("--prototypes", metavar="FILE", help="also write the prototypes of a CPSL stage-1 file")
     args = parser.parse_intermixed_args()

@@ -34,10 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("checkpoint", help="a run's checkpoints/best, a .safetensors file or an official file")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--size", required=True, metavar="HxW", help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default 1)")
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .pt2")
+    cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
     if not size or args.batch < 1:

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     named = [word for word in args.words if "=" not in word or Path(word).exists()]
     cfg = load_config(args.config, [word for word in args.words if word not in named])

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=2)
     parser.add_argument("--split", nargs="+", default=["train", "val"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    cli.add_quiet(parser)
     args = parser.parse_args()
     if args.factor < 2:
         raise ValueError(f"--factor: {args.factor} does not shrink; give 2 or more")

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--allow-empty", action="store_true", help="accept classes without labelled pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     overrides, words = take_overrides(sys.argv[1:])
+    cli.add_quiet(parser)
     args = parser.parse_args(words)
     cfg = load_config(args.config, overrides)
     if cfg.train.threads is not None:

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from common import cli, distributed
 from common.config import Config, config_of, load_config
 from common.data import SegmentationDataset
-from common.engine import fit, prepare
+from common.data.statistics import placeholder
+from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.models import load_model
@@ -57,6 +58,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("-t", "--test", **switch, help="evaluate (also --test True, --test False)")
     parser.add_argument("-sf", "--save_feature", **switch, help="export features")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_quiet(parser)
     return parser.parse_args(words)
 
 
@@ -93,6 +95,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume not in (None, NEWEST):
         check_resumed(cfg, Path(args.resume))
     cfg = spread(resolve(uncompiled(cfg)))
+    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin()

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from common import cli
 from common.config import Config, ConfigError, load_config
 
 STAGES = ("warm_up", "stage1", "stage2", "stage3")
@@ -34,10 +35,11 @@ def stage_parser(description: str | None, stage: str | None = None) -> argparse.
     """CONFIG [--stage STAGE] [--variant NAME] [--checkpoint FILE] [--device D] [key=value …]"""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a task's folder, e.g. configs/gta5_to_cityscapes, or one stage's file")
-    parser.add_argument("overrides", nargs="*", help="values to change, as section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="values to change, as section.key=value")
     parser.add_argument("--stage", choices=STAGES, default=stage, help="which file of the task's folder")
     parser.add_argument("--variant", default="", help="e.g. blv: the stage's file <stage>_blv.yaml")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_quiet(parser)
     return parser
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from common import cli, distributed
 from common.config import Config, ConfigError, nearest
-from common.engine import Method, fit, prepare
+from common.data.statistics import placeholder
+from common.engine import Method, fit, prepare, rehearse
 from common.experiment import Experiment, print_result
 from uda.base import read_distribution, read_prototypes
 from uda.config import command, run_of, stage_config, stage_parser
@@ -65,6 +66,7 @@ def main() -> None:
         require_initial_weights(cfg)
         return
     require_earlier_steps(cfg)
+    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin()

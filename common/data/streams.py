@@ -160,15 +160,8 @@ def make_loaders(
     (train.devices / world micro-batches a step). Tensors are stacked, where their shapes allow it; names are lists.
     A ValueError about a sample is raised here as the one line it was.
     """
-    if train.devices % world:
-        raise ValueError(f"train.devices {train.devices} must be a multiple of the {world} processes")
+    check_division(data, train.devices, world)
     streams = make_streams(data, seed, cache) if streams is None else streams
-    for stream in streams.values():
-        if stream.batch_size % train.devices:
-            raise ValueError(
-                f"stream {stream.name!r}: batch_size {stream.batch_size} must be a multiple of "
-                f"train.devices {train.devices}"
-            )
 
     slots = range(rank, train.devices, world)
     on_gpu = torch.cuda.is_available()
@@ -177,6 +170,17 @@ def make_loaders(
         schedule = _Schedule(stream, start_step, slots, train.devices)
         loaders[name] = batches(_Samples(stream), collate, data.workers, schedule=schedule, pin_memory=on_gpu)
     return loaders
+
+
+def check_division(data: DataConfig, devices: int, world: int) -> None:
+    """ValueError where the batches cannot be divided over `devices` slots, or these over `world` processes."""
+    if devices % world:
+        raise ValueError(f"train.devices {devices} must be a multiple of the {world} processes")
+    for name, stream in data.streams.items():
+        if stream.batch_size % devices:
+            raise ValueError(
+                f"stream {name!r}: batch_size {stream.batch_size} must be a multiple of train.devices {devices}"
+            )
 
 
 class _Schedule:

@@ -4,12 +4,16 @@ import contextlib
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from common import distributed
-from common.config import Config, TrainConfig
+from common.config import Config, ModelConfig, TrainConfig
+from common.data.streams import check_division
+from common.engine import optim
 from common.engine.method import Batch, Method
 
 
@@ -89,6 +93,27 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
+
+
+def rehearse(cfg: Config, build: Callable[[], Method]) -> None:
+    """Refuse what cannot be trained before anything is read, counted or started: weights that are not there, batches
+    that cannot be divided, and whatever the building of the method refuses (on the meta device, in a second).
+
+    Raises ValueError.
+    """
+    _require_weights(cfg.model)
+    check_division(cfg.data, cfg.train.devices, distributed.world_size())
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # they come when the method is built in earnest
+        method = build()
+        optim.build_optimizers(method.parameter_groups())
+
+
+def _require_weights(cfg: ModelConfig) -> None:
+    for key, path in (("checkpoint", cfg.checkpoint), ("pretrained", cfg.pretrained)):
+        if isinstance(path, str) and not Path(path).exists():
+            raise ValueError(f"model.{key}: {path}: no such weight file")
 
 
 def prepare(cfg: Config, build: Callable[[], Method], device: torch.device) -> Method:

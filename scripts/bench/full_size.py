@@ -28,7 +28,8 @@ MARK = "result: "  # what the child's line begins with
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME|KEY=VALUE", help="parts of configs' names; overrides")
+    words = "parts of configs' names; overrides"
+    parser.add_argument("names", nargs="*", default=[], metavar="NAME|KEY=VALUE", help=words)
     parser.add_argument("--again", action="store_true", help="also what the file holds already")
     parser.add_argument("--size", help="HEIGHTxWIDTH of the images, in place of the real one")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")

@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=int, default=19)
     parser.add_argument("--stride", type=int, default=4, help="of the given logits (default 4)")
     parser.add_argument("--config", help="also evaluate this config's network")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, for --config")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, for --config")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 
 

@@ -45,7 +45,7 @@ BLV_BAR = 1.03  # of a step's time over cross-entropy
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, for all forms")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, for all forms")
     known = f"{', '.join(FORMS)}, or 'NAME: key=value …'"
     parser.add_argument("--against", action="append", metavar="FORM", help=known)
     parser.add_argument("--batch", type=int, help="images a stream (default: 1, or 2 where batch norm needs it)")

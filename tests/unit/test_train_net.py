@@ -1,6 +1,7 @@
 """The benchmark's command line, the files an evaluation leaves, and COCO's run-length encoding."""
 
 import json
+import os
 import signal
 import types
 from dataclasses import replace
@@ -41,19 +42,17 @@ def test_predictions_are_saved_by_an_evaluation_only(capsys):
 @pytest.mark.parametrize(
     ("batch", "devices", "world", "expected"), [(16, 8, 1, 8), (4, 8, 1, 4), (2, 8, 2, 2), (12, 8, 4, 4), (16, 1, 2, 2)]
 )
-def test_the_batch_is_divided_as_stated_or_nearly(monkeypatch, recwarn, batch, devices, world, expected):
-    monkeypatch.setattr(distributed, "world_size", lambda: world)
+def test_the_batch_is_divided_as_stated_or_nearly(recwarn, batch, devices, world, expected):
     cfg = load_config(BASE, [f"data.streams.labeled.batch_size={batch}", f"train.devices={devices}"])
-    assert train_net.divided(cfg).train.devices == expected
+    assert train_net.divided(cfg, world).train.devices == expected
     assert (f"train.devices: {expected} in place of {devices}" in "".join(str(w.message) for w in recwarn)) == (
         devices != expected
     )
 
 
-def test_a_batch_that_cannot_be_divided(monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+def test_a_batch_that_cannot_be_divided():
     with pytest.raises(ConfigError, match="16 images a step cannot be divided over 3 processes"):
-        train_net.divided(load_config(BASE))
+        train_net.divided(load_config(BASE), 3)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,31 @@ def test_a_batch_that_cannot_be_divided(monkeypatch):
         ({"machine_rank": 2}, "ranks of machines count from 0"),
         ({"num_machines": 2}, "--dist-url tcp://HOST:PORT of machine 0 is needed"),
         ({"dist_url": "host:1"}, "expected tcp://HOST:PORT"),
+        ({"device": "cuda:1"}, "--device cuda:1: 2 processes need one each; give --device cuda"),
+        ({"device": "cuda", "num_gpus": 9}, "--num-gpus 9: this machine has [0-8]; give --device cpu"),
     ],
 )
-def test_processes_that_cannot_be_started(changes, message):
+def test_processes_that_cannot_be_started(monkeypatch, changes, message):
+    monkeypatch.delenv("RANK", raising=False)
     args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "device": "cpu"} | changes
     with pytest.raises(ValueError, match=message):
-        launch.meeting_point(types.SimpleNamespace(**args))
+        launch.check(types.SimpleNamespace(**args))
+
+
+@pytest.mark.parametrize(("device", "gpus", "warned"), [(None, 0, True), ("cpu", 0, False), (None, 2, False)])
+def test_processes_on_the_cpu_are_announced(monkeypatch, recwarn, device, gpus, warned):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "device": device}
+    launch.check(types.SimpleNamespace(**args))
+    assert [f"starts 2 CPU processes on {os.cpu_count()} cores" in str(w.message) for w in recwarn] == [True] * warned
+
+
+def test_numbers_of_processes_beside_torchruns_are_said_to_be_ignored(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "device": None}
+    with pytest.warns(UserWarning, match="--num-gpus and --num-machines are ignored"):
+        launch.check(types.SimpleNamespace(**args))
 
 
 def test_meeting_points():
@@ -115,11 +133,17 @@ def toy_root(tmp_path_factory) -> Path:
         (["--eval-only", "model.reset_classifier=true"], "model.reset_classifier: --eval-only cannot score a new"),
         (["data.root=/nowhere"], "no folder /nowhere"),
         (["model.num_classes=9"], "model.num_classes is 9, but data set"),
+        (["--num-gpus", "3"], "4 images a step cannot be divided over 3 processes"),
+        (["--num-gpus", "0"], "--num-gpus 0"),
+        (["--num-gpus", "2", "MODEL.WEIGHTS", "nowhere.pkl"], "model.checkpoint: nowhere.pkl: no such weight file"),
+        (["--num-gpus", "2", "--eval-only", "MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl: no such checkpoint"),
+        (["--num-gpus", "2", "method.matcher.mode=both"], "method.matcher.mode: 'both' is not one of"),
     ],
 )
-def test_bad_input_is_one_line(toy_root, tmp_path, fails, unchanged, words, message):
+def test_bad_input_is_one_line(toy_root, tmp_path, fails, unchanged, monkeypatch, words, message):
     base = CONFIGS / "toy" / "mask2former" / "maskformer2_R18.yaml"
     root = [] if any("data.root" in word for word in words) else [f"data.root={toy_root}"]
+    monkeypatch.setattr(launch.multiprocessing, "start_processes", None)  # nothing is started
     settings = [*root, f"output={tmp_path}", "data.workers=0", "--device", "cpu"]
     assert message in fails(train_net.main, "--config-file", base, *settings, *words)
 

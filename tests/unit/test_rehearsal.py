@@ -1,0 +1,93 @@
+"""What cannot be trained is refused before a label is read, a rank joined or a folder made."""
+
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import experiment
+from common.config import Config, ConfigError, ModelConfig, load_config
+from common.data.statistics import placeholder
+from common.engine import rehearse
+from fully_sup import train as supervised
+from ltss_benchmark.methods import build_method as ltss_method
+from semi_sup.config import build_method as semi_sup_method
+from tests.unit.test_cpsl_method import CLASSES, SMALL
+from uda.train import build_method as uda_method
+
+pytestmark = pytest.mark.usefixtures("unchanged")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.heads.decode.loss=focal"], "method: heads: decode: loss: 'focal' is not one of"),
+        (["method.heads.decode.sigma=1"], "'sigma' is an option of BLV"),
+        (["method.heads.deocde={}"], "unknown head 'deocde'"),
+        (["method.avrage=all"], "unknown key 'avrage'"),
+        (["model.options.channels=none"], "model.options.channels"),
+        (["optim.groups=[{match: nrom}]"], "no parameter's name matches 'nrom'"),
+        (["model.checkpoint=/nowhere/w.pth"], "model.checkpoint: /nowhere/w.pth: no such weight file"),
+        (["model.pretrained=/nowhere/w.pth"], "model.pretrained: /nowhere/w.pth: no such weight file"),
+        (["train.devices=4"], "batch_size 2 must be a multiple of train.devices 4"),
+    ],
+)
+def test_mistakes_are_found_before_labels_are_counted(config, tmp_path, monkeypatch, fails, words, message):
+    monkeypatch.setattr(experiment, "class_statistics", None)
+    monkeypatch.setattr(experiment, "make_streams", None)
+    assert message in fails(supervised.main, config, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def placeholders(cfg):
+    return placeholder(cfg.model.num_classes)
+
+
+@pytest.mark.parametrize(
+    ("path", "build"),
+    [
+        ("semi_sup/configs/voc_1over32_baseline.json", lambda c: semi_sup_method(c, placeholders(c).pixel_count)),
+        ("uda/configs/gta5_to_cityscapes/warm_up.yaml", lambda c: uda_method(c, placeholders(c).pixel_count)),
+        ("ltss_benchmark/configs/toy/mask2former/maskformer2_R18.yaml", lambda c: ltss_method(c, placeholders(c))),
+    ],
+)
+def test_every_system_can_be_rehearsed(path, build):
+    cfg = load_config(ROOT / path)
+    cfg = replace(cfg, train=replace(cfg.train, devices=1))
+    state = torch.get_rng_state()
+    rehearse(cfg, lambda: build(cfg))
+    assert torch.get_rng_state().equal(state) and torch.get_default_device().type == "cpu"
+    wrong = replace(cfg, method={**cfg.method, "nonsense": 1})
+    with pytest.raises(ConfigError, match="nonsense"):
+        rehearse(wrong, lambda: build(wrong))
+
+
+@pytest.mark.parametrize("name", ["cpsl", "proda", "distill"])
+def test_stages_are_rehearsed_with_their_files(tmp_path, name):
+    """They read files of earlier steps, which stay on the CPU while the network is on the meta device."""
+    model = ModelConfig("deeplabv2", CLASSES, mean=(0, 0, 0), std=(255, 255, 255), align_corners=True, options=SMALL)
+    np.save(tmp_path / "delta.npy", np.full(CLASSES, 1 / CLASSES))
+    torch.save(torch.randn(CLASSES, 8), tmp_path / "prototypes.pt")
+    cfg = Config(name="stage", output=str(tmp_path), model=model)
+    files = {"prototypes": str(tmp_path / "prototypes.pt"), "class_distribution": str(tmp_path / "delta.npy")}
+    options = {"cpsl": files, "proda": {"prototypes": files["prototypes"]}}.get(name)
+    if options is None:
+        warm = uda_method(replace(cfg, method={"name": "warm_up", "adversarial": 0.0}), None)
+        torch.save(warm.model.state_dict(), tmp_path / "teacher.pth")
+        options = {"teacher": str(tmp_path / "teacher.pth")}
+    cfg = replace(cfg, method={"name": name, **options})
+    rehearse(cfg, lambda: uda_method(cfg, placeholders(cfg).pixel_count))
+
+
+@pytest.mark.parametrize("program", ["fully_sup/train.py", "fully_sup/test.py", "uda/train.py", "uda/test.py"])
+def test_what_is_optional_is_not_asked_for(program, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / program), run_name="__main__")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and error.partition("required: ")[2] in ("config", "config, checkpoint")
