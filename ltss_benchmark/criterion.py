@@ -11,7 +11,7 @@ Ignored and padded pixels belong to no class and are background of every mask.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config.bounds import AtLeast, AtMost, NotNegative, Share
 from common.losses.seesaw import SeesawLoss
 from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import masks
@@ -26,6 +27,8 @@ from common.ops.point_sample import class_masks, point_sample, uncertain_points
 from ltss_benchmark.matcher import Matcher, Matches, MatchWeights, Targets, find_targets
 
 STRIDE = 4  # of the mask features
+Points = Annotated[int, AtLeast(1), AtMost(1 << 20)]  # of a matched pair
+Oversampling = Annotated[float, AtLeast(1), AtMost(100)]  # candidates for each point that is chosen
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,15 @@ class CriterionOptions:
     """Defaults are the release's."""
 
     class_loss: Literal["ce", "seesaw"] = "ce"
-    class_weight: float = 2.0  # weights of the terms, in the loss and in the matching cost
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    no_object_weight: float = 0.1  # of queries without a class, in the cross-entropy
-    points: int = 12544
-    oversample: float = 3.0
-    importance: float = 0.75
-    seesaw_p: float = 1.2
-    seesaw_q: float = 1.0
+    class_weight: NotNegative = 2.0  # weights of the terms, in the loss and in the matching cost
+    mask_weight: NotNegative = 5.0
+    dice_weight: NotNegative = 5.0
+    no_object_weight: NotNegative = 0.1  # of queries without a class, in the cross-entropy
+    points: Points = 12544
+    oversample: Oversampling = 3.0
+    importance: Share = 0.75
+    seesaw_p: NotNegative = 1.2
+    seesaw_q: NotNegative = 1.0
     normalizer: Literal["targets", "pairs"] = "targets"  # mask losses are divided by the classes, or matched pairs
 
 

@@ -6,22 +6,28 @@ Frequency-based Matcher (`matcher.py`) gives a rare class several queries; Seesa
 its logit. Repeat-factor sampling is the stream's `sampler`, Copy-Paste a part of its augmentation.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from common.config import Config, ConfigError, GroupConfig, typed
+from common.config.bounds import NotNegative, Positive
 from common.data import DATASETS
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method
 from common.engine.optim import parameter_groups
+from common.losses.seesaw import SeesawLoss
 from common.models import build_model
+from common.models.pretrained.containers import read, state_dict, tensors
 from ltss_benchmark.criterion import CriterionOptions, SetCriterion
 from ltss_benchmark.matcher import find_targets, queries_per_class
 
+logger = logging.getLogger(__name__)
 STREAM = "labeled"
 CLASS_HEADS = {"ce": "softmax", "seesaw": "seesaw"}  # of the network, by the loss that it is trained with
 
@@ -31,8 +37,8 @@ class MatcherConfig:
     """Who may be matched to how many queries: one each, or ⌈max(1, scale · √(threshold / f))⌉ at image frequency f."""
 
     mode: Literal["one_to_one", "frequency"] = "one_to_one"
-    threshold: float = 0.0  # T
-    scale: float = 2.0  # S
+    threshold: NotNegative = 0.0  # T
+    scale: Positive = 2.0  # S
     counts: Literal["dataset", "published"] = "dataset"  # f of the training labels at hand, or of the authors' table
 
 
@@ -62,6 +68,8 @@ class Mask2FormerMethod(Method):
         self.model = build_model(cfg.model)
         copies = query_numbers(options.matcher, cfg, statistics, f"{where}: matcher")
         self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies)
+        if self.criterion.seesaw is not None and cfg.model.checkpoint and not self.criterion.seesaw.counts.is_meta:
+            restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
@@ -77,6 +85,28 @@ class Mask2FormerMethod(Method):
             return any(re.search(rule.match, n) for n in trained) or not any(re.search(rule.match, n) for n in constant)
 
         return parameter_groups(self, replace(self.optim, groups=tuple(filter(has_work, self.optim.groups))))
+
+
+COUNTERS = {"criterion.seesaw_loss.cum_samples": 1, "criterion.seesaw.counts": 0}  # the release's, ours: further places
+
+
+def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
+    """Go on with the queries that Seesaw had counted when `checkpoint` was written; it may hold none.
+
+    The release's counter has a last place for "no object", which its loss does not use. Counts of another number of
+    classes are left.
+    """
+    state = state_dict(read(checkpoint)[0])
+    name = next((name for name in COUNTERS if name in state), None)
+    if name is None:
+        return
+    counts = tensors({name: state[name]})[name].flatten()
+    classes = len(seesaw.counts)
+    if len(counts) != classes + COUNTERS[name]:
+        logger.info("%s: Seesaw's counts are of other classes and start anew", checkpoint)
+        return
+    seesaw.counts.copy_(counts[:classes])
+    logger.info("%s: Seesaw goes on from the %d queries counted", checkpoint, int(seesaw.counts.sum()))
 
 
 def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics | None, where: str) -> np.ndarray | None:

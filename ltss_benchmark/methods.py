@@ -4,9 +4,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
+
 from common import distributed
-from common.config import Config, ConfigError, nearest
+from common.config import Config, ConfigError, nearest, typed
+from common.data import build_transform
 from common.data.statistics import Statistics
+from common.data.streams import SamplerConfig
 from common.engine.method import Method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod
@@ -16,14 +21,33 @@ METHODS: dict[str, type[Method]] = {"mask2former": Mask2FormerMethod, "deeplabv3
 
 def build_method(cfg: Config, statistics: Statistics | None) -> Method:
     """The method that `method.name` names; warns of options that are set in vain. Raises ConfigError."""
-    name = cfg.method.get("name")
-    if name not in METHODS:
-        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
-    method = METHODS[name](cfg, statistics)
+    method = _made(cfg, statistics)
     if distributed.rank() == 0:
         for text in ignored(cfg):
             warnings.warn(text, stacklevel=2)
     return method
+
+
+def check_options(cfg: Config) -> None:
+    """ConfigError for options of the method, the network or the labelled stream that nothing could be made with.
+
+    Before a file is opened: the method is built without memory, on counts of a single image.
+    """
+    if STREAM not in cfg.data.streams:
+        raise ConfigError(f"{cfg.name}: data.streams has no {STREAM!r}")
+    stream, classes = cfg.data.streams[STREAM], cfg.model.num_classes
+    build_transform(stream.augment, f"data.streams.{STREAM}.augment")
+    typed(SamplerConfig, stream.sampler, f"data.streams.{STREAM}.sampler")
+    single = Statistics(np.ones((1, classes), np.int32), np.zeros(1, np.int32))
+    with torch.device("meta"):
+        _made(cfg, single)
+
+
+def _made(cfg: Config, statistics: Statistics | None) -> Method:
+    name = cfg.method.get("name")
+    if name not in METHODS:
+        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
+    return METHODS[name](cfg, statistics)
 
 
 REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others

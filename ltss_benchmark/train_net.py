@@ -26,7 +26,7 @@ from common.models import load_model
 from ltss_benchmark import launch, results
 from ltss_benchmark.detectron2_keys import read_config
 from ltss_benchmark.mask2former import STREAM
-from ltss_benchmark.methods import build_method
+from ltss_benchmark.methods import build_method, check_options
 
 HERE = Path(__file__).resolve().parent
 
@@ -63,9 +63,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 def open_config(args: argparse.Namespace) -> Config:
     path = Path(args.config_file)
     beside = HERE / path
-    cfg = read_config(beside if beside.is_file() and not path.exists() else path, args.opts)
-    if STREAM not in cfg.data.streams:
-        raise ConfigError(f"{cfg.name}: data.streams has no {STREAM!r}")
+    cfg = read_config(beside if beside.is_file() and not path.exists() else path, args.opts, check_options)
     if args.eval_only and cfg.model.reset_classifier:
         raise ConfigError(
             f"{cfg.name}: model.reset_classifier: --eval-only cannot score a new classifier; set it to false, and "

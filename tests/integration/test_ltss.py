@@ -88,7 +88,7 @@ def test_evaluation_leaves_scores_and_masks(data, tmp_path, capsys):
     assert len(names) == 3 and all(np.all(total == 1) for total in covered.values())  # each pixel has one class
     augmented = json.loads((run / "inference_TTA" / "lt_sem_seg_evaluation.json").read_text())
     kept = sorted((run / "test").glob("*/evaluation.json"))
-    assert [path.parent.name.partition("-")[0] for path in kept] == ["step_00000006", "step_00000006_tta"]
+    assert [path.parent.name.partition("-")[0] for path in kept] == ["step_00000004", "step_00000004_tta"]
     assert "LTSS_TTA" in augmented and (run / "inference_TTA" / "lt_sem_seg_predictions.json").exists()
 
 

@@ -14,9 +14,12 @@ from common.data.statistics import Statistics
 from common.data.streams import SamplerConfig
 from common.engine.optim import build_optimizers, rates, set_learning_rates
 from common.models.backbones import BACKBONES
-from ltss_benchmark import detectron2_keys
-from ltss_benchmark.detectron2_keys import DEPENDENT, DONE_ANYWAY, KEYS, REFUSED, read_config
-from ltss_benchmark.methods import build_method, ignored
+from ltss_benchmark.detectron2_keys import read_config
+from ltss_benchmark.detectron2_keys.agreeing import AGREEING
+from ltss_benchmark.detectron2_keys.read import KNOWN
+from ltss_benchmark.detectron2_keys.translated import DEPENDENT, KEYS, TTA_SCALES
+from ltss_benchmark.detectron2_keys.untranslated import DONE_ANYWAY, REFUSED
+from ltss_benchmark.methods import build_method, check_options, ignored
 
 CONFIGS = Path(__file__).parents[2] / "ltss_benchmark" / "configs"
 BASE = CONFIGS / "ade20k_full" / "mask2former" / "maskformer2_R50_bs16_200k.yaml"
@@ -206,7 +209,6 @@ def test_a_mode_alone_does_not_turn_copy_paste_on():
 def test_folders_and_files_may_look_like_numbers(text):
     cfg = read_config(BASE, ["OUTPUT_DIR", text, "MODEL.WEIGHTS", text])
     assert cfg.folder == Path(text) and cfg.model.checkpoint == text
-    assert read_config(BASE, ["MODEL.WEIGHTS", ""]).model.checkpoint is None
 
 
 def test_keys_of_both_kinds_are_mixed():
@@ -245,12 +247,233 @@ def test_values_of_what_is_done_anyway_change_nothing():
 
 
 def test_a_key_is_known_in_one_way():
-    known = [*KEYS, *DEPENDENT, *DONE_ANYWAY, *REFUSED]
-    assert len(known) == len(set(known))
+    assert len(KNOWN) == len(set(KNOWN)) == sum(map(len, (KEYS, DEPENDENT, AGREEING, DONE_ANYWAY, REFUSED)))
     loader = "NUM_WORKERS ASPECT_RATIO_GROUPING SAMPLER_TRAIN REPEAT_THRESHOLD REPEAT_SQRT RANDOM_SUBSET_RATIO " \
         "FILTER_EMPTY_ANNOTATIONS FREQUENCY_TYPE ANN_TYPE REPEAT_FACTOR_FILE REPEAT_FACTOR_MODE"  # fmt: skip
-    assert {f"DATALOADER.{name}" for name in loader.split()} == {k for k in known if k.startswith("DATALOADER.")}
-    assert detectron2_keys.TTA_SCALES == tuple(edge / 512 for edge in (256, 384, 512, 640, 768, 896))
+    assert {f"DATALOADER.{name}" for name in loader.split()} == {k for k in KNOWN if k.startswith("DATALOADER.")}
+    assert TTA_SCALES == tuple(edge / 512 for edge in (256, 384, 512, 640, 768, 896))
+
+
+# Keys that say what the config does ---------------------------------------------------------------------------------
+
+DEEPLAB = CONFIGS / "ade20k_full" / "deeplabv3p" / "deeplabv3p_R50_bs16_200k.yaml"
+MATCHED = BASE.with_name("matcher-maskformer2_R50_bs16_200k.yaml")
+SWIN = CONFIGS / "ade20k" / "mask2former" / "swin" / "maskformer2_swin_tiny_bs16_160k.yaml"
+RELEASED = {  # what the release's own files say of these configs
+    BASE: """
+        DATASETS.TRAIN ("ade20k_full_sem_seg_train",)
+        DATASETS.TEST ("ade20k_full_sem_seg_val",)
+        INPUT.SIZE_DIVISIBILITY 512
+        INPUT.DATASET_MAPPER_NAME mask_former_semantic
+        MODEL.META_ARCHITECTURE MaskFormer
+        MODEL.BACKBONE.NAME build_resnet_backbone
+        MODEL.RESNETS.DEPTH 50
+        MODEL.RESNETS.NORM FrozenBN
+        MODEL.SEM_SEG_HEAD.NAME MaskFormerHead
+        MODEL.SEM_SEG_HEAD.IGNORE_VALUE 65535
+        MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME MSDeformAttnPixelDecoder
+        MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME MultiScaleMaskedTransformerDecoder
+        SOLVER.BACKBONE_MULTIPLIER 0.1
+        SOLVER.LR_SCHEDULER_NAME WarmupPolyLR
+        SOLVER.BASE_LR_END 0.0
+        SOLVER.CLIP_GRADIENTS.ENABLED True
+        SOLVER.WEIGHT_DECAY_NORM 0.0
+        SOLVER.WEIGHT_DECAY_EMBED 0.0
+        TEST.AUG.MIN_SIZES [256,384,512,640,768,896]
+        MATCHER.DATASET \"\"
+    """,
+    MATCHED: "MATCHER.DATASET ade20k-full",
+    DEEPLAB: """
+        MODEL.META_ARCHITECTURE SemanticSegmentor
+        MODEL.SEM_SEG_HEAD.NAME DeepLabV3PlusHead
+        MODEL.SEM_SEG_HEAD.LOSS_TYPE hard_pixel_mining
+        MODEL.RESNETS.NORM SyncBN
+        SOLVER.BACKBONE_MULTIPLIER 1.0
+        SOLVER.CLIP_GRADIENTS.ENABLED False
+        SOLVER.WEIGHT_DECAY_NORM 0.0
+        CUDNN_BENCHMARK True
+    """,
+    SWIN: """
+        MODEL.BACKBONE.NAME D2SwinTransformer
+        MODEL.SWIN.EMBED_DIM 96
+        MODEL.SWIN.DEPTHS [2,2,6,2]
+        MODEL.SWIN.NUM_HEADS [3,6,12,24]
+        MODEL.SWIN.WINDOW_SIZE 7
+        MODEL.SWIN.PRETRAIN_IMG_SIZE 224
+    """,
+}
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: path.stem)
+def test_keys_that_say_what_the_config_does_change_nothing(path):
+    words = RELEASED[path].replace('\\"', '"').split()
+    assert read_config(path, words) == load_config(path)
+
+
+def test_every_such_key_is_tried():
+    typed = {word for text in RELEASED.values() for word in text.split()}
+    assert AGREEING.keys() <= typed
+
+
+@pytest.mark.parametrize("key", AGREEING)
+def test_such_keys_with_another_value_are_refused(key):
+    with pytest.raises(ConfigError) as error:
+        read_config(BASE, [key, "other"])
+    assert f"{key}: 'other' is not used here" in str(error.value) and AGREEING[key][1] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("INPUT.SIZE_DIVISIBILITY 512 INPUT.CROP.SIZE (640,640)", "'512' is not used here (this config: 640)"),
+        ("MODEL.RESNETS.DEPTH 101", "'101' is not used here (this config: 50): set model.backbone"),
+        ("MODEL.RESNETS.NORM SyncBN", "'SyncBN' is not used here (this config: FrozenBN)"),
+        ("SOLVER.BACKBONE_MULTIPLIER 1.0", "'1.0' is not used here (this config: 0.1): set optim.groups"),
+        ("MATCHER.DATASET coco-lt", "'coco-lt' is not used here (this config: ade20k-full)"),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED 1", "'1' is not used here (this config: True)"),
+    ],
+)
+def test_a_contradiction_is_named_with_what_the_config_does(words, message):
+    with pytest.raises(ConfigError) as error:
+        read_config(BASE, words.split())
+    assert message in str(error.value)
+
+
+def test_the_order_of_such_keys_does_not_matter():
+    words = "INPUT.SIZE_DIVISIBILITY 640 INPUT.CROP.SIZE (640,640) MODEL.RESNETS.DEPTH 101 model.backbone=resnet101"
+    assert read_config(BASE, words.split()).model.backbone == "resnet101"
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "pretrained", "checkpoint"),
+    [
+        (["MODEL.WEIGHTS", ""], False, None),
+        (["MODEL.WEIGHTS", '""'], False, None),
+        (["MODEL.WEIGHTS="], False, None),
+        (["MODEL.WEIGHTS", "R-50.pkl"], True, None),
+        (["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/torchvision/R-50.pkl"], True, None),
+        (["MODEL.WEIGHTS", "R-101.pkl", "model.backbone=resnet101"], True, None),
+        (["model.backbone=swin_tiny", "MODEL.WEIGHTS", "x/swin_tiny_patch4_window7_224.pkl"], True, None),
+        (["MODEL.WEIGHTS", "model_final_e0c58e.pkl"], True, "model_final_e0c58e.pkl"),
+        (["MODEL.WEIGHTS", "R-50_run/model_final.pth"], True, "R-50_run/model_final.pth"),
+    ],
+)
+def test_weights_are_nothing_a_backbone_or_a_checkpoint(words, pretrained, checkpoint):
+    cfg = read_config(BASE, words)
+    assert (cfg.model.pretrained, cfg.model.checkpoint) == (pretrained, checkpoint)
+
+
+def test_a_backbones_file_is_taken_where_it_is(tmp_path):
+    path = tmp_path / "R-50.pkl"
+    path.touch()
+    assert read_config(BASE, ["MODEL.WEIGHTS", str(path)]).model.pretrained == str(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("R-101.pkl", "'R-101.pkl' is of resnet101, and model.backbone is resnet50; make them equal"),
+        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "BGR images"),
+        ("https://host/maskformer2_model.pkl", "not fetched here; give the path of the file"),
+    ],
+)
+def test_weights_of_another_network_are_refused(value, message):
+    with pytest.raises(ConfigError) as error:
+        read_config(BASE, ["MODEL.WEIGHTS", value])
+    assert message in str(error.value) and str(error.value).startswith("MODEL.WEIGHTS: ")
+
+
+# Bounds -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("MODEL.MASK_FORMER.TRAIN_NUM_POINTS 0", "method.criterion.points: 0 is less than 1"),
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES 0", "model.options.num_queries: 0 is less than 1"),
+        ("SOLVER.BASE_LR -1", "optim.lr: -1.0 is less than 0"),
+        ("SOLVER.MAX_ITER 0", "train.steps: 0 is less than 1"),
+        ("SOLVER.IMS_PER_BATCH 0", "data.streams.labeled.batch_size: 0 is less than 1"),
+        ("MODEL.MASK_FORMER.OVERSAMPLE_RATIO 0.5", "method.criterion.oversample: 0.5 is less than 1"),
+        ("MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO 1.5", "method.criterion.importance: 1.5 is more than 1"),
+        ("MODEL.MASK_FORMER.DEC_LAYERS 1", "model.options.decoder_layers: 0 is less than 1"),
+        ("MODEL.MASK_FORMER.HIDDEN_DIM 33", "model.options.hidden_dim: 33 must be a multiple of 32"),
+        ("LOSS.SEESAW_P -1", "method.criterion.seesaw_p: -1.0 is less than 0"),
+        ("MATCHER.S 0", "method.matcher.scale: 0.0 is not above 0"),
+        ("DATALOADER.FREQUENCY_TYPE video", "data.streams.labeled.sampler.level: 'video' is not one of"),
+        ("INPUT.COPY_PASTE.MODE all INPUT.COPY_PASTE.ENABLED True", "data.streams.labeled.augment.copy_paste: 'all'"),
+    ],
+)
+def test_bounds_name_the_key_that_was_typed(words, message):
+    key = words.split()[0] if "COPY_PASTE" not in words else "INPUT.COPY_PASTE.ENABLED"
+    with pytest.raises(ConfigError) as error:
+        read_config(BASE, words.split(), check_options)
+    assert str(error.value).startswith(f"{key} ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_error_of_our_own_key_names_no_other():
+    with pytest.raises(ConfigError, match=rf"^{BASE.name}: optim.lr: -1.0 is less than 0$"):
+        read_config(BASE, ["optim.lr=-1", "SOLVER.MOMENTUM", "0.5"], check_options)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[!_]*/**/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_within_them(path):
+    read_config(path, [], check_options)
+
+
+# Unknown keys, and config files of detectron2 -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("SOLVER.MAXITER", "SOLVER.MAX_ITER"),
+        ("MODEL.MASKFORMER.NHEADS", "MODEL.MASK_FORMER.NHEADS"),
+        ("MODEL.MASK_FORMER.NUM_OBJECT_QUERY", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES"),
+        ("MODEL.META_ARCHITECTUR", "MODEL.META_ARCHITECTURE"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", None),
+        ("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", None),
+        ("TEST.DETECTIONS_PER_IMAGE", None),
+        ("SOLVER.WARMUP_X", None),
+    ],
+)
+def test_nearest_keys_only_where_they_are_near(key, meant):
+    with pytest.raises(ConfigError) as error:
+        read_config(BASE, [key, "1"])
+    expected = f"did you mean {meant!r}?" if meant else "leave it out, or set the option of this project"
+    assert str(error.value).startswith(f"{key}: unknown; {expected}") and len(str(error.value)) < 120
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "counterpart"),
+    [
+        (
+            "configs/ade20k_full/mask2former",
+            "maskformer2_R50_bs16_200k.yaml",
+            "ade20k_full/mask2former/maskformer2_R50",
+        ),
+        (
+            "configs/mhpv2_lt_7k/mask2former",
+            "matcher-maskformer2_R50_bs16_52k.yaml",
+            "mhpv2_lt_7k/mask2former/matcher-",
+        ),
+        ("ade20k/semantic-segmentation", "maskformer2_R50_bs16_160k.yaml", "ade20k/mask2former/maskformer2_R50_bs16"),
+        ("lvis", "lvis_R50.yaml", "none of this name; see configs/"),
+    ],
+)
+def test_detectron2s_own_files_are_pointed_to_their_counterparts(tmp_path, folder, name, counterpart):
+    path = tmp_path / folder / name
+    path.parent.mkdir(parents=True)
+    path.write_text("_BASE_: Base.yaml\nMODEL:\n  META_ARCHITECTURE: MaskFormer\n")
+    with pytest.raises(ConfigError) as error:
+        read_config(path, [])
+    assert f"{path}: a config of detectron2" in str(error.value) and counterpart in str(error.value)
+    path.unlink()
+    with pytest.raises(ConfigError, match="did you mean configs/" if "lvis" not in name else "cannot read the config"):
+        read_config(path, [])
 
 
 # Options that are set in vain ---------------------------------------------------------------------------------------

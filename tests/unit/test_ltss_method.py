@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from common.config import EvalConfig, ModelConfig, load_config
@@ -15,8 +16,10 @@ from common.engine import runtime
 from common.engine.trainer import Trainer
 from common.evaluation import mirrored_classes
 from common.inference import multi_scale, predict_scores
+from common.losses.seesaw import SeesawLoss
 from common.models import build_model
 from common.models.pretrained import detectron2
+from ltss_benchmark.mask2former import restore_counts
 from ltss_benchmark.matcher import MatchWeights, find_targets, match_costs
 from ltss_benchmark.methods import build_method
 
@@ -102,6 +105,37 @@ def test_seesaw_counts_are_saved_and_other_remedies_have_no_state():
     losses = every(batch(), 0)
     assert "loss_seesaw" in losses and every.state_dict()["criterion.seesaw.counts"].sum() > 0
     assert not isinstance(plain.criterion.matcher.copies, np.ndarray)
+
+
+@pytest.mark.parametrize("kind", ["official", "official with floats", "ours"])
+def test_seesaw_goes_on_from_the_counts_of_a_checkpoint(tmp_path, kind):
+    """The release has K + 1 places, the last for "no object"."""
+    counted = torch.arange(1, CLASSES + 2) ** 3
+    names = {"ours": "criterion.seesaw.counts"}
+    value = counted[:CLASSES] if kind == "ours" else counted.float() if "floats" in kind else counted
+    state = {names.get(kind, "criterion.seesaw_loss.cum_samples"): value, "sem_seg_head.x": torch.zeros(1)}
+    torch.save({"model": state, "iteration": 7}, tmp_path / "model_final.pth")
+    seesaw = SeesawLoss(CLASSES)
+    restore_counts(seesaw, tmp_path / "model_final.pth")
+    assert seesaw.counts.tolist() == counted[:CLASSES].tolist() and seesaw.counts.dtype == torch.int64
+
+
+@pytest.mark.parametrize("state", [{"x": torch.zeros(3)}, {"criterion.seesaw_loss.cum_samples": torch.ones(3)}])
+def test_seesaw_starts_anew_without_counts_of_these_classes(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    seesaw = SeesawLoss(CLASSES)
+    restore_counts(seesaw, tmp_path / "model_final.pth")
+    assert not seesaw.counts.any()
+
+
+def test_a_method_starts_from_the_counts_in_its_checkpoint(tmp_path):
+    first = build_method(config("seesaw-maskformer2_R18"), None).train()
+    first(batch(), 0)
+    metadata = {"predict_prefix": first.predict_prefix}
+    save_file(first.state_dict(), tmp_path / "first.safetensors", metadata=metadata)
+    again = build_method(config("seesaw-maskformer2_R18", f"model.checkpoint={tmp_path}/first.safetensors"), None)
+    counts = again.criterion.seesaw.counts
+    assert counts.sum() > 0 and torch.equal(counts, first.criterion.seesaw.counts)
 
 
 @pytest.mark.parametrize(

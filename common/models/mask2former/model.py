@@ -5,12 +5,13 @@ Each of Q queries predicts a class distribution p_q and a mask m_q; a pixel's sc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
+from common.config.bounds import AtLeast, AtMost, Depth, Width
 from common.models.backbones import build_backbone
 from common.models.backbones.frozen_norm import freeze_batchnorm
 from common.models.layers import resize_rows, source_rows
@@ -18,19 +19,21 @@ from common.models.mask2former.decoder import MaskedDecoder, masks
 from common.models.mask2former.pixel_decoder import PixelDecoder
 from common.models.segmentor import Geometry, SegmentationModel
 
+Queries = Annotated[int, AtLeast(1), AtMost(10_000)]
+
 
 @dataclass(frozen=True)
 class Mask2FormerOptions:
     """Defaults are the paper's; smaller values give a small network of the same form."""
 
-    hidden_dim: int = 256  # a multiple of 32 and of `heads`
-    num_queries: int = 100
-    heads: int = 8
-    points: int = 4  # sampled a head and level in the pixel decoder
-    encoder_layers: int = 6
-    encoder_hidden: int = 1024
-    decoder_layers: int = 9
-    decoder_hidden: int = 2048
+    hidden_dim: Width = 256  # a multiple of 32 and of `heads`
+    num_queries: Queries = 100
+    heads: Depth = 8
+    points: Depth = 4  # sampled a head and level in the pixel decoder
+    encoder_layers: Depth = 6
+    encoder_hidden: Width = 1024
+    decoder_layers: Depth = 9
+    decoder_hidden: Width = 2048
     class_head: Literal["softmax", "seesaw"] = "softmax"  # K + 1 logits, or K class and 2 objectness logits
     frozen_norm: bool = True  # batch norm of a ResNet is constant; False: it is trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone

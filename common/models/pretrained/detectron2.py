@@ -66,7 +66,7 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     state = tensors(state_dict(raw))
     unused = [name for name in state if name.startswith(UNUSED)]
     if unused:
-        logging.getLogger(__name__).info("detectron2 checkpoint: unused: %s", short(unused))
+        logging.getLogger(__name__).info("detectron2 checkpoint: not of the network: %s", short(unused))
     inner = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     if hasattr(model, "backbone"):
         inner = BACKBONE_NAMES[model.backbone.family](inner, model.backbone)
