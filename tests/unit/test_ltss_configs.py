@@ -105,7 +105,7 @@ def test_shipped_configs_build(name):
     trained = [p for p in method.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in method.parameter_groups()) == len(trained)
     if cfg.method["name"] == "deeplabv3plus":
-        assert ("blv" in name) == (method.blv is not None)
+        assert ("blv" in name) == (method.class_logits.blv is not None)
         return
     assert ("seesaw" in name or "benchmark" in name) == (method.criterion.seesaw is not None)
     assert ("matcher" in name or "benchmark" in name) == (method.criterion.matcher.copies is not None)
