@@ -265,7 +265,7 @@ def test_every_name_of_an_official_backbone_has_its_place(backbone, names):
     options = {"frozen_norm": False} if backbone == "resnet101" else {}
     with torch.device("meta"):
         model = build_model(ModelConfig("mask2former", 150, backbone, options=options))
-        raw = {f"backbone.{name}": torch.zeros(1) for name in names}
+    raw = {f"backbone.{name}": torch.zeros(1) for name in names}
     converted = {name for name in detectron2.convert({"model": raw}, model) if name.startswith("backbone.")}
     assert converted == {name for name in model.state_dict() if name.startswith("backbone.")}
 
