@@ -1,6 +1,5 @@
 """The wiring that every entry point shares: streams, validation, and the last files of a run's folder."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +14,11 @@ from common.data import SegmentationDataset, check, make_loaders, make_streams
 from common.data.coverage import coverage_warnings
 from common.data.groups import grouping, groups_config
 from common.data.statistics import Statistics, class_statistics
+from common.engine.checkpoint import refuse_earlier
 from common.engine.method import Method
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
-from common.files import write_json
+from common.files import read_json, write_json
 
 
 class Experiment:
@@ -40,6 +40,7 @@ class Experiment:
 
         self.statistics: Statistics | None = None
         self.counted: SegmentationDataset | None = None
+        self.counts: dict[str, Any] | None = None  # what the report shows of them
         if counted is not None:
             self.counted = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
             self.statistics = class_statistics(self.counted, cfg.data.workers, self.cache)
@@ -55,7 +56,13 @@ class Experiment:
                 )
 
     def open(self, step: int) -> Streams:
-        """The iterators of all streams from `step` on, for this rank."""
+        """The iterators of all streams from `step` on, for this rank.
+
+        `fit` calls it when all has been checked: the run begins, and its counts are left in `statistics.json`.
+        """
+        if self.counts is not None:
+            self.cfg.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.cfg.folder / "statistics.json", self.counts)
         rank, world = distributed.rank(), distributed.world_size()
         return make_loaders(self.cfg.data, self.cfg.train, step, rank, world, streams=self.streams)
 
@@ -83,22 +90,28 @@ class Experiment:
 
     def last_result(self) -> dict[str, Any]:
         """The newest validation of this run."""
-        return json.loads((self.cfg.folder / "evaluation.json").read_text())
+        return read_json(self.cfg.folder / "evaluation.json")
 
     def finish(self) -> None:
         """Mark the run as complete, for drivers that skip finished steps."""
         if distributed.rank() == 0:
             (self.cfg.folder / "done").touch()
 
-    def begin(self) -> None:
-        """Make the run's folder (an error here costs nothing yet) and leave the statistics in it."""
+    def begin(self, resume: bool) -> None:
+        """Find what stands against the run, while that costs nothing yet: an earlier run, a folder not to write in.
+
+        Nothing is written before `open`. Says what the training labels lack. Raises ValueError or OSError.
+        """
+        if not resume:
+            refuse_earlier(self.cfg.folder)
         if distributed.rank() != 0:
             return
-        self.cfg.folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.cfg.folder, os.W_OK):
-            raise OSError(f"{self.cfg.folder}: not writable; set `output` to another folder")
+
+        there = next(path for path in (self.cfg.folder, *self.cfg.folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise OSError(f"{there}: no folder to write in; set `output` to another")
         if self.statistics is not None and self.counted is not None:
-            write_json(self.cfg.folder / "statistics.json", counts_of(self.counted, self.statistics))
+            self.counts = counts_of(self.counted, self.statistics)
 
 
 def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 DRAFT = ".draft-"  # how the name of an unfinished file or folder begins
 LINK = "link: "  # how a text file begins that stands for a symbolic link
 MANIFEST = "manifest.json"
@@ -207,7 +209,23 @@ def read_json(path: str | Path, remedy: str = "") -> Any:
 
 
 def load_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """For `read_artifact`: what the file holds."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+
+
+def load_array(path: Path) -> np.ndarray:
+    """For `read_artifact`: the array in a file of numpy.save, and nothing after it."""
+    with path.open("rb") as file:
+        array = np.load(file, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"holds a {type(array).__name__}, not an array")
+        if file.read(1):
+            raise ValueError(f"goes on after the array of shape {array.shape}")
+    return array
 
 
 # Sealed folders -----------------------------------------------------------------------------------------------------

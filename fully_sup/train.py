@@ -14,7 +14,7 @@ def main() -> None:
     rehearse(cfg, lambda: Supervised(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
-    experiment.begin()
+    experiment.begin(args.resume)
     method = prepare(cfg, lambda: Supervised(cfg, experiment.statistics.pixel_count), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)

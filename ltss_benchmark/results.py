@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import distributed
 from common.evaluation import summarise
-from common.files import write_json
+from common.files import replacing, write_json
 from ltss_benchmark.rle import encode_labels
 
 Groups = Mapping[str, Sequence[str]] | None
@@ -108,10 +108,11 @@ class Predictions:
         if distributed.rank() != 0:
             return
         parts = [self._part(rank) for rank in range(distributed.world_size())]
-        with self.path.open("w") as out:
+        lines = (line.rstrip("\n") for part in parts for line in part.open())
+        with replacing(self.path) as draft, draft.open("w") as out:
             out.write("[")
-            for number, line in enumerate(line for part in parts for line in part.open()):
-                out.write((",\n" if number else "") + line.rstrip("\n"))
+            for number, line in enumerate(lines):
+                out.write((",\n" if number else "") + line)
             out.write("]\n")
         for part in parts:
             part.unlink()

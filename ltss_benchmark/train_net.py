@@ -108,7 +108,7 @@ def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
 def train(cfg: Config, args: argparse.Namespace) -> None:
     cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
-    experiment.begin()
+    experiment.begin(args.resume)
     method = prepare(cfg, lambda: build_method(cfg, experiment.statistics), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)

@@ -8,13 +8,12 @@ were evaluated on other images or otherwise are refused; a name that was has no 
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from common import cli
 from common.evaluation.identity import differences, has_identity
-from common.files import write_json
+from common.files import load_json, read_artifact, read_json, write_json
 
 
 def main() -> None:
@@ -39,14 +38,16 @@ def main() -> None:
 
 def load(folder: Path) -> dict[str, Any]:
     """What a results file keeps of one run: scores, and how it was made."""
-    try:
-        result = json.loads((folder / "evaluation.json").read_text())
-        made = json.loads((folder / "run.json").read_text())
-    except OSError as error:
-        raise ValueError(f"{error.filename}: missing; has the run ended?") from error
+    result = read_artifact(folder / "evaluation.json", _scores, "has the run ended?")
+    made = read_json(folder / "run.json", "has the run ended?")
+    return {"run": folder.name, **result, "made": made}
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    result = load_json(path)
     result["per_class"] = {item["name"]: item["iou"] for item in result["per_class"]}
     del result["confusion"]
-    return {"run": folder.name, **result, "made": made}
+    return result
 
 
 def check_seeds(name: str, runs: list[dict[str, Any]]) -> None:

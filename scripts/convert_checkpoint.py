@@ -5,7 +5,6 @@ the config's network. The result holds tensors alone and can be used wherever a 
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from common import cli
 from common.config import load_config
+from common.files import replacing
 from common.models import load_model
 from common.models.pretrained import cpsl
 from common.models.pretrained.containers import read
@@ -47,12 +47,8 @@ def write(path: str, state: dict[str, torch.Tensor], metadata: dict[str, str]) -
     """A file that appears whole or not at all."""
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.tmp")
-    try:
+    with replacing(out) as draft:
         save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, draft, metadata)
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def found_prototypes(path: str) -> torch.Tensor | None:

@@ -5,7 +5,6 @@ ended. `--minus` adds a third run, BLV with the offset subtracted.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from common import cli
 from common.evaluation import format_table
+from common.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "fully_sup" / "configs" / "toy"
@@ -41,7 +41,7 @@ def main() -> None:
     report = OUTPUT / "report.html"
     folders = [str(OUTPUT / name) for name in runs]
     call("scripts/report.py", *folders, "--baseline", folders[0], "--out", str(report))
-    results = [json.loads((OUTPUT / name / "evaluation.json").read_text()) for name in runs]
+    results = [read_json(OUTPUT / name / "evaluation.json") for name in runs]
     for name, result in zip(runs, results, strict=True):
         print(f"\n{name}" + ("" if result is results[0] else ", change against the baseline"))
         print(format_table(result, None if result is results[0] else results[0]))

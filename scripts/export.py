@@ -5,7 +5,6 @@ The program takes images (B, 3, H, W), RGB in 0–255, of exactly this batch and
 """
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from common import cli
 from common.config import load_config
+from common.files import replacing
 from common.models import load_model
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
@@ -58,16 +58,12 @@ def export(model: nn.Module, images: Tensor, out: Path) -> float:
     expected = model(images)
     program = torch.export.export(model, (images,))
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".draft_{out.name}")
-    try:
+    with replacing(out) as draft:
         torch.export.save(program, draft)
         found = torch.export.load(draft).module()(images)
         apart = float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
         if not apart <= TOLERANCE:
             raise ValueError(f"{out}: the exported program's scores differ by {apart:.1e} (relative); not written")
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
     return apart
 
 

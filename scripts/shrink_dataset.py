@@ -17,6 +17,7 @@ from common.data import SegmentationDataset
 from common.data.decoding import decoding
 from common.data.labels import read_index
 from common.data.loading import parallel
+from common.files import replacing
 
 
 def main() -> None:
@@ -60,9 +61,8 @@ def shrink(job: tuple[Path, Path, bool], factor: int) -> bool:
     small = picture.resize((width, height), how, box=(0, 0, width * factor, height * factor))
 
     copy.parent.mkdir(parents=True, exist_ok=True)
-    part = copy.with_name(f".{copy.name}.part")
-    small.save(part, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
-    part.replace(copy)
+    with replacing(copy, sync=False) as draft:
+        small.save(draft, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
     return True
 
 

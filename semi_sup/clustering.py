@@ -6,7 +6,6 @@ void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, a
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from PIL import Image
 from common import cli, console
 from common.config import Config, ConfigError, load_config
 from common.data import IGNORE, SegmentationDataset, class_statistics
-from common.files import write_json
+from common.files import replacing, write_json
 from common.ops.balanced_kmeans import balanced_kmeans
 from semi_sup.cells import blocky_subclasses, cell_classes, pixel_subclasses
 from semi_sup.config import NUMBERS, digest, labelled_source, take_overrides
@@ -159,9 +158,8 @@ class Clustering:
             else:
                 features = self.features.image(self.place[name])
                 values = pixel_subclasses(label, classes, subclasses, self.offsets, features, self.centres)
-            draft = folder / f".{name}.png"
-            Image.fromarray(values).save(draft)
-            os.replace(draft, folder / f"{name}.png")
+            with replacing(folder / f"{name}.png", sync=False) as draft:
+                Image.fromarray(values).save(draft)
 
 
 def balanced(data: np.ndarray, rows: np.ndarray, k: int, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """From a config file to one that can be trained: what depends on files of earlier steps is filled in and checked."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
@@ -11,6 +10,7 @@ from typing import Any
 from common.config import Config, ConfigError, SourceConfig, nearest
 from common.data import SegmentationDataset
 from common.engine import Method
+from common.files import load_json, read_artifact
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.usrn import USRN, Baseline, SelfTraining
 
@@ -105,14 +105,15 @@ def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[
             f"{path}: no subclass labels there; clustering.py makes them (beside labels of the release's program "
             'write {"counts": [its numbers of subclasses]} to this file)'
         )
-    try:
-        record = json.loads(path.read_text())
-        counts = check_counts(record["counts"], num_classes)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the numbers of subclasses ({error}); run clustering.py again") from error
-    if record.get("list", digest(names)) != digest(names):
+
+    def parse(path: Path) -> tuple[tuple[int, ...], str | None]:
+        record = load_json(path)
+        return check_counts(record["counts"], num_classes), record.get("list")
+
+    counts, made_for = read_artifact(path, parse, "not the numbers of subclasses; run clustering.py again")
+    if made_for not in (None, digest(names)):
         raise ValueError(
-            f"{path}: made for {record['images']} other images than the {len(names)} of data.streams.labeled; "
+            f"{path}: made for other images than the {len(names)} of data.streams.labeled; "
             "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
         )
     return counts

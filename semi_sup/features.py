@@ -7,10 +7,9 @@ Whole images at their own size, without augmentation, one after the other in the
     index.json     names and sizes of the images
 """
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 from common import console
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
-from common.files import write_json
+from common.files import load_array, load_json, read_artifact, write_json
 
 STRIDE = 8
 ROWS, INDEX = "features.npy", "index.json"
@@ -104,9 +103,8 @@ def cell_features(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 
 def _finish(folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], source: str) -> Features:
-    draft = folder / f".{INDEX}"
-    write_json(draft, {"stride": STRIDE, "source": source, "names": list(names), "sizes": [list(s) for s in sizes]})
-    os.replace(draft, folder / INDEX)
+    index = {"stride": STRIDE, "source": source, "names": list(names), "sizes": [list(size) for size in sizes]}
+    write_json(folder / INDEX, index)
     return open_features(folder, names)
 
 
@@ -114,17 +112,33 @@ def open_features(folder: Path, names: Sequence[str]) -> Features:
     """The features of exactly the images `names`. ValueError where they are missing or of another list."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: no features there; {REMEDY}")
-    index = json.loads((folder / INDEX).read_text())
-    if sorted(index["names"]) != sorted(names):
+    stored, sizes = read_artifact(folder / INDEX, _index, REMEDY)
+    if sorted(stored) != sorted(names):
         raise ValueError(
-            f"{folder}: features of {len(index['names'])} images, not of the {len(names)} of data.streams.labeled; "
-            f"{REMEDY}"
+            f"{folder}: features of {len(stored)} images, not of the {len(names)} of data.streams.labeled; {REMEDY}"
         )
-    sizes = [tuple(size) for size in index["sizes"]]
-    rows, starts = np.load(folder / ROWS, mmap_mode="r"), starts_of(sizes)
-    if rows.ndim != 2 or rows.dtype != np.float16 or len(rows) != starts[-1]:
-        raise ValueError(f"{folder / ROWS}: {rows.dtype} {rows.shape} for {starts[-1]} cells; {REMEDY}")
-    return Features(rows, index["names"], sizes, starts)
+
+    starts = starts_of(sizes)
+    rows = read_artifact(folder / ROWS, partial(_rows, cells=int(starts[-1])), REMEDY)
+    return Features(rows, stored, sizes, starts)
+
+
+def _index(path: Path) -> tuple[list[str], list[tuple[int, int]]]:
+    """Names and sizes of the images."""
+    index = load_json(path)
+    names, sizes = index["names"], [(int(height), int(width)) for height, width in index["sizes"]]
+    if len(names) != len(sizes) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{len(names)} names of images for {len(sizes)} sizes")
+    if min(map(min, sizes), default=1) < 1:
+        raise ValueError("an image without pixels")
+    return names, sizes
+
+
+def _rows(path: Path, cells: int) -> np.ndarray:
+    rows = np.load(path, mmap_mode="r")
+    if rows.ndim != 2 or rows.dtype != np.float16 or len(rows) != cells:
+        raise ValueError(f"{rows.dtype} {rows.shape} for {cells} cells")
+    return rows
 
 
 def adopt(folder: Path, dataset: SegmentationDataset) -> bool:
@@ -140,7 +154,7 @@ def adopt(folder: Path, dataset: SegmentationDataset) -> bool:
     shape = (int(starts[-1]), len(np.load(paths[0], mmap_mode="r")))
     rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=np.float16, shape=shape)
     for i, path in enumerate(paths):
-        cells = np.load(path, allow_pickle=False)
+        cells = read_artifact(path, load_array, REMEDY)
         if cells.shape != (shape[1], *grid(sizes[i])):
             raise ValueError(f"{path}: features {cells.shape}, expected {(shape[1], *grid(sizes[i]))}; {REMEDY}")
         rows[starts[i] : starts[i + 1]] = cells.reshape(shape[1], -1).T

@@ -98,7 +98,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
-    experiment.begin()
+    experiment.begin(args.resume is not None)
     method = prepare(cfg, lambda: build_method(cfg, experiment.statistics.pixel_count), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume is not None)

@@ -1,10 +1,9 @@
 """Class prototypes of the target from a warmed-up network: `python calc_prototype.py CONFIG [--stage warm_up]`."""
 
-import os
-
 import torch
 
 from common import cli, distributed
+from common.files import replacing
 from uda.config import PROTOTYPES, stage_config, stage_parser
 from uda.pseudo_labels import TargetImages, open_network, prototypes
 
@@ -19,8 +18,8 @@ def main() -> None:
     result = prototypes(open_network(cfg, args.checkpoint, device), data, cfg.data.workers, device)
     path = cfg.folder / PROTOTYPES
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(result, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as draft:
+        torch.save(result, draft)
     print(f"prototypes {tuple(result.shape)} of {len(data)} images in {path}")
 
 

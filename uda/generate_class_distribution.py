@@ -3,11 +3,10 @@
 Read off the soft pseudo-labels where they are complete, else from a pass over the target images.
 """
 
-import os
-
 import numpy as np
 
 from common import cli, distributed
+from common.files import replacing
 from uda.config import DISTRIBUTION, SOFT, stage_config, stage_parser
 from uda.pseudo_labels import TargetImages, class_distribution, distribution_of_soft, open_network
 
@@ -24,11 +23,9 @@ def main() -> None:
         device = distributed.start(args.device)
         shares = class_distribution(open_network(cfg, args.checkpoint, device), data, cfg.data.workers, device)
     path = cfg.folder / DISTRIBUTION
-    draft = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("wb") as file:
-        np.save(file, shares.numpy())
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        np.save(draft, shares.numpy())
     for name, share in zip(data.dataset.row.classes, shares.tolist(), strict=True):
         print(f"{name:<16} {share:.6f}")
     print(f"class distribution in {path}")

@@ -1,11 +1,10 @@
 """What a trained network says about every target image: soft and hard pseudo-labels, prototypes, class distribution."""
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from common import console
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
+from common.files import load_array, read_artifact, replacing
 from common.models.layers import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
@@ -74,7 +74,8 @@ def write_soft(model: nn.Module, data: TargetImages, folder: Path, workers: int,
     """Class probabilities float16 (C, h, w) at the network's stride, `<name>.npy`."""
     for name, image in images(data, workers, device, "soft pseudo-labels"):
         probabilities = model(image)["logits"].float().softmax(1)[0]
-        _replace(folder / f"{name}.npy", lambda file, p=probabilities: np.save(file, p.half().cpu().numpy()))
+        with whole(folder / f"{name}.npy") as draft:
+            np.save(draft, probabilities.half().cpu().numpy())
 
 
 @torch.no_grad()
@@ -93,7 +94,8 @@ def write_hard(
         values = (confidence * CONFIDENCE_STEPS).floor().clamp(max=CONFIDENCE_STEPS)
         for end, value in (("_conf.png", values), (".png", label)):  # the label last: it marks the pair as complete
             picture = Image.fromarray(value.byte().cpu().numpy())
-            _replace(folder / f"{name}{end}", lambda file, p=picture: p.save(file, format="PNG"))
+            with whole(folder / f"{name}{end}") as draft:
+                picture.save(draft)
 
 
 def best_class(probabilities: Tensor, size: tuple[int, int], rows: int = 128) -> tuple[Tensor, Tensor]:
@@ -169,15 +171,14 @@ def distribution_of_soft(folder: Path, names: list[str], classes: int) -> Tensor
     """The same from soft pseudo-labels on disk: no pass over the images."""
     counts = np.zeros(classes, np.int64)
     for name in console.bar(names, what="class distribution"):
-        best = np.load(folder / f"{name}.npy", allow_pickle=False).argmax(0)
+        best = read_artifact(folder / f"{name}.npy", load_array).argmax(0)
         counts += np.bincount(best.ravel(), minlength=classes)
     return torch.from_numpy(counts / counts.sum())
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it appears whole."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A draft of one of many files, which a power cut may cost: the step that writes them checks what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        write(file)
-    os.replace(draft, path)
+    with replacing(path, sync=False) as draft:
+        yield draft

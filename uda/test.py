@@ -5,7 +5,6 @@ model's own classes, those that neither labels nor predictions show left out. Wi
 prints the target mIoU that each stage of the task ended with.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from common.config import Config
 from common.data import DATASETS
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
+from common.files import load_json, read_artifact
 from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import newest_checkpoint, open_network
 
@@ -78,7 +78,12 @@ def print_history(cfg: Config) -> None:
     if not found:
         raise ValueError(f"{cfg.output}: no stage has been evaluated there; main.sh or train.py runs them")
     for path in found:
-        print(f"{path.parent.name:<14} target mIoU {100 * json.loads(path.read_text())['miou']:.2f}")
+        print(f"{path.parent.name:<14} target mIoU {100 * read_artifact(path, stored_miou):.2f}")
+
+
+def stored_miou(path: Path) -> float:
+    """For `read_artifact`."""
+    return float(load_json(path)["miou"])
 
 
 def evaluation_of(cfg: Config, stage: str) -> Path | None:

@@ -69,7 +69,7 @@ def main() -> None:
     rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
-    experiment.begin()
+    experiment.begin(args.resume)
     method = prepare(cfg, lambda: build_method(cfg, experiment.statistics.pixel_count), device)
     fit(cfg, method, experiment.open, experiment.evaluator(method, device), device=device, resume=args.resume)
     print_result(experiment.last_result())

@@ -15,6 +15,7 @@ from common.data.catalogue.lists import read_list
 from common.data.catalogue.registry import resolve
 from common.data.images import Picture
 from common.data.labels import IGNORE, MOST_CLASSES, read_index
+from common.files import load_array, read_artifact
 
 Transform = Callable[[dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]]
 
@@ -92,10 +93,7 @@ class SegmentationDataset:
 
     def _map(self, path: Path, record: Record, size: tuple[int, int]) -> np.ndarray:
         if path.suffix != ".png":
-            try:
-                return np.load(path, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise ValueError(f"{path}: cannot read the array of {record.name} ({error})") from error
+            return read_artifact(path, load_array, f"run the step that writes the array of {record.name} again")
         if not path.is_file():
             raise ValueError(f"{path}: no such map for {record.image}; run the step that writes it first")
         raw = read_index(path)

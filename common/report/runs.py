@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from common.evaluation.folder import run_of
+from common.files import read_json
 
 PARTS = ("config.yaml", "run.json", "log.jsonl", "evaluation.json")
 
@@ -85,12 +86,7 @@ def _panels(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); delete it or write it again") from error
+    return read_json(path, "delete it or write it again") if path.is_file() else None
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

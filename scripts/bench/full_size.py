@@ -20,7 +20,7 @@ from typing import Any
 from common.cli import split_overrides
 from common.config import load_config
 from common.engine.logging import commit, describe_machine
-from common.files import write_json
+from common.files import load_json, read_artifact, write_json
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark.py"
 OUT = BENCHMARK.parents[1] / "docs" / "results" / "full_size.json"
@@ -72,13 +72,14 @@ def read(path: Path) -> dict[str, Any]:
     """Earlier results. ValueError where the file holds something else."""
     if not path.is_file():
         return {"benchmark": "full-size", "configs": {}}
-    try:
-        found = json.loads(path.read_text())
+
+    def parse(path: Path) -> dict[str, Any]:
+        found = load_json(path)
         if not isinstance(found["configs"], dict):
             raise TypeError("configs is no mapping")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of this benchmark; give another --out") from error
-    return found
+        return found
+
+    return read_artifact(path, parse, "not a file of this benchmark; give another --out")
 
 
 def measure(name: str, args: argparse.Namespace, changes: list[str], folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -53,6 +54,30 @@ def test_sigterm_saves_and_resumes_to_the_bit(config, tmp_path, whole):
     assert process.returncode in (0, 143), out  # 0: it ended before the signal came
     call(TRAIN, config, "name=stopped", "train.save_every=1000", "--resume")
     assert_equal(whole, weights(tmp_path / "stopped"))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_refused_starts_leave_a_run_as_it_was(config, tmp_path):
+    call(TRAIN, config, "name=run", "train.steps=3")
+    before = contents(tmp_path / "run")
+    other_counts = "data.streams.labeled.split=val"
+    refusals = {
+        "holds an earlier run": [other_counts],
+        "trained on|tensors differ": ["--resume", other_counts, "model.options.channels=8"],
+        "its optimisers are": ["--resume", other_counts, "optim.name=adamw"],
+        "method: heads": ["--resume", other_counts, "method.heads.decode.loss=none"],
+    }
+    for words, overrides in refusals.items():
+        assert re.search(words, call(TRAIN, config, "name=run", *overrides, expect=2)), words
+    for checkpoint in (tmp_path / "run" / "checkpoints").glob("step_*"):
+        (checkpoint / "state.pt").write_bytes(b"torn")
+    damaged = contents(tmp_path / "run")
+    assert "all are damaged" in call(TRAIN, config, "name=run", "--resume", other_counts, expect=2)
+    assert contents(tmp_path / "run") == damaged and damaged.keys() == before.keys()
+    assert [path for path in damaged if damaged[path] != before[path] and path.name != "state.pt"] == []
 
 
 def test_a_checkpoint_evaluates_as_it_did_in_training(config, tmp_path, whole):

@@ -106,7 +106,8 @@ def test_the_start_of_training_and_the_report(config):
     cfg = load_config(config)
     experiment = Experiment(cfg, counted="labeled")
     with pytest.warns(UserWarning, match=r"class 1 \(crack\) has no pixel .* value 255: .*label_map: \{0: 0, 255: 1\}"):
-        experiment.begin()
+        experiment.begin(resume=False)
+    experiment.open(0)
 
     (cfg.folder / "log.jsonl").touch()
     page = write_report(cfg.folder / "report.html", [RunFolder.load(cfg.folder)]).read_text()

@@ -24,6 +24,7 @@ from common.data.toy.canvas import DOMAINS, RAW_IDS
 from common.data.toy.glyphs import ADE_RANKS, ade_scene, voc_scene
 from common.data.toy.people import mhp_scene
 from common.data.toy.scene import street_scene
+from common.files import load_json, read_artifact
 
 MARKER = "toy.json"
 VERSION = 2  # of the drawings: raise it when a picture changes
@@ -221,7 +222,7 @@ def shares(root: str | Path) -> dict[str, float]:
     path = Path(root) / MARKER
     if not path.is_file():
         raise ValueError(f"{path}: no complete toy set lies here; write one with scripts/make_toy.py")
-    pixels = json.loads(path.read_text())["pixels"]
+    pixels = read_artifact(path, lambda path: dict(load_json(path)["pixels"]))
     total = sum(pixels.values())
     return {name: n / total for name, n in sorted(pixels.items(), key=lambda item: -item[1])}
 
@@ -290,7 +291,8 @@ def _complete(root: Path, params: dict) -> bool:
     """Whether `root` holds exactly this set. ValueError where it holds files that are no toy set."""
     marker = root / MARKER
     if marker.is_file():
-        return json.loads(marker.read_text())["params"] == params
+        found = read_artifact(marker, lambda path: load_json(path)["params"], "remove the folder to write it anew")
+        return found == params
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root}: holds something that is no toy set ({MARKER} is missing); choose another root")
     return False

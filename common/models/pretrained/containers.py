@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.files import MANIFEST, damage, follow, read_artifact
+from common.files import MANIFEST, damage, follow, load_array, read_artifact
 from common.pickles import NUMPY, Inert, check, load, plain
 
 ZIP = b"PK\x03\x04"  # torch files since 1.6
@@ -87,7 +87,7 @@ def load_tensor(path: Path) -> Tensor:
     """
     with path.open("rb") as file:
         numpy = file.read(len(NUMPY_ARRAY)) == NUMPY_ARRAY
-    value = _read_numpy(path) if numpy else _load(path)[0]
+    value = load_array(path) if numpy else _load(path)[0]
     return tensors({"the value": value})["the value"].detach()
 
 
@@ -150,14 +150,6 @@ def _read_torch_legacy(path: Path) -> Contents:
 def _load_torch(path: Path, mmap: bool) -> Any:
     with torch.serialization.safe_globals([(value, name) for name, value in KNOWN.items()]):
         return plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
-
-
-def _read_numpy(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        array = np.load(file, allow_pickle=False)
-        if file.read(1):
-            raise ValueError(f"goes on after the array of shape {array.shape}")
-    return array
 
 
 def _read_pickle(path: Path) -> Contents:
