@@ -68,7 +68,8 @@ def images(words: list[str]) -> dict[str, Path]:
     for word in words:
         path = Path(word)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            there = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = [p for p in there if not p.name.startswith(".")]  # macOS's ._x is no image
             if not inside:
                 raise ValueError(f"{path}: no images here ({', '.join(IMAGE_SUFFIXES)})")
             named = [(str(p.relative_to(path).with_suffix("")), p) for p in inside]

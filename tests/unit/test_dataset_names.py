@@ -12,7 +12,7 @@ import yaml
 from common.config import SourceConfig
 from common.data import SegmentationDataset
 from common.data.catalogue.lists import listed, pick, read_list, write_list
-from scripts import make_longtail, prepare_splits
+from scripts import make_longtail, predict, prepare_splits
 from tests.unit.data_files import classes, folder_options, picture, save
 
 NFC = unicodedata.normalize("NFC", "Straße_über")
@@ -196,6 +196,7 @@ def test_files_of_macos_are_no_images(tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder / "train" / "._a.png").write_bytes(b"\0\5\26\7")
     assert SegmentationDataset(source).names == ["a", "b"]
+    assert list(predict.images([str(tmp_path / "images")])) == ["train/a", "train/b"]
 
 
 # Encodings ---------------------------------------------------------------------------------------------------------

@@ -175,8 +175,15 @@ def test_flat_training_beside_official_validation(tmp_path):
     (tmp_path / "annotations").mkdir()  # in a README's tree, and unused
     for split in ("train", "val"):
         assert len(SegmentationDataset(SourceConfig(dataset="cityscapes", root=str(tmp_path), split=split))) == 2
-    with pytest.raises(ValueError, match=r"leftImg8bit/test: .* missing \(nor is there leftImg8bit_sequence, images\)"):
+    others = r"\(nor is there leftImg8bit_sequence/test, images/test\); check the data set's root and split"
+    with pytest.raises(ValueError, match=rf"leftImg8bit/test: the folder of the images is missing {others}"):
         SegmentationDataset(SourceConfig(dataset="cityscapes", root=str(tmp_path), split="test"))
+
+
+def test_the_folder_of_an_archive_is_named(tmp_path):
+    (tmp_path / "RAND_CITYSCAPES" / "RGB").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"RGB: .* is missing; it is in .*/RAND_CITYSCAPES: set `root` to that"):
+        SegmentationDataset(SourceConfig(dataset="synthia", root=str(tmp_path)))
 
 
 def test_folders_below_the_root_in_any_case(tmp_path):

@@ -50,6 +50,21 @@ def below(root: Path, relative: str) -> Path:
     return path
 
 
+def image_folder(root: Path, choices: Sequence[str]) -> Path:
+    """The first of the folders below `root` that is there, in any case. ValueError names it and, where a folder of
+    `root` holds the whole tree (an archive's own), that one."""
+    folders = [below(root, relative) for relative in choices]
+    for folder in folders:
+        if folder.is_dir():
+            return folder
+
+    inner = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    nested = [entry for entry in inner if any(below(entry, relative).is_dir() for relative in choices)]
+    advice = f"it is in {nested[0]}: set `root` to that" if nested else "check the data set's root and split"
+    others = f" (nor is there {', '.join(choices[1:])})" if choices[1:] else ""
+    raise ValueError(f"{folders[0]}: the folder of the images is missing{others}; {advice}")
+
+
 def files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
     """The files of a folder (top level only), sorted. ValueError where the folder is missing or holds none."""
     if not folder.is_dir():
@@ -112,7 +127,7 @@ class Paired:
             raise ValueError(f"{root}: this data set has no split {split!r}; use train, or give a `list` of its images")
 
         split = self.splits.get(split, split)
-        folder = below(root, self.images.replace("{split}", split))
+        folder = image_folder(root, [self.images.replace("{split}", split)])
         label_folder = below(root, self.labels.replace("{split}", split)) if self.labels else None
         image_end, image_suffixes = split_end(self.image_end)
         label_end, label_suffixes = split_end(self.label_end)
@@ -147,15 +162,7 @@ def cityscapes(root: Path, split: str, lines: Sequence[str] | None = None) -> li
     or annotations, with or without the folders of the cities. Train-id labels are preferred; raw ids are mapped when
     loaded.
     """
-    folders = [below(root, f"{name}/{split}") for name in CITYSCAPES_IMAGES]
-    folder = next((path for path in folders if path.is_dir()), None)
-    if folder is None:
-        others = ", ".join(CITYSCAPES_IMAGES[1:])
-        raise ValueError(
-            f"{folders[0]}: the folder of the images is missing (nor is there {others}); "
-            "check the data set's root and split"
-        )
-
+    folder = image_folder(root, [f"{name}/{split}" for name in CITYSCAPES_IMAGES])
     images = [path for place in _with_cities(folder) for path in visible_files(place, (".png",))]
     if not images:
         raise ValueError(f"{folder}: no images here (<city>/*_leftImg8bit.png)")
