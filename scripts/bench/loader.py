@@ -218,8 +218,8 @@ class Bench:
         return forms
 
     def decode(self) -> dict[str, Callable[[], None]]:
-        """The image file to pixels: torchvision, which ours uses for whole images, and the others."""
-        decoders = {"torchvision": read_image} | {name: lib.decode for name, lib in self.libraries.items()}
+        """The image file to pixels: ours, which is Pillow after a look at the checksums, and the others."""
+        decoders = {"ours": read_image} | {name: lib.decode for name, lib in self.libraries.items()}
         paths = [record.image for record in self.dataset.records]
         return {name: self.turn(lambda i, rng, decode=decode: decode(paths[i])) for name, decode in decoders.items()}
 
