@@ -1,5 +1,6 @@
 """Ranks, devices and the few collectives that the engine needs; everything works on one process too."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -52,6 +53,14 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """`module` with gradients averaged over the ranks; its buffers are left to it after the start."""
+    wrapper = nn.parallel.DistributedDataParallel
+    names = inspect.signature(wrapper).parameters
+    renamed = "forward_sync_buffers" in names  # from torch 2.13 on; the old name gives a warning
+    return wrapper(module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
 def barrier() -> None:

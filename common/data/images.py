@@ -7,12 +7,11 @@ EXIF orientation is applied to JPEG images, so that they stand as viewers and an
 taken as stored, and a label drawn on the unrotated pixels is reported as a size mismatch.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from common.data.decoding import JPEG, PNG, Refused, bits, check_png, decoding, opened, png_size, read_bytes
 
@@ -80,19 +79,33 @@ def _decode_window(data: bytes, rows: slice, columns: slice) -> np.ndarray:
 def _decode(data: bytes) -> np.ndarray:
     """RGB, uint8 (H, W, 3)."""
     with opened(data) as image:
-        if data.startswith(JPEG):
-            return _decode_jpeg(data)
         if image.mode == "F":
             return _grey(_from_unit(np.array(image)))
         if image.mode.startswith("I"):
             return _grey(_from_range(image, bits(image, data)))
-        return np.array(image.convert("RGB"))  # of 16 bits a channel Pillow itself keeps the upper 8
+
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # of 16 bits a channel Pillow keeps the upper 8
+        turn = TURNS.get(_orientation(image)) if data.startswith(JPEG) else None
+        return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray:
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    image = decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+TURNS = {  # EXIF orientation → what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where there is none, or the block is broken: the pixels are sound then."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1
 
 
 def _grey(levels: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ class Trainer:
         self.source = Parts(method)
         self.parts: nn.Module = self.source
         if distributed.world_size() > 1:
-            self.parts = nn.parallel.DistributedDataParallel(self.source, broadcast_buffers=False)
+            self.parts = distributed.data_parallel(self.source)
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
         self.accumulate = runtime.accumulation(cfg)
         self.costs = runtime.Costs(device)
