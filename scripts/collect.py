@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import cli
-from common.evaluation.identity import differences, has_identity
+from common.evaluation.identity import differences, has_identity, other_means
 from common.files import load_json, read_artifact, read_json, write_json
 
 
@@ -45,6 +45,8 @@ def load(folder: Path) -> dict[str, Any]:
 
 def _scores(path: Path) -> dict[str, Any]:
     result = load_json(path)
+    kept = ("name", "tail", "groups")
+    result["classes"] = [{key: item[key] for key in kept if key in item} for item in result["per_class"]]
     result["per_class"] = {item["name"]: item["iou"] for item in result["per_class"]}
     del result["confusion"]
     return result
@@ -65,7 +67,10 @@ def remarks(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         parts = differences(runs[0], rows[first][0])
         if parts:
             lines.append(f"{name} does not compare with {first}: {'; '.join(parts)}")
-        elif not all(has_identity(run) for run in runs):
+        others = sorted(other_means(runs[0]["classes"], rows[first][0]["classes"]))
+        if others and not parts:
+            lines.append(f"{name} groups other classes than {first} ({', '.join(others)}): no changes of these means")
+        if not parts and not all(has_identity(run) for run in runs):
             lines.append(f"{name}: identity unknown, scored before an evaluation kept it")
     return lines
 
@@ -86,9 +91,18 @@ def table(rows: dict[str, list[dict[str, Any]]], columns: dict[str, tuple[str, .
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in rows.items():
         plain = runs is first or bool(differences(runs[0], first[0]))
-        cells = [cell([value(r, p) for r in runs], [value(r, p) for r in first], plain) for p in columns.values()]
+        others = other_means(runs[0]["classes"], first[0]["classes"])
+        cells = [
+            cell([value(r, p) for r in runs], [value(r, p) for r in first], plain or over(p) in others)
+            for p in columns.values()
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def over(path: tuple[str, ...]) -> str:
+    """Over which classes a score is a mean: "tail", a level of groups, or "" for all."""
+    return path[1] if path[0] == "groups" else "tail" if path[0] == "miou_tail" else ""
 
 
 def value(run: dict[str, Any], path: tuple[str, ...]) -> float | None:

@@ -79,6 +79,21 @@ def differences(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
     return found
 
 
+def other_means(classes: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The means over some classes that two evaluations take over different ones: "tail", and levels of grouping.
+
+    classes, others: their `per_class`. Groups follow the training labels, so equal evaluations may differ in them.
+    """
+    levels = {level for item in (*classes, *others) for level in item.get("groups", {})}
+    found = {level for level in levels if _grouped(classes, level) != _grouped(others, level)}
+    tails = [[item["name"] for item in side if item.get("tail")] for side in (classes, others)]
+    return found | ({"tail"} if tails[0] != tails[1] else set())
+
+
+def _grouped(classes: Sequence[Mapping[str, Any]], level: str) -> dict[str, str | None]:
+    return {item["name"]: item.get("groups", {}).get(level) for item in classes}
+
+
 def _known(result: Mapping[str, Any]) -> Mapping[str, Any]:
     return result.get("identity") or {key: result[key] for key in LEGACY if key in result}
 

@@ -3,21 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
-from common.evaluation.identity import differences, has_identity
+from common.evaluation.identity import differences, has_identity, other_means
 
 
 def format_table(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> str:
     """The scores as a console table in percent, with the change against `baseline` (another result) in points.
 
     `*` marks a tail class. A baseline of other images, settings or another convention is refused (ValueError): the
-    difference means nothing. Of one that does not say what it evaluated, that is said.
+    difference means nothing. Of one that does not say what it evaluated, that is said. Means over other classes than
+    the baseline's (tail, groups) have no change.
     """
     if baseline is not None and (parts := differences(result, baseline)):
         raise ValueError(f"the baseline does not compare with this run: {'; '.join(parts)}; evaluate both alike")
+    others = other_means(result["per_class"], baseline["per_class"]) if baseline is not None else set()
     names = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc", "FreqW": "fwiou"}
     lines = [(name, result[key], baseline and baseline[key]) for name, key in names.items()]
+    if "tail" in others:
+        lines[1] = (*lines[1][:2], None)
     for level, means in result["groups"].items():
-        before = (baseline or {}).get("groups", {}).get(level, {})
+        before = {} if level in others else (baseline or {}).get("groups", {}).get(level, {})
         lines += [(f"mIoU {level}-level {group}", value, before.get(group)) for group, value in means.items()]
     count = len(lines)
     before = {item["name"]: item["iou"] for item in (baseline or {}).get("per_class", ())}

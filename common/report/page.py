@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from common.evaluation.identity import differences, has_identity
+from common.evaluation.identity import differences, has_identity, other_means
 from common.evaluation.summary import rescore
 from common.report.html import page
 from common.report.panels import configs, making, panels
@@ -33,7 +33,8 @@ class Report:
     """The runs of one report, the baseline first, all scored by the baseline's convention.
 
     results: every run's evaluation, None where it has none to show. differing: the runs whose scores do not compare
-    with the first that has any, and why.
+    with the first that has any, and why. regrouped: of those that do, the means over other classes than the first's
+    ("tail", levels of groups).
     """
 
     def __init__(self, runs: Sequence[RunFolder], baseline: int):
@@ -45,6 +46,7 @@ class Report:
         self.convention: str = scored[0]["convention"] if scored else self._logged_convention()
         self.notes: list[str] = []
         self.differing: dict[int, list[str]] = {}
+        self.regrouped: dict[int, set[str]] = {}
         self.results = [self._result(i) for i in range(len(self.runs))]
         self._compare()
         self._tell_lacks()
@@ -100,6 +102,13 @@ class Report:
             elif parts := differences(result, self.results[first]):
                 self.differing[i] = parts
                 self.notes.append(f"{self.names[i]} does not compare with {self.names[first]}: {'; '.join(parts)}.")
+
+        for i in self.scored[1:]:
+            self.regrouped[i] = other_means(self.results[i]["per_class"], self.results[first]["per_class"])
+            if self.regrouped[i]:
+                over = ", ".join(sorted(self.regrouped[i]))
+                text = f"group other classes ({over}); these means are shown without changes"
+                self.notes.append(f"{self.names[i]} and {self.names[first]} {text}.")
 
         unknown = [self.names[i] for i in self.scored if self.mark(i)]
         if unknown:

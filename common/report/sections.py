@@ -1,7 +1,9 @@
 """The scores and curves of a report, each a function of the `Report` to markup ("" where it has nothing to show)."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -68,17 +70,16 @@ def run_bar(report: Any) -> str:
 def summary(report: Any) -> str:
     """One row a run: every score, the groups at both levels, and the change against the baseline."""
     rows = [_summary_row(report, i) for i in range(len(report.runs))]
-    columns = [column for column in _columns(report) if any(column[2](row) is not None for row in rows)]
+    columns = [column for column in _columns(report) if any(column.get(row) is not None for row in rows)]
     if not columns:
         return ""
-    values = [[get(row) for _, _, get in columns] for row in rows]
-    compared = [row for i, row in enumerate(values) if i not in report.differing]
-    best = [max((row[c] for row in compared if row[c] is not None), default=None) for c in range(len(columns))]
+    values = [[column.get(row) for column in columns] for row in rows]
+    best = [_best(report, values, c, column) for c, column in enumerate(columns)]
     cells = []
     for i, row in enumerate(values):
         line = [_summary_name(report, i)]
         for c, value in enumerate(row):
-            comparable = report.compared and i not in report.differing
+            comparable = report.compared and _compares(report, i, columns[c])
             css = ' class="best"' if comparable and value is not None and value == best[c] else ""
             change = delta(value, values[0][c]) if i and comparable else ""
             line.append(f"<span{css}>{points(value)}</span>{change}")
@@ -115,28 +116,49 @@ def _summary_row(report: Any, i: int) -> dict[str, Any]:
     return report.results[i] or {key: run.last(key) for key in SCORES.values() if not run.evaluation}
 
 
-def _columns(report: Any) -> list[tuple[str, str, Callable[[dict[str, Any]], float | None]]]:
-    """(group of columns, name, value of a row) for every score that some run has."""
-    columns: list[tuple[str, str, Callable]] = [
-        ("", name, lambda row, key=key: row.get(key)) for name, key in SCORES.items()
-    ]
+@dataclass(frozen=True)
+class _Column:
+    """A score in the table. over: the classes of its mean, where it is not all: "tail" or a level of groups."""
+
+    title: str  # of several columns
+    name: str
+    get: Callable[[dict[str, Any]], float | None]  # its value in a row
+    over: str = ""
+
+
+def _columns(report: Any) -> list[_Column]:
+    """Every score that some run has."""
+    over = {"miou_tail": "tail"}
+    columns = [_Column("", name, lambda row, key=key: row.get(key), over.get(key, "")) for name, key in SCORES.items()]
     levels = {level: None for result in report.results if result for level in result.get("groups", {})}
     for level in levels:
         for group in GROUPS:
-            columns.append((f"mIoU, {level} level", group, lambda r, n=level, g=group: _group(r, n, g)))
+            get = functools.partial(_group, level=level, group=group)
+            columns.append(_Column(f"mIoU, {level} level", group, get, level))
     return columns
+
+
+def _compares(report: Any, i: int, column: _Column) -> bool:
+    """Whether a run's value in a column compares with the baseline's."""
+    return i not in report.differing and column.over not in report.regrouped.get(i, ())
+
+
+def _best(report: Any, values: Sequence[Sequence[float | None]], c: int, column: _Column) -> float | None:
+    """The highest value in a column among those that compare."""
+    found = [row[c] for i, row in enumerate(values) if row[c] is not None and _compares(report, i, column)]
+    return max(found, default=None)
 
 
 def _group(row: dict[str, Any], level: str, group: str) -> float | None:
     return row.get("groups", {}).get(level, {}).get(group)
 
 
-def _summary_head(columns: Sequence[tuple[str, str, Any]]) -> str:
-    groups = list(dict.fromkeys(group for group, _, _ in columns if group))
-    names = header(["run", *(name for _, name, _ in columns)])
+def _summary_head(columns: Sequence[_Column]) -> str:
+    groups = list(dict.fromkeys(column.title for column in columns if column.title))
+    names = header(["run", *(column.name for column in columns)])
     if not groups:
         return names
-    plain = sum(not group for group, _, _ in columns) + 1
+    plain = sum(not column.title for column in columns) + 1
     spans = "".join(f'<th class="group" colspan="{len(GROUPS)}">{escape(group)}</th>' for group in groups)
     return f'<tr><th colspan="{plain}"></th>{spans}</tr>{names}'
 

@@ -227,6 +227,20 @@ def test_scores_of_other_images_or_settings_are_marked_and_never_compared(tmp_pa
     assert html.count('alt="prediction for image 00003"') == 2
 
 
+def test_means_over_other_classes_have_no_change(tmp_path):
+    """Groups follow the training labels: those of a run on fewer of them are others."""
+    base, other = make_run(tmp_path / "base"), make_run(tmp_path / "other", BETTER)
+    result = json.loads((other / "evaluation.json").read_text())
+    result["per_class"][2]["groups"]["image"] = "rare"  # was common, as in `base`
+    (other / "evaluation.json").write_text(json.dumps(result))
+    html = report_text(tmp_path, base, other)
+    check_page(html)
+    cells = re.findall(r"<td>(.*?)</td>", row_of(html, "other"))
+    changed = ["delta" in cell for cell in cells[1:]]
+    assert changed == [*[True] * 5, *[False] * 3, *[True] * 3]  # five scores, image level, pixel level
+    assert "other and base group other classes (image)" in html
+
+
 def test_results_without_an_identity_are_shown_as_such(tmp_path):
     old = make_run(tmp_path / "old", drop=("identity",))
     html = report_text(tmp_path, make_run(tmp_path / "base"), old)
