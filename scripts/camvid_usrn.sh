@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../semi_sup"
 export OMP_NUM_THREADS=1
 compare() {
     for variant in usrn selftrain usrn_blv; do
-        SAVED=saved/seed_$1 OVERRIDES="seed=$1 train.threads=1" sh main.sh camvid_1over8 "$variant"
+        OVERRIDES="output=saved/seed_$1 seed=$1 train.threads=1" sh main.sh camvid_1over8 "$variant"
     done
 }
 compare 0 &

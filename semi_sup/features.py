@@ -7,10 +7,11 @@ Whole images at their own size, without augmentation, one after the other in the
     index.json     names and sizes of the images
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,11 +72,16 @@ class _Images(Dataset):
 
 @torch.no_grad()
 def export(
-    model: nn.Module, dataset: SegmentationDataset, folder: Path, device: torch.device, workers: int, source: str
+    model: nn.Module,
+    dataset: SegmentationDataset,
+    folder: Path,
+    device: torch.device,
+    workers: int,
+    source: Mapping[str, Any],
 ) -> Features:
-    """Write the features of all images of `dataset` by `model` (evaluation mode); `source` says where it came from.
+    """Write the features of all images of `dataset` by `model` (evaluation mode). Returns them.
 
-    Half precision overflows at 65504: ValueError.
+    source: which checkpoint the model is of; it stands in the index. Half precision overflows at 65504: ValueError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)  # what lies there is no longer whole
@@ -102,7 +108,7 @@ def cell_features(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     return halved[0].flatten(1).T.half()
 
 
-def _finish(folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], source: str) -> Features:
+def _finish(folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], source: Any) -> Features:
     index = {"stride": STRIDE, "source": source, "names": list(names), "sizes": [list(size) for size in sizes]}
     write_json(folder / INDEX, index)
     return open_features(folder, names)

@@ -4,8 +4,8 @@
     main.py --test --resume CKPT [--config C]    evaluate, write predictions and the report
     main.py --save_feature --resume CKPT         features of the labelled images, for clustering.py
 
-CKPT is a checkpoint of ours (its config is inside: --config is not needed) or an official .pth file. Runs lie in
-saved/<name of the config>/.
+CKPT is a checkpoint of ours (its config is inside: --config is not needed) or an official .pth file; with --config and
+no CKPT it is the best one of the config's run. Runs lie in saved/<name of the config>/.
 """
 
 import argparse
@@ -26,9 +26,11 @@ from common.data.statistics import placeholder
 from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
+from common.files import follow
 from common.models import load_model
 from common.models.pretrained.containers import weight_file
 from common.report import RunFolder, write_report
+from common.steps import digest_of
 from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides
 from semi_sup.features import export
 
@@ -42,8 +44,7 @@ def main() -> None:
     if args.test and args.save_feature:
         raise ValueError("--test and --save_feature are two runs")
     if args.test or args.save_feature:
-        if args.resume in (None, NEWEST):
-            raise ValueError("--resume CKPT is needed: which checkpoint?")
+        args.resume = chosen(cfg, args.resume)
         (test if args.test else save_features)(cfg, args)
     else:
         train(cfg, args)
@@ -86,6 +87,16 @@ def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
     if text is None:
         raise ValueError(f"{file}: no config inside; give --config")
     return config_of(json.loads(text), overrides, str(file))
+
+
+def chosen(cfg: Config, resume: str | None) -> str:
+    """The checkpoint that --resume names, else the best one of the config's run."""
+    if resume not in (None, NEWEST):
+        return resume
+    best = follow(cfg.folder / "checkpoints" / "best")
+    if not best.exists():
+        raise ValueError(f"{best}: no checkpoint there; train {cfg.name} first, or name a checkpoint: --resume CKPT")
+    return str(best)
 
 
 # Train --------------------------------------------------------------------------------------------------------------
@@ -176,7 +187,8 @@ def save_features(cfg: Config, args: argparse.Namespace) -> None:
     dataset = SegmentationDataset(replace(labelled_source(cfg), labels=False))
     model, device = open_network(cfg, args)
     folder = cfg.folder / "features"
-    features = export(model, dataset, folder, device, cfg.data.workers, str(args.resume))
+    source = {"checkpoint": args.resume, "digest": digest_of(args.resume)}
+    features = export(model, dataset, folder, device, cfg.data.workers, source)
     print(f"features of {len(dataset)} images, {len(features.rows)} cells, in {folder}")
 
 

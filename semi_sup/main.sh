@@ -1,52 +1,45 @@
 #!/bin/sh
 # The whole pipeline of a split: sh main.sh voc_1over32 [usrn | usrn_blv | selftrain | selftrain_blv | baseline]
-# baseline -> features -> clustering -> training -> test. Stops at the first error; a stopped run goes on where it was,
-# and finished steps are skipped. Settings from the environment: $OVERRIDES (section.key=value ..., for every step),
-# $ALGORITHM (balanced_kmeans or normal_kmeans), $TRAIN (e.g. TRAIN="torchrun --nproc-per-node 2 main.py"), $SAVED (the
-# folder of all runs, e.g. one a seed: SAVED=saved/seed_1 OVERRIDES=seed=1).
+# baseline -> features -> clustering -> training -> test. Stops at the first error; a stopped run goes on where it was; a
+# finished step is skipped unless it would read something else now (common/steps.py: what then, and what CHANGED=keep
+# and CHANGED=anew do). Settings from the environment: $OVERRIDES (section.key=value ..., for every step, e.g. seed=1
+# output=saved/seed_1; $SAVED is short for that output), $ALGORITHM (balanced_kmeans or normal_kmeans), $TRAIN (e.g.
+# TRAIN="torchrun --nproc-per-node 2 main.py").
 set -eu
 cd "$(dirname "$0")"
 if [ $# -lt 1 ] || [ ! -f "configs/${1}_${2:-usrn}.json" ]; then
     echo "error: usage: sh main.sh SPLIT [VARIANT]; configs:" $(cd configs && ls *.json | sed 's/\.json$//') >&2
     exit 2
 fi
-name=$1
-variant=${2:-usrn}
-algorithm=${ALGORITHM:-balanced_kmeans}
-train=${TRAIN:-python main.py}
-base=${name}_baseline
-run=${name}_$variant
-saved=${SAVED:-saved}
-more="output=$saved ${OVERRIDES:-}"
-
-# A step leaves a mark when it has ended well, and is skipped from then on.
-step() {
-    mark=$1
-    shift
-    if [ -e "$mark" ]; then
-        echo "[$name] $mark: done already"
-    else
-        echo "[$name] $*"
-        "$@"
-        mkdir -p "$(dirname "$mark")" && touch "$mark"
-    fi
-}
-
-if [ "$name" = toy_1over8 ]; then
-    toy=datasets/toy_voc
-    [ -e $toy/toy.json ] || rm -f "$saved"/.splits_toy*
-    step $toy/toy.json python ../scripts/make_toy.py voc --root $toy --train 160 --val 24
-fi
-step "$saved/.splits_$run" python ../scripts/prepare_splits.py "configs/$run.json" $more
-case $variant in usrn*)
-    step "$saved/$base/done" $train --config "configs/$base.json" --resume $more
-    step "$saved/$base/features/done" python main.py --save_feature --resume "$saved/$base/checkpoints/best" $more
-    step "$saved/$base/label_subcls_$algorithm/done" \
-        python clustering.py --config "configs/$base.json" --clustering_algorithm "$algorithm" $more
-    [ "$algorithm" = balanced_kmeans ] || run=${run}_$algorithm
-    labels="name=$run data.streams.labeled.maps.sub_label=$saved/$base/label_subcls_$algorithm"
+case " ${OVERRIDES:-}" in *" name="*)
+    echo "error: OVERRIDES: name= would put all steps into one folder; give output=DIR, or runs.STEP=NAME for one step" >&2
+    exit 2
     ;;
 esac
-step "$saved/$run/done" $train --config "configs/${name}_$variant.json" --resume $more ${labels:-}
-step "$saved/$run/tested" python main.py --test --resume "$saved/$run/checkpoints/best" $more ${labels:-}
-echo "[$name] report: semi_sup/$saved/$run/report.html"
+split=$1
+variant=${2:-usrn}
+algorithm=${ALGORITHM:-balanced_kmeans}
+base=${split}_baseline
+run=${split}_$variant
+settings="${SAVED:+output=$SAVED} ${OVERRIDES:-}"
+labels=
+
+step() { # what it makes in the run's folder, command
+    python -m common.steps "$@" $settings
+}
+
+if [ "$split" = toy_1over8 ]; then
+    python ../scripts/make_toy.py voc --root datasets/toy_voc --train 160 --val 24
+fi
+python ../scripts/prepare_splits.py "configs/$run.json" $settings
+case $variant in usrn*)
+    step checkpoints ${TRAIN:-python main.py} --config "configs/$base.json" --resume
+    step features python main.py --config "configs/$base.json" --save_feature
+    step "label_subcls_$algorithm" python clustering.py --config "configs/$base.json" --clustering_algorithm "$algorithm"
+    if [ "$algorithm" != balanced_kmeans ]; then
+        labels="name=${run}_$algorithm data.streams.labeled.maps.sub_label=run:$base/label_subcls_$algorithm"
+    fi
+    ;;
+esac
+step checkpoints ${TRAIN:-python main.py} --config "configs/$run.json" --resume $labels
+step report.html python main.py --config "configs/$run.json" --test $labels

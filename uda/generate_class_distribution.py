@@ -1,6 +1,6 @@
 """Class shares of the warmed-up network's predictions: `python generate_class_distribution.py CONFIG`.
 
-Read off the soft pseudo-labels where they are complete, else from a pass over the target images.
+Read off the checkpoint's soft pseudo-labels where they are complete, else from a pass over the target images.
 """
 
 import numpy as np
@@ -8,7 +8,8 @@ import numpy as np
 from common import cli, distributed
 from common.files import replacing
 from uda.config import DISTRIBUTION, SOFT, stage_config, stage_parser
-from uda.pseudo_labels import TargetImages, class_distribution, distribution_of_soft, open_network
+from uda.made_from import made_from, soft_labels_of
+from uda.pseudo_labels import TargetImages, checkpoint_of, class_distribution, distribution_of_soft, open_network
 
 
 def main() -> None:
@@ -17,7 +18,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
     data, soft = TargetImages(cfg), cfg.folder / SOFT
-    if args.checkpoint is None and all((soft / f"{name}.npy").exists() for name in data.dataset.names):
+    known = made_from(soft, soft_labels_of(checkpoint_of(cfg, args.checkpoint)))
+    if known and all((soft / f"{name}.npy").exists() for name in data.dataset.names):
         shares = distribution_of_soft(soft, data.dataset.names, cfg.model.num_classes)
     else:
         device = distributed.start(args.device)

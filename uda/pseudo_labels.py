@@ -17,7 +17,7 @@ from common import console
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
-from common.files import load_array, read_artifact, replacing
+from common.files import follow, load_array, read_artifact, replacing
 from common.models.layers import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
@@ -46,9 +46,12 @@ class TargetImages(Dataset):
         return sample["name"], torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
 
 
-def newest_checkpoint(cfg: Config) -> Path:
-    """The newest of the stage's run."""
-    return cfg.folder / "checkpoints" / "last"
+def checkpoint_of(cfg: Config, chosen: str | None) -> Path:
+    """The checkpoint that is chosen, else the newest of the stage's run. ValueError where it is not there."""
+    path = Path(chosen) if chosen else follow(cfg.folder / "checkpoints" / "last")
+    if not path.exists():
+        raise ValueError(f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint")
+    return path
 
 
 def open_network(cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None) -> nn.Module:
@@ -56,10 +59,7 @@ def open_network(cfg: Config, checkpoint: str | None, device: torch.device, pref
 
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
     """
-    path = Path(checkpoint) if checkpoint else newest_checkpoint(cfg)
-    if not path.exists():
-        raise ValueError(f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint")
-    return network_of(cfg.model, path, prefix).to(device).eval()
+    return network_of(cfg.model, checkpoint_of(cfg, checkpoint), prefix).to(device).eval()
 
 
 def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:

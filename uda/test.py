@@ -15,7 +15,7 @@ from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
 from common.files import load_json, read_artifact
 from uda.config import STAGES, split_name, stage_config, stage_parser
-from uda.pseudo_labels import newest_checkpoint, open_network
+from uda.pseudo_labels import checkpoint_of, open_network
 
 SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
 
@@ -36,7 +36,7 @@ def main() -> None:
     teacher = args.eval == "teacher"
     model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)
 
-    checkpoint = args.checkpoint or newest_checkpoint(cfg)
+    checkpoint = checkpoint_of(cfg, args.checkpoint)
     folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
     result = experiment.score(model, device, save_predictions=args.save_predictions, panels=folder / "panels")
     result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}

@@ -158,7 +158,7 @@ def test_errors_before_a_step_is_ready(place, monkeypatch, capsys):
     assert "run clustering.py again" in fails("main", "-c", USRN, *usrn, three)
     assert "255 subclasses in all" in fails("clustering", "-c", BASE, *base, f"method.subclasses={[235] + [1] * 20}")
     assert "cannot read the list" in fails("main", "-c", BASE, *base, "data.streams.labeled.list=none.txt")
-    assert "which checkpoint" in fails("main", "--test", "-c", BASE, *base)
+    assert "no checkpoint there; train toy_1over8_baseline" in fails("main", "--test", "-c", BASE, *base, elsewhere)
     assert "no such checkpoint" in fails("main", "--test", "--resume", "none.safetensors")
     assert "give --config" in fails("main", "--test", "--resume", "best_model.pth")
     last = place.baseline / "checkpoints" / "last"

@@ -1,9 +1,6 @@
 """What stands around CPSL's stages: the driver, errors about earlier steps, opening checkpoints, the test's numbers."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,78 +23,7 @@ from uda.pseudo_labels import open_network
 
 UDA = Path(__file__).parents[2] / "uda"
 CPU = torch.device("cpu")
-STAGES = ("warm_up", "stage1", "stage2", "stage3")
 SMALL = {"blocks": [1, 1, 1, 1], "width": 4, "head_channels": 8, "features": 8}
-
-
-# The driver -----------------------------------------------------------------------------------------------------------
-
-PYTHON = """#!/bin/sh
-echo "$*" >>"$CALLS"
-case "$*" in *make_toy*) mkdir -p "$4" && echo '{"scenes": 1}' >"$4/toy.json" ;; esac
-case "$*" in *"$FAILS"*) exit 2 ;; esac
-"""
-
-
-@pytest.fixture
-def main_sh(tmp_path):
-    """Call a copy of main.sh whose `python` only notes its words; returns these, and what was printed."""
-    shutil.copy(UDA / "main.sh", tmp_path)
-    (tmp_path / "configs").symlink_to(UDA / "configs")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python").write_text(PYTHON)
-    (tmp_path / "bin/python").chmod(0o755)
-
-    def run(*words, fails="nothing", code=0, **environment):
-        calls = tmp_path / "calls"
-        calls.write_text("")
-        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        env = {**os.environ, "PATH": path, "CALLS": str(calls), "FAILS": fails, **environment}
-        done = subprocess.run(["sh", "main.sh", *words], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        return calls.read_text().splitlines(), done.stdout + done.stderr
-
-    return run
-
-
-def test_the_driver_runs_each_step_once(main_sh, tmp_path):
-    calls, _ = main_sh("toy", OVERRIDES="seed=3")
-    names = [" ".join(w for w in call.split() if w.endswith(".py") or w in STAGES) for call in calls]
-    assert names == [
-        "../scripts/make_toy.py", "../scripts/make_toy.py", "train.py stage2", "train.py warm_up",
-        "generate_pseudo_label.py warm_up", "calc_prototype.py warm_up", "generate_class_distribution.py warm_up",
-        "train.py stage1", "generate_pseudo_label.py stage1", "train.py stage2", "generate_pseudo_label.py stage2",
-        "train.py stage3", "test.py stage3", "test.py stage3",
-    ]  # fmt: skip
-    assert calls[3] == "train.py configs/toy --stage warm_up --resume seed=3"
-    assert calls[4] == "generate_pseudo_label.py configs/toy --stage warm_up --soft seed=3"
-    assert calls[-1] == "test.py configs/toy --stage stage3 --history seed=3"
-    assert json.loads((tmp_path / "datasets/toy_gta5/toy.json").read_text()) == {"scenes": 1}, (
-        "a mark that is data stays"
-    )
-    calls, out = main_sh("toy")
-    assert calls == ["test.py configs/toy --stage stage3 --history"] and out.count("done already") == 12
-
-
-def test_the_driver_goes_on_after_the_step_that_failed(main_sh):
-    calls, _ = main_sh("camvid_day_to_dusk", fails="--stage stage1 --resume", code=2)
-    assert calls[-1].startswith("train.py configs/camvid_day_to_dusk --stage stage1")
-    calls, out = main_sh("camvid_day_to_dusk")
-    assert [call.split()[0] for call in calls[:2]] == ["train.py", "train.py"]
-    assert "--check" in calls[0] and "--stage stage1" in calls[1] and out.count("done already") == 5
-
-
-def test_variants_of_the_driver(main_sh):
-    """A variant's stages take its configs, and the plain one where it has none; weights are looked for first."""
-    calls, _ = main_sh("gta5_to_cityscapes", "proda")
-    assert calls[0] == "train.py configs/gta5_to_cityscapes --stage stage2 --variant proda --check"
-    assert [("--variant proda" in call) for call in calls] == [True, *[False] * 4, *[True] * 7]
-    calls, _ = main_sh("gta5_to_cityscapes", "blv", TRAIN="python train.py --device cpu")
-    assert all("--variant blv" in call for call in calls)
-    assert calls[1] == "train.py --device cpu configs/gta5_to_cityscapes --stage warm_up --variant blv --resume"
-    _, out = main_sh("toy", "bvl", code=2)
-    assert out.startswith("error: usage") and "toy/stage1_proda" in out and out.count("\n") == 1
-    main_sh(code=2)
 
 
 # Files of earlier steps -----------------------------------------------------------------------------------------------
