@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config.bounds import AtLeast, AtMost, NotNegative, Share
+from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Share
 from common.losses.seesaw import SeesawLoss
 from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import masks
@@ -39,7 +39,7 @@ class CriterionOptions:
     class_weight: NotNegative = 2.0  # weights of the terms, in the loss and in the matching cost
     mask_weight: NotNegative = 5.0
     dice_weight: NotNegative = 5.0
-    no_object_weight: NotNegative = 0.1  # of queries without a class, in the cross-entropy
+    no_object_weight: Positive = 0.1  # of queries without a class, in the cross-entropy
     points: Points = 12544
     oversample: Oversampling = 3.0
     importance: Share = 0.75

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
 from common.config import Config, ConfigError, typed
+from common.config.bounds import Above, AtMost
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method
 from common.losses.hard_pixel import hard_pixel_cross_entropy
 from common.losses.refreshed import StudentLogits
 from common.losses.upsampled import upsampled_cross_entropy
-from common.models import build_model
-from common.models.deeplabv3plus_detectron2 import STRIDE
+from common.models import build_network
+from common.models.deeplabv3plus_detectron2 import STRIDE, DeepLabV3PlusD2
 from ltss_benchmark.criterion import pad_label
 
 STREAM = "labeled"
@@ -25,7 +26,7 @@ class DeepLabV3PlusConfig:
 
     name: str = "deeplabv3plus"
     loss: Literal["hard_pixels", "ce", "blv"] = "hard_pixels"  # ce: the mean over all labelled pixels, as with blv
-    fraction: float = 0.2  # hard_pixels: share of the pixels that are trained
+    fraction: Annotated[float, Above(0), AtMost(1)] = 0.2  # hard_pixels: share of the pixels that are trained
     blv: Mapping[str, Any] | None = None  # BLV's options, where the loss is blv
 
 
@@ -39,7 +40,8 @@ class DeepLabV3PlusMethod(Method):
         self.options = typed(DeepLabV3PlusConfig, cfg.method, where)
         if (self.options.loss == "blv") != (self.options.blv is not None):
             raise ConfigError(f"{where}: `loss: blv` and a section `blv` go together")
-        self.model, self.steps = build_model(cfg.model), cfg.train.steps
+        self.model = build_network(cfg.model, DeepLabV3PlusD2, "deeplabv3plus_d2", cfg.name)
+        self.steps = cfg.train.steps
         counts = None if statistics is None else statistics.pixel_count
         self.class_logits = StudentLogits(self.options.blv, counts, f"{where}: blv", pseudo_labels=None)
 

@@ -22,7 +22,8 @@ from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method
 from common.engine.optim import parameter_groups
 from common.losses.seesaw import SeesawLoss
-from common.models import build_model
+from common.models import build_network
+from common.models.mask2former import Mask2Former
 from common.models.pretrained.containers import read, state_dict, tensors
 from ltss_benchmark.criterion import CriterionOptions, SetCriterion
 from ltss_benchmark.matcher import find_targets, queries_per_class
@@ -59,14 +60,14 @@ class Mask2FormerMethod(Method):
         super().__init__(cfg.optim)
         where = f"{cfg.name}: method"
         options = typed(Mask2FormerConfig, cfg.method, where)
+        self.model = build_network(cfg.model, Mask2Former, "mask2former", cfg.name)
         head, wanted = cfg.model.options.get("class_head", "softmax"), CLASS_HEADS[options.criterion.class_loss]
         if head != wanted:
             raise ConfigError(
-                f"{where}: criterion: class_loss: {options.criterion.class_loss} needs model.options.class_head: "
+                f"{where}.criterion.class_loss: {options.criterion.class_loss} needs model.options.class_head: "
                 f"{wanted}, not {head}"
             )
-        self.model = build_model(cfg.model)
-        copies = query_numbers(options.matcher, cfg, statistics, f"{where}: matcher")
+        copies = query_numbers(options.matcher, cfg, statistics, f"{where}.matcher")
         self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies)
         if self.criterion.seesaw is not None and cfg.model.checkpoint and not self.criterion.seesaw.counts.is_meta:
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
@@ -114,15 +115,15 @@ def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics | 
     if options.mode == "one_to_one":
         return None
     if options.threshold <= 0:
-        raise ConfigError(f"{where}: threshold: {options.threshold} is not positive; set T, a share of the images")
+        raise ConfigError(f"{where}.threshold: {options.threshold} is not positive; set T, a share of the images")
     if options.counts == "dataset":
         if statistics is None:
-            raise ConfigError(f"{where}: counts: the training labels have to be counted")
+            raise ConfigError(f"{where}.counts: the training labels have to be counted")
         frequency = statistics.frequency("image")
     else:
         row = DATASETS.get(cfg.data.streams[STREAM].dataset)
         if row is None or row.published is None:
             known = ", ".join(name for name, row in DATASETS.items() if row.published is not None)
-            raise ConfigError(f"{where}: counts: published: known for {known}; set it to dataset")
+            raise ConfigError(f"{where}.counts: published: known for {known}; set it to dataset")
         frequency = row.published.frequency
     return queries_per_class(frequency, options.threshold, options.scale)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.config import Config, ConfigError, nearest, typed
+from common.config import Config, ConfigError, pick, typed
 from common.data import build_transform
 from common.data.statistics import Statistics
 from common.data.streams import SamplerConfig
@@ -45,9 +45,7 @@ def check_options(cfg: Config) -> None:
 
 def _made(cfg: Config, statistics: Statistics | None) -> Method:
     name = cfg.method.get("name")
-    if name not in METHODS:
-        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
-    return METHODS[name](cfg, statistics)
+    return pick(METHODS, name, f"{cfg.name}: method.name")(cfg, statistics)
 
 
 REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others

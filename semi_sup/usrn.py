@@ -32,11 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from common.config import Config, ConfigError, typed
+from common.config.bounds import Count, NotNegative, Rate, Share
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, move_average
 from common.losses.refreshed import StudentLogits, Unit
 from common.losses.upsampled import upsampled_cross_entropy
-from common.models import build_model
+from common.models import build_network
+from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
 from semi_sup.subclasses import chosen_counts, parents
 
@@ -47,8 +49,8 @@ CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled lo
 class BaselineConfig:
     """The `method:` section of the supervised baseline."""
 
-    subclasses: str | tuple[int, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
-    supervised: float = 1.0  # weight of the terms on labelled images
+    subclasses: str | tuple[Count, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
+    supervised: NotNegative = 1.0  # weight of the terms on labelled images
     # BLV options (`average` is that of the labelled term), and `refresh` (steps between new counts; 0: labels only)
     blv: Mapping[str, Any] | None = None
 
@@ -62,10 +64,10 @@ class SelfTrainingConfig(BaselineConfig):
     running statistics once a batch; both parts' graphs are held together, and with 1 the weak view's too.
     """
 
-    unsupervised: float = 1.0  # weight of the terms on unlabelled images
-    threshold: float = 0.75  # τ, which a pseudo-label's probability has to exceed
+    unsupervised: NotNegative = 1.0  # weight of the terms on unlabelled images
+    threshold: Rate = 0.75  # τ, which a pseudo-label's probability has to exceed
     teacher: Literal["none", "ema"] = "ema"  # who labels the weak view: the net itself, or its moving average
-    momentum: float = 0.99  # of the moving average, in the end; 1 − 1/t before
+    momentum: Share = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "student"
     mask_borders: bool = True  # release: False, padding of unlabelled crops takes part
     passes: Literal[3, 2, 1] = 3
@@ -76,7 +78,7 @@ class USRNConfig(SelfTrainingConfig):
     """The `method:` section of USRN. Defaults are the paper's; `gate` and `branch` are ablations."""
 
     teacher: Literal["none", "ema"] = "none"
-    subclass: float = 1.0  # weight of the terms on subclasses
+    subclass: NotNegative = 1.0  # weight of the terms on subclasses
     gate: bool = True  # False: every confident label is kept
     branch: bool = True  # False: no subclass branch, plain self-training
 
@@ -102,10 +104,10 @@ class Baseline(Method):
         super().__init__(cfg.optim)
         self.options = typed(self.config_type, options, f"{cfg.name}: method")
         self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
+        fitting = "usrn" if self.branches else "deeplabv3plus"
+        self.model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
         if self.model.dual != self.branches:
-            name = "usrn" if self.branches else "deeplabv3plus"
-            raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {name}")
+            raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}")
         where = f"{cfg.name}: method: blv"
         self.class_logits = StudentLogits(self.options.blv, counts, where, self.pseudo_labels)
 

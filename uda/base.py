@@ -17,7 +17,8 @@ from common.files import read_artifact
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.refreshed import StudentLogits, Unit
 from common.losses.self_training import symmetric_cross_entropy
-from common.models import build_model, load_model
+from common.models import build_network, load_model
+from common.models.deeplabv2_cpsl import DeepLabV2
 from common.models.pretrained.containers import load_tensor
 from common.models.pretrained.cpsl import has_extra_norm
 from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
@@ -93,7 +94,7 @@ class Stage(Method):
         super().__init__(cfg.optim)
         self.options = typed(self.Options, options, f"{cfg.name}: method")
         self.steps = cfg.train.steps
-        self.model = build_model(cfg.model)
+        self.model = build_network(cfg.model, DeepLabV2, "deeplabv2", cfg.name)
         where = f"{cfg.name}: method: blv"
         self.segmentation_loss = SegmentationLoss(self.options.blv, counts, where, self.pseudo_labels)
 

@@ -97,7 +97,7 @@ Count = Annotated[int, AtLeast(1)]
 Whole = Annotated[int, AtLeast(0)]
 Side = Annotated[int, AtLeast(1), AtMost(65536)]  # pixels of an image, crop or window
 Width = Annotated[int, AtLeast(1), AtMost(16384)]  # channels of a layer
-Depth = Annotated[int, AtLeast(1), AtMost(256)]  # layers, blocks, heads
+Depth = Annotated[int, AtLeast(1), AtMost(64)]  # layers, blocks, heads
 Classes = Annotated[int, AtLeast(1), AtMost(32768)]  # labels are 16-bit with a sign
 Processes = Annotated[int, AtLeast(0), AtMost(1024)]
 

@@ -84,7 +84,10 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
-        return {str(key): convert(args[1], item, f"{where}.{str(key)[:60]}") for key, item in value.items()}
+        return {
+            convert(args[0], str(key), where): convert(args[1], item, f"{where}.{str(key)[:60]}")
+            for key, item in value.items()
+        }
     if origin is not None and issubclass(origin, Sequence):
         return _convert_tuple((args[0], ...), value, where)
     return _convert_scalar(hint, value, where)
@@ -140,5 +143,17 @@ def _convert_union(args: Sequence[Any], value: Any, where: str) -> Any:
         except ConfigError:
             if len(members) == 1:
                 raise
-    names = " or ".join(getattr(arg, "__name__", str(arg)) for arg in members)
+    names = " or ".join(_name(arg) for arg in members)
     raise ConfigError(f"{where}: expected {names}, got {shown(value)}")
+
+
+def _name(hint: Any) -> str:
+    """An annotation as a message says it."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _name(args[0])
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return "a list"
+    return hint.__name__

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.config import ConfigError, typed
+from common.config import ConfigError, pick, shown, typed
+from common.config.bounds import NotNegative, Positive
 from common.losses.cross_entropy import Average, pixel_cross_entropy
 
 # The release's class counts: the GTA5 histogram, with the leading digit of `car` (id 13) lost. It gave them to
@@ -32,9 +33,10 @@ RELEASED_COUNTS = (
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "released-head": {"limit": "folded", "sigma": 4.0, "counts": "released", "average": "all"},
+    "released-head": {"limit": "folded", "sigma": 4.0, "counts": "released", "average": "all", "absent": "floor"},
     "released-first": {
         "coefficient": "max", "limit": "folded", "sigma": 4.0, "counts": "released", "average": "all",
+        "absent": "floor",
     },
 }  # fmt: skip
 
@@ -43,39 +45,49 @@ PRESETS: dict[str, dict[str, Any]] = {
 class BLVOptions:
     """Defaults are the paper's (preset `paper`)."""
 
-    counts: str | tuple[int, ...] = "dataset"  # "dataset", "released", or one count a class
+    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number a class
     coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
+    # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.
+    absent: Literal["ignore", "floor"] = "ignore"
     noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
-    sigma: float = 6.0  # of the Gaussian
+    sigma: Positive = 6.0  # of the Gaussian
     limit: Literal["positive", "folded", "signed", "none"] = "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
     sign: Literal[1, -1] = 1
     centre: bool = False  # subtract the mean of the limited draw
     average: Average | None = None  # None: as the method averages
     schedule: Literal["constant", "rise_fall"] = "constant"  # σ rises linearly to mid-training, then falls to 0
 
+    def __post_init__(self):
+        if not isinstance(self.counts, str) and not any(self.counts):
+            raise ValueError(f"counts: {shown(self.counts)} has no class with pixels")
+
 
 def blv_options(mapping: Mapping[str, Any], where: str) -> BLVOptions:
     """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
     chosen = dict(mapping)
-    preset = chosen.pop("preset", "paper")
-    if preset not in PRESETS:
-        raise ConfigError(f"{where}: preset {preset!r} is not one of {', '.join(PRESETS)}")
-    options = typed(BLVOptions, PRESETS[preset] | chosen, where)
-    if isinstance(options.counts, str) and options.counts not in ("dataset", "released"):
-        raise ConfigError(f"{where}: counts: {options.counts!r} is neither dataset, released nor a list of counts")
-    if options.noise == "gaussian" and options.sigma <= 0:
-        raise ConfigError(f"{where}: sigma: {options.sigma} is not positive")
-    return options
+    preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
+    return typed(BLVOptions, preset | chosen, where)
 
 
-def class_weights(counts: Sequence[int] | Tensor, coefficient: str = "paper") -> Tensor:
-    """w_k in [0, 1], float32 (K,): computed in float64, counts floored at 1 so that absent classes stay finite."""
-    q = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
+def class_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore") -> Tensor:
+    """w_k in [0, 1], float32 (K,), computed in float64; no host sync.
+
+    absent: what a class without a pixel is (see `BLVOptions`). Its own weight is 1 either way, unless no class is rarer
+    than another: then all present ones have 0.
+    """
+    q = torch.as_tensor(counts, dtype=torch.float64)
     if coefficient == "none":
         return torch.ones_like(q, dtype=torch.float32)
-    c = torch.log((q.sum() if coefficient == "paper" else q.max()) / q)
+    if absent == "floor":
+        q = q.clamp(min=1)
+
+    present = q > 0
+    reference = q.sum() if coefficient == "paper" else q.max()
+    c = torch.log(reference / torch.where(present, q, reference))  # 0 where absent, which is no maximum
     largest = c.max()
-    return torch.where(largest > 0, c / largest.clamp(min=1e-300), torch.zeros_like(c)).float()
+    weight = torch.where(largest > 0, c / largest.clamp(min=1e-300), torch.zeros_like(c))
+    return torch.where(present, weight, torch.ones_like(weight)).float()
 
 
 class BLVLoss(nn.Module):
@@ -93,11 +105,15 @@ class BLVLoss(nn.Module):
         if counts is None:
             raise ConfigError("BLV counts: the dataset's statistics are needed")
         self.counts = torch.as_tensor(counts, dtype=torch.float64)  # (K,), as chosen by the options
-        self.register_buffer("weight", class_weights(self.counts, options.coefficient), persistent=False)
+        self.register_buffer("weight", self.weights_of(self.counts), persistent=False)
 
     def set_counts(self, counts: Tensor) -> None:
         """Use new class counts (K,), e.g. refreshed by pseudo-labels; no host sync."""
-        self.weight.copy_(class_weights(counts, self.options.coefficient))
+        self.weight.copy_(self.weights_of(counts))
+
+    def weights_of(self, counts: Tensor) -> Tensor:
+        """w_k (K,) of class counts (K,), as the options have it."""
+        return class_weights(counts, self.options.coefficient, self.options.absent)
 
     def forward(
         self, logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, progress: float = 0.0

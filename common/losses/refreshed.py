@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.config import ConfigError
+from common.config import ConfigError, shown
 from common.data import IGNORE
 from common.losses.blv import BLVLoss, blv_options
 
@@ -76,9 +76,9 @@ class StudentLogits(nn.Module):
         options = dict(blv)
         self.every = options.pop("refresh", 0)
         if type(self.every) is not int or self.every < 0:
-            raise ConfigError(f"{where}: refresh: {self.every!r} is not a number of steps")
+            raise ConfigError(f"{where}.refresh: {shown(self.every)} is not a number of steps")
         if self.every and pseudo_labels is None:
-            raise ConfigError(f"{where}: refresh: {self.every}, but this method makes no pseudo-labels; remove the key")
+            raise ConfigError(f"{where}.refresh: {self.every}, but this method makes no pseudo-labels; remove the key")
         self.blv = BLVLoss(blv_options(options, where), counts)
         if self.every:
             self.refreshed = RefreshedBLV(self.blv, pseudo_labels)

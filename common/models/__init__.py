@@ -2,7 +2,7 @@
 one, for inference: `load_model(config.model, path)`."""
 
 from common.models.backbones import BACKBONES, build_backbone
-from common.models.build import MODELS, build_model, load_model
+from common.models.build import MODELS, build_model, build_network, load_model
 from common.models.pretrained import load_weights
 from common.models.segmentor import Geometry, SegmentationModel, Segmentor
 
@@ -14,6 +14,7 @@ __all__ = [
     "Segmentor",
     "build_backbone",
     "build_model",
+    "build_network",
     "load_model",
     "load_weights",
 ]

@@ -3,18 +3,19 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from common.config import ConfigError, ModelConfig, nearest, typed
+from common.config import ConfigError, ModelConfig, pick, typed
+from common.config.bounds import AtLeast, AtMost, Length, Rate, Side, Width
 from common.models.backbones import build_backbone
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
 from common.models.heads.fcn import FCNHead
-from common.models.heads.knet import KNetHead
+from common.models.heads.knet import HEADS, KNetHead
 from common.models.heads.ocr import OCRHead
 from common.models.heads.psp import PSPHead
 from common.models.heads.segformer import SegFormerHead
@@ -24,17 +25,19 @@ from common.models.neck import MultiLevelNeck
 from common.models.pretrained import load_weights
 from common.models.segmentor import Segmentor
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 @dataclass(frozen=True)
 class PyramidOptions:
     """Options of UPerNet and PSPNet."""
 
-    channels: int = 512
-    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
-    dropout: float = 0.1  # of whole channels, before the classifiers
+    channels: Width = 512
+    pool_scales: Annotated[tuple[Side, ...], Length(1, 16)] = (1, 2, 3, 6)
+    dropout: Rate = 0.1  # of whole channels, before the classifiers
     auxiliary: bool = True  # an FCN head on map `auxiliary_level`
-    auxiliary_level: int = 2
-    auxiliary_channels: int = 256
+    auxiliary_level: Annotated[int, AtLeast(0), AtMost(3)] = 2
+    auxiliary_channels: Width = 256
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
 
@@ -49,15 +52,19 @@ class UPerNetOptions(PyramidOptions):
 class KNetOptions(PyramidOptions):
     """Options of K-Net on UPerNet."""
 
-    stages: int = 3  # refinements after UPerNet's own logits
+    stages: Annotated[int, AtLeast(0), AtMost(32)] = 3  # refinements after UPerNet's own logits
+
+    def __post_init__(self):
+        if self.channels % HEADS:
+            raise ValueError(f"channels: {self.channels} is no multiple of K-Net's {HEADS} attention heads")
 
 
 @dataclass(frozen=True)
 class OCRNetOptions:
     """Options of OCRNet."""
 
-    channels: int = 512
-    context_channels: int = 256  # of query, key and value
+    channels: Width = 512
+    context_channels: Width = 256  # of query, key and value
     backbone: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -65,8 +72,8 @@ class OCRNetOptions:
 class SegFormerOptions:
     """Options of SegFormer."""
 
-    channels: int = 256
-    dropout: float = 0.1
+    channels: Width = 256
+    dropout: Rate = 0.1
     backbone: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -123,6 +130,8 @@ def _auxiliary(config: ModelConfig, options: PyramidOptions, channels: tuple[int
         return None
     shared = {"dropout": options.dropout, "align_corners": config.align_corners}
     level = options.auxiliary_level
+    if level >= len(channels):
+        raise ConfigError(f"model.options.auxiliary_level: {level}, but the maps are 0 to {len(channels) - 1}")
     return FCNHead(channels, options.auxiliary_channels, config.num_classes, level=level, **shared)
 
 
@@ -146,15 +155,24 @@ MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
 }
 
 
+def build_network(config: ModelConfig, kind: type[Network], fitting: str, where: str) -> Network:
+    """`build_model` for a method that uses more of the network than a loss of each head.
+
+    Raises ConfigError, which begins with `where` and names the `fitting` model, for a network of another kind.
+    """
+    model = build_model(config)
+    if not isinstance(model, kind):
+        raise ConfigError(f"{where}: model.name: {config.name!r} does not fit the method; set it to {fitting}")
+    return model
+
+
 def build_model(config: ModelConfig) -> nn.Module:
     """The network that `config` describes, with the weights that it names.
 
     Under `torch.device("meta")` nothing is allocated or read. Raises ConfigError for an unknown model or option,
     ValueError for weights that do not fit.
     """
-    if config.name not in MODELS:
-        raise ConfigError(f"model.name: unknown {config.name!r}; {nearest(config.name, MODELS)}")
-    model = MODELS[config.name](config)
+    model = pick(MODELS, config.name, "model.name")(config)
     if config.checkpoint and torch.get_default_device().type != "meta":
         load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)
     return model

@@ -6,13 +6,14 @@ Modules carry the names of the official checkpoints, whose tensors load as they 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import gcd
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
+from common.config.bounds import Depth, Pattern, Rate, Width
 from common.models.pretrained import load_backbone
 from common.models.pretrained.cpsl import load_initial
 from common.models.segmentor import SegmentationModel
@@ -25,14 +26,20 @@ REDUCTION = 16  # of the channel gate
 class DeepLabV2Options:
     """Options of DeepLabV2; the defaults are the official network."""
 
-    blocks: tuple[int, int, int, int] = (3, 4, 23, 3)  # bottlenecks of each stage
-    width: int = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
-    head_channels: int = 256  # of each branch
-    features: int = 256  # channels before the classifier
+    blocks: tuple[Depth, Depth, Depth, Depth] = (3, 4, 23, 3)  # bottlenecks of each stage
+    width: Width = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
+    head_channels: Width = 256  # of each branch
+    features: Width = 256  # channels before the classifier
     extra_norm: bool = False  # a batch norm between backbone and head: CPSL's students of stages 2 and 3
-    dropout: float = 0.1  # of whole channels, before the classifier
+    dropout: Rate = 0.1  # of whole channels, before the classifier
     freeze_bn: bool = False  # batch norms keep their statistics and weights (the warm-up)
-    pretrained_keys: Mapping[str, str] = field(default_factory=dict)  # regular expression → ours, on names of the file
+    # regular expression → ours, on names of the file
+    pretrained_keys: Mapping[Annotated[str, Pattern()], str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        fewest = -(-REDUCTION // len(DILATIONS))
+        if self.head_channels < fewest:
+            raise ValueError(f"head_channels: {self.head_channels} is less than {fewest}, too few for the channel gate")
 
 
 class Bottleneck(nn.Module):
@@ -161,8 +168,6 @@ def deeplabv2(config: ModelConfig) -> DeepLabV2:
     CPSL feeds RGB / 255 without further statistics (mean 0, std 255) and resizes with aligned corners.
     """
     options = typed(DeepLabV2Options, config.options, "model.options")
-    if min(options.blocks) < 1 or options.width < 1 or options.head_channels * len(DILATIONS) < REDUCTION:
-        raise ConfigError(f"model.options: blocks {options.blocks}, width {options.width}: too small a network")
     model = DeepLabV2(config.num_classes, config.mean, config.std, config.align_corners, options)
     if config.pretrained is True:
         if options.blocks != (3, 4, 23, 3) or options.width != 64:

@@ -6,13 +6,14 @@ the ASPP has a bias instead of a norm; the finest map is reduced to 48 channels.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
+from common.config.bounds import Length, Rate, Side, Width
 from common.models.backbones import build_backbone
 from common.models.layers import resize
 from common.models.segmentor import Geometry, SegmentationModel
@@ -24,10 +25,10 @@ STRIDE = 4  # of the logits
 class DeepLabV3PlusOptions:
     """Defaults are those of the release."""
 
-    channels: int = 256  # of every ASPP branch and of the decoder
-    lateral_channels: int = 48
-    dilations: tuple[int, ...] = (6, 12, 18)
-    dropout: float = 0.1  # after the ASPP
+    channels: Width = 256  # of every ASPP branch and of the decoder
+    lateral_channels: Width = 48
+    dilations: Annotated[tuple[Side, ...], Length(0, 16)] = (6, 12, 18)
+    dropout: Rate = 0.1  # after the ASPP
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
 

@@ -6,14 +6,15 @@ official checkpoints.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from common.config import ConfigError, ModelConfig, nearest, typed
+from common.config import ConfigError, ModelConfig, pick, typed
+from common.config.bounds import AtLeast, AtMost, Depth, Rate, Width
 from common.models.layers import resize
 from common.models.pretrained import load_backbone
 from common.models.segmentor import SegmentationModel
@@ -28,18 +29,22 @@ DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the clas
 class DeepLabV3PlusOptions:
     """Options of DeepLabV3+; the defaults are the official network."""
 
-    blocks: tuple[int, ...] = ()  # bottlenecks of the four stages; empty: those of model.backbone
-    width: int = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
-    channels: int = 256  # of every ASPP branch and of the decoder
-    low_channels: int = 48  # that the first stage's map is reduced to
-    dropout: tuple[float, float, float] = DROPOUT
+    blocks: tuple[Depth, ...] = ()  # bottlenecks of the four stages; empty: those of model.backbone
+    width: Width = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
+    channels: Width = 256  # of every ASPP branch and of the decoder
+    low_channels: Width = 48  # that the first stage's map is reduced to
+    dropout: tuple[Rate, Rate, Rate] = DROPOUT
+
+    def __post_init__(self):
+        if self.blocks and len(self.blocks) != 4:
+            raise ValueError(f"blocks: {list(self.blocks)} are not four stages")
 
 
 @dataclass(frozen=True)
 class USRNOptions(DeepLabV3PlusOptions):
     """Options of the network with two branches."""
 
-    subclasses: int = 0  # K, all subclasses together
+    subclasses: Annotated[int, AtLeast(0), AtMost(32768)] = 0  # K, all subclasses together
 
 
 class Backbone(nn.Module):
@@ -161,6 +166,7 @@ class DeepLabV3Plus(SegmentationModel):
     ):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
+        self.heads = ("decode", "subclasses") if self.dual else ("decode",)
         self.encoder = Encoder(blocks, options, self.dual)
         self.classifier = classifier(options.channels, num_classes, options.dropout[2])
         if self.dual:
@@ -220,11 +226,7 @@ def usrn(config: ModelConfig) -> DeepLabV3Plus:
 
 
 def _build(config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int = 0) -> DeepLabV3Plus:
-    if config.backbone not in BLOCKS:
-        raise ConfigError(f"model.backbone: unknown {config.backbone!r}; {nearest(config.backbone, BLOCKS)}")
-    blocks = options.blocks or BLOCKS[config.backbone]
-    if len(blocks) != 4 or min(*blocks, options.width, options.channels, options.low_channels) < 1:
-        raise ConfigError(f"model.options: blocks {list(blocks)}, width {options.width}: four stages, each 1 or more")
+    blocks = options.blocks or pick(BLOCKS, config.backbone, "model.backbone")
     if not config.align_corners:
         raise ConfigError("model.align_corners: USRN's DeepLabV3+ resizes with aligned corners; set it to true")
     model = DeepLabV3Plus(config.num_classes, config.mean, config.std, blocks, options, subclasses)

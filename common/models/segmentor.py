@@ -4,12 +4,14 @@ A family implements `segment`; one whose classes are not the channels of `logits
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import ConfigError
 from common.data import IGNORE
 from common.models.layers import resize_rows, source_rows
 
@@ -34,6 +36,7 @@ class SegmentationModel(nn.Module, ABC):
         divisor: images are padded at the bottom and right to a multiple of it, with 0 after normalisation.
     """
 
+    heads: tuple[str, ...] = ("decode",)  # what a loss has to train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
 
@@ -46,6 +49,23 @@ class SegmentationModel(nn.Module, ABC):
     @abstractmethod
     def segment(self, x: Tensor) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to `logits` (B, K, h, w) at the net's own stride, and what losses need."""
+
+    def check_heads(self, trained: Collection[str], where: str) -> None:
+        """ConfigError, which begins with `where`, unless losses train exactly the heads that there are.
+
+        A loss without its head would be left out in silence; a head without a loss would stay as it was initialised,
+        and end in an error of DDP on several ranks.
+        """
+        for name in trained:
+            if name not in self.heads:
+                raise ConfigError(f"{where}.{name}: the network has no such head; remove it ({self._known_heads()})")
+        for name in self.heads:
+            if name not in trained:
+                advice = ", or set model.options.auxiliary=false" if name == "aux" else ""
+                raise ConfigError(f"{where}: no loss trains the network's head {name!r}; name it{advice}")
+
+    def _known_heads(self) -> str:
+        return f"its heads: {', '.join(self.heads)}"
 
     def normalise(self, images: Tensor) -> Tensor:
         """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`."""
@@ -146,6 +166,8 @@ class Segmentor(SegmentationModel):
         super().__init__(num_classes, mean, std, align_corners)
         self.backbone, self.neck = backbone, neck
         self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
+        if auxiliary_head is not None or getattr(decode_head, "auxiliary", False):
+            self.heads = ("decode", "aux")
         self.classifiers = tuple(name for name, _ in self.named_modules() if name.endswith("conv_seg"))
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:

@@ -357,7 +357,7 @@ def test_initial_weights_of_cascades():
 
 @pytest.mark.parametrize("name", ["hrnet_w18", "mit_b0", "swin_tiny", "vit_base_patch16"])
 def test_unknown_options_are_named(name):
-    with pytest.raises(ConfigError, match=f"{name} has no option 'depht'"):
+    with pytest.raises(ConfigError, match=f"{name}.: unknown key 'depht'"):
         build_backbone(ModelConfig("x", 19, name), depht=3)
 
 

@@ -58,6 +58,34 @@ def test_weights_stay_finite_for_absent_equal_and_single_classes():
     assert class_weights([7]).tolist() == [0]
 
 
+@pytest.mark.parametrize("coefficient", ["paper", "max"])
+def test_absent_classes_leave_the_weights_of_the_others_alone(coefficient):
+    present = class_weights(CITYSCAPES, coefficient)
+    for places in ((0,), (4, 9), (19,), (0, 10, 19)):
+        counts = torch.tensor(CITYSCAPES, dtype=torch.float64)
+        for place in places:
+            counts = torch.cat((counts[:place], torch.zeros(1, dtype=torch.float64), counts[place:]))
+        weight = class_weights(counts, coefficient)
+        assert (weight[counts == 0] == 1).all() and torch.equal(weight[counts > 0], present)
+
+
+def test_the_release_counts_an_absent_class_as_one_pixel():
+    """Its coefficient log(Σq) is then the largest, and every other weight smaller."""
+    counts = (900, 90, 6, 4, 0)
+    expected = [math.log(1001 / max(q, 1)) / math.log(1001) for q in counts]
+    assert class_weights(counts, "paper", "floor").tolist() == pytest.approx(expected)
+    closed = [math.log(1000 / q) / math.log(1000) for q in counts[:4]]
+    assert class_weights(counts).tolist() == pytest.approx([*closed, 1.0])
+    assert class_weights((0, 7, 7), "max").tolist() == [1, 0, 0] and class_weights((0, 7)).tolist() == [1, 0]
+    assert class_weights((0, 0)).tolist() == [1, 1]
+    for preset in ("released-head", "released-first"):
+        loss = BLVLoss(options(preset=preset, counts=counts), counts)
+        assert torch.equal(loss.weight, class_weights(counts, loss.options.coefficient, "floor"))
+        loss.set_counts(torch.tensor((5, 4, 0, 1, 0)))
+        assert torch.equal(loss.weight, class_weights((5, 4, 0, 1, 0), loss.options.coefficient, "floor"))
+    assert BLVLoss(options(), counts).weight[3] == 1 > BLVLoss(options(absent="floor"), counts).weight[3]
+
+
 @pytest.mark.parametrize("sigma, f_one, f_mean, f_std, p_one, p_mean, p_std", MOMENTS)
 def test_moments_of_the_limited_draw(sigma, f_one, f_mean, f_std, p_one, p_mean, p_std):
     like = torch.empty(2, 4, 300, 300)
@@ -219,11 +247,11 @@ def test_refreshed_counts_start_from_those_in_use(unit, counts):
 
 
 def test_refresh_needs_pseudo_labels_and_a_number_of_steps():
-    with pytest.raises(ConfigError, match="head: refresh: 5, but this method makes no pseudo-labels; remove the key"):
+    with pytest.raises(ConfigError, match="head.refresh: 5, but this method makes no pseudo-labels; remove the key"):
         StudentLogits({"refresh": 5}, [1, 2], "head", None)
     assert StudentLogits({"refresh": 0}, [1, 2], "head", None).refreshed is None
     for wrong in ("5", -1, 0.5):
-        with pytest.raises(ConfigError, match="head: refresh: .* is not a number of steps"):
+        with pytest.raises(ConfigError, match="head.refresh: .* is not a number of steps"):
             StudentLogits({"refresh": wrong}, [1, 2], "head")
 
 
@@ -240,10 +268,16 @@ def test_a_student_averages_as_blv_does(preset):
 @pytest.mark.parametrize(
     "section, words",
     [
-        ({"preset": "papr"}, "preset 'papr'"),
+        ({"preset": "papr"}, "head.preset: unknown 'papr'; did you mean 'paper'"),
+        ({"preset": []}, r"head.preset: unknown \[\]"),
         ({"sgima": 3.0}, "did you mean 'sigma'"),
-        ({"sigma": 0.0}, "not positive"),
-        ({"counts": "gta5"}, "neither dataset, released"),
+        ({"sigma": 0.0}, "head.sigma: 0.0 is not above 0"),
+        ({"noise": "beta", "sigma": -1.0}, "head.sigma: -1.0 is not above 0"),
+        ({"counts": [5, -1]}, r"head.counts\[1\]: -1.0 is less than 0"),
+        ({"counts": [0, 0]}, r"head.counts: \(0.0, 0.0\) has no class with pixels"),
+        ({"counts": [1, float("nan")]}, r"head.counts\[1\]: nan is not finite"),
+        ({"absent": "drop"}, "head.absent: 'drop' is not one of ignore, floor"),
+        ({"counts": "gta5"}, "head.counts: expected dataset or released or a list, got 'gta5'"),
         ({"sign": 2}, "not one of 1, -1"),
     ],
 )

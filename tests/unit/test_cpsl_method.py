@@ -252,7 +252,7 @@ def test_blv_counts_are_refreshed_and_saved(cfg, options):
 
 def test_blv_in_every_stage(cfg):
     """Preset and `average` reach both losses; the warm-up has no pseudo-labels to refresh counts with."""
-    with pytest.raises(ConfigError, match="method: blv: refresh: 100, but this method makes no pseudo-labels"):
+    with pytest.raises(ConfigError, match="method: blv.refresh: 100, but this method makes no pseudo-labels"):
         WarmUp(cfg, {"blv": {"refresh": 100}}, [9, 5, 3, 2, 1])
     label = batches()["source"]["label"]
     logits, valid = torch.randn(2, CLASSES, *CROP), (label != -1).float().mean()

@@ -249,7 +249,7 @@ def test_initial_weights():
         ({"name": "upernett"}, "model.name: unknown 'upernett'; did you mean 'upernet'"),
         ({"backbone": "resnet51"}, "model.backbone: unknown 'resnet51'; did you mean 'resnet5"),
         ({"options": {"chanels": 3}}, "model.options: unknown key 'chanels'; did you mean 'channels'"),
-        ({"options": {"backbone": {"stride": 8}}}, "resnet18 has no option 'stride'; did you mean 'output_stride'"),
+        ({"options": {"backbone": {"stride": 8}}}, r"resnet18\): unknown key 'stride'; did you mean 'output_stride'"),
     ],
 )
 def test_wrong_configs_are_explained(change, message):

@@ -273,7 +273,7 @@ def test_settings_that_cannot_work():
         build_method(Config(network, method={"name": "self_training"}, name="test"), None)
     with pytest.raises(ConfigError, match="unknown 'usnr'; did you mean 'usrn'"):
         build_method(Config(network, method={"name": "usnr"}, name="test"), None)
-    with pytest.raises(ConfigError, match="blv: refresh: 3, but this method makes no pseudo-labels"):
+    with pytest.raises(ConfigError, match="blv.refresh: 3, but this method makes no pseudo-labels"):
         method("baseline", counts=[50, 9, 1, 20, 3], blv={"refresh": 3})
     streams = batches()
     streams["unlabeled"]["strong"] = streams["unlabeled"]["strong"][..., :16]

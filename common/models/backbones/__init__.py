@@ -4,13 +4,12 @@ A backbone is a module that gives a list of maps (B, C, H/stride, W/stride); `ch
 names the row that reads its official weights.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
-from common.config import ConfigError, ModelConfig, nearest
+from common.config import ModelConfig, pick, typed_keywords
 from common.models.backbones.hrnet import HRNet
 from common.models.backbones.mit import MiT
 from common.models.backbones.resnet import resnet
@@ -36,19 +35,14 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_backbone(config: ModelConfig, **options) -> nn.Module:
+def build_backbone(config: ModelConfig, /, **options) -> nn.Module:
     """The backbone that `config` names, made with `options`, with ImageNet weights when `config.pretrained` says so.
 
     Raises ConfigError for an unknown backbone or an option that it does not have, ValueError for unusable weights.
     """
-    if config.backbone not in BACKBONES:
-        raise ConfigError(f"model.backbone: unknown {config.backbone!r}; {nearest(config.backbone, BACKBONES)}")
-    builder = BACKBONES[config.backbone]
-    known = [p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for key in options:
-        if key not in known:
-            raise ConfigError(f"model.options.backbone: {config.backbone} has no option {key!r}; {nearest(key, known)}")
-    backbone = builder(**options)
+    builder = pick(BACKBONES, config.backbone, "model.backbone")
+    chosen = typed_keywords(builder, options, f"model.options.backbone ({config.backbone})")
+    backbone = builder(**chosen)
     if config.pretrained and not config.checkpoint:  # a checkpoint holds the backbone too
         load_backbone(backbone, config.backbone, config.pretrained)
     return backbone

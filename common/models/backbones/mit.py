@@ -8,6 +8,7 @@ import math
 from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerStage
 from torch import Tensor, nn
 
+from common.config.bounds import Rate
 from common.models.backbones.swin import drop_path_rates
 
 VARIANTS = {  # channels, blocks a stage
@@ -25,7 +26,7 @@ class MiT(nn.Module):
 
     family = "mit"
 
-    def __init__(self, name: str = "mit_b0", *, drop_path: float = 0.1):
+    def __init__(self, name: str = "mit_b0", *, drop_path: Rate = 0.1):
         super().__init__()
         self.channels, depths = VARIANTS[name]
         self.patch_embed = OverlapPatchEmbed(patch_size=7, stride=4, in_chans=3, embed_dim=self.channels[0])

@@ -1,10 +1,14 @@
 """ResNet with the plain or the deep stem ("c": three 3×3 convolutions), from timm; parameters keep timm's names."""
 
+from typing import Literal
+
 import timm
 from torch import nn
 
+from common.config.bounds import Rate
 
-def resnet(name: str, *, output_stride: int = 32, drop_path: float = 0.0) -> nn.Module:
+
+def resnet(name: str, *, output_stride: Literal[32, 16, 8] = 32, drop_path: Rate = 0.0) -> nn.Module:
     """Four maps at strides 4, 8, 16, 32; with `output_stride` 8 or 16 later stages are dilated instead.
 
     The first block of a dilated stage keeps the dilation of the stage before, as in MMSegmentation. Convolutions are

@@ -13,6 +13,9 @@ from einops import rearrange
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from common.config import ConfigError
+from common.config.bounds import Depth, Rate, Width
+
 
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     """Stochastic-depth rate of every block, stage by stage: block i of all L blocks has last · i / (L − 1)."""
@@ -158,14 +161,17 @@ class Swin(nn.Module):
     def __init__(
         self,
         *,
-        dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        heads: Sequence[int] = (3, 6, 12, 24),
-        window: int = 7,
-        drop_path: float = 0.3,
+        dim: Width = 96,
+        depths: tuple[Depth, Depth, Depth, Depth] = (2, 2, 6, 2),
+        heads: tuple[Depth, Depth, Depth, Depth] = (3, 6, 12, 24),
+        window: Depth = 7,
+        drop_path: Rate = 0.3,
     ):
         super().__init__()
         self.channels = tuple(dim * 2**i for i in range(len(depths)))
+        for width, number in zip(self.channels, heads, strict=True):
+            if width % number:
+                raise ConfigError(f"model.options.backbone.heads: {number} heads do not divide {width} channels")
         self.patch_embed = PatchEmbed(dim)
         rates = drop_path_rates(depths, drop_path)
         self.layers = nn.ModuleList(

@@ -5,11 +5,17 @@ without antialiasing, which in timm also changes the cubic kernel when a grid is
 """
 
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from common.config import ConfigError
+from common.config.bounds import Ascending, AtLeast, AtMost, Depth, Width
+
+Tap = Annotated[int, AtLeast(0), AtMost(63)]  # the number of a block
 
 
 def resample_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -28,8 +34,17 @@ class ViT(nn.Module):
 
     family = "vit"
 
-    def __init__(self, *, dim: int = 768, heads: int = 12, taps: tuple[int, ...] = (2, 5, 8, 11), grid: int = 32):
+    def __init__(
+        self,
+        *,
+        dim: Width = 768,
+        heads: Depth = 12,
+        taps: Annotated[tuple[Tap, Tap, Tap, Tap], Ascending()] = (2, 5, 8, 11),
+        grid: Annotated[int, AtLeast(1), AtMost(1024)] = 32,
+    ):
         super().__init__()
+        if dim % heads:
+            raise ConfigError(f"model.options.backbone.dim: {dim} is no multiple of heads ({heads})")
         self.grid, self.taps = (grid, grid), taps
         self.channels = (dim,) * len(taps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from common.models.heads.uper import UPerHead
 
+HEADS = 8  # of the attention between kernels
+
 
 class KernelUpdate(nn.Module):
     """Gated mix of each class's group feature and kernel, both (B, K, C) with C a multiple of `width`.
@@ -38,7 +40,7 @@ class KernelUpdateStage(nn.Module):
     Layers keep torch's initialisation but for `feat_transform`: the release never calls its own initialiser here.
     """
 
-    def __init__(self, channels: int, heads: int = 8):
+    def __init__(self, channels: int, heads: int = HEADS):
         super().__init__()
         hidden = 4 * channels
         self.feat_transform = nn.Conv2d(channels, channels, 1)

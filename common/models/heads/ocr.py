@@ -59,6 +59,8 @@ class OCRHead(nn.ModuleList):
     gradients are equal, but its BN statistics then move twice a step: as with a momentum of 1 − 0.9² = 0.19 here.
     """
 
+    auxiliary = True  # it gives logits that need a loss of their own
+
     def __init__(
         self,
         in_channels: tuple[int, ...],

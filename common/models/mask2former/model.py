@@ -38,6 +38,10 @@ class Mask2FormerOptions:
     frozen_norm: bool = True  # batch norm of a ResNet is constant; False: it is trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
+    def __post_init__(self):
+        if self.hidden_dim % 32 or self.hidden_dim % self.heads:
+            raise ValueError(f"hidden_dim: {self.hidden_dim} must be a multiple of 32 and of heads ({self.heads})")
+
 
 def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
     """Probability (…, K) of each class, "no object" left out, in float32.
@@ -59,6 +63,7 @@ class Mask2Former(SegmentationModel):
     last: a loss makes only the masks and the points that it needs.
     """
 
+    heads = ("queries",)
     classifiers = ("decoder.class_embed",)
     average_softmax = False  # scores are sums of probabilities already
 
@@ -122,10 +127,6 @@ class Mask2Former(SegmentationModel):
 def mask2former(config: ModelConfig) -> Mask2Former:
     """The network of a config: backbone resnet18/50/101 or swin_{tiny,small,base,large}."""
     options = typed(Mask2FormerOptions, config.options, "model.options")
-    if options.hidden_dim % 32 or options.hidden_dim % options.heads:
-        raise ValueError(
-            f"model.options.hidden_dim: {options.hidden_dim} must be a multiple of 32 and of heads ({options.heads})"
-        )
     if config.align_corners:
         raise ConfigError("model.align_corners: Mask2Former resizes without aligned corners; set it to false")
     backbone = build_backbone(config, **options.backbone)
