@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from common.config import Config, ConfigError, SourceConfig, nearest
+from common.config import Config, ConfigError, SourceConfig, pick
 from common.data import SegmentationDataset
 from common.engine import Method
 from common.files import load_json, read_artifact
@@ -22,14 +22,13 @@ NUMBERS = "subclasses.json"  # in the folder of subclass labels: their numbers, 
 def build_method(cfg: Config, counts: Any) -> Method:
     """The method that `method.name` names, with the rest of that section as its options."""
     options = dict(cfg.method)
-    options.pop("name")
+    options.pop("name", None)
     return METHODS[method_name(cfg)](cfg, options, counts)
 
 
 def method_name(cfg: Config) -> str:
     name = cfg.method.get("name")
-    if name not in METHODS:
-        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
+    pick(METHODS, name, f"{cfg.name}: method.name")
     return name
 
 

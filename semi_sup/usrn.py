@@ -107,7 +107,9 @@ class Baseline(Method):
         fitting = "usrn" if self.branches else "deeplabv3plus"
         self.model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
         if self.model.dual != self.branches:
-            raise ConfigError(f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}")
+            raise ConfigError(
+                f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
+            )
         where = f"{cfg.name}: method: blv"
         self.class_logits = StudentLogits(self.options.blv, counts, where, self.pseudo_labels)
 

@@ -21,13 +21,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import Config, ConfigError
+from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Rate, Share
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, move_average
 from common.losses.self_training import (
@@ -55,6 +56,8 @@ from uda.base import (
 from uda.mixing import Box, draw_box, paste, paste_labels
 from uda.sampling import class_balanced, stretched, uniform
 
+Rows = Annotated[int, AtLeast(1), AtMost(1 << 24)]  # of the bank
+
 
 @dataclass(frozen=True)
 class CPSLConfig:
@@ -62,36 +65,36 @@ class CPSLConfig:
 
     prototypes: str  # file of calc_prototype.py
     class_distribution: str  # file of generate_class_distribution.py
-    momentum: float = 0.999  # of θ' and c'
-    temperature: float = 0.08  # τ
+    momentum: Share = 0.999  # of θ' and c'
+    temperature: Positive = 0.08  # τ
     rectify: bool = True  # False: ŷ = argmax P_ST, plain self-training
-    threshold: float = 0.0  # probability below which a pixel is ignored
+    threshold: Rate = 0.0  # probability below which a pixel is ignored
     # whose: the label's after rectification, as in the release, or that of P_ST's best class; the first is sharper
     threshold_on: Literal["rectified", "pseudo"] = "rectified"
-    rce: tuple[float, float] = (0.1, 1.0)  # α, β of the symmetric cross-entropy
-    consistency: float = 5.0
-    self_label: float = 0.1
-    contrastive: float = 0.0  # release: 0.001, with `bank_labels: first`
+    rce: tuple[NotNegative, NotNegative] = (0.1, 1.0)  # α, β of the symmetric cross-entropy
+    consistency: NotNegative = 5.0
+    self_label: NotNegative = 0.1
+    contrastive: NotNegative = 0.0  # release: 0.001, with `bank_labels: first`
     # release: first. Bank pixels come from the whole image, their labels are the first of the map, whatever was sampled
     bank_labels: Literal["matched", "first"] = "matched"
-    bank: int = 65536
-    samples: int = 256  # pixels an image and step that enter the bank
+    bank: Rows = 65536
+    samples: Rows = 256  # pixels an image and step that enter the bank
     sampling: Literal["class_balanced", "uniform"] = "class_balanced"  # release: uniform
     marginal: Literal["pseudo_labels", "uniform"] = "pseudo_labels"  # uniform: as in SwAV
-    epsilon: float = 0.05  # of Sinkhorn
-    sinkhorn_iterations: int = 3
+    epsilon: Positive = 0.05  # of Sinkhorn
+    sinkhorn_iterations: Annotated[int, AtLeast(0), AtMost(1000)] = 3
     normalise_bank: bool = True  # release: False, scores of the bank use raw prototypes
-    cutmix: float = 0.5  # probability
+    cutmix: Share = 0.5  # probability
     cutmix_labels: Literal["source", "target"] = "source"  # release before September 2022: target
     teacher_mode: Literal["eval", "train"] = "eval"  # release: train, with dropout and batch statistics
     strong_statistics: bool = True  # False: the strong view does not move batch norm's running statistics
-    head_lr_mult: float = 5.0  # of the head and the prototypes
-    backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
+    head_lr_mult: NotNegative = 5.0  # of the head and the prototypes
+    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
 
     def __post_init__(self):
         if self.bank_labels == "first" and self.sampling != "uniform":
-            raise ConfigError(f"method.bank_labels: first is for sampling: uniform, not {self.sampling}; set both")
+            raise ValueError(f"bank_labels: first is for sampling: uniform, not {self.sampling}; set both")
 
 
 Sampled = tuple[Tensor, Tensor, Tensor]  # unit features (B, n, D), unit logits (B, n, K), labels (B, n)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.config import Config, ConfigError
+from common.config import Config
+from common.config.bounds import NotNegative, Rate
 from common.data import IGNORE
 from common.engine.method import Batch, Losses
 from common.losses.self_training import distillation
@@ -27,16 +28,12 @@ class DistillConfig:
     """The `method:` section of stages 2 and 3."""
 
     teacher: str  # checkpoint of the previous stage, ours or the release's
-    threshold: float = 0.95  # confidence that a pseudo-label has to exceed
-    distillation: float = 1.0
+    threshold: Rate = 0.95  # confidence that a pseudo-label has to exceed
+    distillation: NotNegative = 1.0
     kd_loss: Literal["kl", "inner_product"] = "kl"  # release: inner_product, a KL whose logarithm is missing
-    head_lr_mult: float = 10.0
-    backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
+    head_lr_mult: NotNegative = 10.0
+    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.threshold < 1:
-            raise ConfigError(f"method.threshold: {self.threshold} is not in [0, 1)")
 
 
 class Distill(Stage):

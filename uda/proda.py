@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.config import Config
+from common.config.bounds import NotNegative, Share
 from common.engine.method import Batch, Losses, move_average
 from common.losses.self_training import consistency
 from common.ops.resampled_products import resampled_products
@@ -29,13 +30,13 @@ class ProDAConfig:
     """The `method:` section of ProDA's stage 1."""
 
     prototypes: str
-    momentum: float = 0.999  # of the teacher
-    prototype_momentum: float = 1e-4
-    rce: tuple[float, float] = (0.1, 1.0)
-    consistency: float = 10.0
-    regulariser: float = 0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
-    head_lr_mult: float = 1.0
-    backbone_lr_mult: float = 1.0
+    momentum: Share = 0.999  # of the teacher
+    prototype_momentum: Share = 1e-4
+    rce: tuple[NotNegative, NotNegative] = (0.1, 1.0)
+    consistency: NotNegative = 10.0
+    regulariser: NotNegative = 0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
+    head_lr_mult: NotNegative = 1.0
+    backbone_lr_mult: NotNegative = 1.0
     blv: Mapping[str, Any] | None = None
 
 

@@ -6,7 +6,7 @@ The stages of a task, and what runs between them, are in `main.sh`.
 from pathlib import Path
 
 from common import cli, distributed
-from common.config import Config, ConfigError, nearest
+from common.config import Config, pick
 from common.data.statistics import placeholder
 from common.engine import Method, fit, prepare, rehearse
 from common.experiment import Experiment, print_result
@@ -24,9 +24,7 @@ def build_method(cfg: Config, counts) -> Method:
     """The method that `method.name` names, with the rest of that section as its options."""
     options = dict(cfg.method)
     name = options.pop("name", None)
-    if name not in METHODS:
-        raise ConfigError(f"{cfg.name}: method.name: unknown {name!r}; {nearest(str(name), METHODS)}")
-    return METHODS[name](cfg, options, counts)
+    return pick(METHODS, name, f"{cfg.name}: method.name")(cfg, options, counts)
 
 
 def require_earlier_steps(cfg: Config) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.config import Config
+from common.config.bounds import NotNegative, Width
 from common.engine.method import Batch, Losses
 from uda.base import Stage
 from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
@@ -21,12 +22,12 @@ from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
 class WarmUpConfig:
     """The `method:` section of the warm-up. `adversarial: 0` trains on the source alone, without a discriminator."""
 
-    adversarial: float = 0.01  # λ
+    adversarial: NotNegative = 0.01  # λ
     gan: Literal["LS", "Vanilla"] = "LS"  # least squares, or cross-entropy
-    discriminator_lr: float = 1e-4
-    discriminator_width: int = 64
-    head_lr_mult: float = 10.0
-    backbone_lr_mult: float = 3.0  # release: its optimiser lists each backbone tensor three times
+    discriminator_lr: NotNegative = 1e-4
+    discriminator_width: Width = 64
+    head_lr_mult: NotNegative = 10.0
+    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
     blv: Mapping[str, Any] | None = None
 
 

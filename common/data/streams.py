@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from common.config import DataConfig, StreamConfig, TrainConfig, typed
+from common.config.bounds import Positive
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
 from common.data.recipes.build import build_transform
@@ -86,7 +87,7 @@ class SamplerConfig:
     """The `sampler` section of a stream. threshold, level, mode: those of repeat-factor sampling."""
 
     order: Literal["shuffle", "sequential", "repeat_factor"] = "shuffle"
-    threshold: float = 0.001
+    threshold: Positive = 0.001
     level: Literal["image", "pixel"] = "image"
     mode: Literal["max", "mean", "sum"] = "max"
 

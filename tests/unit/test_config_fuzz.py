@@ -1,11 +1,12 @@
 """Whatever a config says, reading it gives a config or one line that names the file, within two seconds.
 
-Texts are mutated character by character, values by wrong ones of every kind. 200 seeds of each run by default, 5000
-with --slow; the values of a failing test name its seed.
+Texts are mutated character by character: 200 seeds by default, 5000 with --slow. The values of a failing test name its
+seed. `test_config_sections.py` mutates values.
 """
 
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ SNIPPETS = (
 
 
 def expect_config_or_one_line(make, name: str = "") -> None:
-    start = time.monotonic()
+    start = time.process_time()  # of this process alone: the machine may have other work
     try:
         make()
     except ConfigError as error:
         text = str(error)
         assert "\n" not in text and name in text and len(text) < 1500, text[:2000]
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 def mutated_text(text: str, rng: random.Random) -> str:
@@ -107,9 +108,9 @@ def test_hostile_yaml(text, words, tmp_path):
     full = full if "line 1" not in words else text
     path.write_text(full)
     with pytest.raises(ConfigError) as error:
-        start = time.monotonic()
+        start = time.process_time()
         load_config(path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert words in str(error.value) and str(path.name) in str(error.value) and len(str(error.value)) < 1500
 
 
@@ -152,32 +153,12 @@ WRONG = (
 )  # fmt: skip
 
 
-def places(tree, path=()):
-    """The paths of all values below `tree`."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
-
-
-def mutate_values(tree: dict, rng: random.Random) -> None:
-    for _ in range(rng.randint(1, 2)):
-        *parents, last = rng.choice(list(places(tree)))
-        owner = tree
-        for key in parents:
-            owner = owner[key]
-        owner[last] = rng.choice(WRONG)
-        if isinstance(owner, dict) and rng.random() < 0.1:
-            owner[rng.choice(("", "lr", "nmae", "x" * 1000))] = rng.choice(WRONG)
+@dataclass(frozen=True)
+class Options:
+    a: int = 1
 
 
 def test_shown_values_are_short():
-    from dataclasses import dataclass
-
-    @dataclass(frozen=True)
-    class Options:
-        a: int = 1
-
     for value in WRONG:
         expect_config_or_one_line(lambda value=value: typed(Options, {"a": value}, "here"), "here")
         expect_config_or_one_line(lambda value=value: typed(Options, value, "here"), "here")

@@ -114,7 +114,7 @@ def test_transforms_are_pure(tmp_path):
 
 
 def test_unknown_recipe_and_option():
-    with pytest.raises(ValueError, match="recipe 'mmseq' is unknown; known: none, mmseg"):
+    with pytest.raises(ValueError, match="augment.recipe: unknown 'mmseq'; did you mean 'mmseg'"):
         build_transform({"recipe": "mmseq"})
     with pytest.raises(ConfigError, match="unknown key 'cropp'; did you mean 'crop'"):
         build_transform({"recipe": "mmseg", "cropp": [1, 2]})

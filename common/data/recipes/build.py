@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import typed
+from common.config import pick, typed
+from common.config.bounds import Size
 from common.data.dataset import SegmentationDataset, Transform
 from common.data.geometry import bilinear, fit, identity, warp_maps
 from common.data.recipes.cpsl import CPSL
@@ -25,7 +26,7 @@ Sample = dict[str, Any]
 class Native:
     """No augmentation: the image at its own size, or shrunk or enlarged to fit `box` (labels stay as they are)."""
 
-    box: tuple[int, int] | None = None  # height, width
+    box: Size | None = None  # height, width
 
     def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
         size = sample["image"].size
@@ -46,6 +47,4 @@ def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Trans
     """
     options = dict(augment)
     recipe = options.pop("recipe", "none")
-    if recipe not in RECIPES:
-        raise ValueError(f"{where}: recipe {recipe!r} is unknown; known: {', '.join(RECIPES)}")
-    return typed(RECIPES[recipe], options, where)
+    return typed(pick(RECIPES, recipe, f"{where}.recipe"), options, where)

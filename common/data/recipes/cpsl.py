@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
 from common.config import SourceConfig, typed
+from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.colour_transfer import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
 from common.data.dataset import SegmentationDataset
@@ -33,25 +34,28 @@ class CPSL:
     Cityscapes train).
     """
 
-    crop: tuple[int, int] = (512, 896)
-    base: tuple[int, int] | None = None
-    width: int = 2200
-    ratio: tuple[float, float] = (0.5, 1.5)
-    flip: float = 0.5
+    crop: Size = (512, 896)
+    base: Size | None = None
+    width: Side = 2200
+    ratio: Interval = (0.5, 1.5)
+    flip: Share = 0.5
     strong: bool = False
-    blur: float = 0.5
-    jitter: float = 0.5
+    blur: Share = 0.5
+    jitter: Share = 0.5
     full: bool = False
     colour_from: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         if self.colour_from is not None:
-            _ = self._colours  # made now: a missing data set is an error before training
+            try:
+                _ = self._colours  # made now: a missing data set is an error before training
+            except ValueError as error:
+                raise ValueError(f"colour_from: {error}") from error
 
     @cached_property
     def reference(self) -> SegmentationDataset:
         """The images of `colour_from`."""
-        return SegmentationDataset(typed(SourceConfig, {"labels": False, **self.colour_from}, "augment.colour_from"))
+        return SegmentationDataset(typed(SourceConfig, {"labels": False, **self.colour_from}, "its section"))
 
     @cached_property
     def _colours(self) -> torch.Tensor:

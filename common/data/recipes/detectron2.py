@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.config.bounds import Count, Share, Side, Size
 from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
@@ -35,24 +36,15 @@ class Detectron2:
     of the row at image level, else those by the set's own image counts. `for_dataset` has to choose these first.
     """
 
-    crop: tuple[int, int]
-    short_edges: tuple[int, ...] = ()
-    max_size: int = 1333
-    category_limit: float = 1.0
+    crop: Size
+    short_edges: tuple[Side, ...] = ()
+    max_size: Side = 1333
+    category_limit: Share = 1.0
     colour: bool = True
-    flip: float = 0.5
+    flip: Share = 0.5
     copy_paste: Literal["none", "random", "rare"] = "none"
-    copy_paste_max: int = 100
+    copy_paste_max: Count = 100
     rare_classes: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if min(self.crop) < 1:
-            raise ValueError(f"augment.crop {list(self.crop)} must be positive")
-        if self.short_edges and min(self.short_edges) < 1:
-            raise ValueError(f"augment.short_edges: {min(self.short_edges)} is no size of an image side")
-        for name in ("max_size", "copy_paste_max"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"augment.{name} {getattr(self, name)} must be positive")
 
     def for_dataset(self, dataset: SegmentationDataset, workers: int = 0, cache: Path | None = None) -> "Detectron2":
         """The recipe with the rare classes of its Copy-Paste chosen; labels are counted (see `class_statistics`) only

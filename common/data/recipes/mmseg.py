@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.config.bounds import Interval, Share, Size
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, bilinear, draw_offset, fit, nearest, pad, warp_maps
@@ -23,11 +24,11 @@ class MMSeg:
     this share or more. full: also the whole image, un-augmented, as `full`.
     """
 
-    crop: tuple[int, int]
-    ratio: tuple[float, float] = (0.5, 2.0)
-    box: tuple[int, int] | None = None
-    category_limit: float = 0.75
-    flip: float = 0.5
+    crop: Size
+    ratio: Interval = (0.5, 2.0)
+    box: Size | None = None
+    category_limit: Share = 0.75
+    flip: Share = 0.5
     photometric: bool = True
     full: bool = False
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms import functional
 
+from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, draw_offset, pad, pillow, warp_maps
@@ -23,10 +24,10 @@ class USRN:
     and the right, before the crop is mirrored.
     """
 
-    crop: tuple[int, int]
-    base: int
-    ratio: tuple[float, float] = (0.5, 2.0)
-    flip: float = 0.5
+    crop: Size
+    base: Side
+    ratio: Interval = (0.5, 2.0)
+    flip: Share = 0.5
     jitter: bool = False
     views: bool = False
 
