@@ -74,7 +74,7 @@ def test_the_release_counts_an_absent_class_as_one_pixel():
     counts = (900, 90, 6, 4, 0)
     expected = [math.log(1001 / max(q, 1)) / math.log(1001) for q in counts]
     assert class_weights(counts, "paper", "floor").tolist() == pytest.approx(expected)
-    closed = [math.log(1000 / q) / math.log(1000) for q in counts[:4]]
+    closed = [math.log(1000 / q) / math.log(1000 / 4) for q in counts[:4]]
     assert class_weights(counts).tolist() == pytest.approx([*closed, 1.0])
     assert class_weights((0, 7, 7), "max").tolist() == [1, 0, 0] and class_weights((0, 7)).tolist() == [1, 0]
     assert class_weights((0, 0)).tolist() == [1, 1]
