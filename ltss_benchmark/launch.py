@@ -1,10 +1,11 @@
 """Starting the processes of a run, one a GPU; torchrun does the same from outside."""
 
+import contextlib
 import os
 import signal
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 
 from common import cli
 
-GRACE = 120  # seconds that the other ranks get to save and end after one has ended with an error
+GRACE = 20  # seconds that the other ranks get to end after one has ended; those that were asked to save have done so
 
 
 def needed(gpus: int, machines: int) -> bool:
@@ -24,21 +25,36 @@ def needed(gpus: int, machines: int) -> bool:
 def start(main: Callable[[Any], None], args: Any) -> int:
     """Run `main(args)` on args.num_gpus ranks of this machine; returns the exit code of the first that fails, or 0.
 
-    args: num_gpus, num_machines, machine_rank, dist_url ("auto" or tcp://host:port), device. SIGTERM and SIGINT are
-    passed on to the ranks. `check` says whether they fit.
+    args: num_gpus, num_machines, machine_rank, dist_url ("auto" or tcp://host:port), device. `check` says whether they
+    fit. SIGINT and SIGTERM reach the ranks as SIGTERM: in training they save and end, else they end at once.
     """
     address = meeting_point(args)
-    context = multiprocessing.start_processes(_rank, (main, args, address), args.num_gpus, join=False)
-    before = {kind: signal.signal(kind, _forward(context)) for kind in (signal.SIGTERM, signal.SIGINT)}
+    received: list[int] = []
+    with _held_back(signal.SIGINT):  # the ranks inherit that, so Ctrl-C is this process's affair
+        context = multiprocessing.start_processes(_rank, (main, args, address), args.num_gpus, join=False)
+        before = {kind: signal.signal(kind, _forward(context, received)) for kind in (signal.SIGTERM, signal.SIGINT)}
+
     try:
         while not context.join(grace_period=GRACE):
             pass
     except multiprocessing.ProcessExitedException as error:  # the rank has said why
+        if received:
+            return 128 + received[0]
         return error.exit_code if error.exit_code > 0 else 128 - error.exit_code
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
     return 0
+
+
+@contextlib.contextmanager
+def _held_back(kind: signal.Signals) -> Iterator[None]:
+    """A signal that comes within is delivered afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {kind})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def meeting_point(args: Any) -> tuple[str, int]:
@@ -105,10 +121,11 @@ def _rank(local: int, main: Callable[[Any], None], args: Any, address: tuple[str
     cli.run(lambda: main(args))
 
 
-def _forward(context: multiprocessing.ProcessContext) -> Callable[[int, Any], None]:
+def _forward(context: multiprocessing.ProcessContext, received: list[int]) -> Callable[[int, Any], None]:
     def handler(number: int, frame: Any) -> None:
+        received.append(number)
         for process in context.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                process.terminate()
 
     return handler

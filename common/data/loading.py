@@ -5,7 +5,7 @@ A worker that fails says so in one line, and none outlives the main process:
 - an error in a sample or in `collate` travels as a value and is raised where the loop asks for the batch;
 - so does the error of a batch that cannot be handed over (full /dev/shm), which would otherwise be waited for in vain;
 - a signal to the whole process group is the main process's affair: it saves and ends its workers itself. Workers ignore
-  SIGINT and SIGTERM, so their `terminate` is a SIGKILL, and each one watches whether the main process is still there.
+  SIGINT, and SIGTERM unless the main process sent it; each one watches whether the main process is still there.
 """
 
 import multiprocessing
@@ -28,6 +28,7 @@ Collate = Callable[[list[Any]], Any]
 
 # Python 3.14 starts processes by a fork server, which would hide from a worker whether the main process lives.
 _METHOD = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+PATIENCE = 3  # seconds that a worker gets to end when it is asked to
 
 
 def batches(
@@ -124,27 +125,39 @@ def as_value(error: Exception) -> Exception:
 
 def _follow_main(*_: Any) -> None:
     """The first act of a worker: from then on it ends by the main process's will, or with it."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the thread below takes it
 
     main_process = multiprocessing.parent_process().pid
-    threading.Thread(target=_end_with, args=(main_process,), daemon=True).start()
+    threading.Thread(target=_watch, args=(main_process,), daemon=True).start()
 
 
-def _end_with(process: int) -> None:
-    """End this process soon after its parent."""
-    while os.getppid() == process:
-        time.sleep(1)
+def _watch(main_process: int) -> None:
+    """End this process by a SIGTERM of its parent, and soon after its parent; another sender's SIGTERM is ignored."""
+    while os.getppid() == main_process:
+        if not hasattr(signal, "sigtimedwait"):  # macOS
+            time.sleep(1)
+            continue
+        sent = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if sent is not None and sent.si_pid == main_process:
+            os._exit(0)  # an end by a signal would be reported as a worker's failure
     os._exit(1)
 
 
 class _Worker(_METHOD.Process):
-    """A process whose `terminate`, which Python and torch call before they wait for its end, cannot be ignored."""
+    """A process whose `terminate`, after which Python and torch wait for its end without a limit, does end it."""
 
     @staticmethod
     def _Popen(process: Any) -> Any:
         started = _METHOD.Process._Popen(process)
-        started.terminate = started.kill
+        ask = started.terminate
+
+        def terminate() -> None:
+            ask()
+            if started.wait(PATIENCE) is None:
+                started.kill()
+
+        started.terminate = terminate
         return started
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from common import cli, distributed
 from common.config import Config, DataConfig, EvalConfig, ModelConfig, StreamConfig, TrainConfig
 from common.data.loading import batches
 from common.engine import Method, fit
+from ltss_benchmark import launch
 
 FAULT, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -101,8 +103,22 @@ def main():
     distributed.stop()
 
 
+def launched(args):
+    """What a rank of LTSS's launcher does."""
+    global RANK, WORLD
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    main()
+
+
+def launch_two():
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto", "device": "cpu"}
+    return launch.start(launched, types.SimpleNamespace(**args))
+
+
 if __name__ == "__main__":
-    if FAULT == "evaluation stuck":
+    if "LTS_LAUNCH" in os.environ:
+        cli.run(launch_two)
+    elif FAULT == "evaluation stuck":
         cli.run(lambda: validate(0))
     elif "LTS_BARE" in os.environ:
         main()

@@ -24,7 +24,7 @@ LINES = {  # fault → what its line says; a dead worker is noticed in one of tw
     "evaluation killed": r"DataLoader worker .*(killed by signal: Killed|exited unexpectedly)",
 }
 QUICK = [("step", 1), ("worker", 1), ("worker killed", 1), ("worker unsendable", 1), ("evaluation killed", 1)]
-QUICK += [("step", 2), ("worker killed", 2)]
+QUICK += [("worker killed", 2)]
 SLOW = [case for fault in LINES for case in ((fault, 1), (fault, 2)) if case not in QUICK]
 
 
@@ -90,7 +90,7 @@ def test_an_error_that_nobody_catches_ends_the_workers_too(start, tmp_path):
     assert time.time() - float((tmp_path / "fault").read_text()) < 30 and all_end(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_saves_and_ends(start, tmp_path, kind):
     """As a terminal sends Ctrl-C, and a cluster SIGTERM."""
     process = start("none")
@@ -102,7 +102,33 @@ def test_a_signal_to_all_processes_saves_and_ends(start, tmp_path, kind):
     assert all_end(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["none", "worker stuck"])
+@pytest.mark.parametrize("fault", ["step", pytest.param("worker killed", marks=pytest.mark.slow)])
+def test_a_fault_ends_the_ranks_of_the_launcher(start, tmp_path, fault):
+    process = start(fault, LTS_LAUNCH="1")
+    _, err = process.communicate(timeout=180)
+    lines = [line for line in err.splitlines() if line.startswith("error: ") and "lost another rank" not in line]
+    assert process.returncode == 1 and time.time() - float((tmp_path / "fault").read_text()) < 30
+    assert len(lines) == 1 and re.search(LINES[fault], lines[0]) and "Traceback" not in err, err
+    assert all_end(tmp_path)
+
+
+@pytest.mark.parametrize("moment", [pytest.param("start", marks=pytest.mark.slow), "loop"])
+def test_ctrl_c_ends_the_ranks_of_the_launcher_quietly(start, tmp_path, moment):
+    process = start("none", LTS_LAUNCH="1")
+    if moment == "loop":
+        wait_for(tmp_path / "fault", process)
+    else:
+        deadline = time.monotonic() + 120
+        while len(processes(tmp_path)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130 and "Traceback" not in err and "error" not in err, err
+    assert (tmp_path / "faulty" / "checkpoints" / "last").is_dir() == (moment == "loop")
+    assert all_end(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [pytest.param("none", marks=pytest.mark.slow), "worker stuck"])
 def test_workers_end_when_the_main_process_is_killed(start, tmp_path, fault):
     process = start(fault)
     wait_for(tmp_path / "fault", process)
