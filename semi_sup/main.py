@@ -78,10 +78,10 @@ def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
     if args.resume in (None, NEWEST):
         raise ValueError("--config is needed, or --resume with a checkpoint of ours")
     file = weight_file(args.resume)
+    if not file.is_file():
+        raise ValueError(f"{args.resume}: no such checkpoint")
     if file.suffix != ".safetensors":
         raise ValueError(f"{args.resume}: an official checkpoint has no config inside; give --config")
-    if not file.is_file():
-        raise ValueError(f"{file}: no such checkpoint")
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get("config")
     if text is None:

@@ -169,9 +169,10 @@ class LabelTable:
 
     def _complaint(self, raw: np.ndarray, label: np.ndarray, path: Path) -> str:
         value = int(raw[label == _UNKNOWN][0])
+        keys = ("palette", "ignore_colours") if self.encoding == "rgb" else ("label_map", "ignore")
         return (
-            f"{path}: label {self.describe(value)} is none of the {self.num_classes} classes; "
-            "add it to the label map or to the ignored values, or check the number of classes"
+            f"{path}: label {self.describe(value)} is none of the {self.num_classes} classes; add it to the label map "
+            f"or to the ignored values (`{keys[0]}` or `{keys[1]}` of a folder), or check the number of classes"
         )
 
     def describe(self, value: int) -> str:

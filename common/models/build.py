@@ -181,8 +181,9 @@ def build_model(config: ModelConfig) -> nn.Module:
 def load_model(config: ModelConfig, checkpoint: str | Path, prefix: str | None = None) -> nn.Module:
     """The network of `config` with the weights of `checkpoint` and no others, in evaluation mode.
 
-    checkpoint, prefix: as `load_weights` takes them. Raises what it raises.
+    checkpoint, prefix: as `load_weights` takes them. Raises what it raises. `reset_classifier` is for the weights that
+    training starts from: a classifier that does not fit is an error here, whatever it says.
     """
     model = build_model(replace(config, pretrained=False, checkpoint=None))
-    load_weights(model, checkpoint, prefix=prefix)
+    load_weights(model, checkpoint, reset_classifier=None, prefix=prefix)
     return model.eval()

@@ -4,6 +4,7 @@ Every step skips what is there already, so a script may be stopped and started a
 its function writes the targets and raises a ValueError that names a file.
 """
 
+import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,12 @@ _FORMATS = {".png": "PNG", ".tif": "TIFF", ".jpg": "JPEG"}
 def folder(name: str) -> Path:
     """Where a row's data set lies or will lie: $DETECTRON2_DATASETS/<folder>, else ./datasets/<folder>."""
     return home(DATASETS[name])[0]
+
+
+def parse(description: str) -> None:
+    """Answer --help; ends with exit code 2 for any other argument, since a preparation has none."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=description, formatter_class=formatter).parse_args()
 
 
 def begin(name: str) -> Path:

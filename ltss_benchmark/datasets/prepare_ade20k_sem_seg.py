@@ -9,6 +9,7 @@ from ltss_benchmark.datasets.conversions import ade20k_label
 
 
 def main() -> None:
+    preparation.parse(__doc__)
     preparation.convert_labels("ade20k", "annotations", "annotations_detectron2", ade20k_label)
 
 

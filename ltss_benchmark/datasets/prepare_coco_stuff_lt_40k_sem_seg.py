@@ -9,6 +9,7 @@ from ltss_benchmark.datasets import preparation
 
 
 def main() -> None:
+    preparation.parse(__doc__)
     preparation.sample_subset("coco_stuff_lt_40k", "coco_stuff_118k", "coco-stuff-lt.txt")
 
 

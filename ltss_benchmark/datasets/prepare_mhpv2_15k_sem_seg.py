@@ -14,6 +14,7 @@ from ltss_benchmark.datasets.conversions import mhp_image, mhp_label, mhp_people
 
 
 def main() -> None:
+    preparation.parse(__doc__)
     base = preparation.begin("mhpv2_15k")
     raw = base / "LV-MHP-v2"
     for split in ("train", "val"):

@@ -9,6 +9,7 @@ from ltss_benchmark.datasets import preparation
 
 
 def main() -> None:
+    preparation.parse(__doc__)
     preparation.sample_subset("mhpv2_lt_7k", "mhpv2_15k", "mhpv2-lt.txt")
 
 

@@ -160,7 +160,10 @@ def test_errors_before_a_step_is_ready(place, monkeypatch, capsys):
     assert "cannot read the list" in fails("main", "-c", BASE, *base, "data.streams.labeled.list=none.txt")
     assert "no checkpoint there; train toy_1over8_baseline" in fails("main", "--test", "-c", BASE, *base, elsewhere)
     assert "no such checkpoint" in fails("main", "--test", "--resume", "none.safetensors")
-    assert "give --config" in fails("main", "--test", "--resume", "best_model.pth")
+    assert "nope: no such checkpoint" in fails("main", "--test", "--resume", "nope")
+    official = place.saved / "best_model.pth"
+    official.touch()
+    assert "give --config" in fails("main", "--test", "--resume", official)
     last = place.baseline / "checkpoints" / "last"
     assert "training goes on from" in fails("main", "-c", BASE, *base, "name=other", "--resume", last)
     assert "--labelled" in fails("prepare_splits", USRN, *usrn, f"data.streams.labeled.list={place.lists}/some.txt")

@@ -53,7 +53,8 @@ def test_colour_coded_labels(tmp_path):
     path = save(rgb, tmp_path / "a.png")
     read = LabelTable(3, mapping, ignore=colour_codes([(1, 2, 3)]), encoding="rgb").read(path)
     assert read[0, 0] == IGNORE and np.array_equal(read[1:], label[1:])
-    with pytest.raises(ValueError, match=r"a\.png: label colour \(1, 2, 3\) is none of the 3 classes"):
+    message = r"a\.png: label colour \(1, 2, 3\) is none of the 3 classes; .*`palette` or `ignore_colours`"
+    with pytest.raises(ValueError, match=message):
         LabelTable(3, mapping, encoding="rgb").read(path)
 
 

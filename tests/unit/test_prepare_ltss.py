@@ -340,6 +340,18 @@ def test_mhp_lt(root, monkeypatch):
     assert SegmentationDataset(SourceConfig(dataset="mhpv2_lt_7k")).names == ["1"]
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_help_prepares_nothing(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        script(name)()
+    assert end.value.code == 0 and "usage: prepare.py" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "everything"])
+    with pytest.raises(SystemExit) as end:
+        script(name)()
+    assert end.value.code == 2
+
+
 # Gini coefficients
 
 

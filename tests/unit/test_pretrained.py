@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.config import ModelConfig
-from common.models import build_backbone, build_model, load_weights
+from common.models import build_backbone, build_model, load_model, load_weights
 from common.models.pretrained import containers, load, load_backbone
 from common.models.pretrained.containers import read
 
@@ -109,6 +110,8 @@ def test_another_class_count(trained, tmp_path):
     model = build_model(ModelConfig("pspnet", 7, "resnet50c", options=CONFIG.options))
     with pytest.raises(ValueError, match="trained on 5 classes, the model has 7; .*reset_classifier"):
         load_weights(model, tmp_path / "five.pth")
+    with pytest.raises(ValueError, match="the model has 7; set model.num_classes$"):  # no training, no new classifier
+        load_model(replace(CONFIG, num_classes=7, reset_classifier=True), tmp_path / "five.pth")
     before = model.decode_head.conv_seg.weight.clone()
     with pytest.warns(UserWarning, match="trained on 5 classes, the model has 7; its classifier is left out"):
         load_weights(model, tmp_path / "five.pth", reset_classifier=True)
@@ -131,7 +134,7 @@ def test_another_class_head(tmp_path, theirs, ours, rows):
     save_file(mask2former(class_head=theirs).state_dict(), tmp_path / "five.safetensors")
     message = (
         f"trained on 5 classes with class_head {theirs}, or on {rows} with {ours}; set "
-        f"model.options.class_head={theirs}, or model.num_classes={rows}, or reset_classifier"
+        f"model.options.class_head={theirs}, or model.num_classes={rows}, or model.reset_classifier=true"
     )
     with pytest.raises(ValueError, match=message):
         load_weights(mask2former(class_head=ours), tmp_path / "five.safetensors")

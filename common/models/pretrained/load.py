@@ -15,13 +15,14 @@ READERS = (mmseg, cpsl, usrn, detectron2)
 
 
 def load_weights(
-    model: nn.Module, path: str | Path, *, reset_classifier: bool = False, prefix: str | None = None
+    model: nn.Module, path: str | Path, *, reset_classifier: bool | None = False, prefix: str | None = None
 ) -> None:
     """Fill `model` from `path`, recognised by content: our safetensors files and checkpoint folders (of a method, too:
     the network that predicts), MMSegmentation 0.x/1.x, and what the other readers know.
 
     Every tensor must be there and have its shape. `reset_classifier` keeps the model's own classifier where the file
-    was trained on another number of classes. `prefix` names another network of a method's checkpoint, e.g. "teacher.".
+    was trained on another number of classes; None is False where nothing is trained, so that nobody is advised to set
+    it. `prefix` names another network of a method's checkpoint, e.g. "teacher.".
     Raises FileNotFoundError, or ValueError that says what does not fit.
     """
     raw, metadata = read(path)
@@ -48,7 +49,9 @@ def _ours(raw: Mapping, model: nn.Module) -> bool:
 COUNTER = "num_batches_tracked"  # absent from old files, and of no use where BN has a momentum
 
 
-def _fit(state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_classifier: bool) -> dict[str, Tensor]:
+def _fit(
+    state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_classifier: bool | None
+) -> dict[str, Tensor]:
     """`state` without classifiers of another size; ValueError where anything else does not fit `model`."""
     own = model.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
@@ -64,7 +67,8 @@ def _fit(state: dict[str, Tensor], model: nn.Module, path: str | Path, reset_cla
         return state
     difference, fix = _classifiers(model, state[heads[0]].shape[0] - own[heads[0]].shape[0])
     if not reset_classifier:
-        raise ValueError(f"{path}: {difference}; set {fix}, or reset_classifier to start with a new classifier")
+        other = "" if reset_classifier is None else ", or model.reset_classifier=true to train a new classifier"
+        raise ValueError(f"{path}: {difference}; set {fix}{other}")
     warnings.warn(f"{path}: {difference}; its classifier is left out ({short(heads)})", stacklevel=3)
     return {name: tensor for name, tensor in state.items() if name not in heads}
 
