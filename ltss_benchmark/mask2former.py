@@ -24,7 +24,7 @@ from common.engine.optim import parameter_groups
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
 from common.models.mask2former import Mask2Former
-from common.models.pretrained.containers import read, state_dict, tensors
+from common.models.pretrained.containers import read_weights
 from ltss_benchmark.criterion import CriterionOptions, SetCriterion
 from ltss_benchmark.matcher import find_targets, queries_per_class
 
@@ -97,11 +97,11 @@ def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
     The release's counter has a last place for "no object", which its loss does not use. Counts of another number of
     classes are left.
     """
-    state = state_dict(read(checkpoint)[0])
+    state = read_weights(checkpoint)
     name = next((name for name in COUNTERS if name in state), None)
     if name is None:
         return
-    counts = tensors({name: state[name]})[name].flatten()
+    counts = state[name].flatten()
     classes = len(seesaw.counts)
     if len(counts) != classes + COUNTERS[name]:
         logger.info("%s: Seesaw's counts are of other classes and start anew", checkpoint)

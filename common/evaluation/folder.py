@@ -18,21 +18,21 @@ from common.config import Config, save_config
 from common.engine.logging import commit, describe_machine
 from common.evaluation.identity import identity
 from common.evaluation.samples import chosen_images
-from common.files import follow, write_json
-from common.models.pretrained.containers import WEIGHTS
+from common.files import write_json
+from common.models.pretrained.containers import WEIGHTS, weight_file
 
 FOLDER = "test"  # of all tests, in the run's
 KIND = "test"  # in the run.json of one
 
 
 def folder_of_test(cfg: Config, dataset: Any, checkpoint: str | Path, network: str = "") -> Path:
-    """Where the test of `checkpoint` (a folder or file) on `dataset` by `cfg.eval` belongs; nothing is written.
+    """Where the test of `checkpoint` (a run, folder or file) on `dataset` by `cfg.eval` belongs; nothing is written.
 
     The same weights, images and settings give the same folder. network: which of the checkpoint's networks is tested,
     where it is not the one that predicts.
     """
     evaluated = identity(dataset, chosen_images(dataset, cfg.eval), cfg.eval)
-    file = weights_file(Path(checkpoint))
+    file = weight_file(checkpoint).resolve()
     told_apart = json.dumps([_content(file), network, evaluated])
     digest = hashlib.sha256(told_apart.encode()).hexdigest()[:8]
 
@@ -40,12 +40,6 @@ def folder_of_test(cfg: Config, dataset: Any, checkpoint: str | Path, network: s
     words += [network] if network else []
     words += ["tta"] if cfg.eval.flip or tuple(cfg.eval.scales) != (1.0,) else []
     return cfg.folder / FOLDER / f"{'_'.join(words)}-{digest}"
-
-
-def weights_file(checkpoint: Path) -> Path:
-    """The file with a checkpoint's weights, links followed."""
-    checkpoint = follow(checkpoint)
-    return (checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint).resolve()
 
 
 def _name(file: Path) -> str:

@@ -134,8 +134,10 @@ def test_every_checkpoint_and_setting_has_a_folder_of_its_own(cfg, tmp_path):
 def test_links_and_files_name_the_checkpoint_that_they_lead_to(cfg, tmp_path):
     data, path = make(tmp_path / "data"), checkpoint(tmp_path / "run", 4, b"first")
     (path.parent / "best").symlink_to(path.name)
-    ways = (path, path.parent / "best", path / "model.safetensors", path.parent / "best" / "model.safetensors")
-    assert len({folder_of_test(cfg, data, way) for way in ways}) == 1
+    (path.parent / "last").write_text(f"link: {path.name}\n")  # where there are no symbolic links
+    folders = (tmp_path / "run", path, path.parent / "last", path.parent / "best")
+    files = (path / "model.safetensors", path.parent / "best" / "model.safetensors")
+    assert len({folder_of_test(cfg, data, way) for way in (*folders, *files)}) == 1
 
 
 def test_a_test_leaves_what_reports_need(cfg, tmp_path, capsys):
