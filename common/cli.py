@@ -92,6 +92,11 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action=_Quiet, nargs=0, help="only results, warnings and errors")
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """[--force]: for `common.files.refuse_to_overwrite`."""
+    parser.add_argument("--force", action="store_true", help="replace files that are there already")
+
+
 class _Quiet(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         console.silence()

@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,17 @@ def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(value, indent=1)
     with replacing(path) as draft:
         draft.write_text(text)
+
+
+def refuse_to_overwrite(paths: Iterable[str | Path], force: bool = False) -> None:
+    """Raise ValueError where one of the files to be written is there already, unless `force` says to replace it.
+
+    It may be one that is read (an image, a checkpoint, a list), or what another call has left.
+    """
+    there = [] if force else [str(path) for path in paths if Path(path).exists()]
+    if there:
+        more = f", and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ValueError(f"{there[0]}: there already{more}; write elsewhere, or replace what is there with --force")
 
 
 def remove(path: Path) -> None:

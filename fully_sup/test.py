@@ -11,8 +11,9 @@ from typing import Any
 from common import cli, distributed
 from common.config import load_config
 from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
-from common.files import write_json
+from common.files import refuse_to_overwrite, write_json
 from common.models import load_model
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augmentation
@@ -27,12 +28,15 @@ def main() -> None:
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
     parser.add_argument("--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_force(parser)
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     if args.tta:
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True))
     experiment = Experiment(cfg, train=False)
+    predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)
+    refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
     device = distributed.start(args.device)
     model = load_model(cfg.model, args.checkpoint)
 

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.bench, which is not installed
 
 from common import cli
+from common.files import refuse_to_overwrite
 
 NAMES = ("loader", "step", "metrics", "cpsl", "usrn", "kmeans", "ltss", "full-size")
 MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
@@ -43,6 +44,8 @@ def main(words: list[str] | None = None) -> int:
         raise ValueError(f"benchmark {name!r} is unknown; known: {', '.join(MODULES)}")
     module = importlib.import_module(MODULES["full-size" if name == CHILD else name])
     args = parse(name, module, rest)
+    if name not in ("full-size", CHILD):
+        refuse_to_overwrite(filter(None, [args.out]), args.force)
     configure(args.threads)
     if name == CHILD:
         return module.one_step(args)
@@ -59,6 +62,7 @@ def parse(name: str, module, words: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's, for `loader` 1")
     parser.set_defaults(rounds=1)
     if name not in ("full-size", CHILD):
+        cli.add_force(parser)
         parser.add_argument("--rounds", type=int, default=7, help="turns that each form takes (default 7)")
         parser.add_argument("--quick", action="store_true", help="tiny sizes and one round")
     module.arguments(parser)

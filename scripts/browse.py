@@ -45,6 +45,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.count < 1 or args.start < 0:
         raise ValueError("--count must be at least 1 and --start at least 0")
+    if Path(args.out).suffix != ".html":
+        raise ValueError(f"--out {args.out}: the name has to end in .html")
     cfg = load_config(args.config, args.overrides)
     streams = make_streams(cfg.data, cfg.seed, Path(cfg.data.cache or Path(cfg.output) / ".cache"))
     if args.stream is not None and args.stream not in streams:

@@ -14,7 +14,7 @@ from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.coverage import coverage_warnings
 from common.data.groups import Grouping, by_rank, grouping, groups_config
 from common.data.imbalance import gini
-from common.files import write_json
+from common.files import refuse_to_overwrite, write_json
 from common.losses.blv import class_weights
 
 
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    cli.add_force(parser)
     args = parser.parse_intermixed_args()
+    refuse_to_overwrite(filter(None, [args.json]), args.force)
     dataset = SegmentationDataset(cli.source(args))
     cfg = cli.source_config(args)
     chosen = groups_config(cfg.data.groups, dataset.row) if cfg else None

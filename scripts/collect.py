@@ -13,7 +13,7 @@ from typing import Any
 
 from common import cli
 from common.evaluation.identity import differences, has_identity, other_means
-from common.files import load_json, read_artifact, read_json, write_json
+from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, write_json
 
 
 def main() -> None:
@@ -21,7 +21,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN,RUN…")
     parser.add_argument("--groups", action="store_true", help="columns for class groups in place of classes")
     parser.add_argument("--out", required=True, help="path of the files without suffix")
+    cli.add_force(parser)
     args = parser.parse_intermixed_args()
+    out = Path(args.out).with_suffix(".json")
+    refuse_to_overwrite([out], args.force)
     named = dict(word.split("=", 1) for word in args.runs if "=" in word)
     if len(named) < len(args.runs):
         raise ValueError(f"{[w for w in args.runs if '=' not in w][0]!r} is not of the form NAME=RUN,RUN")
@@ -29,9 +32,8 @@ def main() -> None:
     for name, runs in rows.items():
         check_seeds(name, runs)
 
-    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), rows)
+    write_json(out, rows)
     print(table(rows, columns(next(iter(rows.values()))[0], args.groups)))
     print("\n".join(remarks(rows)))
 

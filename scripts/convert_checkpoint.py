@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from common import cli
 from common.config import load_config
-from common.files import replacing
+from common.files import refuse_to_overwrite, replacing
 from common.models import load_model
 from common.models.pretrained import cpsl
 from common.models.pretrained.containers import read
@@ -25,9 +25,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="such as model.options.extra_norm=true")
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
     parser.add_argument("--prototypes", metavar="FILE", help="also write the prototypes of a CPSL stage-1 file")
+    cli.add_force(parser)
     args = parser.parse_intermixed_args()
     if Path(args.out).suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: the name has to end in .safetensors")
+    refuse_to_overwrite(filter(None, (args.out, args.prototypes)), args.force)
     cfg = load_config(args.config, args.overrides)
     model = load_model(cfg.model, args.checkpoint)
     prototypes = found_prototypes(args.checkpoint)

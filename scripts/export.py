@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common import cli
 from common.config import load_config
-from common.files import replacing
+from common.files import refuse_to_overwrite, replacing
 from common.models import load_model
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--size", required=True, metavar="HxW", help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default 1)")
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .pt2")
+    cli.add_force(parser)
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
@@ -45,6 +46,7 @@ def main() -> None:
         raise ValueError(f"--size {args.size} --batch {args.batch}: give HEIGHTxWIDTH, such as 512x1024, and 1 or more")
     if Path(args.out).suffix != ".pt2":
         raise ValueError(f"--out {args.out}: the name has to end in .pt2")
+    refuse_to_overwrite([args.out], args.force)
     cfg = load_config(args.config, args.overrides)
     model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)

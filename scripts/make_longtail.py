@@ -16,6 +16,7 @@ from common.data.catalogue.lists import write_list
 from common.data.groups import named
 from common.data.imbalance import ABSENT, GROUPS, gini, groups
 from common.data.subset import class_weights, greedy_subset
+from common.files import refuse_to_overwrite
 
 
 def main() -> None:
@@ -30,9 +31,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that count the labels")
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--out", required=True, metavar="FILE", help="the list to write")
+    cli.add_force(parser)
     args = parser.parse_intermixed_args()
     if args.images is None and args.gini is None:
         raise ValueError("give --images, --gini, or both")
+    refuse_to_overwrite([args.out], args.force)
     dataset = SegmentationDataset(cli.source(args))
     statistics = class_statistics(dataset, args.workers, args.cache)
     print(describe("whole set", statistics))

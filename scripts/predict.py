@@ -1,7 +1,8 @@
 """Segment any images: python scripts/predict.py CONFIG CHECKPOINT IMAGE|FOLDER … --out DIR [key=value …].
 
 Writes <name>.png with class ids (palette PNG; 16-bit above 254 classes) and <name>_overlay.jpg. No labels and no data
-set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …).
+set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …). A folder's
+images below --out are left out: they are what an earlier call wrote.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from common.data.catalogue.folder import folder_row
 from common.data.catalogue.lists import IMAGE_SUFFIXES
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
+from common.files import refuse_to_overwrite
 from common.inference import predict_labels
 from common.models import load_model
 from common.visualize import colourise, overlay
@@ -32,13 +34,17 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_force(parser)
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     named = [word for word in args.words if "=" not in word or Path(word).exists()]
     cfg = load_config(args.config, [word for word in args.words if word not in named])
     if not 0 <= args.opacity <= 1:
         raise ValueError(f"--opacity {args.opacity} is not in [0, 1]")
-    row, pictures, out = row_of(cfg), images(named), Path(args.out)
+    out = Path(args.out)
+    row, pictures = row_of(cfg), images(named, out)
+    refuse_to_overwrite((file for name in pictures for file in written(out / name)), args.force)
+
     out.mkdir(parents=True, exist_ok=True)
     device = distributed.start(args.device)
     model = load_model(cfg.model, args.checkpoint)
@@ -62,14 +68,25 @@ def row_of(cfg: Config) -> DatasetRow:
     return row
 
 
-def images(words: list[str]) -> dict[str, Path]:
+def written(out: Path) -> tuple[Path, Path]:
+    """The files of one image: label and overlay."""
+    return out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}_overlay.jpg")
+
+
+def images(words: list[str], out: Path) -> dict[str, Path]:
     """Output name (relative, without suffix) → image file. ValueError for what is no image, and for equal names."""
     found: dict[str, Path] = {}
     for word in words:
         path = Path(word)
         if path.is_dir():
             there = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            inside = [p for p in there if not p.name.startswith(".")]  # macOS's ._x is no image
+            earlier = out.resolve() if out.resolve() != path.resolve() else None
+            inside = [
+                p
+                for p in there
+                if not p.name.startswith(".")  # macOS's ._x is no image
+                and (earlier is None or earlier not in p.resolve().parents)
+            ]
             if not inside:
                 raise ValueError(f"{path}: no images here ({', '.join(IMAGE_SUFFIXES)})")
             named = [(str(p.relative_to(path).with_suffix("")), p) for p in inside]
@@ -96,9 +113,10 @@ def segment(
     label = predict_labels(model, batch, cfg.eval, image.shape[:2], mirrored_classes(row))[0]
     label = label.cpu().numpy().astype(np.int32)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_label(out.with_name(f"{out.name}.png"), label, dict(enumerate(row.palette)))
+    of_label, of_overlay = written(out)
+    write_label(of_label, label, dict(enumerate(row.palette)))
     shown = Image.fromarray(overlay(image, colourise(label, row.palette), opacity))
-    shown.save(out.with_name(f"{out.name}_overlay.jpg"), quality=90)
+    shown.save(of_overlay, quality=90)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ def main() -> None:
         paths.insert(0, Path(options.baseline))
     baseline = paths.index(Path(options.baseline)) if options.baseline else 0
     out = Path(options.out) if options.out else (paths[0] if len(paths) == 1 else paths[0].parent) / "report.html"
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out}: the name has to end in .html")
     command = shlex.join(["python", "scripts/report.py", *sys.argv[1:]])
     written = write_report(out, [RunFolder.load(path) for path in paths], baseline, command=command)
     print(f"wrote {written} ({written.stat().st_size / 1e6:.1f} MB)")

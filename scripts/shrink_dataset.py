@@ -47,10 +47,25 @@ def jobs(dataset: str, root: str | None, split: str, out: Path) -> list[tuple[Pa
     return [(file, out / file.relative_to(data.root), is_label) for file, is_label in files]
 
 
+def check_copy(copy: Path, source: Path, factor: int) -> None:
+    """ValueError where a copy that is there already has not the size that it would get: it is of another call."""
+    try:
+        with Image.open(source) as whole, Image.open(copy) as small:
+            expected, found = (whole.width // factor, whole.height // factor), small.size
+    except OSError as error:
+        raise ValueError(f"{copy}: there already, and cannot be compared with {source} ({error})") from error
+    if found != expected:
+        raise ValueError(
+            f"{copy}: there already with {found[0]}×{found[1]} pixels, --factor {factor} gives {expected[0]}×"
+            f"{expected[1]}; remove that folder, or give another --out"
+        )
+
+
 def shrink(job: tuple[Path, Path, bool], factor: int) -> bool:
     """Write one copy; False where it is there. ValueError names a file that cannot be read or is too small."""
     source, copy, is_label = job
     if copy.exists():
+        check_copy(copy, source, factor)
         return False
 
     picture, kind = _opened(source, is_label)

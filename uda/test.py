@@ -12,8 +12,9 @@ from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
 from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
-from common.files import load_json, read_artifact
+from common.files import load_json, read_artifact, refuse_to_overwrite
 from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import checkpoint_of, open_network
 
@@ -26,12 +27,14 @@ def main() -> None:
     parser.add_argument("--eval", choices=("student", "teacher"), default="student", help="stage 1: which network")
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
     parser.add_argument("--history", action="store_true", help="print the stored results of all stages, no more")
+    cli.add_force(parser)
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
     if args.history:
         print_history(cfg)
         return
     experiment = Experiment(cfg, train=False)  # inference needs no source data
+    refuse_to_overwrite(prediction_files(args.save_predictions, experiment.val, cfg.eval), args.force)
     device = distributed.start(args.device)
     teacher = args.eval == "teacher"
     model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)

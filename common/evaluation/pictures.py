@@ -8,7 +8,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from common.config import EvalConfig
 from common.data import IGNORE
+from common.evaluation.samples import chosen_images
+
+
+def prediction_files(folder: str | Path | None, dataset: Any, cfg: EvalConfig) -> list[Path]:
+    """What `save_prediction` is going to write to `folder` of the images that are evaluated; nothing without one."""
+    if folder is None:
+        return []
+    return [Path(folder) / f"{dataset.names[i]}.png" for i in chosen_images(dataset, cfg)]
 
 
 def save_prediction(folder: Path, name: str, pred: Tensor, row: Any) -> None:

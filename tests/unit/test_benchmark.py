@@ -108,7 +108,7 @@ def test_benchmark_of_ltss(tmp_path, monkeypatch):
     assert set(row["ms"]) >= {"grid_sample", "embedding_bag"} and row["tokens"] == 2 * 2 + 4 * 4 + 8 * 8
     assert row["check"].keys() >= {"embedding_bag, relative"} and max(row["check"].values()) <= 1e-4
     assert row["batch"] == 1 and not row.keys() & {"bar", "memory_bar"}
-    [row] = bench("ltss", "--only", "operation", "--batch", 2, tmp_path / "b.json")
+    [row] = bench("ltss", "--only", "operation", "--batch", 2, tmp_path / "b2.json")
     assert row["batch"] == 2
     monkeypatch.setattr(ltss.Given, "labels", lambda self, images: torch.zeros(1, 1, 40, 70, dtype=torch.long))
     with pytest.raises(ValueError, match="labels of the bands against the literal order: the forms differ"):

@@ -196,7 +196,7 @@ def test_files_of_macos_are_no_images(tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder / "train" / "._a.png").write_bytes(b"\0\5\26\7")
     assert SegmentationDataset(source).names == ["a", "b"]
-    assert list(predict.images([str(tmp_path / "images")])) == ["train/a", "train/b"]
+    assert list(predict.images([str(tmp_path / "images")], tmp_path / "out")) == ["train/a", "train/b"]
 
 
 # Encodings ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,20 @@ from common.config import SourceConfig, load_config
 from common.data import DATASETS, SegmentationDataset
 from common.data.labels import read_index
 from common.models import build_model, load_weights
-from scripts import browse, class_stats, collect, convert_checkpoint, doctor, export, predict, shrink_dataset
+from fully_sup import test as fully_sup_test
+from scripts import (
+    benchmark,
+    browse,
+    class_stats,
+    collect,
+    convert_checkpoint,
+    doctor,
+    export,
+    make_longtail,
+    predict,
+    report,
+    shrink_dataset,
+)
 from tests.unit.data_files import classes, picture, save, save_rgb16
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +128,53 @@ def test_predict_writes_what_the_network_says(config, weights, tmp_path, call):
         assert shown.size == (64, 64)
 
 
+def test_predict_keeps_what_is_there(config, weights, tmp_path, call, fails):
+    """Its own inputs, and what an earlier call has written; files below --out are no inputs."""
+    folder = tmp_path / "in"
+    image = save(picture(32, 32), folder / "a.png")
+    before = image.read_bytes()
+    words = (predict.main, config, weights, folder, "--device", "cpu", "--out")
+    assert "a.png: there already; write elsewhere, or replace what is there with --force" in fails(*words, folder)
+    assert image.read_bytes() == before and len(list(folder.iterdir())) == 1
+
+    assert "1 images segmented" in call(*words, folder / "labels")
+    assert "a.png: there already, and 1 more" in fails(*words, folder / "labels")
+    assert "1 images segmented" in call(*words, folder / "labels", "--force")
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "program, words",
+    [
+        (class_stats, ("camvid", "--json")),
+        (make_longtail, ("camvid", "--images", "2", "--out")),
+        (export, ("config", "weights", "--size", "32x64", "--out")),
+        (benchmark, ("metrics", "--quick", "--out")),
+        (fully_sup_test, ("config", "weights", "--json")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_tool_writes_over_a_file(program, words, config, weights, tmp_path, fails):
+    file = tmp_path / "precious.pt2"
+    file.write_text("precious")
+    given = {"config": config, "weights": weights}
+    line = fails(program.main, *[given.get(word, word) for word in words], file)
+    assert "precious.pt2: there already; write elsewhere" in line and file.read_text() == "precious"
+
+
+def test_predictions_are_not_written_over_labels(config, weights, tmp_path, fails):
+    folder = tmp_path / "predictions"
+    names = SegmentationDataset(load_config(config).data.val).names
+    save(picture(8, 8), folder / f"{names[0]}.png")
+    line = fails(fully_sup_test.main, config, weights, "--save-predictions", folder)
+    assert f"{names[0]}.png: there already; write elsewhere" in line
+
+
+@pytest.mark.parametrize("program", [report, browse])
+def test_pages_end_in_html(program, config, tmp_path, fails):
+    assert "x.json: the name has to end in .html" in fails(program.main, config, "--out", tmp_path / "x.json")
+
+
 def test_predict_refuses(config, weights, tmp_path, fails):
     out, image = ("--out", tmp_path / "out"), save(picture(32, 32), tmp_path / "in" / "a.png")
     assert "no such image" in fails(predict.main, config, weights, tmp_path / "b.png", *out)
@@ -139,10 +199,14 @@ def test_convert_an_official_file(tmp_path, call, fails):
     assert written.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in written.items())
     assert torch.equal(torch.load(tmp_path / "prototypes.pt", weights_only=True), prototypes)
-    assert "does not fit" in fails(convert_checkpoint.main, *words, "model.options.width=16")
+    assert "does not fit" in fails(convert_checkpoint.main, *words, "model.options.width=16", "--force")
     assert "end in .safetensors" in fails(convert_checkpoint.main, *words[:2], "--out", tmp_path / "x.pth")
-    again = fails(convert_checkpoint.main, config, out, "--out", out, "--prototypes", tmp_path / "p.pt")
-    assert "holds no prototypes" in again
+    before = out.read_bytes()
+    assert "there already; write elsewhere" in fails(convert_checkpoint.main, config, out, "--out", out)
+    again = (config, out, "--out", tmp_path / "again.safetensors", "--prototypes")
+    assert "there already" in fails(convert_checkpoint.main, *again, tmp_path / "prototypes.pt")
+    assert "holds no prototypes" in fails(convert_checkpoint.main, *again, tmp_path / "p.pt")
+    assert out.read_bytes() == before
 
 
 def test_export_runs_without_the_project(tmp_path, call, fails):
@@ -223,9 +287,10 @@ def test_collect_tabulates_seeds(tmp_path, call, fails):
     assert "| base | 52.0 ± 2.0 | 15.0 ± 5.0 | 15.0 ± 5.0 |" in printed
     assert "| new | 60.0 ± 0.0 (+8.0) | 5.0 ± 0.0 (-10.0) | 5.0 ± 0.0 (-10.0) |" in printed
     assert json.loads((tmp_path / "table.json").read_text())["new"][1]["run"] == "b1"
-    assert "| image rare | image common |" in (grouped := call(collect.main, *words, "--groups"))
+    assert "table.json: there already" in fails(collect.main, *words, "--groups")
+    assert "| image rare | image common |" in (grouped := call(collect.main, *words, "--groups", "--force"))
     assert "| 5.0 ± 0.0 (-10.0) | – | 60.0 ± 0.0 (+8.0) |" in grouped
-    assert "has the run ended?" in fails(collect.main, f"a={tmp_path}", "--out", tmp_path / "table")
+    assert "has the run ended?" in fails(collect.main, f"a={tmp_path}", "--out", tmp_path / "other")
 
 
 def test_collect_compares_equal_evaluations_only(tmp_path, call, fails):
@@ -251,7 +316,7 @@ def test_collect_compares_equal_evaluations_only(tmp_path, call, fails):
     assert lines[7] == "s does not compare with a: scales [2.0] against [1.0]"
     assert lines[8].startswith("o: identity unknown")
     assert lines[9].startswith("e does not compare with a: other images or label files: road val, 3 images against")
-    refused = fails(collect.main, f"a={a},{scaled}", *out)
+    refused = fails(collect.main, f"a={a},{scaled}", *out, "--force")
     assert "a: scaled does not compare with a: scales [2.0] against [1.0]" in refused
 
 
@@ -273,6 +338,8 @@ def test_shrink_keeps_layout_and_label_values(tmp_path, call, fails):
         sample["label"][i, j] in labels[2 * i : 2 * i + 2, 2 * j : 2 * j + 2] for i in range(3) for j in range(4)
     )
     assert "(0 new)" in call(shrink_dataset.main, *words)
+    other = fails(shrink_dataset.main, *words, "--factor", "3")
+    assert "there already with 4×3 pixels, --factor 3 gives 2×2; remove that folder" in other
     assert "does not shrink" in fails(shrink_dataset.main, *words, "--factor", "1")
     assert "is the data set itself" in fails(shrink_dataset.main, *words[:-1], tmp_path / "camvid")
 
