@@ -15,7 +15,7 @@ from common.data.coverage import coverage_warnings
 from common.data.groups import grouping, groups_config
 from common.data.statistics import Statistics, class_statistics
 from common.engine.checkpoint import refuse_earlier
-from common.engine.method import Method
+from common.engine.method import Method, MethodContext
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
 from common.files import read_json, write_json
@@ -45,6 +45,13 @@ class Experiment:
             self.counted = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
             self.statistics = class_statistics(self.counted, cfg.data.workers, self.cache)
         self.grouping = grouping(groups, self.val.row, self.statistics)
+
+    @property
+    def context(self) -> MethodContext:
+        """What the method is told of the data. ValueError where no stream was counted."""
+        if self.statistics is None or self.counted is None:
+            raise ValueError(f"{self.cfg.name}: a method needs the class statistics of a labelled stream")
+        return MethodContext(self.statistics, self.counted.row)
 
     def _check_classes(self) -> None:
         for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):

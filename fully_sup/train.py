@@ -2,20 +2,19 @@
 
 from common import cli, distributed
 from common.config import load_config
-from common.data.statistics import placeholder
 from common.engine import fit, prepare, rehearse
 from common.experiment import Experiment, print_result
-from fully_sup.supervised import Supervised
+from fully_sup.supervised import build_method
 
 
 def main() -> None:
     args = cli.train_parser(__doc__).parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
-    rehearse(cfg, lambda: Supervised(cfg, placeholder(cfg.model.num_classes).pixel_count))
+    rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume)
-    method = prepare(cfg, lambda: Supervised(cfg, experiment.statistics.pixel_count), device)
+    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
     print_result(experiment.last_result())

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.config import Config, ConfigError, GroupConfig, typed
+from common.config import Config, ConfigError, GroupConfig
 from common.config.bounds import NotNegative, Positive
 from common.data import DATASETS
 from common.data.statistics import Statistics
-from common.engine.method import Batch, Losses, Method
+from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
 from common.engine.optim import parameter_groups
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
@@ -47,7 +47,6 @@ class MatcherConfig:
 class Mask2FormerConfig:
     """The `method:` section."""
 
-    name: str = "mask2former"
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     criterion: CriterionOptions = field(default_factory=CriterionOptions)
 
@@ -55,19 +54,20 @@ class Mask2FormerConfig:
 class Mask2FormerMethod(Method):
     """Batches: `labeled` (image, label). What Seesaw has counted is part of the state."""
 
-    def __init__(self, cfg: Config, statistics: Statistics | None = None):
-        """`statistics`: of the training labels; only the Frequency-based Matcher may need them."""
-        super().__init__(cfg.optim)
-        where = f"{cfg.name}: method"
-        options = typed(Mask2FormerConfig, cfg.method, where)
+    Options = Mask2FormerConfig
+
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         self.model = build_network(cfg.model, Mask2Former, "mask2former", cfg.name)
+        where, options = f"{cfg.name}: method", self.options
+        pixel_loss(cfg.remedies, cfg, context, slots=())  # the loss is one of sets: nothing in that section acts on it
         head, wanted = cfg.model.options.get("class_head", "softmax"), CLASS_HEADS[options.criterion.class_loss]
         if head != wanted:
             raise ConfigError(
                 f"{where}.criterion.class_loss: {options.criterion.class_loss} needs model.options.class_head: "
                 f"{wanted}, not {head}"
             )
-        copies = query_numbers(options.matcher, cfg, statistics, f"{where}.matcher")
+        copies = query_numbers(options.matcher, cfg, context.statistics, f"{where}.matcher")
         self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies)
         if self.criterion.seesaw is not None and cfg.model.checkpoint and not self.criterion.seesaw.counts.is_meta:
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
@@ -110,15 +110,13 @@ def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
     logger.info("%s: Seesaw goes on from the %d queries counted", checkpoint, int(seesaw.counts.sum()))
 
 
-def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics | None, where: str) -> np.ndarray | None:
+def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics, where: str) -> np.ndarray | None:
     """Queries (K,) of each class; None for one-to-one matching. Raises ConfigError."""
     if options.mode == "one_to_one":
         return None
     if options.threshold <= 0:
         raise ConfigError(f"{where}.threshold: {options.threshold} is not positive; set T, a share of the images")
     if options.counts == "dataset":
-        if statistics is None:
-            raise ConfigError(f"{where}.counts: the training labels have to be counted")
         frequency = statistics.frequency("image")
     else:
         row = DATASETS.get(cfg.data.streams[STREAM].dataset)

@@ -4,24 +4,23 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from common import distributed
-from common.config import Config, ConfigError, pick, typed
+from common.config import Config, ConfigError, typed
 from common.data import build_transform
-from common.data.statistics import Statistics
+from common.data.statistics import placeholder
 from common.data.streams import SamplerConfig
-from common.engine.method import Method
+from common.engine.method import Method, MethodContext, make_method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod
 
 METHODS: dict[str, type[Method]] = {"mask2former": Mask2FormerMethod, "deeplabv3plus": DeepLabV3PlusMethod}
 
 
-def build_method(cfg: Config, statistics: Statistics | None) -> Method:
+def build_method(cfg: Config, context: MethodContext) -> Method:
     """The method that `method.name` names; warns of options that are set in vain. Raises ConfigError."""
-    method = _made(cfg, statistics)
+    method = make_method(METHODS, cfg, context)
     if distributed.rank() == 0:
         for text in ignored(cfg):
             warnings.warn(text, stacklevel=2)
@@ -38,14 +37,8 @@ def check_options(cfg: Config) -> None:
     stream, classes = cfg.data.streams[STREAM], cfg.model.num_classes
     build_transform(stream.augment, f"data.streams.{STREAM}.augment")
     typed(SamplerConfig, stream.sampler, f"data.streams.{STREAM}.sampler")
-    single = Statistics(np.ones((1, classes), np.int32), np.zeros(1, np.int32))
     with torch.device("meta"):
-        _made(cfg, single)
-
-
-def _made(cfg: Config, statistics: Statistics | None) -> Method:
-    name = cfg.method.get("name")
-    return pick(METHODS, name, f"{cfg.name}: method.name")(cfg, statistics)
+        make_method(METHODS, cfg, MethodContext(placeholder(classes)))
 
 
 REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others

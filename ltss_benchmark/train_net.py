@@ -18,7 +18,6 @@ from pathlib import Path
 
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
-from common.data.statistics import placeholder
 from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
@@ -88,7 +87,7 @@ def ready(cfg: Config, args: argparse.Namespace, world: int) -> tuple[Config, Ex
         return cfg, open_experiment(cfg, eval_only=True)
 
     cfg = divided(replace(cfg, eval=plain(cfg.eval)), world)
-    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes)))
+    rehearse(cfg, build_method)
     return cfg, open_experiment(cfg, eval_only=False)
 
 
@@ -109,7 +108,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
     experiment.begin(args.resume)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.statistics), device)
+    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
     result = experiment.last_result()

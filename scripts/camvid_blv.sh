@@ -3,13 +3,13 @@
 set -eu
 cd "$(dirname "$0")/.."
 config=fully_sup/configs/small/upernet_r18_camvid_cpu.yaml
-blv=method.heads.decode.loss=blv
+blv=remedies.logits.name=blv
 {
     for seed in 0 1; do
         echo "name=ce_$seed seed=$seed"
         echo "name=paper_$seed seed=$seed $blv"
-        echo "name=released_$seed seed=$seed $blv method.heads.decode.preset=released-head method.heads.decode.counts=dataset"
-        echo "name=minus_$seed seed=$seed $blv method.heads.decode.sign=-1"
+        echo "name=released_$seed seed=$seed $blv remedies.logits.preset=released-head remedies.logits.counts=dataset"
+        echo "name=minus_$seed seed=$seed $blv remedies.logits.sign=-1"
     done
 } | OMP_NUM_THREADS=1 xargs -P "$(nproc)" -I '{}' sh -c \
     "python fully_sup/train.py $config --resume output=runs/camvid_blv train.threads=1 {}"

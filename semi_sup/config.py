@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-from common.config import Config, ConfigError, SourceConfig, pick
+from common.config import Config, ConfigError, SourceConfig
 from common.data import SegmentationDataset
-from common.engine import Method
+from common.engine import Method, MethodContext
+from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.usrn import USRN, Baseline, SelfTraining
@@ -19,17 +19,9 @@ SUB_LABEL = "sub_label"  # sample key, and map of the labelled stream
 NUMBERS = "subclasses.json"  # in the folder of subclass labels: their numbers, and of which images they are
 
 
-def build_method(cfg: Config, counts: Any) -> Method:
-    """The method that `method.name` names, with the rest of that section as its options."""
-    options = dict(cfg.method)
-    options.pop("name", None)
-    return METHODS[method_name(cfg)](cfg, options, counts)
-
-
-def method_name(cfg: Config) -> str:
-    name = cfg.method.get("name")
-    pick(METHODS, name, f"{cfg.name}: method.name")
-    return name
+def build_method(cfg: Config, context: MethodContext) -> Method:
+    """The method that `method.name` names."""
+    return make_method(METHODS, cfg, context)
 
 
 def labelled_source(cfg: Config) -> SourceConfig:
@@ -40,16 +32,16 @@ def labelled_source(cfg: Config) -> SourceConfig:
 
 
 def resolve(cfg: Config) -> Config:
-    """The config with the network that the method needs, its subclasses and BLV's refresh interval.
+    """The config with the network that the method needs, its subclasses and the interval at which counts are refreshed.
 
     Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
-    made for another list of images. BLV's counts are refreshed once a pass over the unlabelled images.
+    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images.
     """
-    name = method_name(cfg)
-    if name == "baseline":
+    method = method_class(METHODS, cfg)
+    if method is Baseline:
         return cfg
     cfg = _with_refresh(cfg)
-    if name == "usrn" and cfg.method.get("branch", True):
+    if method is USRN and cfg.method.get("branch", True):
         return _with_subclasses(cfg)
     streams = {key: replace(s, maps={k: v for k, v in s.maps.items() if k != SUB_LABEL}) for key, s in _streams(cfg)}
     return replace(cfg, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams))
@@ -68,11 +60,13 @@ def _streams(cfg: Config):
 
 
 def _with_refresh(cfg: Config) -> Config:
-    unlabeled, blv = dict(_streams(cfg))["unlabeled"], cfg.method.get("blv")
-    if blv is None or "refresh" in blv:
+    counts = cfg.remedies.get("counts", {})
+    if not cfg.remedies or "refresh" in counts:
         return cfg
-    steps = ceil(len(SegmentationDataset(replace(unlabeled, labels=False))) / unlabeled.batch_size)
-    return replace(cfg, method={**cfg.method, "blv": {**blv, "refresh": steps}})
+    unlabeled = dict(_streams(cfg))["unlabeled"]
+    images = SegmentationDataset(replace(unlabeled, labels=False))
+    steps = ceil(len(images) / unlabeled.batch_size)
+    return replace(cfg, remedies={**cfg.remedies, "counts": {**counts, "refresh": steps}})
 
 
 def _with_subclasses(cfg: Config) -> Config:

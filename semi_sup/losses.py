@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
-from common.losses.cross_entropy import pixel_cross_entropy
+from common.losses.cross_entropy import cross_entropy_sum
+from common.losses.upsampled import Total
 
 
 class UnlabelledLosses(NamedTuple):
@@ -76,15 +77,16 @@ def gated_labels_by_product(logits: Tensor, sub_logits: Tensor, parents: Tensor,
     return torch.where(confidence > threshold, label, IGNORE)
 
 
-def pseudo_label_loss(logits: Tensor, label: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross-entropy of logits (B, K, …) with `label` (B, …), summed over labelled pixels, divided by all pixels.
+def pseudo_label_loss(
+    logits: Tensor, label: Tensor, valid: Tensor | None = None, total: Total = cross_entropy_sum
+) -> Tensor:
+    """Loss of logits (B, K, …) with `label` (B, …), summed over labelled pixels by `total`, divided by all pixels.
 
     valid: bool (B, …); other pixels (padding of a crop) count neither in the sum nor in the divisor.
     """
     if valid is None:
-        return pixel_cross_entropy(logits, label, average="all")
-    total = pixel_cross_entropy(logits, torch.where(valid, label, IGNORE), average="all") * label.numel()
-    return total / valid.sum().clamp(min=1)
+        return total(logits, label) / label.numel()
+    return total(logits, torch.where(valid, label, IGNORE)) / valid.sum().clamp(min=1)
 
 
 def unlabelled_losses(
@@ -97,11 +99,13 @@ def unlabelled_losses(
     *,
     gate: bool = True,
     valid: Tensor | None = None,
+    total: Total = cross_entropy_sum,
 ) -> UnlabelledLosses:
     """L_u_reg and L_u_sub of both views' logits, all at the same size.
 
     strong, weak: (B, C, h, w); strong_sub, weak_sub: (B, K, h, w); parents: int64 (K,); valid: bool (B, h, w).
-    Gradients flow to the strong view only. Without `gate` every confident class label is kept.
+    Gradients flow to the strong view only. Without `gate` every confident class label is kept. total: how the losses
+    of pixels with a class label are summed (`PixelLoss.total`); subclasses keep cross-entropy.
     """
     weak, weak_sub = weak.detach(), weak_sub.detach()
     confident = confident_labels(weak, threshold)
@@ -110,7 +114,7 @@ def unlabelled_losses(
     label = torch.where(inside, label, IGNORE)
     kept, before = (((each != IGNORE) & inside).sum() / inside.sum().clamp(min=1) for each in (label, confident))
     return UnlabelledLosses(
-        classes=pseudo_label_loss(strong, label, valid),
+        classes=pseudo_label_loss(strong, label, valid, total),
         subclasses=pseudo_label_loss(strong_sub, confident_labels(weak_sub, threshold), valid),
         kept=kept,
         vetoed=before - kept,

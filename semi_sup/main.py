@@ -22,7 +22,6 @@ from safetensors import safe_open
 from common import cli, distributed
 from common.config import Config, config_of, load_config
 from common.data import SegmentationDataset
-from common.data.statistics import placeholder
 from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, write_test
 from common.experiment import Experiment, print_result
@@ -106,11 +105,11 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume not in (None, NEWEST):
         check_resumed(cfg, Path(args.resume))
     cfg = spread(resolve(uncompiled(cfg)))
-    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
+    rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume is not None)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.statistics.pixel_count), device)
+    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume is not None)
     print_result(experiment.last_result())

@@ -18,24 +18,26 @@ all three times: each pass normalises with its own batch and moves the running s
 gives labels and no gradient, so no graph is kept of it; the labelled graph is gone before the strong one is built.
 
 `SelfTraining` is USRN without subclasses; with its moving-average teacher it is the base of BLV's semi-supervised
-experiments. `Baseline` knows the labelled images alone; its features are what is clustered. Each takes BLV: the noise
-is added to the student's class logits in both terms, never to what makes pseudo-labels, and class frequencies are
-those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their logits stay as they are.)
+experiments. `Baseline` knows the labelled images alone; its features are what is clustered. Each takes the config's
+remedies: they act on the student's class logits in both terms, never on what makes pseudo-labels, and class
+frequencies are those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their
+cross-entropy stays as it is.)
 """
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from common.config import Config, ConfigError, typed
+from common.config import Config, ConfigError
 from common.config.bounds import Count, NotNegative, Rate, Share
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, Method, move_average
-from common.losses.refreshed import StudentLogits, Unit
+from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
+from common.losses.counts import PseudoUnit
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
@@ -51,8 +53,6 @@ class BaselineConfig:
 
     subclasses: str | tuple[Count, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
     supervised: NotNegative = 1.0  # weight of the terms on labelled images
-    # BLV options (`average` is that of the labelled term), and `refresh` (steps between new counts; 0: labels only)
-    blv: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,19 @@ class Maps(NamedTuple):
 class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
-    config_type: type[BaselineConfig] = BaselineConfig
-    pseudo_labels: Unit | None = None  # how they count in BLV's frequencies
+    Options = BaselineConfig
+    pseudo_labels: PseudoUnit | None = None  # how they join the class counts of remedies
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg.optim)
-        self.options = typed(self.config_type, options, f"{cfg.name}: method")
-        self.steps = cfg.train.steps
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         fitting = "usrn" if self.branches else "deeplabv3plus"
         self.model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
         if self.model.dual != self.branches:
             raise ConfigError(
                 f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
             )
-        where = f"{cfg.name}: method: blv"
-        self.class_logits = StudentLogits(self.options.blv, counts, where, self.pseudo_labels)
+        facts = {"pseudo_labels": self.pseudo_labels, "full_size": False}
+        self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
 
     @property
     def branches(self) -> bool:
@@ -129,28 +127,23 @@ class Baseline(Method):
     def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
         """L_s of the labelled crops."""
         logits = self.model.classifier(maps.features)
-        loss = self.at_full_size(logits, batch["label"], lambda z: self.class_logits.perturb(z, progress))
-        loss = self.class_logits.averaged(loss, batch["label"])
+        label = self.model.pad_label(batch["label"])
+        loss = self.loss.upsampled(logits, label, align_corners=self.model.align_corners, progress=progress)
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
-    def at_full_size(self, logits: Tensor, label: Tensor, perturb=None) -> Tensor:
-        """Cross-entropy of logits enlarged to the crop as the network padded it; that padding has no label."""
-        label = self.model.pad_label(label)
-        return upsampled_cross_entropy(logits, label, align_corners=self.model.align_corners, perturb=perturb)
-
     def after_step(self, step: int) -> None:
-        self.class_logits.after_step(step)
+        self.loss.after_step(step)
 
 
 class SelfTraining(Baseline):
     """Labels plus the network's own confident labels. Batches: `labeled` (image, label), `unlabeled` (weak, strong,
     geometry)."""
 
-    config_type = SelfTrainingConfig
+    Options = SelfTrainingConfig
     pseudo_labels = "pixels"
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         o = self.options
         self.teacher = deepcopy(self.model).requires_grad_(False) if o.teacher == "ema" else None
         if self.teacher is None and o.predicts == "teacher" or self.teacher is not None and o.passes == 1:
@@ -199,7 +192,7 @@ class SelfTraining(Baseline):
         logits, *_ = self.classify(self.model, strong)
         label, valid = confident_labels(weak[0], self.options.threshold), self.valid(batch, logits)
         label = label if valid is None else torch.where(valid, label, IGNORE)
-        loss = pseudo_label_loss(self.class_logits.perturb(logits, progress), label, valid)
+        loss = pseudo_label_loss(logits, label, valid, partial(self.loss.total, progress=progress))
         self.count(label, batch)
         return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
 
@@ -216,7 +209,7 @@ class SelfTraining(Baseline):
         return None
 
     def count(self, label: Tensor, batch: Batch) -> None:
-        self.class_logits.count(label, CELL**2)
+        self.loss.count(label, CELL**2)
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
@@ -227,10 +220,10 @@ class SelfTraining(Baseline):
 class USRN(SelfTraining):
     """The paper. Batches: `labeled` (image, label, sub_label), `unlabeled` (weak, strong, geometry)."""
 
-    config_type = USRNConfig
+    Options = USRNConfig
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         if self.branches:
             numbers = chosen_counts(self.options.subclasses, cfg.model.num_classes, f"{cfg.name}: method: subclasses")
             if sum(numbers) != self.model.subclasses:
@@ -249,7 +242,9 @@ class USRN(SelfTraining):
         terms = super().labelled_terms(maps, batch, progress)
         if not self.branches:
             return terms
-        loss = self.at_full_size(self.model.classifier_SubCls(maps.sub), batch["sub_label"])
+        logits = self.model.classifier_SubCls(maps.sub)
+        label = self.model.pad_label(batch["sub_label"])
+        loss = upsampled_cross_entropy(logits, label, align_corners=self.model.align_corners)
         weight = self.options.supervised * self.options.subclass
         return {**terms, "loss": terms["loss"] + weight * loss, "Ls_sub": loss}
 
@@ -259,8 +254,10 @@ class USRN(SelfTraining):
         if not self.branches:
             return super().unlabelled_terms(strong, weak, batch, progress)
         logits, sub_logits = self.classify(self.model, strong)
-        valid, noisy = self.valid(batch, logits), self.class_logits.perturb(logits, progress)
-        found = unlabelled_losses(noisy, sub_logits, *weak, self.parents, o.threshold, gate=o.gate, valid=valid)
+        valid = self.valid(batch, logits)
+        total = partial(self.loss.total, progress=progress)
+        options = {"gate": o.gate, "valid": valid, "total": total}
+        found = unlabelled_losses(logits, sub_logits, *weak, self.parents, o.threshold, **options)
         self.count(found.label, batch)
         loss = o.unsupervised * (found.classes + o.subclass * found.subclasses)
         terms = {"Lu_sub": found.subclasses, "Lu_reg": found.classes, "kept": found.kept, "vetoed": found.vetoed}

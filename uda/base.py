@@ -1,7 +1,7 @@
-"""What the stages share: a base class, the quarter grid, losses with or without BLV, files of earlier steps."""
+"""What the stages share: a base class, the quarter grid, the losses of the student, files of earlier steps."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import Config, ConfigError, ModelConfig, OptimConfig, typed
-from common.engine.method import Batch, Losses, Method
+from common.config import Config, ConfigError, ModelConfig, OptimConfig
+from common.data import IGNORE
+from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
 from common.files import read_artifact
-from common.losses.cross_entropy import pixel_cross_entropy
-from common.losses.refreshed import StudentLogits, Unit
-from common.losses.self_training import symmetric_cross_entropy
+from common.losses.counts import PseudoUnit
+from common.losses.self_training import reverse_cross_entropy
 from common.models import build_network, load_model
 from common.models.deeplabv2_cpsl import DeepLabV2
 from common.models.pretrained.containers import load_tensor
@@ -53,22 +53,6 @@ def onto_grid(maps: Tensor, size: tuple[int, int]) -> Resampling:
     return Resampling(*resize_matrices(maps, size), reach=1)
 
 
-class SegmentationLoss(StudentLogits):
-    """The student's segmentation losses; with BLV the logits are perturbed first, on source and target alike.
-
-    BLV's counts are those of the source labels. `refresh: N` adds, every N steps, the class shares of the target's
-    pseudo-labels of those steps times the number of source pixels, so that both domains weigh alike.
-    """
-
-    def forward(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
-        """Cross-entropy of logits (B, K, H, W) and label (B, H, W): over valid pixels, or as BLV's `average` says."""
-        return self.averaged(pixel_cross_entropy(self.perturb(logits, progress), label), label)
-
-    def symmetric(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
-        """Symmetric cross-entropy with the factors `rce` of its two terms; the same means."""
-        return self.averaged(symmetric_cross_entropy(self.perturb(logits, progress), label, *rce), label)
-
-
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch as ever in training, but its running statistics stay."""
@@ -84,19 +68,19 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 class Stage(Method):
-    """What every stage has: options of its own type, the student, its segmentation loss, its parameter groups."""
+    """What every stage has: the student, its segmentation loss on source and target alike, its parameter groups.
 
-    Options: type
-    pseudo_labels: Unit | None = "shares"  # how they count in BLV's frequencies; None: the stage makes none
+    Class counts of remedies are those of the source labels; with `remedies.counts.refresh: N` every N steps the class
+    shares of the target's pseudo-labels of those steps join them, times the number of source pixels, so that both
+    domains weigh alike.
+    """
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        """`counts`: pixels of each class in the source labels; only BLV needs them."""
-        super().__init__(cfg.optim)
-        self.options = typed(self.Options, options, f"{cfg.name}: method")
-        self.steps = cfg.train.steps
+    pseudo_labels: PseudoUnit | None = "shares"  # None: the stage makes none
+
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         self.model = build_network(cfg.model, DeepLabV2, "deeplabv2", cfg.name)
-        where = f"{cfg.name}: method: blv"
-        self.segmentation_loss = SegmentationLoss(self.options.blv, counts, where, self.pseudo_labels)
+        self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", pseudo_labels=self.pseudo_labels)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
@@ -107,12 +91,28 @@ class Stage(Method):
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
 
     def source_terms(self, source: Batch, progress: float) -> Losses:
-        loss = self.segmentation_loss(self.upsampled(source["image"]), source["label"], progress)
+        loss = self.loss(self.upsampled(source["image"]), source["label"], progress=progress)
         return {"loss": loss, "source_ce": loss}
+
+    def symmetric_loss(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
+        """Symmetric cross-entropy with the factors `rce` of its terms, of logits (B, K, h, w) and label (B, h, w).
+
+        Both terms see the logits that the remedies have changed; class weights and focus act on the first alone.
+        """
+        alpha, beta = rce
+        adjusted = self.loss.adjust(logits, label, progress)
+        total = alpha * self.loss.mean_of(adjusted, label, progress)
+
+        if beta:
+            reverse = reverse_cross_entropy(adjusted, label)
+            if self.loss.average == "all":
+                reverse = reverse * (label != IGNORE).float().mean()
+            total = total + beta * reverse
+        return total + self.loss.set_terms(logits, label) if self.loss.sets else total
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        self.segmentation_loss.after_step(step)
+        self.loss.after_step(step)
 
 
 def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from common.config import Config, ConfigError
 from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Rate, Share
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, move_average
+from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.self_training import (
     assignment_cross_entropy,
     consistency,
@@ -90,7 +90,6 @@ class CPSLConfig:
     strong_statistics: bool = True  # False: the strong view does not move batch norm's running statistics
     head_lr_mult: NotNegative = 5.0  # of the head and the prototypes
     backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
-    blv: Mapping[str, Any] | None = None  # BLV options, and `refresh` (steps between new counts; 0: source counts only)
 
     def __post_init__(self):
         if self.bank_labels == "first" and self.sampling != "uniform":
@@ -106,8 +105,8 @@ class CPSL(Stage):
     Options = CPSLConfig
     backwards = 3
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         o, classes = self.options, cfg.model.num_classes
         self.teacher = deepcopy(self.model).requires_grad_(False)
         start = known_prototypes(o.prototypes, classes)
@@ -181,8 +180,8 @@ class CPSL(Stage):
             images = paste(images, source["image"], box)
             mixed = self.mixed_labels(label, source["label"], box)
         out = self.model(images)
-        self.segmentation_loss.count(label)
-        ce = self.segmentation_loss.symmetric(to_grid(out["logits"], label.shape[-2:]), mixed, o.rce, progress)
+        self.loss.count(label)
+        ce = self.symmetric_loss(to_grid(out["logits"], label.shape[-2:]), mixed, o.rce, progress)
         first, second = self.self_label(*sampled)
         terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
         total = ce + o.self_label * (first + second)

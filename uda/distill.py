@@ -9,7 +9,7 @@ Stage 2 starts from self-supervised weights (SimCLRv2) with an extra normalisati
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from common.config import Config
 from common.config.bounds import NotNegative, Rate
 from common.data import IGNORE
-from common.engine.method import Batch, Losses
+from common.engine.method import Batch, Losses, MethodContext
 from common.losses.self_training import distillation
 from common.ops.warp import warp_labels
 from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, network_of, to_grid
@@ -33,7 +33,6 @@ class DistillConfig:
     kd_loss: Literal["kl", "inner_product"] = "kl"  # release: inner_product, a KL whose logarithm is missing
     head_lr_mult: NotNegative = 10.0
     backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
-    blv: Mapping[str, Any] | None = None
 
 
 class Distill(Stage):
@@ -42,8 +41,8 @@ class Distill(Stage):
     Options = DistillConfig
     backwards = 2
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         self.teacher = network_of(cfg.model, self.options.teacher).requires_grad_(False)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
@@ -54,9 +53,9 @@ class Distill(Stage):
 
     def target_terms(self, target: Batch, progress: float) -> Losses:
         label = self.labels_on_grid(target)
-        self.segmentation_loss.count(label)
+        self.loss.count(label)
         student = to_grid(self.model(target["strong"])["logits"], label.shape[-2:])
-        ce = self.segmentation_loss(student, label, progress)
+        ce = self.loss(student, label, progress=progress)
         terms = {"target_ce": ce, "labelled": (label != IGNORE).float().mean()}
         if self.options.distillation == 0:
             return {"loss": ce, **terms}

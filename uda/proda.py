@@ -8,14 +8,13 @@ uniform distribution. A class without a prototype takes no part, as in CPSL.
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.config import Config
 from common.config.bounds import NotNegative, Share
-from common.engine.method import Batch, Losses, move_average
+from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.self_training import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize_chain import resample_labels
@@ -37,7 +36,6 @@ class ProDAConfig:
     regulariser: NotNegative = 0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
     head_lr_mult: NotNegative = 1.0
     backbone_lr_mult: NotNegative = 1.0
-    blv: Mapping[str, Any] | None = None
 
 
 class ProDA(Stage):
@@ -46,8 +44,8 @@ class ProDA(Stage):
     Options = ProDAConfig
     backwards = 3
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         self.teacher = deepcopy(self.model).requires_grad_(False)
         start = known_prototypes(self.options.prototypes, cfg.model.num_classes)
         self.register_buffer("known", start.known, persistent=False)
@@ -58,9 +56,9 @@ class ProDA(Stage):
         target, progress = streams["target"], step / self.steps
         yield self.source_terms(streams["source"], progress)
         closeness, label = self.look(target)
-        self.segmentation_loss.count(label)
+        self.loss.count(label)
         logits = to_grid(self.model(target["weak"])["logits"], label.shape[-2:])
-        sce = self.segmentation_loss.symmetric(logits, label, self.options.rce, progress)
+        sce = self.symmetric_loss(logits, label, self.options.rce, progress)
         pull = -logits.float().log_softmax(1).mean()
         yield {"loss": sce + self.options.regulariser * pull, "target_sce": sce, "regulariser": pull}
         del logits

@@ -6,9 +6,9 @@ The stages of a task, and what runs between them, are in `main.sh`.
 from pathlib import Path
 
 from common import cli, distributed
-from common.config import Config, pick
-from common.data.statistics import placeholder
-from common.engine import Method, fit, prepare, rehearse
+from common.config import Config
+from common.engine import Method, MethodContext, fit, prepare, rehearse
+from common.engine.method import make_method
 from common.experiment import Experiment, print_result
 from uda.base import read_distribution, read_prototypes
 from uda.config import command, run_of, stage_config, stage_parser
@@ -20,11 +20,9 @@ from uda.warmup import WarmUp
 METHODS: dict[str, type[Method]] = {"warm_up": WarmUp, "cpsl": CPSL, "proda": ProDA, "distill": Distill}
 
 
-def build_method(cfg: Config, counts) -> Method:
-    """The method that `method.name` names, with the rest of that section as its options."""
-    options = dict(cfg.method)
-    name = options.pop("name", None)
-    return pick(METHODS, name, f"{cfg.name}: method.name")(cfg, options, counts)
+def build_method(cfg: Config, context: MethodContext) -> Method:
+    """The method that `method.name` names."""
+    return make_method(METHODS, cfg, context)
 
 
 def require_earlier_steps(cfg: Config) -> None:
@@ -64,11 +62,11 @@ def main() -> None:
         require_initial_weights(cfg)
         return
     require_earlier_steps(cfg)
-    rehearse(cfg, lambda: build_method(cfg, placeholder(cfg.model.num_classes).pixel_count))
+    rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.statistics.pixel_count), device)
+    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
     fit(cfg, method, experiment.open, experiment.evaluator(method, device), device=device, resume=args.resume)
     print_result(experiment.last_result())
     experiment.finish()

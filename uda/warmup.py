@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from common.config import Config
 from common.config.bounds import NotNegative, Width
-from common.engine.method import Batch, Losses
+from common.engine.method import Batch, Losses, MethodContext
 from uda.base import Stage
 from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
 
@@ -28,7 +28,6 @@ class WarmUpConfig:
     discriminator_width: Width = 64
     head_lr_mult: NotNegative = 10.0
     backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
-    blv: Mapping[str, Any] | None = None
 
 
 class WarmUp(Stage):
@@ -37,8 +36,8 @@ class WarmUp(Stage):
     Options = WarmUpConfig
     pseudo_labels = None
 
-    def __init__(self, cfg: Config, options: Mapping[str, Any], counts: Any = None):
-        super().__init__(cfg, options, counts)
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
         self.discriminator = None
         if self.options.adversarial > 0:
             self.discriminator = Discriminator(cfg.model.num_classes, self.options.discriminator_width)
@@ -53,7 +52,7 @@ class WarmUp(Stage):
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         source = streams["source"]
         logits = self.upsampled(source["image"])
-        ce = self.segmentation_loss(logits, source["label"], step / self.steps)
+        ce = self.loss(logits, source["label"], progress=step / self.steps)
         if self.discriminator is None:
             return {"loss": ce, "source_ce": ce}
         target = self.upsampled(streams["target"]["image"]).softmax(1)

@@ -176,6 +176,7 @@ class Config:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     method: Mapping[str, Any] = field(default_factory=dict)
+    remedies: Mapping[str, Any] = field(default_factory=dict)  # of the loss of class logits: common/losses/build.py
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

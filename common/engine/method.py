@@ -2,16 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from common.config import OptimConfig
+from common.config import Config, pick, typed
+from common.data import DatasetRow, Statistics
 from common.engine.optim import parameter_groups
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
+from common.losses.pixel_loss import PixelLoss
 
 Batch = Mapping[str, Any]  # collated samples of one stream
 Losses = dict[str, Tensor]  # "loss" is back-propagated, every other scalar is logged
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may ask of its training data: class statistics of the labels that say what is rare; their row."""
+
+    statistics: Statistics
+    row: DatasetRow | None = None
 
 
 class Method(nn.Module, ABC):
@@ -23,12 +36,15 @@ class Method(nn.Module, ABC):
     Randomness comes from torch's global generators, which the engine seeds by (seed, rank, step).
     """
 
+    Options: type  # the dataclass of the section `method`, without its `name`
     backwards = 1
     predict_prefix = "model."  # where the network that `predict` uses stands in the state dict
 
-    def __init__(self, optim: OptimConfig):
+    def __init__(self, cfg: Config, context: MethodContext):
         super().__init__()
-        self.optim = optim
+        section = {key: value for key, value in cfg.method.items() if key != "name"}
+        self.options = typed(self.Options, section, f"{cfg.name}: method")
+        self.optim, self.steps = cfg.optim, cfg.train.steps
 
     @abstractmethod
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses | Iterator[Losses]:
@@ -53,6 +69,27 @@ class Method(nn.Module, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the engine; each names its optimiser, so an adversary is one more group."""
         return parameter_groups(self, self.optim)
+
+
+def pixel_loss(section: Mapping[str, Any], cfg: Config, context: MethodContext, **facts: Any) -> PixelLoss:
+    """The loss of class logits that `section`, the config's `remedies`, describes.
+
+    facts: what the method says of itself, further fields of `LossContext`.
+    """
+    counts = Counts.from_statistics(context.statistics)
+    return build_loss(section, LossContext(counts, **facts), f"{cfg.name}: remedies")
+
+
+def make_method(
+    methods: Mapping[str, type[Method]], cfg: Config, context: MethodContext, default: str | None = None
+) -> Method:
+    """The method of a sub-project's table that `method.name` names. ConfigError where it names none."""
+    return method_class(methods, cfg, default)(cfg, context)
+
+
+def method_class(methods: Mapping[str, type[Method]], cfg: Config, default: str | None = None) -> type[Method]:
+    """The class that `method.name` names in a sub-project's table. ConfigError where it names none."""
+    return pick(methods, cfg.method.get("name", default), f"{cfg.name}: method.name")
 
 
 class Parts(nn.Module):

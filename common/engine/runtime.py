@@ -12,9 +12,10 @@ import torch
 
 from common import distributed
 from common.config import Config, ModelConfig, TrainConfig
+from common.data.statistics import placeholder
 from common.data.streams import check_division
 from common.engine import optim
-from common.engine.method import Batch, Method
+from common.engine.method import Batch, Method, MethodContext
 
 
 def configure(cfg: TrainConfig, device: torch.device) -> None:
@@ -95,7 +96,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
-def rehearse(cfg: Config, build: Callable[[], Method]) -> None:
+def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> None:
     """Refuse what cannot be trained before anything is read, counted or started: weights that are not there, batches
     that cannot be divided, and whatever the building of the method refuses (on the meta device, in a second).
 
@@ -106,7 +107,7 @@ def rehearse(cfg: Config, build: Callable[[], Method]) -> None:
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come when the method is built in earnest
-        method = build()
+        method = build(cfg, MethodContext(placeholder(cfg.model.num_classes)))
         optim.build_optimizers(method.parameter_groups())
 
 

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import ConfigError, pick, shown, typed
 from common.config.bounds import NotNegative, Positive
-from common.losses.cross_entropy import Average, pixel_cross_entropy
+from common.losses.counts import Counts
+from common.losses.cross_entropy import Average
 
 # The release's class counts: the GTA5 histogram, with the leading digit of `car` (id 13) lost. It gave them to
 # Cityscapes models. Kept only to reproduce the release; counts come from the training labels otherwise.
@@ -38,42 +39,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "coefficient": "max", "limit": "folded", "sigma": 4.0, "counts": "released", "average": "all",
         "absent": "floor",
     },
+    # GCL (Li et al., CVPR 2022) on a cosine classifier of scale s = 30: s · a · |ε| with a = ½, ε ~ N(0, ⅓) in ±1.
+    "gcl": {"coefficient": "max", "limit": "folded", "sigma": 1 / 3, "sign": -1, "amplitude": 15.0},
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BLVOptions:
-    """Defaults are the paper's (preset `paper`)."""
-
-    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number a class
-    coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
-    # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
-    # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.
-    absent: Literal["ignore", "floor"] = "ignore"
-    noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
-    sigma: Positive = 6.0  # of the Gaussian
-    limit: Literal["positive", "folded", "signed", "none"] = "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
-    sign: Literal[1, -1] = 1
-    centre: bool = False  # subtract the mean of the limited draw
-    average: Average | None = None  # None: as the method averages
-    schedule: Literal["constant", "rise_fall"] = "constant"  # σ rises linearly to mid-training, then falls to 0
-
-    def __post_init__(self):
-        if not isinstance(self.counts, str) and not any(self.counts):
-            raise ValueError(f"counts: {shown(self.counts)} has no class with pixels")
-
-
-def blv_options(mapping: Mapping[str, Any], where: str) -> BLVOptions:
-    """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
-    chosen = dict(mapping)
-    preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
-    return typed(BLVOptions, preset | chosen, where)
 
 
 def class_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore") -> Tensor:
     """w_k in [0, 1], float32 (K,), computed in float64; no host sync.
 
-    absent: what a class without a pixel is (see `BLVOptions`). Its own weight is 1 either way, unless no class is rarer
+    absent: what a class without a pixel is (see `BLV`). Its own weight is 1 either way, unless no class is rarer
     than another: then all present ones have 0.
     """
     q = torch.as_tensor(counts, dtype=torch.float64)
@@ -90,68 +64,81 @@ def class_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", 
     return torch.where(present, weight, torch.ones_like(weight)).float()
 
 
-class BLVLoss(nn.Module):
-    """Cross-entropy of class-wise perturbed logits; any head's logits at label resolution."""
+@dataclass(frozen=True)
+class BLV:
+    """The slot `logits` of a loss: z to z'. Defaults are the paper's (preset `paper`)."""
 
-    def __init__(self, options: BLVOptions, counts: Sequence[int] | Tensor | None, average: Average = "valid"):
-        """`counts`: pixels of each class in the training labels; used where the options say "dataset"."""
-        super().__init__()
-        self.options, self.average = options, options.average or average
-        if options.counts != "dataset":
-            given = RELEASED_COUNTS if options.counts == "released" else options.counts
-            if counts is not None and len(given) != len(counts):
-                raise ConfigError(f"BLV counts: {len(given)} given for {len(counts)} classes")
-            counts = given
-        if counts is None:
-            raise ConfigError("BLV counts: the dataset's statistics are needed")
-        self.counts = torch.as_tensor(counts, dtype=torch.float64)  # (K,), as chosen by the options
-        self.register_buffer("weight", self.weights_of(self.counts), persistent=False)
+    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number a class
+    coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
+    # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.
+    absent: Literal["ignore", "floor"] = "ignore"
+    noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
+    sigma: Positive = 6.0  # of the Gaussian
+    limit: Literal["positive", "folded", "signed", "none"] = "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
+    sign: Literal[1, -1] = 1
+    amplitude: NotNegative = 1.0  # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
+    centre: bool = False  # subtract the mean of the limited draw
+    average: Average | None = None  # None: as the method averages
+    schedule: Literal["constant", "rise_fall"] = "constant"  # σ rises linearly to mid-training, then falls to 0
 
-    def set_counts(self, counts: Tensor) -> None:
-        """Use new class counts (K,), e.g. refreshed by pseudo-labels; no host sync."""
-        self.weight.copy_(self.weights_of(counts))
+    def __post_init__(self):
+        if not isinstance(self.counts, str) and not any(self.counts):
+            raise ValueError(f"counts: {shown(self.counts)} has no class with pixels")
 
-    def weights_of(self, counts: Tensor) -> Tensor:
-        """w_k (K,) of class counts (K,), as the options have it."""
-        return class_weights(counts, self.options.coefficient, self.options.absent)
+    @classmethod
+    def from_section(cls, mapping: Mapping[str, Any], where: str) -> "BLV":
+        """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
+        chosen = dict(mapping)
+        preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
+        return typed(cls, preset | chosen, where)
 
-    def forward(
-        self, logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, progress: float = 0.0
-    ) -> Tensor:
-        """Scalar loss of logits (B, K, H, W), label (B, H, W); `progress` in [0, 1] is the share of training done."""
-        perturbed = self.perturb(logits, progress)
-        return pixel_cross_entropy(perturbed, label, pixel_weight=pixel_weight, average=self.average)
+    def counted(self, counts: Counts) -> Counts:
+        """The training labels' counts, or those that the options give in their place."""
+        if self.counts == "dataset":
+            return counts
+        given = RELEASED_COUNTS if self.counts == "released" else self.counts
+        if len(given) != len(counts.pixels):
+            raise ConfigError(f"BLV counts: {len(given)} given for {len(counts.pixels)} classes")
+        return counts._replace(pixels=torch.tensor(given, dtype=torch.float64, device="cpu"))
 
-    def perturb(self, logits: Tensor, progress: float = 0.0) -> Tensor:
-        """z' in float32, for any loss of logits (B, K, …)."""
-        variation = self.draw(logits, progress).mul_(self.weight.view(1, -1, *[1] * (logits.dim() - 2)))
-        return torch.add(logits.float(), variation, alpha=self.options.sign)
+    def vector(self, counts: Counts) -> Tensor:
+        """w_k (K,)."""
+        return class_weights(counts.pixels, self.coefficient, self.absent)
 
+    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float = 0.0) -> Tensor:
+        """z' in float32 of logits (B, K, …); the label plays no part. progress: share of the training that is over."""
+        weight = vector.view(1, -1, *[1] * (logits.dim() - 2))
+        variation = self.draw(logits, progress).mul_(weight)
+        return torch.add(logits.float(), variation, alpha=self.sign * self.amplitude)
+
+    @torch.no_grad()
     def draw(self, like: Tensor, progress: float = 0.0) -> Tensor:
         """Limited draws e of the shape and device of `like`, float32."""
-        o = self.options
-        scale = 1.0 if o.schedule == "constant" else 1.0 - abs(2.0 * progress - 1.0)
-        e = torch.empty_like(like, dtype=torch.float32, requires_grad=False)
-        with torch.no_grad():
-            if o.noise == "gaussian":
-                e = torch.randn_like(e).mul_(o.sigma * scale)
-            elif o.noise == "uniform":
-                e = torch.rand_like(e).mul_(scale)
-            elif o.noise == "beta":  # Beta(½, ½) is the arcsine law
-                e = torch.rand_like(e).mul_(math.pi / 2).sin_().square_().mul_(scale)
-            elif o.noise == "exponential":
-                e = torch.rand_like(e).neg_().log1p_().mul_(-scale)
-            else:
-                e = torch.full_like(e, scale)
-            if o.limit == "positive":
-                e.clamp_(0, 1)
-            elif o.limit in ("folded", "signed"):
-                e.clamp_(-1, 1)
-                e = e.abs_() if o.limit == "folded" else e
-            return e.sub_(draw_mean(o, scale)) if o.centre else e
+        scale = 1.0 if self.schedule == "constant" else 1.0 - abs(2.0 * progress - 1.0)
+        e = self._unlimited(torch.empty_like(like, dtype=torch.float32), scale)
+
+        if self.limit == "positive":
+            e.clamp_(0, 1)
+        elif self.limit in ("folded", "signed"):
+            e.clamp_(-1, 1)
+            e = e.abs_() if self.limit == "folded" else e
+        return e.sub_(draw_mean(self, scale)) if self.centre else e
+
+    def _unlimited(self, e: Tensor, scale: float) -> Tensor:
+        """Draws of the chosen law, of the shape of `e`."""
+        if self.noise == "gaussian":
+            return torch.randn_like(e).mul_(self.sigma * scale)
+        if self.noise == "uniform":
+            return torch.rand_like(e).mul_(scale)
+        if self.noise == "beta":  # Beta(½, ½) is the arcsine law
+            return torch.rand_like(e).mul_(math.pi / 2).sin_().square_().mul_(scale)
+        if self.noise == "exponential":
+            return torch.rand_like(e).neg_().log1p_().mul_(-scale)
+        return torch.full_like(e, scale)
 
 
-def draw_mean(options: BLVOptions, scale: float = 1.0) -> float:
+def draw_mean(options: BLV, scale: float = 1.0) -> float:
     """Exact mean of the limited draw."""
     unlimited = options.limit == "none"
     if options.noise == "gaussian":

@@ -10,6 +10,11 @@ from common.data import IGNORE
 Average = Literal["all", "valid"]
 
 
+def cross_entropy_sum(logits: Tensor, label: Tensor) -> Tensor:
+    """Σ −log softmax(z)_y over pixels, in float32; logits (B, K, …), label (B, …), −1 where ignored."""
+    return F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="sum")
+
+
 def pixel_cross_entropy(
     logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, average: Average = "valid"
 ) -> Tensor:
@@ -21,11 +26,10 @@ def pixel_cross_entropy(
         pixel_weight: factor for each pixel, of the label's shape; it does not change the denominator.
         average: "valid" divides by the pixels that are not ignored, "all" by all pixels (what MMSegmentation 0.x does).
     """
-    label = label.long()
     if pixel_weight is None:
-        total = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="sum")
+        total = cross_entropy_sum(logits, label)
     else:
-        each = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+        each = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
         total = (each * pixel_weight).sum()
     if average == "all":
         return total / label.numel()

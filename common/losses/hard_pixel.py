@@ -1,19 +1,44 @@
 """Hard pixel mining: the mean of the largest pixel losses (DeepLab project of detectron2, after Wu et al., 2016)."""
 
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.config.bounds import Above, AtMost, Below, Count
 from common.data import IGNORE
 from common.models.layers import resize_rows
 
 BAND = 1 << 22  # logits at full size that are made at a time
 
 
-def hardest(losses: Tensor, fraction: float = 0.2) -> Tensor:
-    """Mean of the largest ⌊fraction · n⌋ of n pixel losses (any shape), which count ignored pixels as 0."""
-    flat = losses.flatten()
-    return flat.topk(max(int(fraction * flat.numel()), 1), sorted=False).values.mean()
+@dataclass(frozen=True)
+class HardPixels:
+    """Which pixels train. fraction: share of all pixels, ignored ones (of loss 0) included, that is kept, the hardest.
+
+    threshold: keep the pixels whose class has less than this probability instead, at least `min_kept` of the batch (the
+    online hard example mining of MMSegmentation and UniMatch).
+    """
+
+    fraction: Annotated[float, Above(0), AtMost(1)] = 0.2
+    threshold: Annotated[float, Above(0), Below(1)] | None = None
+    min_kept: Count = 100_000
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Mean of the chosen losses, of any shape; nothing is read on the host."""
+        flat = losses.flatten()
+        if self.threshold is None:
+            count = max(int(self.fraction * flat.numel()), 1)
+            return flat.topk(count, sorted=False).values.mean()
+
+        kept = min(self.min_kept, flat.numel())
+        least = flat.detach().topk(kept).values[-1]
+        chosen = (flat > -math.log(self.threshold)) | (flat >= least)
+        chosen = chosen & (flat > 0)  # ignored pixels have no loss
+        return (flat * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def hard_pixel_cross_entropy(
@@ -21,8 +46,8 @@ def hard_pixel_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of the hardest pixels of a batch, of logits enlarged `stride` times.
 
-    Equal to `hardest` of the pixel losses of the enlarged logits, which are never kept: the pixels are chosen from
-    losses that are made a few rows at a time, and only theirs are interpolated with a gradient.
+    Equal to `HardPixels.mean` of the pixel losses of the enlarged logits, which are never kept: the pixels are chosen
+    from losses that are made a few rows at a time, and only theirs are interpolated with a gradient.
 
     Args:
         logits: (B, K, h, w).

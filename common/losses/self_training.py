@@ -22,12 +22,15 @@ def symmetric_cross_entropy(logits: Tensor, label: Tensor, alpha: float = 0.1, b
     RCE by 1e-6 more. logits: (B, K, H, W); label: (B, H, W) integers, −1 where ignored.
     """
     loss = alpha * pixel_cross_entropy(logits, label)
-    if not beta:
-        return loss
+    return loss + beta * reverse_cross_entropy(logits, label) if beta else loss
+
+
+def reverse_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """RCE of `symmetric_cross_entropy`: bounded, so a wrong label pulls less than in cross-entropy."""
     valid = label != IGNORE
     p = logits.float().softmax(1).clamp(FLOOR, 1)
     wrong = p.sum(1) - p.gather(1, label.long().clamp(min=0)[:, None]).squeeze(1)
-    return loss - beta * log(WRONG) * (wrong * valid).sum() / (valid.sum() + 1e-6)
+    return -log(WRONG) * (wrong * valid).sum() / (valid.sum() + 1e-6)
 
 
 def assignment_cross_entropy(scores: Tensor, assignment: Tensor, temperature: float = 0.08) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cross-entropy at label resolution of logits at the network's stride, without keeping the enlarged logits."""
+"""A loss at label resolution of logits at the network's stride, without keeping the enlarged logits."""
 
 from collections.abc import Callable
 
@@ -8,44 +8,50 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.data import IGNORE
+from common.losses.cross_entropy import cross_entropy_sum
+
+Total = Callable[[Tensor, Tensor], Tensor]
 
 
-def upsampled_cross_entropy(
-    logits: Tensor, label: Tensor, *, align_corners: bool, perturb: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """Mean of −log softmax(ẑ)_y over labelled pixels, ẑ the logits resized bilinearly to the label; 0 without any.
-
-    logits: (B, K, h, w); label: integers (B, H, W), −1 where ignored; perturb: changes ẑ (1, K, H, W) of one image
-    first, e.g. `BLVLoss.perturb`. Equal to resizing and `pixel_cross_entropy`, but one image is enlarged at a time and
-    its gradient at the logits' own size is all that is kept: with many classes the enlarged logits, their softmax and
-    both gradients are most of what a training step holds. Computed in float32; not differentiable twice.
-    """
-    total = _Sum.apply(logits, label, align_corners, perturb)
+def upsampled_cross_entropy(logits: Tensor, label: Tensor, *, align_corners: bool) -> Tensor:
+    """Mean cross-entropy over labelled pixels of logits (B, K, h, w) enlarged to the label; 0 without any."""
+    total = upsampled_sum(logits, label, cross_entropy_sum, align_corners=align_corners)
     return total / (label != IGNORE).sum().clamp(min=1)
 
 
+def upsampled_sum(logits: Tensor, label: Tensor, total: Total, *, align_corners: bool) -> Tensor:
+    """Sum over images of total(ẑ, y), ẑ the logits resized bilinearly to the label.
+
+    logits: (B, K, h, w); label: integers (B, H, W); total: a scalar of one image's logits (1, K, H, W), float32, and
+    label (1, H, W), such as `PixelLoss.total`. Equal to resizing the batch, but one image is enlarged at a time and its
+    gradient at the logits' own size is all that is kept: with many classes the enlarged logits, their softmax and both
+    gradients are most of what a training step holds. Not differentiable twice.
+    """
+    return _Sum.apply(logits, label, align_corners, total)
+
+
 class _Sum(torch.autograd.Function):
-    """Sum over pixels. The gradient is made in the forward pass, while an image's logits are there."""
+    """Sum over images. The gradient is made in the forward pass, while an image's logits are there."""
 
     @staticmethod
-    def forward(ctx, logits, label, align_corners, perturb):
+    def forward(ctx, logits, label, align_corners, total):
         wanted = ctx.needs_input_grad[0]
-        total = logits.new_zeros((), dtype=torch.float32)
+        result = logits.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(logits, dtype=torch.float32) if wanted else None
+
         with torch.autocast(logits.device.type, enabled=False):
             for i in range(len(logits)):
                 with torch.set_grad_enabled(wanted):
                     z = logits[i : i + 1].detach().float().requires_grad_(wanted)
                     large = F.interpolate(z, label.shape[-2:], mode="bilinear", align_corners=align_corners)
-                    large = large if perturb is None else perturb(large)
-                    target = label[i : i + 1].long()
-                    loss = F.cross_entropy(large, target, ignore_index=IGNORE, reduction="sum")
+                    loss = total(large, label[i : i + 1])
                 if wanted:
                     gradient[i : i + 1] = torch.autograd.grad(loss, z)[0]
-                total += loss.detach()
+                result += loss.detach()
+
         ctx.save_for_backward(gradient)
         ctx.kind = logits.dtype
-        return total
+        return result
 
     @staticmethod
     @once_differentiable

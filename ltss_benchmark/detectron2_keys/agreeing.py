@@ -89,9 +89,13 @@ def swin(part: int) -> Said:
 
 
 def pixel_loss(cfg: Config) -> Sequence[Any]:
-    words = {"hard_pixels": "hard_pixel_mining", "ce": "cross_entropy"}
-    loss = cfg.method.get("loss", "hard_pixels")
-    return [words[loss]] if cfg.model.name == "deeplabv3plus_d2" and loss in words else []
+    if cfg.model.name != "deeplabv3plus_d2":
+        return []
+    focus = cfg.remedies.get("focus") or {}
+    words = {"hard_pixels": "hard_pixel_mining", None: "cross_entropy"}
+    others = [slot for slot in ("logits", "class_weight", "sets") if cfg.remedies.get(slot)]
+    word = words.get(focus.get("name"))
+    return [word] if word and not others else []
 
 
 def schedule(cfg: Config) -> Sequence[Any]:
@@ -151,7 +155,7 @@ AGREEING: dict[str, tuple[Said, str]] = {
     "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": (
         ignored_value, "the data set knows it; that of a folder is data.folder.ignore",
     ),
-    "MODEL.SEM_SEG_HEAD.LOSS_TYPE": (pixel_loss, "set method.loss of a DeepLabV3+ to hard_pixels, ce or blv"),
+    "MODEL.SEM_SEG_HEAD.LOSS_TYPE": (pixel_loss, "set remedies.focus of a DeepLabV3+"),
     "MODEL.SEM_SEG_HEAD.NAME": (
         of_model(mask2former="MaskFormerHead", deeplabv3plus_d2="DeepLabV3PlusHead"), "set model.name",
     ),

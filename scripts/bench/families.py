@@ -17,7 +17,6 @@ from torch import nn
 from common.config import Config
 from common.data import SegmentationDataset
 from common.data.dataset import map_path
-from common.data.statistics import Statistics
 from common.models import build_model
 from common.ops.ring import RingBank
 
@@ -30,10 +29,9 @@ PAIRS = ("upernet", "pspnet", "knet", "deeplabv3plus", "usrn")
 class Family:
     """One system.
 
-    configs: patterns of its official configs below its folder. build: "module:function", (cfg, class counts) →
+    configs: patterns of its official configs below its folder. build: "module:function", (cfg, context) →
     method. counted: the stream whose labels say what is rare. prepare: writes what earlier steps leave, to where the
     config looks for it (relative to the working folder). ready: brings the new method to the state of long training.
-    counts: of the statistics of that stream, what `build` takes.
     resolve: "module:function" that fills into the config what those files say.
     """
 
@@ -43,7 +41,6 @@ class Family:
     prepare: Callable[[Config], None] = lambda cfg: None
     ready: Callable[[nn.Module], None] = lambda method: None
     resolve: str = ""
-    counts: Callable[[Statistics], Any] = lambda statistics: statistics.pixel_count
 
     def method(self) -> Callable[..., Any]:
         return named(self.build)
@@ -135,7 +132,6 @@ FAMILIES: dict[str, Family] = {
         ("ade20k_full/*/*R50*.yaml",),
         "ltss_benchmark.methods:build_method",
         "labeled",
-        counts=lambda statistics: statistics,
     ),
     "semi_sup": Family(
         tuple(f"{data}_1over*_{method}.json" for data in ("voc", "city") for method in ("baseline", "usrn")),

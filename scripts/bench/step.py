@@ -26,15 +26,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.config import Config, load_config
 from common.engine.method import Batch, Losses, Method
 from common.engine.trainer import Trainer
-from common.losses.blv import BLVLoss, BLVOptions, class_weights
+from common.losses.blv import class_weights
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
+from common.losses.pixel_loss import PixelLoss
 from scripts.bench import measure, workspace
 from scripts.bench.families import PAIRS, family_of
 from scripts.bench.full_size import parse_size
 
 PARTS = ("data", "forward", "backward", "optimiser")
 FORMS: dict[str, tuple[str, ...]] = {
-    "blv": ("method.heads.decode={loss: blv, preset: paper}",),
+    "blv": ("remedies.logits={name: blv, preset: paper}",),
     "joint": (),
     "bf16": ("train.precision=bf16",),
     "channels_last": ("train.channels_last=true",),
@@ -241,7 +244,7 @@ def loss_alone(cfg: Config, batch: int, args: argparse.Namespace) -> measure.Row
     logits = torch.randn(batch, classes, *crop, device=device, requires_grad=True)
     label = torch.randint(-1, classes, (batch, *crop), dtype=torch.int16, device=device)
     counts = torch.logspace(3, 9, classes, dtype=torch.float64)
-    blv = BLVLoss(BLVOptions(), counts).to(device)
+    blv = _blv(counts).to(device)
     check = {"without weights, difference to cross-entropy": _same_without_weights(counts, logits, label)}
     check |= {"reads back to the host": _reads_back(counts)}
 
@@ -255,12 +258,16 @@ def loss_alone(cfg: Config, batch: int, args: argparse.Namespace) -> measure.Row
     forms = {
         "blv": backward(lambda: blv(logits, label)),
         "ce": backward(lambda: pixel_cross_entropy(logits, label)),
-        "blv, noise from the host": backward(lambda: literal_blv(logits, label, counts, blv.options.sigma)),
+        "blv, noise from the host": backward(lambda: literal_blv(logits, label, counts, blv.logits.sigma)),
     }
     against = "blv, noise from the host"
     facts = {"logits": list(logits.shape), "device": device}
     row = measure.compare("loss alone", forms, args.rounds, check=check, against=against, memory=True, **facts)
     return row | {"blv_adds_ms": row["ms"]["blv"] - row["ms"]["ce"]}
+
+
+def _blv(counts: torch.Tensor) -> PixelLoss:
+    return build_loss({"logits": {"name": "blv"}}, LossContext(Counts.from_pixels(counts)))
 
 
 def literal_blv(logits: torch.Tensor, label: torch.Tensor, counts: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -271,8 +278,8 @@ def literal_blv(logits: torch.Tensor, label: torch.Tensor, counts: torch.Tensor,
 
 
 def _same_without_weights(counts: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> float:
-    plain = BLVLoss(BLVOptions(), counts).to(logits.device)
-    plain.weight.zero_()
+    plain = _blv(counts).to(logits.device)
+    plain.offsets.zero_()
     with torch.no_grad():
         difference = abs(float(plain(logits, label) - pixel_cross_entropy(logits, label)))
     return measure.require("BLV with all weights 0 against cross-entropy", difference, 0.0)
@@ -280,8 +287,8 @@ def _same_without_weights(counts: torch.Tensor, logits: torch.Tensor, label: tor
 
 def _reads_back(counts: torch.Tensor) -> int:
     """0: under tensors without data, where any look at a value raises, the loss of a GPU's logits is made."""
-    blv = BLVLoss(BLVOptions(), counts)
+    blv = _blv(counts)
     with FakeTensorMode(allow_non_fake_inputs=True):
         logits = torch.empty(2, len(counts), 8, 8, device="cuda")
-        noise = blv.draw(logits)
+        noise = blv.logits.draw(logits)
     return 0 if noise.device.type == "cuda" else 1

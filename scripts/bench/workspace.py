@@ -73,8 +73,8 @@ def trainer(cfg: Config, family: Family, size: Size | None, device: torch.device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         experiment = Experiment(cfg, counted=family.counted)
-        counts, build = family.counts(experiment.statistics), family.method()
-        method = prepare(cfg, lambda: build(cfg, counts), device)
+        build = family.method()
+        method = prepare(cfg, lambda: build(cfg, experiment.context), device)
     family.ready(method)
     method.train()
     return Trainer(cfg, method, device), experiment

@@ -113,11 +113,11 @@ def test_subclass_labels_are_complete_and_true(place):
 def test_training_resumes_to_the_bit_and_tests(place):
     """USRN with everything that has a state: a teacher, and BLV's counts, refreshed after five steps."""
     more = [*place.usrn(), "train.steps=8", "train.save_every=3", "train.keep=9", "method.teacher=ema",
-            "method.blv={preset: paper}", "method.threshold=0.1"]  # fmt: skip
+            "remedies.logits={name: blv}", "method.threshold=0.1"]  # fmt: skip
     call(MAIN, "-c", USRN, *more)
     folder = place.saved / "toy_1over8_usrn"
     whole = weights(folder)
-    assert whole["class_logits.refreshed.pseudo"].sum() > 0
+    assert whole["loss.counts.pseudo"].sum() > 0
     for step in (6, 8):  # as if it had been killed after step 5
         shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
     call(MAIN, "-c", USRN, "--resume", *more)

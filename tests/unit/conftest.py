@@ -49,7 +49,7 @@ TREE = {
         "dataset": "cityscapes", "workers": 0,
         "streams": {"labeled": {"batch_size": 2, "augment": {"recipe": "mmseg", "crop": [32, 64]}}},
     },
-    "method": {"heads": {"decode": {"loss": "ce"}}},
+    "method": {"heads": {"decode": {}}},
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """BLV against closed forms, the paper's tables and plain cross-entropy."""
 
+
 import math
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from common.config import ConfigError
-from common.losses.blv import RELEASED_COUNTS, BLVLoss, BLVOptions, blv_options, class_weights, draw_mean
+from common.losses.blv import BLV, RELEASED_COUNTS, class_weights, draw_mean
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
-from common.losses.refreshed import RefreshedBLV, StudentLogits
 
 CITYSCAPES = (
     2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536,
@@ -33,7 +35,12 @@ MOMENTS = [
 
 
 def options(**changes):
-    return blv_options(changes, "test")
+    return BLV.from_section(changes, "test")
+
+
+def make(pixels, average="valid", refresh=0, unit=None, **changes):
+    section = {"logits": {"name": "blv", **changes}, "counts": {"refresh": refresh}}
+    return build_loss(section, LossContext(Counts.from_pixels(pixels), average, pseudo_labels=unit), "test")
 
 
 def data(shape=(2, 5, 8, 9)):
@@ -79,11 +86,10 @@ def test_the_release_counts_an_absent_class_as_one_pixel():
     assert class_weights((0, 7, 7), "max").tolist() == [1, 0, 0] and class_weights((0, 7)).tolist() == [1, 0]
     assert class_weights((0, 0)).tolist() == [1, 1]
     for preset in ("released-head", "released-first"):
-        loss = BLVLoss(options(preset=preset, counts=counts), counts)
-        assert torch.equal(loss.weight, class_weights(counts, loss.options.coefficient, "floor"))
-        loss.set_counts(torch.tensor((5, 4, 0, 1, 0)))
-        assert torch.equal(loss.weight, class_weights((5, 4, 0, 1, 0), loss.options.coefficient, "floor"))
-    assert BLVLoss(options(), counts).weight[3] == 1 > BLVLoss(options(absent="floor"), counts).weight[3]
+        remedy = options(preset=preset, counts=counts)
+        vector = remedy.vector(Counts.from_pixels(counts))
+        assert torch.equal(vector, class_weights(counts, remedy.coefficient, "floor"))
+    assert make(counts).offsets[3] == 1 > make(counts, absent="floor").offsets[3]
 
 
 @pytest.mark.parametrize("sigma, f_one, f_mean, f_std, p_one, p_mean, p_std", MOMENTS)
@@ -91,7 +97,7 @@ def test_moments_of_the_limited_draw(sigma, f_one, f_mean, f_std, p_one, p_mean,
     like = torch.empty(2, 4, 300, 300)
     for limit, one, mean, std in (("folded", f_one, f_mean, f_std), ("positive", p_one, p_mean, p_std)):
         chosen = options(sigma=float(sigma), limit=limit)
-        e = BLVLoss(chosen, [1, 2, 3, 4]).draw(like)
+        e = chosen.draw(like)
         assert (e == 1).float().mean().item() == pytest.approx(one, abs=3e-3)
         assert e.mean().item() == pytest.approx(mean, abs=3e-3)
         assert e.std().item() == pytest.approx(std, abs=3e-3)
@@ -101,13 +107,13 @@ def test_moments_of_the_limited_draw(sigma, f_one, f_mean, f_std, p_one, p_mean,
 @pytest.mark.parametrize("noise", ["gaussian", "uniform", "beta", "exponential", "constant"])
 @pytest.mark.parametrize("limit", ["positive", "folded", "signed", "none"])
 def test_centred_draws_have_mean_zero(noise, limit):
-    loss = BLVLoss(options(noise=noise, limit=limit, centre=True, sigma=2.0), [1, 2])
-    assert loss.draw(torch.empty(1, 2, 500, 500)).mean().item() == pytest.approx(0, abs=1e-2)
+    chosen = options(noise=noise, limit=limit, centre=True, sigma=2.0)
+    assert chosen.draw(torch.empty(1, 2, 500, 500)).mean().item() == pytest.approx(0, abs=1e-2)
 
 
 def test_vanishing_sigma_is_cross_entropy():
     logits, label = data()
-    loss = BLVLoss(options(sigma=1e-7), [9, 5, 3, 2, 1])(logits, label)
+    loss = make([9, 5, 3, 2, 1], sigma=1e-7)(logits, label)
     expected = F.cross_entropy(logits, label.long(), ignore_index=-1)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
 
@@ -116,16 +122,16 @@ def test_vanishing_sigma_is_cross_entropy():
 def test_constant_offset_equals_shifted_logits(sign):
     logits, label = data()
     counts = [900, 50, 30, 20, 1]
-    loss = BLVLoss(options(noise="constant", sign=sign), counts)(logits, label)
+    loss = make(counts, noise="constant", sign=sign)(logits, label)
     shifted = logits + sign * class_weights(counts).view(1, -1, 1, 1)
     torch.testing.assert_close(loss, F.cross_entropy(shifted, label.long(), ignore_index=-1))
 
 
 def test_gradient_is_softmax_of_perturbed_logits_minus_one_hot():
     logits, label = data()
-    loss = BLVLoss(options(average="all"), [900, 50, 30, 20, 1])
+    loss = make([900, 50, 30, 20, 1], average="all")
     torch.manual_seed(7)
-    variation = loss.draw(logits) * loss.weight.view(1, -1, 1, 1)
+    variation = loss.logits.draw(logits) * loss.offsets.view(1, -1, 1, 1)
     torch.manual_seed(7)
     loss(logits, label).backward()
     valid = (label >= 0).unsqueeze(1)
@@ -144,7 +150,7 @@ def test_averages_differ_by_the_share_of_valid_pixels():
 @pytest.mark.parametrize("average", ["all", "valid"])
 def test_all_ignored_gives_zero_and_finite_gradient(average):
     logits, label = data()
-    loss = BLVLoss(options(average=average), [9, 5, 3, 2, 1])(logits, torch.full_like(label, -1))
+    loss = make([9, 5, 3, 2, 1], average=average)(logits, torch.full_like(label, -1))
     loss.backward()
     assert loss.item() == 0 and logits.grad.abs().sum() == 0
 
@@ -158,26 +164,18 @@ def test_pixel_weight_scales_each_pixel():
 
 
 def test_sigma_schedule_rises_and_falls():
-    loss = BLVLoss(options(noise="constant", limit="none", schedule="rise_fall"), [1, 2])
-    means = [loss.draw(torch.empty(1, 2, 2, 2), p).mean().item() for p in (0, 0.25, 0.5, 0.75, 1)]
+    chosen = options(noise="constant", limit="none", schedule="rise_fall")
+    means = [chosen.draw(torch.empty(1, 2, 2, 2), p).mean().item() for p in (0, 0.25, 0.5, 0.75, 1)]
     assert means == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 def test_half_precision_and_compile_give_the_float32_loss():
     logits, label = data()
-    loss = BLVLoss(options(noise="constant"), [9, 5, 3, 2, 1])
+    loss = make([9, 5, 3, 2, 1], noise="constant")
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(logits, label).dtype == torch.float32
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits, label), loss(logits, label))
-
-
-def test_refreshed_counts_change_the_weights():
-    loss = BLVLoss(BLVOptions(), [9, 5])
-    loss.set_counts(torch.tensor([1, 3]))
-    expected = [1.0, math.log(4 / 3) / math.log(4)]
-    assert loss.weight.tolist() == pytest.approx(expected)
-    assert not loss.state_dict()
 
 
 def quarter_grid(images=4):
@@ -195,29 +193,29 @@ def test_pseudo_labels_of_another_domain_weigh_like_all_source_pixels():
     source = torch.tensor(GTA5, dtype=torch.float64)
     start, expected = class_weights(GTA5), class_weights(source + source.sum() * shares)
     for steps in (1, 3):
-        refreshed = RefreshedBLV(BLVLoss(BLVOptions(), GTA5), "shares")
-        for _ in range(steps):
+        refreshed = make(GTA5, refresh=steps, unit="shares")
+        for step in range(steps):
             refreshed.count(label, area=16.0)
-        assert torch.equal(refreshed.blv.weight, start)
-        refreshed.refresh()
-        torch.testing.assert_close(refreshed.blv.weight, expected, rtol=1e-6, atol=0)
+            assert torch.equal(refreshed.offsets, start)
+            refreshed.after_step(step)
+        torch.testing.assert_close(refreshed.offsets, expected, rtol=1e-6, atol=0)
     assert start.argmax() == 18 and expected.argmax() == 17, "a bicycle is the rarest in GTA5, a motorcycle in both"
     assert (expected - start).abs().max() > 0.1
-    as_pixels = RefreshedBLV(BLVLoss(BLVOptions(), GTA5), "pixels")
+    as_pixels = make(GTA5, refresh=1, unit="pixels")
     as_pixels.count(label, area=1000)  # of a thousand steps
-    as_pixels.refresh()
-    assert (as_pixels.blv.weight - start).abs().max() < 0.01
+    as_pixels.after_step(0)
+    assert (as_pixels.offsets - start).abs().max() < 0.01
 
 
 def test_pseudo_labels_of_the_same_domain_count_as_pixels():
     label = quarter_grid(1)
-    refreshed = RefreshedBLV(BLVLoss(BLVOptions(), CITYSCAPES))
+    refreshed = make(CITYSCAPES, refresh=1, unit="pixels")
     refreshed.count(label, area=64.0)
-    refreshed.refresh()
+    refreshed.after_step(0)
     pixels = 64 * torch.bincount(label[label >= 0], minlength=19)
-    torch.testing.assert_close(refreshed.blv.weight, class_weights(torch.tensor(CITYSCAPES) + pixels))
-    refreshed.refresh()  # nothing was counted since
-    assert torch.equal(refreshed.blv.weight, class_weights(CITYSCAPES))
+    torch.testing.assert_close(refreshed.offsets, class_weights(torch.tensor(CITYSCAPES) + pixels))
+    refreshed.after_step(1)  # nothing was counted since
+    assert torch.equal(refreshed.offsets, class_weights(CITYSCAPES))
 
 
 @pytest.mark.parametrize("unit", ["pixels", "shares"])
@@ -225,44 +223,40 @@ def test_pseudo_labels_of_the_same_domain_count_as_pixels():
 def test_refreshed_counts_start_from_those_in_use(unit, counts):
     """What the options choose, not always the data set's: before and after a refresh, and after a resume."""
     used = {"released": RELEASED_COUNTS, "dataset": CITYSCAPES}.get(counts, counts)
-    section = {"refresh": 2, **({} if counts == "dataset" else {"counts": counts})}
+    section = {} if counts == "dataset" else {"counts": counts}
     label = quarter_grid(1)
 
-    def make():
-        return StudentLogits(section, CITYSCAPES, "test", unit)
+    def student_loss():
+        return make(CITYSCAPES, refresh=2, unit=unit, **section)
 
-    student = make()
+    student = student_loss()
     student.count(label, 4.0)
     student.after_step(0)
-    resumed = make()
+    resumed = student_loss()
     resumed.load_state_dict(student.state_dict())
-    assert torch.equal(student.blv.weight, class_weights(used)) and torch.equal(resumed.blv.weight, student.blv.weight)
+    assert torch.equal(student.offsets, class_weights(used)) and torch.equal(resumed.offsets, student.offsets)
     for each in (student, resumed):
         each.count(label, 4.0)
         each.after_step(1)
     pseudo = 8 * torch.bincount(label[label >= 0], minlength=19).double()
     pseudo *= sum(used) / pseudo.sum() if unit == "shares" else 1
-    torch.testing.assert_close(student.blv.weight, class_weights(torch.tensor(used) + pseudo))
-    assert torch.equal(resumed.blv.weight, student.blv.weight)
+    torch.testing.assert_close(student.offsets, class_weights(torch.tensor(used) + pseudo))
+    assert torch.equal(resumed.offsets, student.offsets)
 
 
-def test_refresh_needs_pseudo_labels_and_a_number_of_steps():
-    with pytest.raises(ConfigError, match="head.refresh: 5, but this method makes no pseudo-labels; remove the key"):
-        StudentLogits({"refresh": 5}, [1, 2], "head", None)
-    assert StudentLogits({"refresh": 0}, [1, 2], "head", None).refreshed is None
-    for wrong in ("5", -1, 0.5):
-        with pytest.raises(ConfigError, match="head.refresh: .* is not a number of steps"):
-            StudentLogits({"refresh": wrong}, [1, 2], "head")
+@pytest.mark.parametrize("wrong", ["5", -1, 0.5])
+def test_refresh_is_a_number_of_steps(wrong):
+    with pytest.raises(ConfigError, match="test.counts.refresh"):
+        make([1, 2], refresh=wrong, unit="pixels")
 
 
-@pytest.mark.parametrize("preset", ["paper", "released-head"])
-def test_a_student_averages_as_blv_does(preset):
+@pytest.mark.parametrize(("preset", "denominator"), [("paper", "valid"), ("released-head", "all")])
+def test_the_preset_says_how_to_average(preset, denominator):
     logits, label = data((2, 19, 8, 9))
-    section = {"preset": preset, "noise": "constant"}
-    student = StudentLogits(section, CITYSCAPES, "test")
-    loss = student.averaged(pixel_cross_entropy(student.perturb(logits, 0.0), label), label)
-    torch.testing.assert_close(loss, BLVLoss(blv_options(section, "test"), CITYSCAPES)(logits, label))
-    assert StudentLogits(None, None, "test").averaged(loss, label) is loss
+    loss = make(CITYSCAPES, preset=preset, noise="constant")
+    perturbed = loss.adjust(logits, label)
+    expected = pixel_cross_entropy(perturbed, label, average=denominator)
+    torch.testing.assert_close(loss(logits, label), expected)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +277,9 @@ def test_a_student_averages_as_blv_does(preset):
 )
 def test_bad_options_are_named(section, words):
     with pytest.raises(ConfigError, match=words):
-        blv_options(section, "head")
+        BLV.from_section(section, "head")
 
 
 def test_released_counts_need_nineteen_classes():
     with pytest.raises(ConfigError, match="19 given for 11"):
-        BLVLoss(options(preset="released-head"), [1] * 11)
+        make([1] * 11, preset="released-head")

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,9 +16,9 @@ from common.config import Config, ConfigError, to_tree, typed
 from common.config.load import config_of, read_tree
 from common.data.catalogue.folder import folder_row
 from common.data.recipes.build import build_transform
-from common.data.statistics import Statistics
+from common.data.statistics import placeholder
 from common.data.streams import SamplerConfig
-from common.losses.refreshed import StudentLogits
+from common.engine.method import MethodContext, pixel_loss
 from common.models import BACKBONES, MODELS, build_model
 from fully_sup.supervised import Supervised
 from ltss_benchmark.methods import build_method as ltss_method
@@ -86,18 +85,19 @@ def open_sections(path: Path, tree: dict) -> None:
 
 
 def build_method(system: str, cfg: Config) -> None:
-    counts = [1] * cfg.model.num_classes
+    context = MethodContext(placeholder(cfg.model.num_classes))
     if system == "fully_sup":
-        Supervised(cfg, counts)
+        Supervised(cfg, context)
     elif system == "ltss_benchmark":
-        ltss_method(cfg, Statistics(np.ones((1, cfg.model.num_classes), np.int32), np.zeros(1, np.int32)))
+        ltss_method(cfg, context)
     elif system == "semi_sup":
-        semi_method(cfg, counts)
+        semi_method(cfg, context)
     else:
         build_model(cfg.model)
         options = dict(cfg.method)
         stage = STAGES[options.pop("name")] if options.get("name") in list(STAGES) else STAGES["distill"]
-        StudentLogits(typed(stage.Options, options, "method").blv, counts, "method.blv", stage.pseudo_labels)
+        typed(stage.Options, options, "method")
+        pixel_loss(cfg.remedies, cfg, context, pseudo_labels=stage.pseudo_labels)
 
 
 @pytest.mark.parametrize("seeds", SEEDS)

@@ -1,5 +1,7 @@
 """CPSL's step: who gets a gradient from what, rectification, sampling, mixing, bank, counts, the release's files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 
 from common.config import Config, ConfigError, ModelConfig
 from common.losses.blv import class_weights
+from tests.contexts import context
 from uda.base import known_prototypes, read_distribution, read_prototypes, rectified, to_grid
 from uda.cpsl import CPSL
 from uda.distill import Distill
@@ -36,6 +39,11 @@ def options(tmp_path):
     return {**files, "bank": 64, "samples": 16, "cutmix": 0.0}
 
 
+def make(method, cfg, options=(), pixels=(9, 5, 3, 2, 1), **remedies):
+    """A stage's method with options of its section and of the section `remedies`."""
+    return method(replace(cfg, method=dict(options), remedies=remedies), context(pixels))
+
+
 def batches(size=2):
     g = torch.Generator().manual_seed(1)
     images = lambda *shape: torch.randint(0, 256, (size, 3, *shape), generator=g, dtype=torch.uint8)  # noqa: E731
@@ -53,7 +61,7 @@ def batches(size=2):
 
 
 def test_parts_train_what_they_should(cfg, options):
-    method = CPSL(cfg, options)
+    method = make(CPSL, cfg, options)
     parts = method(batches(), 0)
     gradients = []
     for _ in range(3):
@@ -70,7 +78,7 @@ def test_parts_train_what_they_should(cfg, options):
 
 @pytest.mark.parametrize("moves", [True, False])
 def test_the_strong_view_moves_running_statistics_only_if_it_shall(cfg, options, moves):
-    method = CPSL(cfg, {**options, "strong_statistics": moves})
+    method = make(CPSL, cfg, {**options, "strong_statistics": moves})
     parts = method(batches(), 0)
     next(parts), next(parts)
     before = {name: b.clone() for name, b in method.model.named_buffers() if "running" in name}
@@ -81,7 +89,7 @@ def test_the_strong_view_moves_running_statistics_only_if_it_shall(cfg, options,
 
 
 def test_self_labelling_gives_the_network_no_gradient(cfg, options):
-    method = CPSL(cfg, options)
+    method = make(CPSL, cfg, options)
     *_, sampled = method.look(batches()["target"])
     first, second = method.self_label(*sampled)
     (first + second).backward()
@@ -90,7 +98,7 @@ def test_self_labelling_gives_the_network_no_gradient(cfg, options):
 
 
 def test_one_hot_soft_labels_survive_rectification_and_equal_similarities_change_nothing(cfg, options):
-    method = CPSL(cfg, options)
+    method = make(CPSL, cfg, options)
     target = batches()["target"]
     warm = target["soft"]
     similarity = torch.randn(2, CLASSES, 8, 12)
@@ -125,7 +133,7 @@ def test_missing_prototypes_are_neutral(kind, cfg, options, tmp_path):
     prototypes[[1, 4]] = 0
     torch.save(prototypes, tmp_path / "prototypes.pt")
     torch.manual_seed(0)
-    method = kind(cfg, options if kind is CPSL else {"prototypes": options["prototypes"]})
+    method = make(kind, cfg, options if kind is CPSL else {"prototypes": options["prototypes"]})
     assert method.known.tolist() == [0, 2, 3] and method.prototypes.shape == (3, 8)
     streams = batches()
     sure = F.one_hot(torch.full((2, 9, 13), 4), CLASSES).permute(0, 3, 1, 2).half()
@@ -154,7 +162,7 @@ def test_prototypes_that_are_all_missing(tmp_path):
 def test_the_teachers_statistics_lag_as_its_weights_do(kind, mode, cfg, options):
     """Closed form after three steps; with a teacher that normalises by its batch they are copied, as in the release."""
     own = options | {"teacher_mode": mode} if kind is CPSL else {"prototypes": options["prototypes"]}
-    method = kind(cfg, own | {"momentum": 0.75})
+    method = make(kind, cfg, own | {"momentum": 0.75})
     start = method.model.bn1.running_mean.clone()
     seen = [start]
     for step in range(3):
@@ -170,14 +178,14 @@ def test_the_teachers_statistics_lag_as_its_weights_do(kind, mode, cfg, options)
 
 
 def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
-    method = CPSL(cfg, options)
+    method = make(CPSL, cfg, options)
     streams = batches()
     for step in range(2):  # 64 rows, 2 images of 16 samples a step
         assert not method.features.full
         parts = list(method(streams, step))
         method.after_step(step)
     assert method.features.full and all(losses["loss"].isfinite() for losses in parts)
-    again = CPSL(cfg, options)
+    again = make(CPSL, cfg, options)
     again.load_state_dict(method.state_dict())
     assert again.features.full and again.features.pointer == method.features.pointer
     torch.testing.assert_close(again.prototypes_ema, method.prototypes_ema)
@@ -188,7 +196,7 @@ def test_bank_of_normalised_prototypes_scores_like_the_current_rows(cfg, options
     losses = []
     for normalise in (True, False):
         torch.manual_seed(0)
-        method = CPSL(cfg, options | {"normalise_bank": normalise})
+        method = make(CPSL, cfg, options | {"normalise_bank": normalise})
         with torch.no_grad():
             method.prototypes *= torch.tensor([1.0, 4.0, 1.0, 1.0, 1.0])[:, None]
         generator = torch.Generator().manual_seed(3)
@@ -236,8 +244,9 @@ def test_cutmix_equals_pasting_at_full_size():
 def test_blv_counts_are_refreshed_and_saved(cfg, options):
     """Source pixels, and as many target pixels by the shares of the pseudo-labels."""
     counts = torch.tensor([1000, 500, 200, 100, 50])
-    method = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=counts)
-    after = method.segmentation_loss.blv.weight
+    remedies = {"logits": {"name": "blv"}, "counts": {"refresh": 1}}
+    method = make(CPSL, cfg, options, counts, **remedies)
+    after = method.loss.offsets
     torch.testing.assert_close(after, class_weights(counts))
     *_, label, _, _ = method.look(batches()["target"])
     for _ in method(batches(), 0):
@@ -245,23 +254,22 @@ def test_blv_counts_are_refreshed_and_saved(cfg, options):
     method.after_step(0)
     seen = torch.bincount(label.flatten(), minlength=CLASSES).double()
     torch.testing.assert_close(after, class_weights(counts + counts.sum() * seen / seen.sum()))
-    again = CPSL(cfg, options | {"blv": {"refresh": 1}}, counts=counts)
+    again = make(CPSL, cfg, options, counts, **remedies)
     again.load_state_dict(method.state_dict())
-    assert torch.equal(again.segmentation_loss.blv.weight, after)
+    assert torch.equal(again.loss.offsets, after)
 
 
 def test_blv_in_every_stage(cfg):
     """Preset and `average` reach both losses; the warm-up has no pseudo-labels to refresh counts with."""
-    with pytest.raises(ConfigError, match="method: blv.refresh: 100, but this method makes no pseudo-labels"):
-        WarmUp(cfg, {"blv": {"refresh": 100}}, [9, 5, 3, 2, 1])
+    with pytest.raises(ConfigError, match="remedies.counts.refresh: 100, but this method makes no pseudo-labels"):
+        WarmUp(replace(cfg, remedies={"counts": {"refresh": 100}}), context(CLASSES))
     label = batches()["source"]["label"]
     logits, valid = torch.randn(2, CLASSES, *CROP), (label != -1).float().mean()
     assert valid < 0.9
     losses = []
     for average in ("valid", "all"):
-        options = {"blv": {"noise": "constant", "average": average}}
-        loss = WarmUp(cfg, options, [9, 5, 3, 2, 1]).segmentation_loss
-        losses.append([loss(logits, label, 0.0), loss.symmetric(logits, label, (0.1, 1.0), 0.0)])
+        method = make(WarmUp, cfg, logits={"name": "blv", "noise": "constant", "average": average})
+        losses.append([method.loss(logits, label), method.symmetric_loss(logits, label, (0.1, 1.0), 0.0)])
     torch.testing.assert_close(losses[1], [valid * value for value in losses[0]])
     noisy = logits + class_weights([9, 5, 3, 2, 1]).view(1, -1, 1, 1)
     torch.testing.assert_close(losses[0][0], F.cross_entropy(noisy, label.long(), ignore_index=-1))
@@ -270,7 +278,7 @@ def test_blv_in_every_stage(cfg):
 def test_warm_up_equals_alternating_updates(cfg):
     """One joint backward gives the gradients of the network's and the discriminator's own losses."""
     torch.manual_seed(0)
-    method = WarmUp(cfg, {"discriminator_width": 4}).eval()
+    method = make(WarmUp, cfg, {"discriminator_width": 4}).eval()
     streams = batches()
     streams["target"] = {"image": streams["target"]["weak"]}
     method(streams, 0)["loss"].backward()
@@ -298,7 +306,7 @@ def test_distillation_threshold_and_frozen_teacher(cfg, tmp_path):
 
     teacher = build_model(cfg.model)
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    method = Distill(cfg, {"teacher": str(tmp_path / "teacher.safetensors"), "threshold": 0.5})
+    method = make(Distill, cfg, {"teacher": str(tmp_path / "teacher.safetensors"), "threshold": 0.5})
     target = batches()["target"]
     label = method.labels_on_grid(target)
     sure = (target["confidence"][:, ::4, ::4].float() / 254 > 0.5) & (label != -1)
@@ -312,7 +320,7 @@ def test_distillation_threshold_and_frozen_teacher(cfg, tmp_path):
 
 
 def test_proda_moves_its_prototypes_towards_class_means(cfg, tmp_path):
-    method = ProDA(cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
+    method = make(ProDA, cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
     before = method.prototypes.clone()
     streams = batches()
     out = method.teacher.eval()(streams["target"]["full"])
@@ -334,7 +342,7 @@ def test_prodas_prototypes_do_not_depend_on_the_micro_batches(cfg, tmp_path):
     results = []
     for parts in ([slice(0, 4)], [slice(i, i + 1) for i in range(4)]):
         torch.manual_seed(0)
-        method = ProDA(cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
+        method = make(ProDA, cfg, {"prototypes": str(tmp_path / "prototypes.pt"), "prototype_momentum": 0.5})
         for conv in (m for m in method.teacher.modules() if isinstance(m, torch.nn.Conv2d)):
             torch.nn.init.kaiming_normal_(conv.weight)  # else its logits are all but equal, and rounding chooses
         for part in parts:

@@ -15,7 +15,9 @@ from common.data.recipes.build import build_transform
 from common.data.statistics import Statistics
 from common.data.streams import SamplerConfig
 from common.engine.optim import learning_rate
+from common.losses.blv import BLV
 from ltss_benchmark.methods import build_method
+from tests.contexts import context
 
 FOLDER = Path(__file__).parents[2] / "ltss_benchmark" / "configs"
 SETS = {  # classes, longest side, steps, their short form, interval of evaluation of both models
@@ -82,7 +84,7 @@ def statistics(classes: int) -> Statistics:
 def build(name: str):
     cfg = load(name)
     with torch.device("meta"):
-        return build_method(cfg, statistics(cfg.model.num_classes))
+        return build_method(cfg, context(statistics(cfg.model.num_classes)))
 
 
 def test_all_official_configs_are_there():
@@ -105,7 +107,7 @@ def test_shipped_configs_build(name):
     trained = [p for p in method.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in method.parameter_groups()) == len(trained)
     if cfg.method["name"] == "deeplabv3plus":
-        assert ("blv" in name) == (method.class_logits.blv is not None)
+        assert ("blv" in name) == (isinstance(method.pixel_loss.logits, BLV))
         return
     assert ("seesaw" in name or "benchmark" in name) == (method.criterion.seesaw is not None)
     assert ("matcher" in name or "benchmark" in name) == (method.criterion.matcher.copies is not None)
@@ -135,7 +137,8 @@ def test_common_settings(name):
         assert (o.name, o.lr, o.momentum, o.nesterov, o.weight_decay) == ("sgd", 0.01, 0.9, False, 1e-4)
         assert (o.clip, cfg.train.precision, e.every) == (None, "fp32", deeplab_period)
         assert (o.warmup, o.warmup_ratio if o.warmup else 0) == ((1000, 0.001) if "mhpv2_lt" in name else (0, 0))
-        assert cfg.method["loss"] == ("blv" if "blv" in name else "hard_pixels") and cfg.method["fraction"] == 0.2
+        hardest = {"name": "hard_pixels", "fraction": 0.2}
+        assert cfg.remedies["focus"] == (None if "blv" in name else hardest)
         return
     assert (o.name, o.lr, o.betas, o.weight_decay) == ("adamw", 5e-5 if half else 1e-4, (0.9, 0.999), 0.05)
     assert (o.clip, o.warmup, cfg.train.precision) == (0.01, 0, "fp16")
@@ -267,7 +270,7 @@ def test_norms_of_another_backbone_are_not_decayed(change, name, tensors):
     """One override of the ResNet-50 config is enough."""
     cfg = load_config(FOLDER / "ade20k/mask2former/maskformer2_R50_bs16_160k.yaml", [change])
     with torch.device("meta"):
-        found = decays(build_method(cfg, None))
+        found = decays(build_method(cfg, context(statistics(cfg.model.num_classes))))
     backbone = {n: value for n, value in found.items() if n.startswith("model.backbone.")}
     norms = {n: value for n, value in backbone.items() if re.search(name, n)}
     assert len(norms) == tensors and set(norms.values()) == {(0.1 * 1e-4, 0.0)}
@@ -284,7 +287,7 @@ def test_a_rule_that_finds_nothing_is_an_error():
         FOLDER / "camvid/mask2former/maskformer2_R18.yaml", ["optim.groups=[{match: 'bakbone', lr_mult: 0.1}]"]
     )
     with torch.device("meta"):
-        method = build_method(cfg, None)
+        method = build_method(cfg, context(statistics(cfg.model.num_classes)))
     with pytest.raises(ConfigError, match="optim.groups: no parameter's name matches 'bakbone'"):
         method.parameter_groups()
 
@@ -315,7 +318,7 @@ def test_queries_of_the_published_counts(name, q):
     path = FOLDER / name / "mask2former" / f"matcher-maskformer2_R50_bs16_{SETS[name][3]}.yaml"
     cfg = load_config(path, ["method.matcher.counts=published"])
     with torch.device("meta"):
-        copies = build_method(cfg, None).criterion.matcher.copies
+        copies = build_method(cfg, context(statistics(cfg.model.num_classes))).criterion.matcher.copies
     values, counts = np.unique(copies, return_counts=True)
     assert dict(zip(values.tolist(), counts.tolist(), strict=True)) == q
 
@@ -328,10 +331,11 @@ def test_queries_of_the_published_counts(name, q):
         ("mask2former/matcher-maskformer2_R18", "method.matcher.counts=published", "known for ade20k_full, coco"),
         ("mask2former/maskformer2_R18", "method.matchr=1", "did you mean 'matcher'"),
         ("mask2former/maskformer2_R18", "method.name=mask2fromer", "did you mean 'mask2former'"),
-        ("deeplabv3p/deeplabv3p_R18", "method.loss=blv", "`loss: blv` and a section `blv` go together"),
+        ("deeplabv3p/deeplabv3p_R18", "method.loss=blv", "unknown key 'loss'"),
+        ("mask2former/maskformer2_R18", "remedies.focus.name=focal", "this method's loss has no such slot"),
     ],
 )
 def test_settings_that_contradict_each_other(name, change, message):
     cfg = load_config(FOLDER / "camvid" / f"{name}.yaml", [change])
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
-        build_method(cfg, statistics(11))
+        build_method(cfg, context(statistics(11)))

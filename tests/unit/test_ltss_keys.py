@@ -20,6 +20,7 @@ from ltss_benchmark.detectron2_keys.read import KNOWN
 from ltss_benchmark.detectron2_keys.translated import DEPENDENT, KEYS, TTA_SCALES
 from ltss_benchmark.detectron2_keys.untranslated import DONE_ANYWAY, REFUSED
 from ltss_benchmark.methods import build_method, check_options, ignored
+from tests.contexts import context
 
 CONFIGS = Path(__file__).parents[2] / "ltss_benchmark" / "configs"
 BASE = CONFIGS / "ade20k_full" / "mask2former" / "maskformer2_R50_bs16_200k.yaml"
@@ -102,7 +103,7 @@ def statistics(classes: int) -> Statistics:
 
 def method_of(cfg: Config):
     with torch.device("meta"):
-        return build_method(cfg, statistics(cfg.model.num_classes))
+        return build_method(cfg, context(statistics(cfg.model.num_classes)))
 
 
 @pytest.mark.parametrize("key", EXAMPLES)

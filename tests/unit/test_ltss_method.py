@@ -22,6 +22,7 @@ from common.models.pretrained import detectron2
 from ltss_benchmark.mask2former import restore_counts
 from ltss_benchmark.matcher import MatchWeights, find_targets, match_costs
 from ltss_benchmark.methods import build_method
+from tests.contexts import context
 
 CONFIGS = Path(__file__).parents[2] / "ltss_benchmark" / "configs" / "camvid"
 CLASSES = 11
@@ -59,7 +60,7 @@ def batch(size=(64, 96), images=2):
 
 
 def test_a_step_is_the_criterion_of_the_networks_outputs():
-    method, data = build_method(config("maskformer2_R18"), None).train(), batch()
+    method, data = build_method(config("maskformer2_R18"), context(statistics())).train(), batch()
     torch.manual_seed(3)
     losses = method(data, 0)
     torch.manual_seed(3)
@@ -71,7 +72,7 @@ def test_a_step_is_the_criterion_of_the_networks_outputs():
 
 
 def test_targets_are_known_before_the_network_runs(monkeypatch):
-    method, seen = build_method(config("maskformer2_R18"), None).train(), []
+    method, seen = build_method(config("maskformer2_R18"), context(statistics())).train(), []
     monkeypatch.setattr("ltss_benchmark.mask2former.find_targets", lambda *a: seen.append("t") or find_targets(*a))
     method.model.register_forward_pre_hook(lambda *a: seen.append("net"))
     method(batch(), 0)
@@ -80,7 +81,7 @@ def test_targets_are_known_before_the_network_runs(monkeypatch):
 
 def test_frequency_matcher_counts_the_training_labels():
     cfg = config("matcher-maskformer2_R18", "method.matcher.threshold=0.01")
-    copies = build_method(cfg, statistics()).criterion.matcher.copies
+    copies = build_method(cfg, context(statistics())).criterion.matcher.copies
     expected = [math.ceil(max(1, 2 * math.sqrt(0.01 / (2**k / 1024)))) for k in range(CLASSES)]
     assert copies.tolist() == expected and len(set(expected)) > 3
 
@@ -88,7 +89,7 @@ def test_frequency_matcher_counts_the_training_labels():
 def test_a_rare_class_is_matched_to_all_its_queries():
     """Through the whole method: the pairs of an image are the queries that its classes ask for."""
     cfg = config("matcher-maskformer2_R18", "method.matcher.threshold=0.01", "model.options.num_queries=60")
-    method, data = build_method(cfg, statistics()).train(), batch()
+    method, data = build_method(cfg, context(statistics())).train(), batch()
     found = []
     matcher = method.criterion.matcher
     method.criterion.matcher = lambda *args: found.append(matcher(*args)) or found[0]
@@ -99,8 +100,8 @@ def test_a_rare_class_is_matched_to_all_its_queries():
 
 
 def test_seesaw_counts_are_saved_and_other_remedies_have_no_state():
-    plain = build_method(config("maskformer2_R18"), statistics())
-    every = build_method(config("benchmark-maskformer2_R18"), statistics()).train()
+    plain = build_method(config("maskformer2_R18"), context(statistics()))
+    every = build_method(config("benchmark-maskformer2_R18"), context(statistics())).train()
     assert every.state_dict().keys() - plain.state_dict().keys() == {"criterion.seesaw.counts"}
     losses = every(batch(), 0)
     assert "loss_seesaw" in losses and every.state_dict()["criterion.seesaw.counts"].sum() > 0
@@ -148,7 +149,7 @@ def test_a_method_starts_from_the_counts_in_its_checkpoint(tmp_path):
     ],
 )
 def test_half_precision_gives_about_the_same_loss(name, precision):
-    method, data = build_method(config(name), statistics()).train(), batch()
+    method, data = build_method(config(name), context(statistics())).train(), batch()
     torch.manual_seed(0)
     expected = float(method(data, 0)["loss"])
     if hasattr(method, "criterion") and method.criterion.seesaw is not None:
@@ -174,7 +175,7 @@ def test_a_trained_step_clips_all_gradients_together(tmp_path):
     """AdamW's two rates, decay off for norms, and the total norm limited to 0.01 before the update."""
     cfg = config("maskformer2_R18", f"output={tmp_path}")
     runtime.configure(cfg.train, torch.device("cpu"))
-    trainer = Trainer(cfg, build_method(cfg, None).train(), torch.device("cpu"))
+    trainer = Trainer(cfg, build_method(cfg, context(statistics())).train(), torch.device("cpu"))
     norms, step = [], trainer.optimizers["adamw"].step
     trainer.optimizers["adamw"].step = lambda *a, **k: (
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters if p.grad is not None])),
@@ -195,7 +196,7 @@ def enlarged(method, data):
 
 @pytest.mark.parametrize("size", [(64, 96), (62, 94)])
 def test_deeplab_trains_the_hardest_fifth(size):
-    method = build_method(config("deeplabv3p_R18"), None).eval()
+    method = build_method(config("deeplabv3p_R18"), context(statistics())).eval()
     data = batch((64, 96))
     data["labeled"] = {k: v[..., : size[0], : size[1]] for k, v in data["labeled"].items()}
     large, label = enlarged(method, data)[..., : size[0], : size[1]], data["labeled"]["label"].long()
@@ -207,9 +208,9 @@ def test_deeplab_trains_the_hardest_fifth(size):
 @pytest.mark.parametrize("size", [(64, 96), (62, 94)])
 def test_blv_of_constant_noise_is_an_offset(size):
     """σ of the limited draw plays no part: each logit grows by its class's weight, known from the counts."""
-    cfg = config("blv-deeplabv3p_R18", "method.blv={preset: paper, noise: constant}")
-    plain = build_method(config("deeplabv3p_R18", "method.loss=ce"), None).eval()
-    method = build_method(cfg, statistics()).eval()
+    cfg = config("blv-deeplabv3p_R18", "remedies.logits.noise=constant")
+    plain = build_method(config("deeplabv3p_R18", "remedies={focus: null}"), context(statistics())).eval()
+    method = build_method(cfg, context(statistics())).eval()
     method.model.load_state_dict(plain.model.state_dict())
     data = batch((64, 96))
     data["labeled"] = {k: v[..., : size[0], : size[1]] for k, v in data["labeled"].items()}

@@ -13,6 +13,7 @@ from common.engine.optim import learning_rate
 from common.models.heads.ocr import OCRHead
 from common.models.pretrained import mmseg
 from fully_sup.supervised import Supervised
+from tests.contexts import context
 
 FOLDER = Path(__file__).parents[2] / "fully_sup" / "configs"
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -37,7 +38,7 @@ def load(name: str, *overrides: str):
 def build(path: str) -> Supervised:
     config = load_config(FOLDER / path)
     with torch.device("meta"):
-        return Supervised(config, [100] * config.model.num_classes)
+        return Supervised(config, context(config.model.num_classes))
 
 
 def build_official(name: str) -> Supervised:
@@ -70,20 +71,19 @@ def differences(a, b, where=""):
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_twins_differ_in_the_loss_alone(name):
     baseline, twin = (load_config(FOLDER / f"{name}_cityscapes{end}.yaml") for end in ("", "_blv"))
-    head = "aux" if "ocrnet" in name else "decode"
-    changed = {f"method.heads.{head}.loss", f"method.heads.{head}.preset", "name"}
+    changed = {"remedies.logits", "name"}
     if "ocrnet" in name:
-        changed.add("method.heads.aux.weight")
+        changed |= {"method.heads.aux.weight", "remedies.heads"}
+        assert twin.method["heads"]["aux"] == {"weight": 1.0} and twin.remedies["heads"] == ["aux"]
     assert differences(to_tree(baseline), to_tree(twin)) == changed
-    assert twin.method["heads"][head] == {"loss": "blv", "preset": "paper", "weight": 1.0}
-    assert "blv" not in str(baseline.method)
+    assert twin.remedies["logits"] == {"name": "blv", "preset": "paper"}
+    assert not baseline.remedies
 
 
 def test_blv_on_the_head_that_predicts():
-    name = "ocrnet/ocrnet_hr18_512x1024_40k_cityscapes"
-    heads = load_config(FOLDER / f"{name}_blv_ocr.yaml").method["heads"]
-    assert heads["decode"] == {"loss": "blv", "preset": "paper", "weight": 1.0}
-    assert heads["aux"] == {"loss": "ce", "weight": 0.4}
+    cfg = load_config(FOLDER / "ocrnet/ocrnet_hr18_512x1024_40k_cityscapes_blv_ocr.yaml")
+    assert cfg.method["heads"] == {"decode": {"weight": 1.0}, "aux": {"weight": 0.4}}
+    assert cfg.remedies == {"logits": {"name": "blv", "preset": "paper"}}
 
 
 def official_group(name: str, key: str) -> int:

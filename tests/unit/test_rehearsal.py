@@ -11,11 +11,11 @@ import torch
 
 from common import experiment
 from common.config import Config, ConfigError, ModelConfig, load_config
-from common.data.statistics import placeholder
 from common.engine import rehearse
 from fully_sup import train as supervised
 from ltss_benchmark.methods import build_method as ltss_method
 from semi_sup.config import build_method as semi_sup_method
+from tests.contexts import context
 from tests.unit.test_cpsl_method import CLASSES, SMALL
 from uda.train import build_method as uda_method
 
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method.heads.decode.loss=focal"], "method: heads: decode: loss: 'focal' is not one of"),
-        (["method.heads.decode.sigma=1"], "'sigma' is an option of BLV"),
-        (["method.heads.deocde={}"], "unknown head 'deocde'"),
+        (["remedies.focus.name=focl"], "remedies.focus.name: unknown 'focl'; did you mean 'focal'"),
+        (["method.heads.decode.sigma=1"], "unknown key 'sigma'"),
+        (["method.heads.deocde={}"], "method.heads: unknown 'deocde'"),
         (["method.avrage=all"], "unknown key 'avrage'"),
         (["model.options.channels=none"], "model.options.channels"),
         (["optim.groups=[{match: nrom}]"], "no parameter's name matches 'nrom'"),
@@ -44,27 +44,23 @@ def test_mistakes_are_found_before_labels_are_counted(config, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
 
 
-def placeholders(cfg):
-    return placeholder(cfg.model.num_classes)
-
-
 @pytest.mark.parametrize(
     ("path", "build"),
     [
-        ("semi_sup/configs/voc_1over32_baseline.json", lambda c: semi_sup_method(c, placeholders(c).pixel_count)),
-        ("uda/configs/gta5_to_cityscapes/warm_up.yaml", lambda c: uda_method(c, placeholders(c).pixel_count)),
-        ("ltss_benchmark/configs/toy/mask2former/maskformer2_R18.yaml", lambda c: ltss_method(c, placeholders(c))),
+        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method),
+        ("uda/configs/gta5_to_cityscapes/warm_up.yaml", uda_method),
+        ("ltss_benchmark/configs/toy/mask2former/maskformer2_R18.yaml", ltss_method),
     ],
 )
 def test_every_system_can_be_rehearsed(path, build):
     cfg = load_config(ROOT / path)
     cfg = replace(cfg, train=replace(cfg.train, devices=1))
     state = torch.get_rng_state()
-    rehearse(cfg, lambda: build(cfg))
+    rehearse(cfg, build)
     assert torch.get_rng_state().equal(state) and torch.get_default_device().type == "cpu"
     wrong = replace(cfg, method={**cfg.method, "nonsense": 1})
     with pytest.raises(ConfigError, match="nonsense"):
-        rehearse(wrong, lambda: build(wrong))
+        rehearse(wrong, build)
 
 
 @pytest.mark.parametrize("name", ["cpsl", "proda", "distill"])
@@ -77,11 +73,11 @@ def test_stages_are_rehearsed_with_their_files(tmp_path, name):
     files = {"prototypes": str(tmp_path / "prototypes.pt"), "class_distribution": str(tmp_path / "delta.npy")}
     options = {"cpsl": files, "proda": {"prototypes": files["prototypes"]}}.get(name)
     if options is None:
-        warm = uda_method(replace(cfg, method={"name": "warm_up", "adversarial": 0.0}), None)
+        warm = uda_method(replace(cfg, method={"name": "warm_up", "adversarial": 0.0}), context(CLASSES))
         torch.save(warm.model.state_dict(), tmp_path / "teacher.pth")
         options = {"teacher": str(tmp_path / "teacher.pth")}
     cfg = replace(cfg, method={"name": name, **options})
-    rehearse(cfg, lambda: uda_method(cfg, placeholders(cfg).pixel_count))
+    rehearse(cfg, uda_method)
 
 
 @pytest.mark.parametrize("program", ["fully_sup/train.py", "fully_sup/test.py", "uda/train.py", "uda/test.py"])

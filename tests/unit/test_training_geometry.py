@@ -3,6 +3,8 @@
 The reference of each test is what `predict` (or the `Geometry` that it is made with) gives for the same crop.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import Mask2FormerMethod
 from semi_sup.config import build_method
 from semi_sup.usrn import inside
+from tests.contexts import context
 from tests.unit.test_cpsl_method import SMALL as CPSL_NETWORK
 from tests.unit.test_models import SMALL, USRN
 from uda.cpsl import CPSL
@@ -68,7 +71,7 @@ def test_the_rows_are_all_networks(crop):
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_supervised(name, crop):
     torch.manual_seed(0)
-    method = Supervised(config(SMALL[name], heads={"decode": {"loss": "ce"}}, average="valid")).eval()
+    method = Supervised(config(SMALL[name], heads={"decode": {}}, average="valid"), context()).eval()
     data = batch(crop)
     terms = method({"labeled": data}, 0)
     last = [key for key in terms if key.startswith("decode")][-1]
@@ -83,7 +86,7 @@ def test_usrn_labelled(name, crop):
     network = "usrn" if name == "usrn" else "deeplabv3plus"
     model = ModelConfig(network, CLASSES, "resnet50", options={**USRN_NETWORK, **options}, align_corners=True)
     more = {"subclasses": subclasses} if name == "usrn" else {}
-    method = build_method(config(model, name=name, **more), None).eval()
+    method = build_method(config(model, name=name, **more), context()).eval()
     data = batch(crop)
     data["sub_label"] = torch.where(data["label"] < 0, IGNORE, 2 * data["label"].clamp(max=4))
     unlabeled = {"weak": data["image"], "strong": data["image"], "geometry": whole(crop)}
@@ -111,7 +114,7 @@ def test_usrn_unlabelled_cells_that_count(borders, flip, crop):
     """Against a picture of what is shown, padded as the network pads and looked up at the centres of 8×8 pixels."""
     height, width = crop - 20, crop - 9
     model = ModelConfig("deeplabv3plus", CLASSES, "resnet50", options=USRN_NETWORK, align_corners=True)
-    method = build_method(config(model, name="self_training", mask_borders=borders), None)
+    method = build_method(config(model, name="self_training", mask_borders=borders), context())
     geometry = torch.tensor([[height, width, height, width, 0, 0, flip]], dtype=torch.int32)
     view = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
 
@@ -133,7 +136,9 @@ def test_usrn_unlabelled_cells_that_count(borders, flip, crop):
 def test_detectron2_deeplab(loss, crop):
     torch.manual_seed(0)
     model = ModelConfig("deeplabv3plus_d2", CLASSES, "resnet18", options=D2_NETWORK)
-    method = DeepLabV3PlusMethod(config(model, name="deeplabv3plus", loss=loss, fraction=1.0)).eval()
+    focus = {"name": "hard_pixels", "fraction": 1.0} if loss == "hard_pixels" else None
+    cfg = replace(config(model, name="deeplabv3plus"), remedies={"focus": focus})
+    method = DeepLabV3PlusMethod(cfg, context()).eval()
     data = batch(crop)
     found = method({"labeled": data}, 0)["loss"]
     share = (data["label"] != IGNORE).float().mean() if loss == "hard_pixels" else 1.0
@@ -144,7 +149,7 @@ def test_mask2former(monkeypatch, crop):
     """A loss at the pixels' centres, cut off from the image's borders: masks and truth as evaluation has them."""
     torch.manual_seed(0)
     model = ModelConfig("mask2former", CLASSES, "resnet18", options=MASK_NETWORK)
-    method = Mask2FormerMethod(config(model, name="mask2former"), None)
+    method = Mask2FormerMethod(config(model, name="mask2former"), context())
     data = batch(crop)
     out = method.model.train()(data["image"])
     maps = masks(out["mask_embed"], out["mask_features"])
@@ -170,7 +175,7 @@ def test_mask2former(monkeypatch, crop):
 
 def test_adaptation_source(crop):
     torch.manual_seed(0)
-    method = WarmUp(config(CPSL_MODEL), {"adversarial": 0.0}).eval()
+    method = WarmUp(config(CPSL_MODEL, adversarial=0.0), context()).eval()
     data = batch(crop)
     torch.testing.assert_close(method({"source": data}, 0)["loss"], expected(method.model, data))
 
@@ -183,7 +188,7 @@ def test_adaptation_target_grid(tmp_path, crop):
     np.save(tmp_path / "delta.npy", np.full(CLASSES, 1 / CLASSES))
     torch.save(torch.randn(CLASSES, 8), tmp_path / "prototypes.pt")
     files = {"prototypes": str(tmp_path / "prototypes.pt"), "class_distribution": str(tmp_path / "delta.npy")}
-    method = CPSL(config(CPSL_MODEL), {**files, "bank": 64, "samples": 16, "rectify": False})
+    method = CPSL(config(CPSL_MODEL, **files, bank=64, samples=16, rectify=False), context())
     data = batch(crop)
     label = data["label"].clamp(min=0)
     target = {

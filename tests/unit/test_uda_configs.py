@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from common.config import load_config
 from common.data import DATASETS, build_transform
 from common.engine.optim import learning_rate
+from common.losses.blv import BLV
 from common.models import build_model
+from tests.contexts import context
 from uda.train import METHODS, build_method
 
 FOLDER = Path(__file__).parents[2] / "uda" / "configs"
@@ -38,7 +40,7 @@ def small(name, folder, *overrides):
     if "teacher" in options:
         options["teacher"] = str(folder / "teacher.safetensors")
         save_file(build_model(cfg.model).state_dict(), options["teacher"])
-    return build_method(type(cfg)(**{**cfg.__dict__, "method": options}), list(range(1, classes + 1)))
+    return build_method(type(cfg)(**{**cfg.__dict__, "method": options}), context(range(1, classes + 1)))
 
 
 def batches(classes, size=2):
@@ -60,7 +62,7 @@ def test_shipped_configs_take_a_step(name, tmp_path):
     method = small(name, tmp_path)
     task, _, stem = name.partition("/")
     assert type(method) is METHODS[method_name(stem)]
-    assert (method.segmentation_loss.blv is not None) == stem.endswith("_blv")
+    assert isinstance(method.loss.logits, BLV) == stem.endswith("_blv")
     trained = {id(p) for p in method.parameters() if p.requires_grad}
     groups = method.parameter_groups()
     assert {id(p) for group in groups for p in group["params"]} == trained
@@ -196,6 +198,6 @@ def test_proda_has_its_own_augmentations():
 def test_sigma_of_blv_is_the_ablations_best():
     for task, sigma in (("gta5_to_cityscapes", 6.0), ("synthia_to_cityscapes", 4.0)):
         for stage in ("warm_up", "stage1", "stage2", "stage3"):
-            blv = load(f"{task}/{stage}_blv").method["blv"]
-            refresh = {} if stage == "warm_up" else {"refresh": 1000}
-            assert blv == {"preset": "paper", "sigma": sigma, **refresh}
+            remedies = load(f"{task}/{stage}_blv").remedies
+            refresh = {} if stage == "warm_up" else {"counts": {"refresh": 1000}}
+            assert remedies == {"logits": {"name": "blv", "preset": "paper", "sigma": sigma}, **refresh}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from common.data import DATASETS
 from common.data.streams import collate
 from common.models import build_model
 from common.models.pretrained.cpsl import has_extra_norm
+from tests.contexts import context
 from uda import test as uda_test
 from uda import train as uda_train
 from uda.base import groups_of
@@ -164,7 +166,7 @@ def test_checkpoints_open_whatever_the_config_says_of_the_extra_norm(form, norm,
     image = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
     for configured in (False, True):
         cfg = config(tmp_path, configured)
-        method = Distill(cfg, {"teacher": str(path)})
+        method = Distill(replace(cfg, method={"teacher": str(path)}), context(cfg.model.num_classes))
         assert (method.model.bn_pretrain is not None) is configured
         for ours in (open_network(cfg, str(path), CPU), method.teacher.eval()):
             torch.testing.assert_close(ours(image)["logits"], theirs(image)["logits"])

@@ -8,9 +8,11 @@ import torch
 
 from common.config import load_config
 from common.engine.optim import learning_rate
+from common.losses.blv import BLV
 from semi_sup.config import SUB_LABEL, build_method, single_branch
 from semi_sup.main import parse, truth
 from semi_sup.subclasses import PRESETS
+from tests.contexts import context
 
 FOLDER = Path(__file__).parents[2] / "semi_sup" / "configs"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -36,7 +38,7 @@ def build(name: str):
         changes = [f"model.options.subclasses={2 * classes}", f"method.subclasses={[2] * classes}"]
         cfg = load_config(FOLDER / f"{name}.json", changes)
     with torch.device("meta"):
-        return build_method(cfg, [100] * cfg.model.num_classes)
+        return build_method(cfg, context(cfg.model.num_classes))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -45,7 +47,7 @@ def test_shipped_configs_build(name):
     assert cfg.name == name and cfg.output == "saved"
     trained = [p for p in method.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in method.parameter_groups()) == len(trained)
-    assert ("blv" in name) == (method.class_logits.blv is not None)
+    assert ("blv" in name) == (isinstance(method.loss.logits, BLV))
     streams = cfg.data.streams
     assert ("unlabeled" in streams) == ("baseline" not in name)
     if "unlabeled" in streams:

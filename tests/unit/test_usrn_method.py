@@ -12,7 +12,9 @@ from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.geometry import MEAN_COLOUR
 from common.data.images import Picture
 from common.data.recipes.usrn import USRN as Views
-from common.losses.blv import BLVLoss, BLVOptions, class_weights
+from common.losses.blv import class_weights
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models.layers import resize
@@ -20,6 +22,7 @@ from semi_sup.config import build_method
 from semi_sup.losses import gated_labels
 from semi_sup.subclasses import PRESETS, chosen_counts, offsets, parents
 from semi_sup.usrn import inside
+from tests.contexts import context
 from tests.golden.fill import fill, image
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
@@ -27,7 +30,7 @@ SMALL = {"blocks": (1, 1, 1, 1), "width": 4, "channels": 8, "low_channels": 4, "
 COUNTS = (4, 1, 2, 3, 1)  # subclasses of five classes
 
 
-def method(name="usrn", counts=None, blocks=SMALL, classes=5, subclasses=COUNTS, **options):
+def method(name="usrn", pixels=(50, 9, 1, 20, 3), blocks=SMALL, classes=5, subclasses=COUNTS, remedies=(), **options):
     """A method on a small network without dropout."""
     model = {"blocks": blocks["blocks"], **blocks} if blocks else {"dropout": (0.0, 0.0, 0.0)}
     branch = name == "usrn" and options.get("branch", True)
@@ -35,8 +38,9 @@ def method(name="usrn", counts=None, blocks=SMALL, classes=5, subclasses=COUNTS,
         options["subclasses"] = subclasses
         model["subclasses"] = sum(chosen_counts(subclasses, classes, "test"))
     network = ModelConfig("usrn" if branch else "deeplabv3plus", classes, "resnet50", options=model, align_corners=True)
-    cfg = Config(network, method={"name": name, **options}, train=TrainConfig(steps=10), name="test")
-    return build_method(cfg, counts)
+    sections = {"method": {"name": name, **options}, "remedies": dict(remedies)}
+    cfg = Config(network, **sections, train=TrainConfig(steps=10), name="test")
+    return build_method(cfg, context(pixels))
 
 
 def batches(size=32, seed=0):
@@ -219,7 +223,8 @@ def test_blv_perturbs_the_students_class_logits():
     """Constant noise of weight w_k: both class terms equal cross-entropy of logits + w, subclass terms do not move."""
     counts, streams = torch.tensor([50, 9, 1, 20, 3]), batches()
     plain = method(threshold=0.2)
-    noisy = method(counts=counts, threshold=0.2, blv={"noise": "constant", "refresh": 2})
+    remedies = {"logits": {"name": "blv", "noise": "constant"}, "counts": {"refresh": 2}}
+    noisy = method(pixels=counts, threshold=0.2, remedies=remedies)
     noisy.model.load_state_dict(plain.model.state_dict())
     a, b = run(plain.eval(), streams), run(noisy.eval(), streams)
     assert a["Ls_sub"] == b["Ls_sub"] and a["Lu_sub"] == b["Lu_sub"] and a["kept"] == b["kept"]
@@ -235,28 +240,29 @@ def test_blv_perturbs_the_students_class_logits():
 
 def test_blv_counts_are_refreshed_and_kept():
     counts, streams = torch.tensor([50, 9, 1, 20, 3]), batches()
-    make = {"counts": counts, "threshold": 0.2, "blv": {"refresh": 2}}
+    remedies = {"logits": {"name": "blv"}, "counts": {"refresh": 2}}
+    make = {"pixels": counts, "threshold": 0.2, "remedies": remedies}
     m = method(**make).eval()
-    weight = m.class_logits.blv.weight
+    weight = m.loss.offsets
     before = weight.clone()
     shares = [float(run(m, streams, step)["kept"]) for step in range(2) if m.after_step(step - 1) is None]
-    pseudo = m.class_logits.refreshed.running.clone()
+    pseudo = m.loss.counts.running.clone()
     assert float(pseudo.sum()) == pytest.approx(sum(shares) * 2 * 32 * 32)  # in pixels, as the labels
     assert torch.equal(weight, before)
     m.after_step(1)
     torch.testing.assert_close(weight, class_weights(counts + pseudo))
     again = method(**make)
     again.load_state_dict(m.state_dict())
-    assert torch.equal(again.class_logits.blv.weight, weight) and not torch.equal(weight, before)
+    assert torch.equal(again.loss.offsets, weight) and not torch.equal(weight, before)
 
 
 def test_blvs_average_is_that_of_the_labelled_term():
     """Unlabelled terms are means over all pixels whatever it says."""
     streams, terms = batches(), []
     for average in ("valid", "all"):
-        blv = {"noise": "constant", "average": average}
+        remedies = {"logits": {"name": "blv", "noise": "constant", "average": average}}
         torch.manual_seed(0)
-        terms.append(run(method(counts=[50, 9, 1, 20, 3], threshold=0.2, blv=blv).eval(), streams))
+        terms.append(run(method(threshold=0.2, remedies=remedies).eval(), streams))
     share = (streams["labeled"]["label"] != -1).float().mean()
     torch.testing.assert_close(terms[1]["Ls"], share * terms[0]["Ls"])
     assert terms[1]["Lu_reg"] == terms[0]["Lu_reg"] > 0
@@ -268,13 +274,13 @@ def test_blvs_average_is_that_of_the_labelled_term():
 def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="model.options.subclasses: 11 for 12 subclasses"):
         network = ModelConfig("usrn", 5, "resnet50", options={**SMALL, "subclasses": 11}, align_corners=True)
-        build_method(Config(network, method={"name": "usrn", "subclasses": (5, 1, 2, 3, 1)}, name="test"), None)
+        build_method(Config(network, method={"name": "usrn", "subclasses": (5, 1, 2, 3, 1)}, name="test"), context())
     with pytest.raises(ConfigError, match="does not fit the method; set it to deeplabv3plus"):
-        build_method(Config(network, method={"name": "self_training"}, name="test"), None)
+        build_method(Config(network, method={"name": "self_training"}, name="test"), context())
     with pytest.raises(ConfigError, match="unknown 'usnr'; did you mean 'usrn'"):
-        build_method(Config(network, method={"name": "usnr"}, name="test"), None)
-    with pytest.raises(ConfigError, match="blv.refresh: 3, but this method makes no pseudo-labels"):
-        method("baseline", counts=[50, 9, 1, 20, 3], blv={"refresh": 3})
+        build_method(Config(network, method={"name": "usnr"}, name="test"), context())
+    with pytest.raises(ConfigError, match="counts.refresh: 3, but this method makes no pseudo-labels"):
+        method("baseline", remedies={"counts": {"refresh": 3}})
     streams = batches()
     streams["unlabeled"]["strong"] = streams["unlabeled"]["strong"][..., :16]
     with pytest.raises(ValueError, match="crops of one size"):
@@ -325,6 +331,7 @@ def test_upsampled_cross_entropy_in_bfloat16_and_with_noise():
     expected = pixel_cross_entropy(resize(z.bfloat16().float(), (16, 16), True), label)
     torch.testing.assert_close(found, expected)
     assert half.grad.dtype == torch.bfloat16
-    blv = BLVLoss(BLVOptions(noise="constant"), torch.arange(1, 8))
-    found = upsampled_cross_entropy(z, label, align_corners=True, perturb=blv.perturb)
+    counts = Counts.from_pixels(torch.arange(1, 8))
+    blv = build_loss({"logits": {"name": "blv", "noise": "constant"}}, LossContext(counts))
+    found = blv.upsampled(z, label, align_corners=True)
     torch.testing.assert_close(found, blv(resize(z, (16, 16), True), label))

@@ -1,0 +1,187 @@
+"""LOSSES: every remedy of the training loss by name, and `build_loss`, which reads the section `remedies`.
+
+    remedies:
+      logits: {name: logit_adjustment, tau: 1.0}          # changes the logits; one
+      class_weight: {name: inverse}                       # weighs a pixel by its class; one
+      focus: {name: focal, gamma: 2.0}                    # weighs or chooses pixels by their loss; one
+      sets: [{name: lovasz, weight: 1.0}]                 # terms over whole regions, beside the pixel loss; any number
+      counts: {refresh: 1000}                             # steps between new counts where pseudo-labels are made
+
+A new loss is one file with a frozen dataclass of its options that does what its slot asks for (see the protocols of
+`pixel_loss.py`), and one row of LOSSES.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from common.config import ConfigError, pick, typed
+from common.config.bounds import Whole
+from common.losses.auc import AUC
+from common.losses.blv import BLV, PRESETS
+from common.losses.class_weights import EffectiveNumber, MedianFrequency, Power
+from common.losses.counts import Counts, PseudoUnit, RefreshedCounts
+from common.losses.cross_entropy import Average
+from common.losses.equalization import Equalization
+from common.losses.focal import PAT, Focal
+from common.losses.hard_pixel import HardPixels
+from common.losses.ldam import LDAM
+from common.losses.logit_adjustment import LogitAdjustment
+from common.losses.lovasz import Lovasz
+from common.losses.overlap import Dice, Tversky
+from common.losses.pixel_loss import PixelLoss
+from common.losses.pixel_seesaw import PixelSeesaw
+
+Slot = Literal["logits", "class_weight", "focus", "sets"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A remedy: its slot, the dataclass that types its options and does its work, and options that the name fixes."""
+
+    slot: Slot
+    remedy: type
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+LOSSES: dict[str, Row] = {
+    "blv": Row("logits", BLV),
+    "gcl": Row("logits", BLV, {"preset": "gcl"}),
+    "logit_adjustment": Row("logits", LogitAdjustment),
+    "balanced_softmax": Row("logits", LogitAdjustment, {"tau": 1.0}),
+    "ldam": Row("logits", LDAM),
+    "equalization": Row("logits", Equalization),
+    "seesaw": Row("logits", PixelSeesaw),
+    "inverse": Row("class_weight", Power, {"rho": 1.0}),
+    "sqrt": Row("class_weight", Power, {"rho": 0.5}),
+    "power": Row("class_weight", Power),
+    "median_frequency": Row("class_weight", MedianFrequency),
+    "effective_number": Row("class_weight", EffectiveNumber),
+    "focal": Row("focus", Focal),
+    "pat": Row("focus", PAT),
+    "hard_pixels": Row("focus", HardPixels),
+    "lovasz": Row("sets", Lovasz),
+    "dice": Row("sets", Dice),
+    "tversky": Row("sets", Tversky),
+    "auc": Row("sets", AUC),
+}
+
+
+@dataclass(frozen=True)
+class CountsConfig:
+    """`refresh`: after that many steps pseudo-labels count beside labels; 0: never."""
+
+    refresh: Whole = 0
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """The section `remedies`; empty, it is plain cross-entropy."""
+
+    logits: Mapping[str, Any] | None = None
+    class_weight: Mapping[str, Any] | None = None
+    focus: Mapping[str, Any] | None = None
+    sets: tuple[Mapping[str, Any], ...] = ()
+    counts: CountsConfig = CountsConfig()
+    heads: tuple[str, ...] = ("decode",)  # of a network with several; the others keep cross-entropy
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a method tells about itself. `slots`: those that its loss has; a remedy of another one is refused.
+
+    counts: of the training labels. average: the pixels that a mean is taken over. pseudo_labels: how its pseudo-labels
+    join the counts, None where it makes none. full_size: it makes logits at label size for a whole batch, which terms
+    over regions and the choice of hard pixels may need. cosine: the scale of the network's cosine classifier.
+    """
+
+    counts: Counts
+    average: Average = "valid"
+    pseudo_labels: PseudoUnit | None = None
+    full_size: bool = True
+    slots: tuple[Slot, ...] = ("logits", "class_weight", "focus", "sets")
+    cosine: float | None = None
+
+
+def build_loss(section: Mapping[str, Any], context: LossContext, where: str = "remedies") -> PixelLoss:
+    """The loss that the section `remedies` describes. ConfigError (one line) for what is unknown or does not fit.
+
+    where: begins the messages, e.g. "run: remedies".
+    """
+    remedies = typed(Remedies, section, where)
+    chosen = {
+        "logits": _remedy(remedies.logits, "logits", context, where),
+        "class_weight": _remedy(remedies.class_weight, "class_weight", context, where),
+        "focus": _remedy(remedies.focus, "focus", context, where),
+        "sets": [_remedy(item, "sets", context, where) for item in remedies.sets],
+    }
+    _check(remedies, chosen, context, where)
+    labelled, average = context.counts, context.average
+    if isinstance(chosen["logits"], BLV):
+        labelled = chosen["logits"].counted(labelled)
+        average = chosen["logits"].average or average
+    counts = RefreshedCounts(labelled, remedies.counts.refresh, context.pseudo_labels or "pixels")
+    loss = PixelLoss(counts, average, **chosen)
+    _warn(remedies, loss, where)
+    return loss
+
+
+def _remedy(section: Mapping[str, Any] | None, slot: Slot, context: LossContext, where: str) -> Any:
+    """The dataclass of one remedy; None where the slot is empty."""
+    if section is None:
+        return None
+    where = f"{where}.{slot}"
+    if slot not in context.slots:
+        raise ConfigError(f"{where}: this method's loss has no such slot; it has: {', '.join(context.slots) or 'none'}")
+
+    options = dict(section)
+    name = options.pop("name", None)
+    known = {key: row for key, row in LOSSES.items() if row.slot == slot}
+    row = pick(known, name, f"{where}.name")
+    both = sorted(row.fixed.keys() & options.keys())
+    if both:
+        raise ConfigError(f"{where}.{both[0]}: {name} fixes it to {row.fixed[both[0]]!r}; remove the key")
+    make = getattr(row.remedy, "from_section", None)
+    options = {**row.fixed, **options}
+    return make(options, where) if make else typed(row.remedy, options, where)
+
+
+def _check(remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, where: str) -> None:
+    """ConfigError for what the method or the network cannot do."""
+    if remedies.counts.refresh and context.pseudo_labels is None:
+        raise ConfigError(
+            f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
+        )
+    if getattr(chosen["logits"], "needs_cosine", False) and context.cosine is None:
+        raise ConfigError(
+            f"{where}.logits.name: {remedies.logits['name']} needs a cosine classifier, on other logits it lowers "
+            "rare classes; set model.options.classifier: cosine"
+        )
+    if context.full_size:
+        return
+    if isinstance(chosen["focus"], HardPixels):
+        raise ConfigError(f"{where}.focus: hard_pixels needs the losses of a whole batch, which this method never has")
+    for i, term in enumerate(chosen["sets"]):
+        if term.at != "network":
+            raise ConfigError(f"{where}.sets[{i}].at: {term.at!r} is not to be had in this method; set it to network")
+
+
+def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
+    """Say what is chosen in vain, or twice."""
+    if loss.weights is not None and _equal(loss.weights):
+        name = remedies.class_weight["name"]
+        text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"
+        warnings.warn(text, stacklevel=3)
+    if isinstance(loss.logits, LogitAdjustment) and loss.class_weight is not None:
+        text = f"{where}: logits and class_weight both correct for class frequency: rare classes gain twice"
+        warnings.warn(text, stacklevel=3)
+
+
+def _equal(weights: Tensor) -> bool:
+    return float(weights.max() - weights.min()) < 1e-3 * float(weights.max())
+
+
+__all__ = ["LOSSES", "PRESETS", "LossContext", "Remedies", "build_loss"]

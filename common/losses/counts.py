@@ -1,0 +1,99 @@
+"""How often each class occurs: what every loss that depends on rarity is given."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common import distributed
+from common.data.statistics import Statistics
+
+Unit = Literal["pixels", "images"]
+PseudoUnit = Literal["pixels", "shares"]
+
+
+class Counts(NamedTuple):
+    """Of the training labels: pixels of each class and images that show it, float64 (K,); the number of images."""
+
+    pixels: Tensor
+    images: Tensor
+    num_images: float
+
+    @classmethod
+    def from_statistics(cls, statistics: Statistics) -> "Counts":
+        pixels = torch.as_tensor(statistics.pixel_count, dtype=torch.float64, device="cpu")
+        images = torch.as_tensor(statistics.image_count, dtype=torch.float64, device="cpu")
+        return cls(pixels, images, float(statistics.num_images))
+
+    @classmethod
+    def from_pixels(cls, pixels: Sequence[float] | Tensor) -> "Counts":
+        """Counts of pixels alone; each class that occurs is taken to be in one image."""
+        pixels = torch.as_tensor(pixels, dtype=torch.float64)
+        return cls(pixels, (pixels > 0).double(), 1.0)
+
+    def of(self, unit: Unit) -> Tensor:
+        """Counts in a unit, float64 (K,)."""
+        return self.pixels if unit == "pixels" else self.images
+
+    def prior(self, unit: Unit = "pixels") -> Tensor:
+        """Shares π (K,) that sum to 1 over the classes that occur; a class that never does has 0."""
+        counts = self.of(unit)
+        return counts / counts.sum().clamp(min=1)
+
+
+def where_present(value: Tensor, counts: Tensor, absent: float | Tensor) -> Tensor:
+    """`value` (K,) of classes that occur, `absent` elsewhere: one without labels must not set the scale of others."""
+    return torch.where(counts > 0, value, torch.as_tensor(absent, dtype=value.dtype, device=value.device))
+
+
+class RefreshedCounts(nn.Module):
+    """Counts of labels, joined every `every` steps by those of the pseudo-labels of these steps (0: never).
+
+    BLV's supplement: frequencies of unlabelled data are estimated by pseudo-labels and refreshed. What has been counted
+    is part of the state dict, so a resumed run has the same counts.
+
+    unit: how pseudo-labels are added. `pixels`: as many as were counted, where they come from the same data as the
+    labels and a refresh follows a whole pass over them (semi-supervised). `shares`: their class shares times the
+    number of labelled pixels, so that two domains weigh alike (domain adaptation; the paper does not say how they are
+    weighed, and as pixels the few of some steps would vanish beside the source's). Images are those of the labels.
+    """
+
+    def __init__(self, labelled: Counts, every: int = 0, unit: PseudoUnit = "pixels"):
+        super().__init__()
+        self.every, self.unit, self.num_images = every, unit, labelled.num_images
+        self.register_buffer("pixels", labelled.pixels.clone(), persistent=False)
+        self.register_buffer("images", labelled.images.clone(), persistent=False)
+
+        if every:
+            self.register_buffer("running", torch.zeros_like(self.pixels))
+            self.register_buffer("pseudo", torch.zeros_like(self.pixels))
+
+    def current(self) -> Counts:
+        """The counts in force."""
+        if not self.every:
+            return Counts(self.pixels, self.images, self.num_images)
+
+        pseudo = self.pseudo
+        if self.unit == "shares":
+            pseudo = pseudo * (self.pixels.sum() / pseudo.sum().clamp(min=1))
+        return Counts(self.pixels + pseudo, self.images, self.num_images)
+
+    @torch.no_grad()
+    def count(self, label: Tensor, area: float = 1.0) -> None:
+        """Add pseudo-labels (any shape, −1 ignored), each for `area` pixels, on all ranks the same."""
+        if not self.every:
+            return
+        classes = label.reshape(-1).long() + 1
+        counts = self.running.new_zeros(len(self.running) + 1)
+        counts.index_add_(0, classes, torch.ones_like(classes, dtype=counts.dtype))
+        self.running += distributed.all_sum(counts)[1:] * area
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> bool:
+        """Put in force what was counted, after every `every` steps; whether that was now."""
+        if not self.every or (step + 1) % self.every:
+            return False
+        self.pseudo.copy_(self.running)
+        self.running.zero_()
+        return True

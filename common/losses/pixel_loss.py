@@ -1,0 +1,194 @@
+"""The training loss of a segmentation network's logits: cross-entropy with whatever remedies a config chooses.
+
+    z' = logits slot (z, y)             BLV, logit adjustment, …: changes scores, in training only
+    l  = w_y · focus( −log softmax(z')_y )
+    L  = Σ l / pixels + Σ weight · set term
+
+Without remedies it is plain cross-entropy, bit for bit.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.data import IGNORE
+from common.losses.counts import Counts, RefreshedCounts
+from common.losses.cross_entropy import Average
+from common.losses.hard_pixel import HardPixels
+from common.losses.upsampled import upsampled_sum
+
+
+class LogitsRemedy(Protocol):
+    """Slot `logits`: z (B, K, …) and y (B, …) to z' in float32."""
+
+    def vector(self, counts: Counts) -> Tensor: ...
+
+    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor: ...
+
+
+class ClassWeightRemedy(Protocol):
+    """Slot `class_weight`: w (K,), in force from `start` on."""
+
+    start: float
+
+    def vector(self, counts: Counts) -> Tensor: ...
+
+
+class FocusRemedy(Protocol):
+    """Slot `focus`: cross-entropies of pixels (B, …) to losses (B, …)."""
+
+    def __call__(self, loss: Tensor, logits: Tensor, label: Tensor) -> Tensor: ...
+
+
+class SetRemedy(Protocol):
+    """Slot `sets`: a scalar of logits (B, K, H, W) and label (B, H, W)."""
+
+    weight: float
+    at: str
+
+    def __call__(self, logits: Tensor, label: Tensor) -> Tensor: ...
+
+
+class PixelLoss(nn.Module):
+    """Every method's loss of class logits; `build_loss` makes it from the section `remedies`."""
+
+    offsets: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        counts: RefreshedCounts,
+        average: Average = "valid",
+        *,
+        logits: LogitsRemedy | None = None,
+        class_weight: ClassWeightRemedy | None = None,
+        focus: FocusRemedy | HardPixels | None = None,
+        sets: Sequence[SetRemedy] = (),
+    ):
+        super().__init__()
+        self.counts, self.average = counts, average
+        self.logits, self.class_weight, self.focus, self.sets = logits, class_weight, focus, tuple(sets)
+        current = counts.current()
+        self.register_buffer("offsets", self._vector(logits, current), persistent=False)
+        self.register_buffer("weights", self._vector(class_weight, current), persistent=False)
+        self.register_load_state_dict_post_hook(lambda module, _: module._apply_counts())
+
+    @staticmethod
+    def _vector(remedy: Any, counts: Counts) -> Tensor | None:
+        return None if remedy is None else remedy.vector(counts).float()
+
+    def _apply_counts(self) -> None:
+        current = self.counts.current()
+        for buffer, remedy in ((self.offsets, self.logits), (self.weights, self.class_weight)):
+            if remedy is not None:
+                buffer.copy_(remedy.vector(current))
+
+    # The loss, and what it is made of --------------------------------------------------------------------------------
+
+    def forward(
+        self, logits: Tensor, label: Tensor, *, progress: float = 0.0, pixel_weight: Tensor | None = None
+    ) -> Tensor:
+        """Scalar loss of logits (B, K, H, W) at the label's size and label (B, H, W), −1 where ignored.
+
+        progress: share of the training that is over. pixel_weight: a factor for each pixel, of the label's shape.
+        """
+        adjusted = self.adjust(logits, label, progress)
+        loss = self.mean_of(adjusted, label, progress, pixel_weight)
+        return loss + self.set_terms(logits, label) if self.sets else loss
+
+    def upsampled(self, logits: Tensor, label: Tensor, *, align_corners: bool, progress: float = 0.0) -> Tensor:
+        """The same of logits (B, K, h, w) at the network's stride, enlarged to the label one image at a time.
+
+        No map of the whole batch at full size is kept, where the remedies allow it; terms over regions see the logits
+        as they are, and the label thinned out, if they are `at: network`.
+        """
+        if self.needs_whole_batch:
+            large = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners)
+            return self(large, label, progress=progress)
+
+        total = partial(self.total, progress=progress)
+        loss = upsampled_sum(logits, label, total, align_corners=align_corners) / self.divisor(label)
+        return loss + self.set_terms(logits, thinned(label, logits.shape[-2:])) if self.sets else loss
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the loss can only be made of the logits of all images at label size."""
+        return isinstance(self.focus, HardPixels) or any(term.at == "label" for term in self.sets)
+
+    @property
+    def only_hardest(self) -> bool:
+        """Whether the loss is the mean over a share of the pixels, the hardest, and nothing else."""
+        others = (self.logits, self.class_weight, *self.sets)
+        hardest = isinstance(self.focus, HardPixels) and self.focus.threshold is None
+        return hardest and all(remedy is None for remedy in others)
+
+    def total(self, logits: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:
+        """Sum of the pixels' losses."""
+        return self.total_of(self.adjust(logits, label, progress), label, progress)
+
+    def mean_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+        """The pixel loss of logits that `adjust` has been through."""
+        if isinstance(self.focus, HardPixels):
+            return self.focus.mean(self.each_of(adjusted, label, progress, pixel_weight))
+        return self.total_of(adjusted, label, progress, pixel_weight) / self.divisor(label)
+
+    def total_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+        """The sum of `each_of`."""
+        if self.focus is not None or pixel_weight is not None:
+            return self.each_of(adjusted, label, progress, pixel_weight).sum()
+        weight = self.weight(progress)
+        return F.cross_entropy(adjusted, label.long(), weight, ignore_index=IGNORE, reduction="sum")
+
+    def each_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+        """Losses of the pixels, (B, H, W); 0 where ignored."""
+        label = label.long()
+        loss = F.cross_entropy(adjusted, label, ignore_index=IGNORE, reduction="none")
+
+        if self.focus is not None and not isinstance(self.focus, HardPixels):
+            loss = self.focus(loss, adjusted, label)
+        weight = self.weight(progress)
+        if weight is not None:
+            loss = loss * weight[label.clamp(min=0)]
+        return loss if pixel_weight is None else loss * pixel_weight
+
+    def adjust(self, logits: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:
+        """z' (B, K, …) in float32: what any loss of these logits has to be made of."""
+        if self.logits is None:
+            return logits.float()
+        return self.logits(logits, label, self.offsets, progress)
+
+    def weight(self, progress: float) -> Tensor | None:
+        """Class weights (K,) in force."""
+        if self.class_weight is None or progress < self.class_weight.start:
+            return None
+        return self.weights
+
+    def divisor(self, label: Tensor) -> Tensor | int:
+        """What the sum over the pixels of a label map is divided by."""
+        if self.average == "all":
+            return label.numel()
+        return (label != IGNORE).sum().clamp(min=1)
+
+    def set_terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Σ weight · term of logits (B, K, H, W) and label (B, H, W)."""
+        return torch.stack([term.weight * term(logits, label) for term in self.sets]).sum()
+
+    # Counts ----------------------------------------------------------------------------------------------------------
+
+    def count(self, label: Tensor, area: float = 1.0) -> None:
+        """Remember pseudo-labels for the next refresh; each stands for `area` pixels."""
+        self.counts.count(label, area)
+
+    def after_step(self, step: int) -> None:
+        """Refresh the counts where it is time to."""
+        if self.counts.after_step(step):
+            self._apply_counts()
+
+
+def thinned(label: Tensor, size: tuple[int, int]) -> Tensor:
+    """A label map (B, H, W) at a smaller size: the nearest pixel of each cell."""
+    return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()

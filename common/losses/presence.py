@@ -1,0 +1,18 @@
+"""Which pixels are of which class, laid out as the losses over whole regions need it."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.data import IGNORE
+
+At = Literal["label", "network"]  # where a term over regions is made: at the label's size, or at the network's stride
+
+
+def one_hot(label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Of a label map (B, H, W): 1[y = k], float32 (K, N) over its N pixels, and which are labelled, bool (N,)."""
+    flat = label.flatten().long()
+    valid = flat != IGNORE
+    index = torch.arange(classes, device=label.device)
+    return (flat == index[:, None]).float(), valid
