@@ -54,7 +54,6 @@ NEEDS = {  # config → what is missing, in the order in which it is made
         "generate_class_distribution.py --stage warm_up makes it",
     ),
     "stage2_blv": (
-        "train.py --stage warm_up --variant blv makes it",
         "train.py --stage stage1 --variant blv makes it",
         "generate_pseudo_label.py --stage stage1 --variant blv makes them",
     ),
