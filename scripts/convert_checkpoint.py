@@ -39,7 +39,8 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters written to {args.out}")
     if args.prototypes:
         Path(args.prototypes).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(prototypes, args.prototypes)
+        with replacing(args.prototypes) as draft:
+            torch.save(prototypes, draft)
         print(f"prototypes {tuple(prototypes.shape)} written to {args.prototypes}")
     elif prototypes is not None:
         print(f"the file also holds prototypes {tuple(prototypes.shape)}; --prototypes FILE writes them")

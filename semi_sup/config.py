@@ -99,14 +99,14 @@ def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[
             'write {"counts": [its numbers of subclasses]} to this file)'
         )
 
-    def parse(path: Path) -> tuple[tuple[int, ...], str | None]:
+    def parse(path: Path) -> tuple[tuple[int, ...], str | None, Any]:
         record = load_json(path)
-        return check_counts(record["counts"], num_classes), record.get("list")
+        return check_counts(record["counts"], num_classes), record.get("list"), record.get("images")
 
-    counts, made_for = read_artifact(path, parse, "not the numbers of subclasses; run clustering.py again")
+    counts, made_for, images = read_artifact(path, parse, "not the numbers of subclasses; run clustering.py again")
     if made_for not in (None, digest(names)):
         raise ValueError(
-            f"{path}: made for other images than the {len(names)} of data.streams.labeled; "
+            f"{path}: made for {images} other images than the {len(names)} of data.streams.labeled; "
             "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
         )
     return counts

@@ -12,6 +12,7 @@ from common.config.references import resolved, run_of
 from common.config.schema import Config, DataConfig, SourceConfig
 from common.config.text import parse
 from common.config.typed import typed_section
+from common.files import replacing
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -142,4 +143,6 @@ def to_tree(config: Any) -> Any:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config; reading it again gives an equal one."""
-    path.write_text(yaml.safe_dump(to_tree(config), sort_keys=False, width=120), encoding="utf-8")
+    text = yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")

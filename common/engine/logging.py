@@ -167,17 +167,23 @@ class RunLog:
             self.board.close()
 
 
+def _record(line: str) -> dict[str, Any] | None:
+    """A line of the log; None for what is none, such as the last line of a killed run."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
 def _truncate(path: Path, step: int) -> float:
     """Drop records after `step`, which a resumed run writes again; returns the minutes spent until there."""
     if not path.exists():
         return 0.0
     kept, minutes = [], 0.0
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # the last line of a killed run
-            continue
-        if record["step"] <= step and step > 0:
+    for line in path.read_text(errors="replace").splitlines():
+        record = _record(line)
+        if record is not None and record["step"] <= step and step > 0:
             kept.append(line)
             minutes = record.get("minutes", minutes)
     with replacing(path) as draft:

@@ -13,6 +13,7 @@ from typing import Any
 
 from common.evaluation.identity import differences, has_identity, other_means
 from common.evaluation.summary import rescore
+from common.files import replacing
 from common.report.html import page
 from common.report.panels import configs, making, panels
 from common.report.runs import RunFolder
@@ -190,5 +191,6 @@ def write_report(
     title = f"Long-tail segmentation: {', '.join(report.names)}"
     out = Path(out_html)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(title, body, len(runs)), encoding="utf-8")
+    with replacing(out) as draft:
+        draft.write_text(page(title, body, len(runs)), encoding="utf-8")
     return out

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from common.evaluation.folder import run_of
-from common.files import read_json
+from common.files import load_json, read_artifact
 
 PARTS = ("config.yaml", "run.json", "log.jsonl", "evaluation.json")
 
@@ -85,18 +85,24 @@ def _panels(folder: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _read_json(path: Path) -> Any:
-    return read_json(path, "delete it or write it again") if path.is_file() else None
+def _read_json(path: Path) -> dict[str, Any] | None:
+    def parse(path: Path) -> dict[str, Any]:
+        value = load_json(path)
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__} in place of an object")
+        return value
+
+    return read_artifact(path, parse, "delete it or write it again") if path.is_file() else None
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; the last one of a killed run may be cut off."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     result = []
     for i, line in enumerate(lines):
         try:
-            result.append(json.loads(line))
-        except ValueError as error:
+            result.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
             if i < len(lines) - 1:
                 raise ValueError(f"{path}: line {i + 1} is not valid JSON") from error
     return result

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.config import ModelConfig
+from common.engine import checkpoint
 from common.models import build_backbone, build_model, load_model, load_weights
 from common.models.pretrained import containers, load, load_backbone
 from common.models.pretrained.containers import read
@@ -274,6 +275,25 @@ def test_damaged_files(fresh, tmp_path, content, message):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(ValueError, match=rf"w\.pth: .*{message}"):
         load_weights(fresh, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("symlinks", [True, False])
+def test_a_run_a_link_and_a_checkpoint_name_the_same_weights(trained, tmp_path, monkeypatch, symlinks):
+    """Where there are no symbolic links, `last` is a text file; a flipped bit in the weights is seen."""
+    if not symlinks:
+        monkeypatch.setattr(os, "symlink", lambda *args: (_ for _ in ()).throw(OSError("no symbolic links")))
+    folder = tmp_path / "checkpoints"
+    path = checkpoint.save(folder, 3, trained, {}, {})
+    assert (folder / "last").is_symlink() == symlinks
+    for name in (path, path / "model.safetensors", folder / "last", tmp_path):
+        assert_same(load_model(CONFIG, name), trained)
+
+    weights = path / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: size or checksum is not what was written"):
+        load_model(CONFIG, folder / "last")
 
 
 def test_absent_file(fresh, tmp_path):
