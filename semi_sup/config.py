@@ -99,7 +99,7 @@ def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[
             'write {"counts": [its numbers of subclasses]} to this file)'
         )
 
-    def parse(path: Path) -> tuple[tuple[int, ...], str | None, Any]:
+    def parse(path: Path) -> tuple[tuple[int, ...], str | None, int | None]:
         record = load_json(path)
         return check_counts(record["counts"], num_classes), record.get("list"), record.get("images")
 

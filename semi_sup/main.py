@@ -160,8 +160,7 @@ def test(cfg: Config, args: argparse.Namespace) -> None:
     experiment = Experiment(cfg, train=False)  # needs no training data
     model, device = open_network(cfg, args)
 
-    weights = weight_file(args.resume)
-    folder = folder_of_test(cfg, experiment.val, weights)
+    folder = folder_of_test(cfg, experiment.val, args.resume)
     outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
     result = experiment.score(model, device, **outputs) | {"checkpoint": str(args.resume)}
     print_result(result)
