@@ -95,7 +95,7 @@ def test_a_checkpoint_evaluates_as_it_did_in_training(config, tmp_path, whole):
         (["train.stps=3"], "unknown key 'stps'; did you mean 'steps'"),
         (["data.root=/nowhere"], "/nowhere"),
         (["model.num_classes=11"], "num_classes is 11"),
-        (["method.heads.decode.preset=papr"], "preset 'papr'"),
+        (["remedies.logits.preset=papr"], "remedies.logits.preset: unknown 'papr'; did you mean 'paper'"),
         (["output=/proc/none"], "/proc/none"),
     ],
 )
