@@ -66,7 +66,7 @@ class Supervised(Method):
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams["labeled"]
         label = self.model.pad_label(batch["label"])
-        out = self.model(batch["image"])
+        out = self.model(batch["image"], batch.get("extent"))
 
         terms: Losses = {}
         for name, loss in self.losses.items():

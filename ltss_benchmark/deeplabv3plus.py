@@ -33,7 +33,7 @@ class DeepLabV3PlusMethod(Method):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
-        logits = self.model(batch["image"])["logits"]
+        logits = self.model(batch["image"], batch.get("extent"))["logits"]
         loss = self.loss(logits, batch["label"], step / self.steps)
         return {"loss": loss, "loss_sem_seg": loss}
 

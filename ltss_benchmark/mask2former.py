@@ -75,7 +75,7 @@ class Mask2FormerMethod(Method):
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
         targets = find_targets(batch["label"], self.criterion.num_classes)  # first: later it would wait for the network
-        return self.criterion(self.model(batch["image"]), targets)
+        return self.criterion(self.model(batch["image"], batch.get("extent")), targets)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the config; a rule that finds only constants (the affine of frozen norms) is left out."""

@@ -13,7 +13,7 @@ from PIL import Image
 from common.data.images import Picture
 from common.data.labels import IGNORE, Colour
 
-MEAN_COLOUR = (124, 116, 104)  # the ImageNet mean, rounded: what padding with 0 after normalisation looks like
+MEAN_COLOUR = (124, 116, 104)  # the ImageNet mean, rounded
 
 
 class Geometry(NamedTuple):
@@ -188,7 +188,11 @@ def _span(start: int, count: int, scale: float, stored: int, reach: int) -> tupl
 
 
 def pad(image: torch.Tensor, crop: tuple[int, int], fill: Colour = MEAN_COLOUR, left: bool = False) -> torch.Tensor:
-    """uint8 (3, h, w) → (3, *crop), padded at the bottom and the right (or left) with a colour."""
+    """uint8 (3, h, w) → (3, *crop), padded at the bottom and the right (or left) with a colour.
+
+    What the network sees there is the recipe's: USRN's release pads with the rounded mean before the colours change,
+    detectron2 with grey; MMSegmentation's 0 after normalisation needs the sample's `extent`.
+    """
     if image.shape[1:] == tuple(crop):
         return image
     padded = torch.tensor(fill, dtype=torch.uint8)[:, None, None].repeat(1, *crop)

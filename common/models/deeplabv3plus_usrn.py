@@ -173,12 +173,10 @@ class DeepLabV3Plus(SegmentationModel):
             self.classifier_SubCls = classifier(options.channels, subclasses, options.dropout[2])
         self.classifiers = ("classifier.1",)
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 to what `segment` takes, padded by reflection at the bottom and right."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
         (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
-        x = (images - self.mean) / self.std
+        x = self.standardise(images, extent)
         if (height, width) == (padded_height, padded_width):
             return x
         return F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="reflect")

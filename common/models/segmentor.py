@@ -67,15 +67,29 @@ class SegmentationModel(nn.Module, ABC):
     def _known_heads(self) -> str:
         return f"its heads: {', '.join(self.heads)}"
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
-        x = (images - self.mean) / self.std
+    def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
+        """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`. extent: see `standardise`."""
+        x = self.standardise(images, extent)
         (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
         if (height, width) == (padded_height, padded_width):
             return x
         return F.pad(x, (0, padded_width - width, 0, padded_height - height))
+
+    def standardise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
+        """RGB (B, 3, H, W) in 0–255 less the mean, over the spread.
+
+        extent: int (B, 2), height and width of each image before it was padded at the bottom and the right. There the
+        result is exactly 0, which no 8-bit colour would become.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
+        x = (images - self.mean) / self.std
+        if extent is None:
+            return x
+
+        below = torch.arange(x.shape[2], device=x.device) >= extent[:, :1]
+        beside = torch.arange(x.shape[3], device=x.device) >= extent[:, 1:]
+        return x.masked_fill_(below[:, None, :, None] | beside[:, None, None, :], 0)
 
     def pad_label(self, label: Tensor) -> Tensor:
         """Label maps (B, H, W) filled up with −1 to the size that `normalise` pads their images to.
@@ -88,9 +102,9 @@ class SegmentationModel(nn.Module, ABC):
             return label
         return F.pad(label, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
 
-    def forward(self, images: Tensor) -> dict[str, Any]:
-        """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`."""
-        return self.segment(self.normalise(images))
+    def forward(self, images: Tensor, extent: Tensor | None = None) -> dict[str, Any]:
+        """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`. extent: see `standardise`."""
+        return self.segment(self.normalise(images, extent))
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """The outputs that `scores` needs; heads that only training uses may be left out."""

@@ -22,6 +22,8 @@ class MMSeg:
     crop: height, width. box: the size that ratio 1 stands for (height, width); None: the image's own.
     category_limit: up to ten times a crop is drawn again whose labelled pixels are all one class, or are one class by
     this share or more. full: also the whole image, un-augmented, as `full`.
+    `extent`, int32 (2,), is the height and width of the image within the crop: the network takes what lies beyond for
+    0 after normalisation, as MMSegmentation pads, where the mean colour of 8 bits is up to 0.01 off.
     """
 
     crop: Size
@@ -41,7 +43,8 @@ class MMSeg:
         image = bilinear(picture, g, self.crop)
         if self.photometric:
             image = photometric_distortion(image, rng)
-        return {**result, "image": pad(image, self.crop)}
+        extent = torch.tensor(g.extent(self.crop), dtype=torch.int32)
+        return {**result, "image": pad(image, self.crop), "extent": extent}
 
     def draw(self, size: tuple[int, int], label: np.ndarray | None, rng: np.random.Generator) -> Geometry:
         """The geometry: size, crop and mirror. Only the label decides which crops are refused."""
