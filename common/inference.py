@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import EvalConfig
-from common.models.layers import resize, resize_rows
+from common.ops.resize import resize, resize_rows
 
 Size = tuple[int, int]
 Predict = Callable[[Tensor, Size | None], Tensor]

@@ -15,7 +15,7 @@ from common.data.coverage import coverage_warnings
 from common.data.groups import Grouping, by_rank, grouping, groups_config
 from common.data.imbalance import gini
 from common.files import refuse_to_overwrite, write_json
-from common.losses.blv import class_weights
+from common.losses.blv import variation_weights
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def describe(dataset: SegmentationDataset, statistics: Statistics, by: Grouping 
     if not total:
         raise ValueError(f"{dataset.root}: split {dataset.source.split!r} has no labelled pixel")
     levels = by.levels if by else {}
-    weights = class_weights(pixels).tolist()
+    weights = variation_weights(pixels).tolist()
     return {
         "dataset": row.name,
         "root": str(dataset.root),

@@ -15,7 +15,7 @@ from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.catalogue.lists import write_list
 from common.data.groups import named
 from common.data.imbalance import ABSENT, GROUPS, gini, groups
-from common.data.subset import class_weights, greedy_subset
+from common.data.subset import greedy_subset, presence_weights
 from common.files import refuse_to_overwrite
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     dataset = SegmentationDataset(cli.source(args))
     statistics = class_statistics(dataset, args.workers, args.cache)
     print(describe("whole set", statistics))
-    weights = class_weights(statistics, args.level)
+    weights = presence_weights(statistics, args.level)
     kept = greedy_subset(weights, images=args.images, goal=args.gini, seed=args.seed).kept
     print(describe("subset", Statistics(statistics.pixels[kept], statistics.ignored[kept])))
     path = Path(args.out)

@@ -4,7 +4,6 @@ AdaptSegNet's scheme (CVPR 2018) on the network's output: the discriminator lear
 network to have its target maps taken for source.
 """
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -37,17 +36,6 @@ class Discriminator(nn.Module):
         """As `forward`, but only the input gets a gradient: the generator's term of one joint backward."""
         weights = {name: parameter.detach() for name, parameter in self.named_parameters()}
         return functional_call(self, weights, (probabilities,))
-
-    def load_official(self, state: Mapping[str, Tensor]) -> None:
-        """Fill from an official checkpoint's discriminator, whose layers come in our order under other names.
-
-        Raises ValueError where number or shapes of the tensors differ.
-        """
-        own = self.state_dict()
-        if [tuple(t.shape) for t in state.values()] != [tuple(t.shape) for t in own.values()]:
-            found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in state.items())
-            raise ValueError(f"discriminator of {self.num_classes} classes: expected {len(own)} tensors, found {found}")
-        self.load_state_dict(dict(zip(own, state.values(), strict=True)))
 
 
 def adversarial_loss(scores: Tensor, domain: float, criterion: Literal["LS", "Vanilla"] = "LS") -> Tensor:

@@ -18,7 +18,7 @@ from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
 from common.files import follow, load_array, read_artifact, replacing
-from common.models.layers import resize_rows
+from common.ops.resize import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
 

@@ -79,7 +79,7 @@ def torch_nearest_index(size: int, stored: int, start: int, count: int) -> np.nd
 Rule = Callable[[int, int, int, int], np.ndarray]
 
 
-def nearest(array: np.ndarray, g: Geometry, crop: tuple[int, int], rule: Rule = nearest_index) -> np.ndarray:
+def nearest_crop(array: np.ndarray, g: Geometry, crop: tuple[int, int], rule: Rule = nearest_index) -> np.ndarray:
     """The crop (..., h, w) of `array` (..., H, W) under `g`, nearest neighbour; mirrored, not padded."""
     h, w = g.extent(crop)
     rows = rule(g.height, array.shape[-2], g.y, h)
@@ -201,7 +201,7 @@ def pad(image: torch.Tensor, crop: tuple[int, int], fill: Colour = MEAN_COLOUR, 
     return padded
 
 
-def warp_maps(
+def cut_maps(
     sample: Mapping[str, Any], g: Geometry, crop: tuple[int, int], rule: Rule = nearest_index, left: bool = False
 ) -> dict[str, Any]:
     """Every array of the sample but the image, under `g`; padded with IGNORE (whole numbers) or 0 (others).
@@ -214,7 +214,7 @@ def warp_maps(
             continue
         if isinstance(value, np.ndarray):
             if value.shape[-2:] == (g.height0, g.width0):
-                value = _pad_map(nearest(value, g, crop, rule), crop, left)
+                value = _pad_map(nearest_crop(value, g, crop, rule), crop, left)
             value = torch.from_numpy(value)
         result[key] = value
     return result

@@ -29,7 +29,7 @@ class Subset:
     path: np.ndarray
 
 
-def class_weights(statistics: Statistics, level: Level) -> sparse.csr_array:
+def presence_weights(statistics: Statistics, level: Level) -> sparse.csr_array:
     """What each image adds to each class, (N, K): 1 where it shows the class, or the class's share of its pixels."""
     pixels = sparse.csr_array(statistics.pixels.astype(np.float64))
     if level == "image":

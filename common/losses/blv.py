@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def class_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore") -> Tensor:
+def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore") -> Tensor:
     """w_k in [0, 1], float32 (K,), computed in float64; no host sync.
 
     absent: what a class without a pixel is (see `BLV`). Its own weight is 1 either way, unless no class is rarer
@@ -104,7 +104,7 @@ class BLV:
 
     def vector(self, counts: Counts) -> Tensor:
         """w_k (K,)."""
-        return class_weights(counts.pixels, self.coefficient, self.absent)
+        return variation_weights(counts.pixels, self.coefficient, self.absent)
 
     def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float = 0.0) -> Tensor:
         """z' in float32 of logits (B, K, …); the label plays no part. progress: share of the training that is over."""

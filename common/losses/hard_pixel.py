@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.config.bounds import Above, AtMost, Below, Count
 from common.data import IGNORE
-from common.models.layers import resize_rows
+from common.ops.resize import resize_rows
 
 BAND = 1 << 22  # logits at full size that are made at a time
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Length, Rate, Side, Width
 from common.models.backbones import build_backbone
-from common.models.layers import resize
-from common.models.segmentor import Geometry, SegmentationModel
+from common.models.segmentor import Extents, SegmentationModel
+from common.ops.resize import resize
 
 STRIDE = 4  # of the logits
 
 
 @dataclass(frozen=True)
-class DeepLabV3PlusOptions:
+class DeepLabV3PlusD2Options:
     """Defaults are those of the release."""
 
     channels: Width = 256  # of every ASPP branch and of the decoder
@@ -46,7 +46,7 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.norm(self.conv(x)), inplace=True)
 
 
-class ASPP(nn.Module):
+class PyramidPooling(nn.Module):
     """Atrous spatial pyramid pooling: 1×1, dilated 3×3 and pooled branches, joined by a 1×1 convolution.
 
     The release pools with a window of the training crop's size; at that size, and here at any, it is the global mean.
@@ -73,11 +73,11 @@ class DeepLabV3PlusD2(SegmentationModel):
     classifiers = ("predictor",)
     average_softmax = False  # detectron2 averages logits
 
-    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusOptions):
+    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusD2Options):
         super().__init__(num_classes, mean, std, align_corners=False)
         self.backbone = backbone
         finest, *_, coarsest = backbone.channels
-        self.aspp = ASPP(coarsest, options.channels, options.dilations, options.dropout)
+        self.aspp = PyramidPooling(coarsest, options.channels, options.dilations, options.dropout)
         self.lateral = ConvNormReLU(finest, options.lateral_channels)
         self.fuse = nn.Sequential(
             ConvNormReLU(options.channels + options.lateral_channels, options.channels, 3),
@@ -93,7 +93,7 @@ class DeepLabV3PlusD2(SegmentationModel):
         features = self.fuse(torch.cat([lateral, resize(self.aspp(coarsest), lateral.shape[-2:])], 1))
         return {"logits": self.predictor(features), "features": features, "aux": []}
 
-    def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+    def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the logits enlarged 4 times and cropped: a side that is no multiple of 4 is not squeezed."""
         padded = tuple(STRIDE * side for side in out["logits"].shape[-2:])
         return self.upsample(out["logits"], geometry._replace(padded=padded), rows)
@@ -112,7 +112,7 @@ def dilate_last_stage(backbone: nn.Module, dilation: int = 2) -> nn.Module:
 
 def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
     """The network of a config with a ResNet."""
-    options = typed(DeepLabV3PlusOptions, config.options, "model.options")
+    options = typed(DeepLabV3PlusD2Options, config.options, "model.options")
     if config.align_corners:
         raise ConfigError(
             "model.align_corners: detectron2's DeepLabV3+ resizes without aligned corners; set it to false"

@@ -15,9 +15,9 @@ from torchvision.models.resnet import Bottleneck
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Depth, Rate, Width
-from common.models.layers import resize
 from common.models.pretrained import load_backbone
 from common.models.segmentor import SegmentationModel
+from common.ops.resize import resize
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 RATES = (6, 12, 18)  # dilations of the ASPP's 3×3 branches

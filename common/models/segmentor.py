@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.data import IGNORE
-from common.models.layers import resize_rows, source_rows
+from common.ops.resize import resize_rows, source_rows
 
 BAND = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that a band of `labels` holds: the cache, or 64 MiB
 
 
-class Geometry(NamedTuple):
+class Extents(NamedTuple):
     """Heights and widths on the way from a net's output to the scores that a user asked for."""
 
     padded: tuple[int, int]  # what `segment` saw
@@ -133,7 +133,7 @@ class SegmentationModel(nn.Module, ABC):
             confidence[:, slice(*rows)] = self.confidence(band, best)
         return label, confidence
 
-    def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+    def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""
         return self.upsample(out["logits"], geometry, rows)
 
@@ -141,7 +141,7 @@ class SegmentationModel(nn.Module, ABC):
         """Probability (B, h, w) of the best class, of scores (B, K, h, w) and their maximum; softmax, as for logits."""
         return (best.float() - scores.float().logsumexp(1)).exp_()
 
-    def upsample(self, x: Tensor, geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+    def upsample(self, x: Tensor, geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of a map (B, C, h, w) resized to the net's input, freed of padding, resized to the final size."""
         padded, inner, size = geometry
         if inner == size:
@@ -153,9 +153,9 @@ class SegmentationModel(nn.Module, ABC):
     def _padded(self, size) -> tuple[int, int]:
         return tuple(-(-side // self.divisor) * self.divisor for side in size)
 
-    def _geometry(self, images: Tensor, size: tuple[int, int] | None) -> Geometry:
+    def _geometry(self, images: Tensor, size: tuple[int, int] | None) -> Extents:
         inner = tuple(images.shape[-2:])
-        return Geometry(self._padded(inner), inner, inner if size is None else tuple(size))
+        return Extents(self._padded(inner), inner, inner if size is None else tuple(size))
 
 
 class Segmentor(SegmentationModel):

@@ -268,18 +268,3 @@ def exact_labels(costs: Costs, scan: Scan, prices: Tensor, slack: float = 0.0) -
         slack = slack / int(surplus.clip(0).sum())
         labels[rows] = Repair(cost, price, labels[rows], surplus, small, slack).run()
     return torch.from_numpy(labels).long()
-
-
-def balanced_assign(cost: Tensor, *, seed: int = 0) -> Tensor:
-    """Assignment int64 (n,) of the points of `cost` (n,k) to k clusters of ⌊n/k⌋..⌈n/k⌉ points, of (nearly) least cost.
-
-    Up to `EXACT_BELOW` points it is exact up to rounding; above, the final repair looks only at the points that are
-    nearest to a border.
-    """
-    n, k = cost.shape
-    if k < 2:
-        return torch.zeros(n, dtype=torch.long)
-    costs = Matrix(cost.float())
-    generator = torch.Generator().manual_seed(seed)
-    scan, prices = equalise(costs, torch.zeros(k, device=cost.device), TIGHT, generator)
-    return exact_labels(costs, scan, prices)

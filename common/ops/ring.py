@@ -41,11 +41,6 @@ class RingBank(nn.Module):
         self.pushed = int(self.count)
 
     @property
-    def pointer(self) -> int:
-        """Where the next row goes."""
-        return self.pushed % self.length
-
-    @property
     def full(self) -> bool:
         """Whether every row was pushed, so that all of them may be used."""
         return self.pushed >= self.length
@@ -55,14 +50,14 @@ class RingBank(nn.Module):
         """The share of rows that hold something."""
         return min(1.0, self.pushed / self.length)
 
-    def slots(self, n: int, ahead: int = 0) -> tuple[slice, ...]:
-        """Where the n rows after the next `ahead` ones will go: one slice, or two where the ring closes.
+    def slots(self, n: int) -> tuple[slice, ...]:
+        """Where the next n rows will go: one slice, or two where the ring closes.
 
         A table of values derived from the rows (scores, say) is kept up to date by writing to the same slots.
         """
         if n > self.length:
             raise ValueError(f"{n} rows do not fit into a bank of {self.length}")
-        start = (self.pushed + ahead) % self.length
+        start = self.pushed % self.length
         if start + n <= self.length:
             return (slice(start, start + n),)
         return slice(start, self.length), slice(0, start + n - self.length)

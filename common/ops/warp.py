@@ -5,10 +5,7 @@
 the same field has cells of H/h × W/w pixels, so cell centres go through the same matrix.
 """
 
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
@@ -28,29 +25,19 @@ def warp_labels(labels: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None 
     return moved.masked_fill(~_visible(seen.view_as(labels), cutout, crop), IGNORE)
 
 
-def warp_maps(
-    maps: Tensor,
-    warp: Tensor,
-    crop: Size,
-    cutout: Tensor | None = None,
-    mode: Literal["nearest", "bilinear"] = "nearest",
-) -> tuple[Tensor, Tensor]:
-    """Maps (B, C, h, w) as the view shows them, 0 outside the crop, and the bool mask (B, h, w) of what is visible.
+def warp_maps(maps: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Maps (B, C, h, w) as the view shows them, and the bool mask (B, h, w) of what is visible.
 
-    The mask is False outside the crop and inside the cutout; the other arguments are those of `warp_labels`.
+    Maps are those of the nearest cell, 0 outside the crop; the mask is False there and inside the cutout. The other
+    arguments are those of `warp_labels`.
     """
     size = tuple(maps.shape[-2:])
-    source = _source(warp, size, crop)
-    index, seen = _nearest(source, size)
+    index, seen = _nearest(_source(warp, size, crop), size)
     seen = seen.view(-1, *size)
-    if mode == "nearest":
-        moved = maps.flatten(2).gather(2, index[:, None].expand(-1, maps.shape[1], -1)).view_as(maps)
-        moved = moved * seen[:, None]
-    else:
-        x, y = source.unbind(-1)
-        grid = torch.stack((2 * x / size[1] - 1, 2 * y / size[0] - 1), -1)
-        moved = F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", align_corners=False)
-    return moved, _visible(seen, cutout, crop)
+
+    every_channel = index[:, None].expand(-1, maps.shape[1], -1)
+    moved = maps.flatten(2).gather(2, every_channel).view_as(maps)
+    return moved * seen[:, None], _visible(seen, cutout, crop)
 
 
 def _source(warp: Tensor, size: Size, crop: Size) -> Tensor:

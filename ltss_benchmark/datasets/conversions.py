@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 
 from common.data.catalogue.ltss import class_table
 from common.data.decoding import check_png, decoding, opened, read_bytes
-from common.data.geometry import Geometry, bilinear, nearest
+from common.data.geometry import Geometry, bilinear, nearest_crop
 from common.data.images import Picture
 from common.data.labels import LabelTable, read_index
 from ltss_benchmark.datasets.preparation import place, save
@@ -63,7 +63,7 @@ def ade20k_full_pair(job: tuple[Path, Path, Path, Path]) -> None:
         grey = pixels.ndim == 2
         picture = Picture.of(np.repeat(pixels[..., None], 3, 2) if grey else pixels)
         resized = bilinear(picture, g, size).permute(1, 2, 0).numpy()
-        pixels, index = resized[..., 0] if grey else resized, nearest(index, g, size)
+        pixels, index = resized[..., 0] if grey else resized, nearest_crop(index, g, size)
     save(_ade20k_full_table()[index], label_target)
     save(np.ascontiguousarray(pixels), image_target)
 

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.config import Config, load_config
 from common.engine.method import Batch, Losses, Method
 from common.engine.trainer import Trainer
-from common.losses.blv import class_weights
+from common.losses.blv import variation_weights
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
@@ -273,7 +273,7 @@ def _blv(counts: torch.Tensor) -> PixelLoss:
 def literal_blv(logits: torch.Tensor, label: torch.Tensor, counts: torch.Tensor, sigma: float) -> torch.Tensor:
     """BLV as a first version of it is written: a distribution object samples on the host, the noise is copied over."""
     noise = torch.distributions.Normal(0.0, sigma).sample(logits.shape).clamp(0, 1).to(logits.device)
-    weight = class_weights(counts).to(logits.device).view(1, -1, 1, 1)
+    weight = variation_weights(counts).to(logits.device).view(1, -1, 1, 1)
     return F.cross_entropy(logits + noise * weight, label.long(), ignore_index=-1)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from common.config import ConfigError, ModelConfig
 from common.models import build_model, load_weights
-from common.models.layers import resize
+from common.ops.resize import resize
 from semi_sup.subclasses import PRESETS
 from tests.golden.fill import fill, image
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from common.ops.balanced_assignment import balanced_assign
+from common.ops.balanced_assignment import TIGHT, Matrix, equalise, exact_labels
 from common.ops.balanced_kmeans import balanced_kmeans
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,13 @@ def exact_kmeans(x: np.ndarray, centres: np.ndarray) -> float:
 
 def start(x: np.ndarray, k: int, seed: int) -> np.ndarray:
     return x[np.random.default_rng(seed).choice(len(x), k, replace=False)]
+
+
+def balanced_assign(cost: torch.Tensor) -> torch.Tensor:
+    """Assignment of the points of `cost` (n, k) to clusters of equal size, as each iteration of k-means makes it."""
+    costs, k = Matrix(cost.float()), cost.shape[1]
+    scan, prices = equalise(costs, torch.zeros(k), TIGHT, torch.Generator().manual_seed(0))
+    return exact_labels(costs, scan, prices)
 
 
 def assert_balanced(labels: torch.Tensor, k: int):

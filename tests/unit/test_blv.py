@@ -1,6 +1,5 @@
 """BLV against closed forms, the paper's tables and plain cross-entropy."""
 
-
 import math
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config import ConfigError
-from common.losses.blv import BLV, RELEASED_COUNTS, class_weights, draw_mean
+from common.losses.blv import BLV, RELEASED_COUNTS, draw_mean, variation_weights
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
@@ -50,29 +49,29 @@ def data(shape=(2, 5, 8, 9)):
 
 
 def test_weights_of_published_counts():
-    released = class_weights(RELEASED_COUNTS)
+    released = variation_weights(RELEASED_COUNTS)
     assert released[[0, 2, 12, 13, 18]].tolist() == pytest.approx([0.1028, 0.1690, 0.8214, 0.5292, 1.0], abs=1e-4)
-    first = class_weights(RELEASED_COUNTS, "max")
+    first = variation_weights(RELEASED_COUNTS, "max")
     assert first[[0, 2, 12, 13, 18]].tolist() == pytest.approx([0.0, 0.0738, 0.8009, 0.4753, 1.0], abs=1e-4)
-    paper = class_weights(CITYSCAPES)
+    paper = variation_weights(CITYSCAPES)
     assert paper[[0, 8, 12, 14, 17]].tolist() == pytest.approx([0.1442, 0.2654, 0.9546, 0.8559, 1.0], abs=1e-4)
 
 
 def test_weights_stay_finite_for_absent_equal_and_single_classes():
-    assert torch.isfinite(class_weights([10, 0, 5])).all()
-    assert class_weights([7, 7, 7]).tolist() == [1, 1, 1]
-    assert class_weights([7, 7, 7], "max").tolist() == [0, 0, 0]
-    assert class_weights([7]).tolist() == [0]
+    assert torch.isfinite(variation_weights([10, 0, 5])).all()
+    assert variation_weights([7, 7, 7]).tolist() == [1, 1, 1]
+    assert variation_weights([7, 7, 7], "max").tolist() == [0, 0, 0]
+    assert variation_weights([7]).tolist() == [0]
 
 
 @pytest.mark.parametrize("coefficient", ["paper", "max"])
 def test_absent_classes_leave_the_weights_of_the_others_alone(coefficient):
-    present = class_weights(CITYSCAPES, coefficient)
+    present = variation_weights(CITYSCAPES, coefficient)
     for places in ((0,), (4, 9), (19,), (0, 10, 19)):
         counts = torch.tensor(CITYSCAPES, dtype=torch.float64)
         for place in places:
             counts = torch.cat((counts[:place], torch.zeros(1, dtype=torch.float64), counts[place:]))
-        weight = class_weights(counts, coefficient)
+        weight = variation_weights(counts, coefficient)
         assert (weight[counts == 0] == 1).all() and torch.equal(weight[counts > 0], present)
 
 
@@ -80,15 +79,15 @@ def test_the_release_counts_an_absent_class_as_one_pixel():
     """Its coefficient log(Σq) is then the largest, and every other weight smaller."""
     counts = (900, 90, 6, 4, 0)
     expected = [math.log(1001 / max(q, 1)) / math.log(1001) for q in counts]
-    assert class_weights(counts, "paper", "floor").tolist() == pytest.approx(expected)
+    assert variation_weights(counts, "paper", "floor").tolist() == pytest.approx(expected)
     closed = [math.log(1000 / q) / math.log(1000 / 4) for q in counts[:4]]
-    assert class_weights(counts).tolist() == pytest.approx([*closed, 1.0])
-    assert class_weights((0, 7, 7), "max").tolist() == [1, 0, 0] and class_weights((0, 7)).tolist() == [1, 0]
-    assert class_weights((0, 0)).tolist() == [1, 1]
+    assert variation_weights(counts).tolist() == pytest.approx([*closed, 1.0])
+    assert variation_weights((0, 7, 7), "max").tolist() == [1, 0, 0] and variation_weights((0, 7)).tolist() == [1, 0]
+    assert variation_weights((0, 0)).tolist() == [1, 1]
     for preset in ("released-head", "released-first"):
         remedy = options(preset=preset, counts=counts)
         vector = remedy.vector(Counts.from_pixels(counts))
-        assert torch.equal(vector, class_weights(counts, remedy.coefficient, "floor"))
+        assert torch.equal(vector, variation_weights(counts, remedy.coefficient, "floor"))
     assert make(counts).offsets[3] == 1 > make(counts, absent="floor").offsets[3]
 
 
@@ -123,7 +122,7 @@ def test_constant_offset_equals_shifted_logits(sign):
     logits, label = data()
     counts = [900, 50, 30, 20, 1]
     loss = make(counts, noise="constant", sign=sign)(logits, label)
-    shifted = logits + sign * class_weights(counts).view(1, -1, 1, 1)
+    shifted = logits + sign * variation_weights(counts).view(1, -1, 1, 1)
     torch.testing.assert_close(loss, F.cross_entropy(shifted, label.long(), ignore_index=-1))
 
 
@@ -191,7 +190,7 @@ def test_pseudo_labels_of_another_domain_weigh_like_all_source_pixels():
     shares = torch.bincount(label[label >= 0], minlength=19).double()
     shares /= shares.sum()
     source = torch.tensor(GTA5, dtype=torch.float64)
-    start, expected = class_weights(GTA5), class_weights(source + source.sum() * shares)
+    start, expected = variation_weights(GTA5), variation_weights(source + source.sum() * shares)
     for steps in (1, 3):
         refreshed = make(GTA5, refresh=steps, unit="shares")
         for step in range(steps):
@@ -213,9 +212,9 @@ def test_pseudo_labels_of_the_same_domain_count_as_pixels():
     refreshed.count(label, area=64.0)
     refreshed.after_step(0)
     pixels = 64 * torch.bincount(label[label >= 0], minlength=19)
-    torch.testing.assert_close(refreshed.offsets, class_weights(torch.tensor(CITYSCAPES) + pixels))
+    torch.testing.assert_close(refreshed.offsets, variation_weights(torch.tensor(CITYSCAPES) + pixels))
     refreshed.after_step(1)  # nothing was counted since
-    assert torch.equal(refreshed.offsets, class_weights(CITYSCAPES))
+    assert torch.equal(refreshed.offsets, variation_weights(CITYSCAPES))
 
 
 @pytest.mark.parametrize("unit", ["pixels", "shares"])
@@ -234,13 +233,13 @@ def test_refreshed_counts_start_from_those_in_use(unit, counts):
     student.after_step(0)
     resumed = student_loss()
     resumed.load_state_dict(student.state_dict())
-    assert torch.equal(student.offsets, class_weights(used)) and torch.equal(resumed.offsets, student.offsets)
+    assert torch.equal(student.offsets, variation_weights(used)) and torch.equal(resumed.offsets, student.offsets)
     for each in (student, resumed):
         each.count(label, 4.0)
         each.after_step(1)
     pseudo = 8 * torch.bincount(label[label >= 0], minlength=19).double()
     pseudo *= sum(used) / pseudo.sum() if unit == "shares" else 1
-    torch.testing.assert_close(student.offsets, class_weights(torch.tensor(used) + pseudo))
+    torch.testing.assert_close(student.offsets, variation_weights(torch.tensor(used) + pseudo))
     assert torch.equal(resumed.offsets, student.offsets)
 
 

@@ -5,13 +5,13 @@ import torch
 
 from common.data import toy
 from common.data.colour_transfer import colour_statistics, rgb_to_lab
-from common.data.recipes.cpsl import CPSL
+from common.data.recipes.cpsl import CPSLViews
 
 
 @pytest.fixture
 def recipe(tmp_path):
     root = toy.make("cityscapes", tmp_path, train=2, size=(32, 64))
-    return CPSL(colour_from={"dataset": "cityscapes", "root": str(root)})
+    return CPSLViews(colour_from={"dataset": "cityscapes", "root": str(root)})
 
 
 def compute(recipe, index):

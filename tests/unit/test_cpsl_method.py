@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config import Config, ConfigError, ModelConfig
-from common.losses.blv import class_weights
+from common.losses.blv import variation_weights
 from tests.contexts import context
 from uda.base import known_prototypes, read_distribution, read_prototypes, rectified, to_grid
 from uda.cpsl import CPSL
@@ -187,7 +187,7 @@ def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
     assert method.features.full and all(losses["loss"].isfinite() for losses in parts)
     again = make(CPSL, cfg, options)
     again.load_state_dict(method.state_dict())
-    assert again.features.full and again.features.pointer == method.features.pointer
+    assert again.features.full and again.features.pushed == method.features.pushed
     torch.testing.assert_close(again.prototypes_ema, method.prototypes_ema)
 
 
@@ -247,13 +247,13 @@ def test_blv_counts_are_refreshed_and_saved(cfg, options):
     remedies = {"logits": {"name": "blv"}, "counts": {"refresh": 1}}
     method = make(CPSL, cfg, options, counts, **remedies)
     after = method.loss.offsets
-    torch.testing.assert_close(after, class_weights(counts))
+    torch.testing.assert_close(after, variation_weights(counts))
     *_, label, _, _ = method.look(batches()["target"])
     for _ in method(batches(), 0):
         pass
     method.after_step(0)
     seen = torch.bincount(label.flatten(), minlength=CLASSES).double()
-    torch.testing.assert_close(after, class_weights(counts + counts.sum() * seen / seen.sum()))
+    torch.testing.assert_close(after, variation_weights(counts + counts.sum() * seen / seen.sum()))
     again = make(CPSL, cfg, options, counts, **remedies)
     again.load_state_dict(method.state_dict())
     assert torch.equal(again.loss.offsets, after)
@@ -271,7 +271,7 @@ def test_blv_in_every_stage(cfg):
         method = make(WarmUp, cfg, logits={"name": "blv", "noise": "constant", "average": average})
         losses.append([method.loss(logits, label), method.symmetric_loss(logits, label, (0.1, 1.0), 0.0)])
     torch.testing.assert_close(losses[1], [valid * value for value in losses[0]])
-    noisy = logits + class_weights([9, 5, 3, 2, 1]).view(1, -1, 1, 1)
+    noisy = logits + variation_weights([9, 5, 3, 2, 1]).view(1, -1, 1, 1)
     torch.testing.assert_close(losses[0][0], F.cross_entropy(noisy, label.long(), ignore_index=-1))
 
 

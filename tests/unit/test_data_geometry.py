@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.data.geometry import Geometry, bilinear, fit, nearest, pillow, pillow_nearest_index
+from common.data.geometry import Geometry, bilinear, fit, nearest_crop, pillow, pillow_nearest_index
 from common.data.images import Picture
 from tests.unit.data_files import assert_close, classes, picture, pillow_resize, save
 
@@ -50,7 +50,7 @@ def test_bilinear_and_nearest_against_opencv():
         whole = torch.from_numpy(cv2.resize(pixels, (g.width, g.height))).permute(2, 0, 1).int()
         assert (bilinear(Picture.of(pixels), g, (24, 30)).int() - cut(whole, g, (24, 30))).abs().max() <= 1
         expected = torch.from_numpy(cv2.resize(label, (g.width, g.height), interpolation=cv2.INTER_NEAREST))
-        assert np.array_equal(nearest(label, g, (24, 30)), cut(expected, g, (24, 30)))
+        assert np.array_equal(nearest_crop(label, g, (24, 30)), cut(expected, g, (24, 30)))
 
 
 def test_nearest_rule_on_many_sizes():
@@ -61,7 +61,7 @@ def test_nearest_rule_on_many_sizes():
         line = np.arange(stored, dtype=np.int16)[None]
         g = Geometry(1, stored, 1, size, 0, 0, 0)
         expected = cv2.resize(line, (size, 1), interpolation=cv2.INTER_NEAREST)
-        assert np.array_equal(nearest(line, g, (1, size)), expected), (stored, size)
+        assert np.array_equal(nearest_crop(line, g, (1, size)), expected), (stored, size)
 
 
 def test_pillow_nearest_rule():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from common.config import ConfigError, DataConfig, SourceConfig, StreamConfig
 from common.data import DATASETS, IGNORE, build_transform, make_streams, resolve
-from common.data.geometry import Geometry, nearest, pillow_exact, torch_nearest_index
+from common.data.geometry import Geometry, nearest_crop, pillow_exact, torch_nearest_index
 from common.data.images import Picture
 from common.data.recipes.detectron2 import Detectron2, exchanged
 from common.evaluation import mirrored_classes
@@ -87,7 +87,7 @@ def test_label_is_the_crop_of_what_torch_resizes_whole():
     label = classes(61, 93, 9).astype(np.int16)
     g = Geometry(61, 93, 100, 150, 30, 40, 1)
     whole = F.interpolate(torch.from_numpy(label)[None, None].double(), (100, 150), mode="nearest")[0, 0]
-    assert np.array_equal(nearest(label, g, (24, 24), torch_nearest_index), cut(whole, g, (24, 24)))
+    assert np.array_equal(nearest_crop(label, g, (24, 24), torch_nearest_index), cut(whole, g, (24, 24)))
 
 
 def test_many_odd_images_become_the_crop_with_grey_and_ignored_padding():

@@ -12,7 +12,7 @@ import common.models.segmentor as segmentor
 from common.config import ConfigError, ModelConfig
 from common.models import SegmentationModel, build_model, load_weights
 from common.models.heads.psp import PSPHead
-from common.models.layers import adaptive_average, resize_rows, source_rows
+from common.ops.resize import adaptive_average, resize_rows, source_rows
 
 PYRAMID = {"channels": 16, "auxiliary_channels": 8}
 SWIN = {"dim": 16, "depths": (1, 2, 1, 1), "heads": (1, 2, 2, 2)}
@@ -220,7 +220,7 @@ def test_bands_are_the_rows_of_the_whole_resize(height, out, align_corners):
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_deterministic_pooling_is_adaptive_pooling(size, monkeypatch):
     x = torch.randn(2, 3, 16, 7)
-    monkeypatch.setattr("common.models.layers.needs_products", lambda x: True)
+    monkeypatch.setattr("common.ops.resize.needs_products", lambda x: True)
     torch.testing.assert_close(adaptive_average(x, size), F.adaptive_avg_pool2d(x, size))
 
 

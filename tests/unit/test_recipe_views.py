@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from common.data import IGNORE, SegmentationDataset, build_transform
 from common.data import colour as colours
 from common.data.colour_transfer import Recoloured, colour_statistics, lab_to_rgb, rgb_to_lab
-from common.data.geometry import Geometry, nearest
+from common.data.geometry import Geometry, nearest_crop
 from common.data.images import Picture
 from common.data.recipes import cpsl as cpsl_views
 from tests.unit.data_files import assert_close, classes, make_folder, opened, picture, pillow_resize, save
@@ -46,7 +46,7 @@ def test_usrn_labelled_sample_against_pillow():
         short = [(0, max(40 - g.height, 0)), (0, max(40 - g.width, 0))]
         planes = [np.pad(image[..., c], short, constant_values=v) for c, v in enumerate((124, 116, 104))]
         expected = np.stack(planes)[:, g.y : g.y + 40, g.x : g.x + 40]
-        whole = nearest(label, g._replace(y=0, x=0, flip=0), (g.height, g.width))
+        whole = nearest_crop(label, g._replace(y=0, x=0, flip=0), (g.height, g.width))
         classes_ = np.pad(whole, short, constant_values=IGNORE)[g.y : g.y + 40, g.x : g.x + 40]
         step = -1 if g.flip else 1
         assert_close(out["image"], expected[..., ::step])

@@ -7,7 +7,7 @@ import torch
 from common.config import ConfigError, SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset, build_transform
 from common.data import colour as colours
-from common.data.geometry import Geometry, nearest
+from common.data.geometry import Geometry, nearest_crop
 from common.data.labels import is_varied
 from common.data.recipes.mmseg import MMSeg
 from tests.unit.data_files import classes, make_folder, opened, picture
@@ -40,7 +40,7 @@ def test_mmseg_geometry_fits_image_label_and_maps():
         assert (g.height, g.width) != SIZE or torch.equal(out["image"][0], out["label"] * 40)
         matches = (out["image"][0].int() - out["label"] * 40).abs()[inner] <= 1
         assert matches.float().mean() > 0.5  # all but the blended borders of the regions
-        expected = nearest(label[::-1], g, (24, 30))
+        expected = nearest_crop(label[::-1], g, (24, 30))
         assert np.array_equal(out["other"].numpy()[: expected.shape[0], : expected.shape[1]], expected)
 
 
@@ -85,7 +85,7 @@ def test_category_limit_redraws_up_to_ten_times():
     free = MMSeg((20, 20), ratio=(1.0, 1.0), category_limit=1.0)
 
     def share(t, seeds):
-        return np.mean([is_varied(nearest(label, t.draw((60, 60), label, rng(k)), (20, 20)), 0.9) for k in seeds])
+        return np.mean([is_varied(nearest_crop(label, t.draw((60, 60), label, rng(k)), (20, 20)), 0.9) for k in seeds])
 
     p = share(free, range(3000))
     assert share(transform, range(1000)) == pytest.approx(1 - (1 - p) ** 11, abs=0.05)

@@ -12,7 +12,7 @@ from scipy import sparse
 from common.config import SourceConfig
 from common.data import SegmentationDataset, class_statistics
 from common.data.imbalance import gini
-from common.data.subset import class_weights, greedy_subset
+from common.data.subset import greedy_subset, presence_weights
 from scripts import make_longtail
 from tests.unit.data_files import folder_options, picture, save
 
@@ -147,10 +147,10 @@ def source(tmp_path):
 
 def test_weights_of_a_data_set(source):
     statistics = class_statistics(SegmentationDataset(source), 0)
-    assert np.array_equal(class_weights(statistics, "image").toarray(), statistics.presence)
+    assert np.array_equal(presence_weights(statistics, "image").toarray(), statistics.presence)
     expected = statistics.pixels / (20 * 24)
-    np.testing.assert_allclose(class_weights(statistics, "pixel").toarray(), expected)
-    np.testing.assert_allclose(class_weights(statistics, "pixel").sum(0), statistics.area)
+    np.testing.assert_allclose(presence_weights(statistics, "pixel").toarray(), expected)
+    np.testing.assert_allclose(presence_weights(statistics, "pixel").sum(0), statistics.area)
 
 
 def test_script(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """A loss sees each pixel where evaluation puts it, whatever the crop: 64 fits every stride, 65 and 97 fit none.
 
-The reference of each test is what `predict` (or the `Geometry` that it is made with) gives for the same crop.
+The reference of each test is what `predict` (or the `Extents` that it is made with) gives for the same crop.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from common.config import Config, ModelConfig, TrainConfig
 from common.data import IGNORE
 from common.models import MODELS
 from common.models.mask2former.decoder import masks
-from common.models.segmentor import Geometry
+from common.models.segmentor import Extents
 from fully_sup.supervised import Supervised
 from ltss_benchmark import criterion
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
@@ -97,7 +97,7 @@ def test_usrn_labelled(name, crop):
     if name == "usrn":
         out = method.model.segment(method.model.normalise(data["image"]), subclasses=True)
         padded = -(-crop // 8) * 8
-        geometry = Geometry((padded, padded), (crop, crop), (crop, crop))
+        geometry = Extents((padded, padded), (crop, crop), (crop, crop))
         large = method.model.upsample(out["sub_logits"], geometry, (0, crop))
         reference = F.cross_entropy(large, data["sub_label"], ignore_index=IGNORE)
         torch.testing.assert_close(terms["Ls_sub"], reference)
@@ -167,7 +167,7 @@ def test_mask2former(monkeypatch, crop):
     classes = torch.tensor([0, 3])
     found = method.criterion._pair_losses(maps[0, :2], classes, label[0])
 
-    large = method.model.upsample(maps[:1, :2], Geometry((padded,) * 2, (crop,) * 2, (crop,) * 2), (0, crop))[0]
+    large = method.model.upsample(maps[:1, :2], Extents((padded,) * 2, (crop,) * 2, (crop,) * 2), (0, crop))[0]
     truth = (data["label"][0] == classes[:, None, None]).float()
     x, y = points.T
     torch.testing.assert_close(found, criterion.point_losses(large[:, y, x], truth[:, y, x]))

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.geometry import MEAN_COLOUR
 from common.data.images import Picture
-from common.data.recipes.usrn import USRN as Views
-from common.losses.blv import class_weights
+from common.data.recipes.usrn import USRNViews as Views
+from common.losses.blv import variation_weights
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.upsampled import upsampled_cross_entropy
-from common.models.layers import resize
+from common.ops.resize import resize
 from semi_sup.config import build_method
 from semi_sup.losses import gated_labels
 from semi_sup.subclasses import PRESETS, chosen_counts, offsets, parents
@@ -228,7 +228,7 @@ def test_blv_perturbs_the_students_class_logits():
     noisy.model.load_state_dict(plain.model.state_dict())
     a, b = run(plain.eval(), streams), run(noisy.eval(), streams)
     assert a["Ls_sub"] == b["Ls_sub"] and a["Lu_sub"] == b["Lu_sub"] and a["kept"] == b["kept"]
-    w = class_weights(counts).view(1, -1, 1, 1)
+    w = variation_weights(counts).view(1, -1, 1, 1)
     net, labeled, unlabeled = plain.model, streams["labeled"], streams["unlabeled"]
     torch.testing.assert_close(b["Ls"], pixel_cross_entropy(resize(net(labeled["image"])["logits"], (32, 32), True) + w,
                                                             labeled["label"]))  # fmt: skip
@@ -250,7 +250,7 @@ def test_blv_counts_are_refreshed_and_kept():
     assert float(pseudo.sum()) == pytest.approx(sum(shares) * 2 * 32 * 32)  # in pixels, as the labels
     assert torch.equal(weight, before)
     m.after_step(1)
-    torch.testing.assert_close(weight, class_weights(counts + pseudo))
+    torch.testing.assert_close(weight, variation_weights(counts + pseudo))
     again = method(**make)
     again.load_state_dict(m.state_dict())
     assert torch.equal(again.loss.offsets, weight) and not torch.equal(weight, before)

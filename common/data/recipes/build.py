@@ -13,11 +13,11 @@ import numpy as np
 from common.config import pick, typed
 from common.config.bounds import Size
 from common.data.dataset import SegmentationDataset, Transform
-from common.data.geometry import bilinear, fit, identity, warp_maps
-from common.data.recipes.cpsl import CPSL
+from common.data.geometry import bilinear, cut_maps, fit, identity
+from common.data.recipes.cpsl import CPSLViews
 from common.data.recipes.detectron2 import Detectron2
 from common.data.recipes.mmseg import MMSeg
-from common.data.recipes.usrn import USRN
+from common.data.recipes.usrn import USRNViews
 
 Sample = dict[str, Any]
 
@@ -34,10 +34,16 @@ class Native:
         height, width = size if self.box is None else fit(size, self.box)
         g = whole._replace(height=height, width=width)
         image = bilinear(sample["image"], g, (g.height, g.width))
-        return {**warp_maps(sample, whole, size), "image": image, "geometry": g.array()}
+        return {**cut_maps(sample, whole, size), "image": image, "geometry": g.array()}
 
 
-RECIPES: dict[str, type] = {"none": Native, "mmseg": MMSeg, "cpsl": CPSL, "usrn": USRN, "detectron2": Detectron2}
+RECIPES: dict[str, type] = {
+    "none": Native,
+    "mmseg": MMSeg,
+    "cpsl": CPSLViews,
+    "usrn": USRNViews,
+    "detectron2": Detectron2,
+}
 
 
 def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Transform:

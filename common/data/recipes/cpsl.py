@@ -14,14 +14,14 @@ from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.colour_transfer import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
 from common.data.dataset import SegmentationDataset
-from common.data.geometry import Geometry, draw_offset, pad, pillow, pillow_nearest_index, warp_maps
+from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow, pillow_nearest_index
 from common.data.images import Picture
 
 _GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True)
-class CPSL:
+class CPSLViews:
     """Load at `base`, resize to a drawn width, crop, mirror; optionally a strong view.
 
     crop: height, width. base: the size that images are brought to first (height, width; GTA5 and Cityscapes
@@ -74,7 +74,7 @@ class CPSL:
             picture = Recoloured(picture, self._reference_colours(int(rng.integers(len(self.reference)))))
         g = self.draw(picture.size, rng)
         left = bool(g.flip)  # a padded crop is mirrored with its padding, so that the mirror is about the crop's middle
-        result = warp_maps(sample, g, self.crop, pillow_nearest_index, left)
+        result = cut_maps(sample, g, self.crop, pillow_nearest_index, left)
         if self.full:
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
         weak = pad(pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop, left=left)
@@ -104,7 +104,7 @@ def at_base(sample: Mapping[str, Any], base: tuple[int, int] | None) -> dict[str
         return dict(sample)
     g = Geometry(*picture.size, *base, 0, 0, 0)
     pixels = np.array(Image.fromarray(picture.pixels()).resize(base[::-1], Image.Resampling.BILINEAR))
-    result = {**sample, **warp_maps(sample, g, base, pillow_nearest_index), "image": Picture.of(pixels)}
+    result = {**sample, **cut_maps(sample, g, base, pillow_nearest_index), "image": Picture.of(pixels)}
     del result["geometry"]
     return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
 

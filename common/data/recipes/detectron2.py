@@ -13,7 +13,7 @@ from common.config.bounds import Count, Share, Side, Size
 from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
-from common.data.geometry import Geometry, draw_offset, nearest, pad, pillow_exact, torch_nearest_index, warp_maps
+from common.data.geometry import Geometry, cut_maps, draw_offset, nearest_crop, pad, pillow_exact, torch_nearest_index
 from common.data.imbalance import GROUPS, groups
 from common.data.labels import IGNORE, is_varied
 from common.data.recipes.copy_paste import choose_random, choose_rare, classes_of, paste
@@ -92,7 +92,7 @@ class Detectron2:
         if self.colour:
             image = photometric_distortion(image, rng, hue_high=18)
         g = g._replace(flip=int(rng.random() < self.flip))
-        result = warp_maps(sample, g, self.crop, torch_nearest_index)
+        result = cut_maps(sample, g, self.crop, torch_nearest_index)
         if g.flip:
             image = image.flip(-1)
             if row.flip_pairs and "label" in result:
@@ -107,7 +107,7 @@ class Detectron2:
         for _ in range(10 if checked else 1):
             y, x = draw_offset((height, width), self.crop, rng)
             g = g._replace(y=y, x=x)
-            if checked and is_varied(nearest(label, g, self.crop, torch_nearest_index), self.category_limit):
+            if checked and is_varied(nearest_crop(label, g, self.crop, torch_nearest_index), self.category_limit):
                 break
         return g
 

@@ -9,7 +9,7 @@ import torch
 from common.config.bounds import Interval, Share, Size
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
-from common.data.geometry import Geometry, bilinear, draw_offset, fit, nearest, pad, warp_maps
+from common.data.geometry import Geometry, bilinear, cut_maps, draw_offset, fit, nearest_crop, pad
 from common.data.labels import is_varied
 
 Sample = dict[str, Any]
@@ -37,7 +37,7 @@ class MMSeg:
     def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
         picture = sample["image"]
         g = self.draw(picture.size, sample.get("label"), rng)
-        result = warp_maps(sample, g, self.crop)
+        result = cut_maps(sample, g, self.crop)
         if self.full:  # before the crop is cut: the image is then decoded once
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
         image = bilinear(picture, g, self.crop)
@@ -54,7 +54,7 @@ class MMSeg:
         g = Geometry(*size, height, width, *draw_offset((height, width), self.crop, rng), 0)
         if label is not None and self.category_limit < 1:
             for _ in range(10):
-                if is_varied(nearest(label, g, self.crop), self.category_limit):
+                if is_varied(nearest_crop(label, g, self.crop), self.category_limit):
                     break
                 y, x = draw_offset((height, width), self.crop, rng)
                 g = g._replace(y=y, x=x)

@@ -10,11 +10,11 @@ from torchvision.transforms import functional
 from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
-from common.data.geometry import Geometry, draw_offset, pad, pillow, warp_maps
+from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow
 
 
 @dataclass(frozen=True)
-class USRN:
+class USRNViews:
     """Resize by the long side, pad, crop, mirror; then colour.
 
     crop: height, width. base: pixels of the long side at ratio 1 (VOC 400, Cityscapes 2048); the long side is drawn
@@ -36,7 +36,7 @@ class USRN:
     ) -> dict[str, Any]:
         g = self.draw(sample["image"].size, rng)
         left = bool(g.flip)
-        result = warp_maps(sample, g, self.crop, left=left)
+        result = cut_maps(sample, g, self.crop, left=left)
         weak = pad(pillow(sample["image"], g, self.crop, Image.Resampling.BICUBIC), self.crop, left=left)
         if self.jitter:
             weak = from_pillow(colour_jitter(to_pillow(weak), rng, 0.4, 0.1))

@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.models.layers import ConvBNAct, DecodeHead, adaptive_average
+from common.models.layers import ConvBNAct, DecodeHead
+from common.ops.resize import adaptive_average
 
 
 class Pool(nn.Module):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.models.layers import resize
 from common.models.mask2former.pixel_decoder import PixelFeatures, sine_position
+from common.ops.resize import resize
 
 
 class Attention(nn.Module):

@@ -14,10 +14,10 @@ from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import AtLeast, AtMost, Depth, Width
 from common.models.backbones import build_backbone
 from common.models.backbones.frozen_norm import freeze_batchnorm
-from common.models.layers import resize_rows, source_rows
 from common.models.mask2former.decoder import MaskedDecoder, masks
 from common.models.mask2former.pixel_decoder import PixelDecoder
-from common.models.segmentor import Geometry, SegmentationModel
+from common.models.segmentor import Extents, SegmentationModel
+from common.ops.resize import resize_rows, source_rows
 
 Queries = Annotated[int, AtLeast(1), AtMost(10_000)]
 
@@ -106,7 +106,7 @@ class Mask2Former(SegmentationModel):
         pred_masks = masks(out["mask_embed"], out["mask_features"]) if self.training else out["pred_masks"]
         return {"probability": probability, "pred_masks": pred_masks}
 
-    def scores(self, out: dict[str, Any], geometry: Geometry, rows: tuple[int, int]) -> Tensor:
+    def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of Σ_q p_qk · σ(m_q).
 
         The Q masks are resized to the input, cropped, and resized to the final size before the classes are mixed:

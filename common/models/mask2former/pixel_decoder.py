@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.models.layers import resize
 from common.ops.deform_attn import ms_deform_attn
+from common.ops.resize import resize
 
 GROUPS = 32  # of every group norm
 
