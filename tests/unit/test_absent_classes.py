@@ -5,8 +5,25 @@ import pytest
 import torch
 
 from common.data.statistics import image_factors
+from common.losses.build import LOSSES
+from common.losses.counts import Counts
 from common.losses.seesaw import SeesawLoss
 from ltss_benchmark.matcher import queries_per_class
+
+COUNTED = [name for name, row in LOSSES.items() if row.slot in ("logits", "class_weight")]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_losses(name):
+    row = LOSSES[name]
+    make = getattr(row.remedy, "from_section", lambda options, where: row.remedy(**options))
+    remedy = make(dict(row.fixed), name)
+    pixels, images = torch.tensor([900.0, 40.0, 3.0, 57.0]).double(), torch.tensor([9.0, 4.0, 1.0, 7.0]).double()
+    wider = (torch.cat((x[:2], torch.zeros(1).double(), x[2:])) for x in (pixels, images))
+    expected = remedy.vector(Counts(pixels, images, 9.0))
+    found = remedy.vector(Counts(*wider, 9.0))
+    torch.testing.assert_close(found[[0, 1, 3, 4]], expected)
+    assert found[2].isfinite()
 
 
 @pytest.mark.parametrize("mode", ["max", "mean", "sum"])

@@ -21,7 +21,7 @@ from common.data.streams import SamplerConfig
 from common.engine.method import MethodContext, pixel_loss
 from common.models import BACKBONES, MODELS, build_model
 from fully_sup.supervised import Supervised
-from ltss_benchmark.methods import build_method as ltss_method
+from ltss_benchmark.methods import check_options as check_ltss_options
 from semi_sup.config import build_method as semi_method
 from tests.unit.test_config_fuzz import ROOT, SHIPPED, expect_config_or_one_line
 from uda.train import METHODS as STAGES
@@ -64,7 +64,7 @@ def changed(tree, path, value):
 def mutated(tree: dict, rng: random.Random) -> dict:
     for _ in range(rng.randint(1, 2)):
         every = list(places(tree))
-        section = rng.choice(("model", "method", "data", None))  # of which there are many, small ones
+        section = rng.choice(("model", "method", "remedies", "data", None))  # of which there are many, small ones
         chosen = rng.choice([path for path in every if path[0] == section] or every)
         names = {"name": [*MODELS], "backbone": [*BACKBONES]}.get(chosen[-1], [])
         tree = changed(tree, chosen, rng.choice((*WRONG, *names)))
@@ -89,7 +89,7 @@ def build_method(system: str, cfg: Config) -> None:
     if system == "fully_sup":
         Supervised(cfg, context)
     elif system == "ltss_benchmark":
-        ltss_method(cfg, context)
+        check_ltss_options(cfg)
     elif system == "semi_sup":
         semi_method(cfg, context)
     else:
