@@ -153,7 +153,7 @@ def test_missing_step_names_its_command(task):
 
 
 @pytest.mark.slow
-def test_the_toy_task_rises_from_the_warm_up_and_does_not_fall_again(tmp_path):
+def test_the_toy_task_rises_from_stage_to_stage(tmp_path):
     """All steps as shipped, some six minutes; a second call skips them."""
     shutil.copytree(ROOT / "uda", tmp_path / "uda", ignore=shutil.ignore_patterns("runs", "datasets", "__pycache__"))
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
@@ -166,6 +166,6 @@ def test_the_toy_task_rises_from_the_warm_up_and_does_not_fall_again(tmp_path):
     run()
     stages = ("warm_up", "stage1", "stage2", "stage3")
     results = [json.loads((tmp_path / f"uda/runs/toy/{s}/evaluation.json").read_text())["miou"] for s in stages]
-    assert results[1] > results[0] > 0.15, results
-    assert all(after > before - 0.015 for before, after in itertools.pairwise(results)), results
+    assert all(after > before - 0.005 for before, after in itertools.pairwise(results)), results
+    assert results[3] > results[0] + 0.02 > 0.17, results
     assert run().count("done already") == 10
