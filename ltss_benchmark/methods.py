@@ -9,8 +9,8 @@ import torch
 from common import distributed
 from common.config import Config, ConfigError, typed
 from common.data import build_transform
+from common.data.orders import SamplerConfig
 from common.data.statistics import placeholder
-from common.data.streams import SamplerConfig
 from common.engine.method import Method, MethodContext, make_method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod

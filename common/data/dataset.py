@@ -13,6 +13,7 @@ from common.config import SourceConfig
 from common.data.catalogue.layouts import Record
 from common.data.catalogue.lists import read_list
 from common.data.catalogue.registry import resolve
+from common.data.focus import Focus
 from common.data.images import Picture
 from common.data.labels import IGNORE, MOST_CLASSES, read_index
 from common.files import load_array, read_artifact
@@ -73,11 +74,15 @@ class SegmentationDataset:
         record = self.records[index]
         return self.row.label_table(record.label).read(record.label)
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def sample(self, index: int, rng: np.random.Generator, focus: Focus | None = None) -> dict[str, Any]:
         """The sample as training sees it: `image` uint8 (3, H, W), `label` int16 (H, W), maps, `name`, `index`,
-        `geometry` int32 (7,) = original height, width, resized height, width, crop row, column, mirrored."""
+        `geometry` int32 (7,) = original height, width, resized height, width, crop row, column, mirrored.
+
+        focus: what the crop is meant to show; without a transform the whole image is.
+        """
         if self.transform is not None:
-            return self.transform(self.open(index), rng, self, index)
+            opened = self.open(index)
+            return self.transform(opened if focus is None else {**opened, "focus": focus}, rng, self, index)
         sample = self.load(index)
         height, width = sample["image"].shape[:2]
         sample["geometry"] = np.array([height, width, height, width, 0, 0, 0], np.int32)

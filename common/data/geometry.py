@@ -48,9 +48,26 @@ def fit(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
-def draw_offset(size: tuple[int, int], crop: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-    """A crop's row and column, uniform over all valid positions; 0 where the image is smaller."""
-    return tuple(int(rng.integers(max(side - want, 0) + 1)) for side, want in zip(size, crop, strict=True))
+def draw_offset(
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    rng: np.random.Generator,
+    near: tuple[float, float] | None = None,
+) -> tuple[int, int]:
+    """A crop's row and column, uniform over all valid positions; 0 where the image is smaller.
+
+    near: a point in shares of height and width; valid are then the positions whose crop contains it.
+    """
+    if near is None:
+        return tuple(int(rng.integers(max(side - want, 0) + 1)) for side, want in zip(size, crop, strict=True))
+    return tuple(_offset_near(*axis, rng) for axis in zip(size, crop, near, strict=True))
+
+
+def _offset_near(side: int, want: int, share: float, rng: np.random.Generator) -> int:
+    point = min(int(share * side), side - 1)
+    last = max(side - want, 0)
+    low = min(max(point - want + 1, 0), last)
+    return int(rng.integers(low, min(point, last) + 1))
 
 
 def nearest_index(size: int, stored: int, start: int, count: int) -> np.ndarray:

@@ -77,7 +77,7 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
     sizes and dates, the label map and the classes. Two processes may count at the same time; the file is written whole
     or not at all.
     """
-    path = Path(cache) / f"statistics-{dataset.row.name}-{_key(dataset)}.npz" if cache is not None else None
+    path = Path(cache) / f"statistics-{dataset.row.name}-{labels_key(dataset)}.npz" if cache is not None else None
     if path is not None:
         remove_drafts(path.parent, idle=60)
         stored = _load(path, dataset)
@@ -110,7 +110,8 @@ class _Counts(Dataset):
         return np.bincount((label - IGNORE).ravel(), minlength=self.dataset.row.num_classes + 1)
 
 
-def _key(dataset: SegmentationDataset) -> str:
+def labels_key(dataset: SegmentationDataset) -> str:
+    """A name for all that figures of the labels depend on: the files, their sizes and dates, label map and classes."""
     digest = hashlib.sha256()
     digest.update(json.dumps([_VERSION, *dataset.row.meaning]).encode())
     for record in dataset.records:

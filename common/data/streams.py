@@ -5,91 +5,18 @@ A stream numbers its draws over all ranks and epochs. Everything about draw d (i
 ranks or loader processes, and sees the same samples.
 """
 
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.config import DataConfig, StreamConfig, TrainConfig, typed
-from common.config.bounds import Positive
+from common.config import DataConfig, TrainConfig, typed
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
+from common.data.orders import Order, SamplerConfig, generator, make_order
 from common.data.recipes.build import build_transform
-from common.data.recipes.detectron2 import Detectron2
-from common.data.statistics import class_statistics, repeat_factors
-
-
-def generator(seed: int, stream: str, purpose: str, number: int) -> np.random.Generator:
-    """The random generator of one purpose: `number` is a draw or an epoch."""
-    return np.random.default_rng((seed, zlib.crc32(stream.encode()), zlib.crc32(purpose.encode()), number))
-
-
-class Order:
-    """draw → index of the dataset. Epoch e is a permutation of the whole set, or the set in order."""
-
-    def __init__(self, size: int, seed: int, stream: str, shuffle: bool = True):
-        self.size, self.seed, self.stream, self.shuffle = size, seed, stream, shuffle
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def index(self, draw: int) -> int:
-        """The dataset index of a draw."""
-        epoch, position = self.locate(draw)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._indices(epoch))
-        return int(self._epoch[1][position])
-
-    def locate(self, draw: int) -> tuple[int, int]:
-        """Epoch of a draw, and its position there."""
-        return divmod(draw, self.size)
-
-    def _indices(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.size)
-        return generator(self.seed, self.stream, "order", epoch).permutation(self.size)
-
-
-class RepeatOrder(Order):
-    """Repeat-factor sampling: in each epoch image i is shown ⌊r_i⌋ or ⌊r_i⌋ + 1 times, r_i on average.
-
-    The extra showings are drawn anew for each epoch, so epochs differ in length.
-    """
-
-    def __init__(self, factors: np.ndarray, seed: int, stream: str):
-        super().__init__(len(factors), seed, stream)
-        self.whole = np.floor(factors).astype(np.int64)
-        self.fraction = np.asarray(factors, np.float64) - self.whole
-        if not factors.sum() > 0:
-            raise ValueError(f"stream {stream!r}: the repeat factors of all images are 0")
-        self._starts = [0]  # first draw of each epoch
-
-    def locate(self, draw: int) -> tuple[int, int]:
-        while self._starts[-1] <= draw:
-            self._starts.append(self._starts[-1] + int(self._repeats(len(self._starts) - 1).sum()))
-        epoch = int(np.searchsorted(self._starts, draw, side="right")) - 1
-        return epoch, draw - self._starts[epoch]
-
-    def _repeats(self, epoch: int) -> np.ndarray:
-        extra = generator(self.seed, self.stream, "repeat", epoch).random(self.size) < self.fraction
-        return self.whole + extra
-
-    def _indices(self, epoch: int) -> np.ndarray:
-        indices = np.repeat(np.arange(self.size), self._repeats(epoch))
-        return generator(self.seed, self.stream, "order", epoch).permutation(indices)
-
-
-@dataclass(frozen=True)
-class SamplerConfig:
-    """The `sampler` section of a stream. threshold, level, mode: those of repeat-factor sampling."""
-
-    order: Literal["shuffle", "sequential", "repeat_factor"] = "shuffle"
-    threshold: Positive = 0.001
-    level: Literal["image", "pixel"] = "image"
-    mode: Literal["max", "mean", "sum"] = "max"
 
 
 class Stream:
@@ -104,7 +31,8 @@ class Stream:
     def sample(self, draw: int, index: int | None = None) -> dict[str, Any]:
         """The sample of a draw: the dataset's, and `draw`."""
         index = self.order.index(draw) if index is None else index
-        sample = self.dataset.sample(index, generator(self.seed, self.name, "sample", draw))
+        rng = generator(self.seed, self.name, "sample", draw)
+        sample = self.dataset.sample(index, rng, self.order.focus(draw))
         return {**sample, "draw": draw}
 
     def draws(self, step: int, slot: int, slots: int) -> list[int]:
@@ -115,33 +43,21 @@ class Stream:
 
 
 def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict[str, Stream]:
-    """The streams of a config by name. `cache` is the folder of dataset statistics (repeat-factor sampling, Copy-Paste
-    of rare classes)."""
+    """The streams of a config by name. `cache` is the folder of dataset statistics (sampling by class, Copy-Paste of
+    rare classes)."""
     if not data.streams:
         raise ValueError("data.streams names no training stream")
     streams = {}
     for name, config in data.streams.items():
-        dataset = SegmentationDataset(config, build_transform(config.augment, f"data.streams.{name}.augment"))
-        if isinstance(dataset.transform, Detectron2):
-            dataset.transform = dataset.transform.for_dataset(dataset, data.workers, cache)
-        elif dataset.row.flip_pairs and config.labels and getattr(dataset.transform, "flip", 0) > 0:
-            raise ValueError(
-                f"data.streams.{name}.augment: recipe {config.augment['recipe']!r} does not exchange the flip_pairs of "
-                f"data set {dataset.row.name!r} in mirrored images; use recipe detectron2, or flip: 0.0"
-            )
-        order = _order(name, config, dataset, seed, data.workers, cache)
+        where = f"data.streams.{name}.augment"
+        transform = build_transform(config.augment, where)
+        dataset = SegmentationDataset(config)
+        dataset.transform = transform.for_dataset(dataset, data.workers, cache, where)
+
+        sampler = typed(SamplerConfig, config.sampler, f"data.streams.{name}.sampler")
+        order = make_order(sampler, dataset, seed, name, data.workers, cache)
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
     return streams
-
-
-def _order(
-    name: str, config: StreamConfig, dataset: SegmentationDataset, seed: int, workers: int, cache: Path | None
-) -> Order:
-    sampler = typed(SamplerConfig, config.sampler, f"data.streams.{name}.sampler")
-    if sampler.order != "repeat_factor":
-        return Order(len(dataset), seed, name, shuffle=sampler.order == "shuffle")
-    statistics = class_statistics(dataset, workers, cache)
-    return RepeatOrder(repeat_factors(statistics, sampler.threshold, sampler.level, sampler.mode), seed, name)
 
 
 def make_loaders(

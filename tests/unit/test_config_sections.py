@@ -15,9 +15,9 @@ import torch
 from common.config import Config, ConfigError, to_tree, typed
 from common.config.load import config_of, read_tree
 from common.data.catalogue.folder import folder_row
+from common.data.orders import SamplerConfig
 from common.data.recipes.build import build_transform
 from common.data.statistics import placeholder
-from common.data.streams import SamplerConfig
 from common.engine.method import MethodContext, pixel_loss
 from common.models import BACKBONES, MODELS, build_model
 from fully_sup.supervised import Supervised

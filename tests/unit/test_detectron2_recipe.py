@@ -203,7 +203,7 @@ def test_a_described_folder_has_pairs_of_its_own(tmp_path):
     row, _ = resolve(SourceConfig(**fields))
     assert mirrored_classes(row) == [3, 4, 2, 0, 1]  # for flipped test passes
     with pytest.raises(
-        ValueError, match="labeled.augment: recipe 'mmseg' does not exchange the flip_pairs of .*flip: 0.0"
+        ValueError, match="labeled.augment.flip: 1, but this recipe does not exchange the flip_pairs of .*flip: 0.0"
     ):
         stream(recipe="mmseg")
     assert stream(recipe="mmseg", flip=0.0).dataset.row.flip_pairs == ((4, 1), (0, 3))

@@ -11,9 +11,9 @@ import torch
 from common.config import ConfigError, load_config
 from common.data import DATASETS
 from common.data.catalogue.registry import folder_row
+from common.data.orders import SamplerConfig
 from common.data.recipes.build import build_transform
 from common.data.statistics import Statistics
-from common.data.streams import SamplerConfig
 from common.engine.optim import learning_rate
 from common.losses.blv import BLV
 from ltss_benchmark.methods import build_method

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from common.config import Config, ConfigError, load_config
+from common.data.orders import SamplerConfig
 from common.data.recipes.build import build_transform
 from common.data.statistics import Statistics
-from common.data.streams import SamplerConfig
 from common.engine.optim import build_optimizers, rates, set_learning_rates
 from common.models.backbones import BACKBONES
 from ltss_benchmark.detectron2_keys import read_config

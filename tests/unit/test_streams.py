@@ -9,7 +9,7 @@ import torch
 
 from common.config import ConfigError, DataConfig, StreamConfig, TrainConfig
 from common.data import SegmentationDataset, Stream, make_loaders, make_streams
-from common.data.streams import Order, RepeatOrder
+from common.data.orders import Order, RepeatOrder
 from tests.unit.data_files import make_folder
 
 

@@ -1,7 +1,8 @@
 """Augmentations: typed from the `augment` section of a stream, run on opened samples with an explicit generator.
 
 A transform is called as transform(sample, rng, dataset, index). The sample comes from `SegmentationDataset.open`: its
-image is decoded only when asked for. The result is what training sees (see `SegmentationDataset.sample`).
+image is decoded only when asked for, and `focus` is there where a sampler wants a class shown. The result is what
+training sees (see `SegmentationDataset.sample`).
 """
 
 from collections.abc import Mapping
@@ -12,23 +13,26 @@ import numpy as np
 
 from common.config import pick, typed
 from common.config.bounds import Size
-from common.data.dataset import SegmentationDataset, Transform
+from common.data.dataset import SegmentationDataset
+from common.data.focus import take_focus
 from common.data.geometry import bilinear, cut_maps, fit, identity
 from common.data.recipes.cpsl import CPSLViews
 from common.data.recipes.detectron2 import Detectron2
 from common.data.recipes.mmseg import MMSeg
+from common.data.recipes.recipe import Recipe
 from common.data.recipes.usrn import USRNViews
 
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(Recipe):
     """No augmentation: the image at its own size, or shrunk or enlarged to fit `box` (labels stay as they are)."""
 
     box: Size | None = None  # height, width
 
     def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
+        take_focus(sample)  # the whole image shows whatever it has
         size = sample["image"].size
         whole = identity(*size)
         height, width = size if self.box is None else fit(size, self.box)
@@ -37,7 +41,7 @@ class Native:
         return {**cut_maps(sample, whole, size), "image": image, "geometry": g.array()}
 
 
-RECIPES: dict[str, type] = {
+RECIPES: dict[str, type[Recipe]] = {
     "none": Native,
     "mmseg": MMSeg,
     "cpsl": CPSLViews,
@@ -46,7 +50,7 @@ RECIPES: dict[str, type] = {
 }
 
 
-def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Transform:
+def build_transform(augment: Mapping[str, Any], where: str = "augment") -> Recipe:
     """The transform of an `augment` section: its `recipe` names the pipeline, the other keys are that one's options.
 
     An empty section is no augmentation. ConfigError (one line) for an unknown recipe, key or type.

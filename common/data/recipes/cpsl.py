@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,16 @@ from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.colour_transfer import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
 from common.data.dataset import SegmentationDataset
+from common.data.focus import Focus, draw_until_shown, point_of, take_focus
 from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow, pillow_nearest_index
 from common.data.images import Picture
+from common.data.recipes.recipe import Recipe
 
 _GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True)
-class CPSLViews:
+class CPSLViews(Recipe):
     """Load at `base`, resize to a drawn width, crop, mirror; optionally a strong view.
 
     crop: height, width. base: the size that images are brought to first (height, width; GTA5 and Cityscapes
@@ -68,11 +70,12 @@ class CPSLViews:
     def __call__(
         self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
     ) -> dict[str, Any]:
+        focus = take_focus(sample)
         sample = at_base(sample, self.base)
         picture = sample["image"]
         if self.colour_from is not None:
             picture = Recoloured(picture, self._reference_colours(int(rng.integers(len(self.reference)))))
-        g = self.draw(picture.size, rng)
+        g = self._shown(focus, picture.size, sample.get("label"), rng)
         left = bool(g.flip)  # a padded crop is mirrored with its padding, so that the mirror is about the crop's middle
         result = cut_maps(sample, g, self.crop, pillow_nearest_index, left)
         if self.full:
@@ -82,13 +85,21 @@ class CPSLViews:
             return {**result, "image": weak}
         return {**result, "weak": weak, **strong_view(weak, rng, self.blur, self.jitter)}
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
-        """Size, crop and mirror."""
+    def _shown(
+        self, focus: Focus | None, size: tuple[int, int], label: np.ndarray | None, rng: np.random.Generator
+    ) -> Geometry:
+        """`draw`, again while the crop shows too little of the class that is in focus."""
+        draw = partial(self.draw, size, rng, point_of(focus))
+        return draw_until_shown(draw, focus, label, self.crop, pillow_nearest_index)
+
+    def draw(
+        self, size: tuple[int, int], rng: np.random.Generator, near: tuple[float, float] | None = None
+    ) -> Geometry:
+        """Size, crop and mirror. near: see `draw_offset`."""
         width = int(rng.uniform(*self.ratio) * self.width)
         height = int(width / (size[1] / size[0]))
-        return Geometry(
-            *size, height, width, *draw_offset((height, width), self.crop, rng), int(rng.random() < self.flip)
-        )
+        y, x = draw_offset((height, width), self.crop, rng, near)
+        return Geometry(*size, height, width, y, x, int(rng.random() < self.flip))
 
     def _reference_colours(self, index: int) -> ColourStatistics:
         known = self._colours[index]

@@ -2,8 +2,9 @@
 DeepLabV3+ with it, and its Copy-Paste."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -13,17 +14,19 @@ from common.config.bounds import Count, Share, Side, Size
 from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
+from common.data.focus import draw_until_shown, point_of, take_focus
 from common.data.geometry import Geometry, cut_maps, draw_offset, nearest_crop, pad, pillow_exact, torch_nearest_index
 from common.data.imbalance import GROUPS, groups
 from common.data.labels import IGNORE, is_varied
 from common.data.recipes.copy_paste import choose_random, choose_rare, classes_of, paste
+from common.data.recipes.recipe import Recipe
 from common.data.statistics import class_statistics
 
 _GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
-class Detectron2:
+class Detectron2(Recipe):
     """Resize by the short side, crop, colour, mirror, pad; then perhaps Copy-Paste.
 
     crop: height, width. short_edges: the sizes that the short side is drawn from; empty: int(0.1 · x · c), x = 5 … 20,
@@ -46,19 +49,21 @@ class Detectron2:
     copy_paste_max: Count = 100
     rare_classes: tuple[int, ...] = ()
 
-    def for_dataset(self, dataset: SegmentationDataset, workers: int = 0, cache: Path | None = None) -> "Detectron2":
+    def for_dataset(
+        self, dataset: SegmentationDataset, workers: int = 0, cache: Path | None = None, where: str = "augment"
+    ) -> Self:
         """The recipe with the rare classes of its Copy-Paste chosen; labels are counted (see `class_statistics`) only
         where neither the config nor the row names them. ValueError for a set without labels or without such classes."""
         row = dataset.row
         if self.copy_paste != "none" and not dataset.source.labels:
             raise ValueError(
-                f"augment.copy_paste {self.copy_paste!r} needs labels, but this stream of data set {row.name!r} has "
+                f"{where}.copy_paste {self.copy_paste!r} needs labels, but this stream of data set {row.name!r} has "
                 "`labels: false`; set copy_paste to none"
             )
         wrong = [k for k in self.rare_classes if not 0 <= k < row.num_classes]
         if wrong:
             raise ValueError(
-                f"augment.rare_classes: {wrong[0]} is none of the {row.num_classes} classes of data set {row.name!r}, "
+                f"{where}.rare_classes: {wrong[0]} is none of the {row.num_classes} classes of data set {row.name!r}, "
                 "whose ids count from 0; correct it"
             )
         if self.copy_paste != "rare" or self.rare_classes:
@@ -70,7 +75,7 @@ class Detectron2:
             rare = groups(count) == GROUPS.index("rare")
         if not any(rare):
             raise ValueError(
-                f"augment.copy_paste 'rare': no class that data set {row.name!r} shows is rare by its image counts; "
+                f"{where}.copy_paste 'rare': no class that data set {row.name!r} shows is rare by its image counts; "
                 "give rare_classes (ids)"
             )
         return replace(self, rare_classes=tuple(np.flatnonzero(rare).tolist()))
@@ -87,7 +92,10 @@ class Detectron2:
 
     def _augment(self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow) -> dict[str, Any]:
         picture = sample["image"]
-        g = self.draw(picture.size, sample.get("label"), rng)
+        label = sample.get("label")
+        focus = take_focus(sample)
+        draw = partial(self.draw, picture.size, label, rng, point_of(focus))
+        g = draw_until_shown(draw, focus, label, self.crop, torch_nearest_index)
         image = pillow_exact(picture, g, self.crop, Image.Resampling.BILINEAR)
         if self.colour:
             image = photometric_distortion(image, rng, hue_high=18)
@@ -99,13 +107,19 @@ class Detectron2:
                 result["label"] = exchanged(result["label"], row.flip_pairs, row.num_classes)
         return {**result, "image": pad(image, self.crop, _GREY)}
 
-    def draw(self, size: tuple[int, int], label: np.ndarray | None, rng: np.random.Generator) -> Geometry:
-        """Size and crop, not yet the mirror."""
+    def draw(
+        self,
+        size: tuple[int, int],
+        label: np.ndarray | None,
+        rng: np.random.Generator,
+        near: tuple[float, float] | None = None,
+    ) -> Geometry:
+        """Size and crop, not yet the mirror. near: see `draw_offset`."""
         height, width = self.resized(size, int(rng.choice(self.choices)))
         g = Geometry(*size, height, width, 0, 0, 0)
         checked = label is not None and self.category_limit < 1
         for _ in range(10 if checked else 1):
-            y, x = draw_offset((height, width), self.crop, rng)
+            y, x = draw_offset((height, width), self.crop, rng, near)
             g = g._replace(y=y, x=x)
             if checked and is_varied(nearest_crop(label, g, self.crop, torch_nearest_index), self.category_limit):
                 break

@@ -1,6 +1,7 @@
 """The augmentations of USRN (CVPR 2022): labelled images, and two aligned views of unlabelled ones."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from torchvision.transforms import functional
 from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
+from common.data.focus import draw_until_shown, point_of, take_focus
 from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow
+from common.data.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class USRNViews:
+class USRNViews(Recipe):
     """Resize by the long side, pad, crop, mirror; then colour.
 
     crop: height, width. base: pixels of the long side at ratio 1 (VOC 400, Cityscapes 2048); the long side is drawn
@@ -34,7 +37,10 @@ class USRNViews:
     def __call__(
         self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
     ) -> dict[str, Any]:
-        g = self.draw(sample["image"].size, rng)
+        size, label = sample["image"].size, sample.get("label")
+        focus = take_focus(sample)
+        draw = partial(self.draw, size, rng, point_of(focus))
+        g = draw_until_shown(draw, focus, label, self.crop)
         left = bool(g.flip)
         result = cut_maps(sample, g, self.crop, left=left)
         weak = pad(pillow(sample["image"], g, self.crop, Image.Resampling.BICUBIC), self.crop, left=left)
@@ -50,12 +56,13 @@ class USRNViews:
             image = functional.to_grayscale(image, 3)
         return {**result, "weak": weak, "strong": from_pillow(image)}
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
-        """Size, crop and mirror."""
+    def draw(
+        self, size: tuple[int, int], rng: np.random.Generator, near: tuple[float, float] | None = None
+    ) -> Geometry:
+        """Size, crop and mirror. near: see `draw_offset`."""
         low, high = (int(self.base * r) for r in self.ratio)
         longest = int(rng.integers(low, high + 1))
         shortest = int(min(size) / max(size) * longest + 0.5)
         height, width = (shortest, longest) if size[1] >= size[0] else (longest, shortest)
-        return Geometry(
-            *size, height, width, *draw_offset((height, width), self.crop, rng), int(rng.random() < self.flip)
-        )
+        y, x = draw_offset((height, width), self.crop, rng, near)
+        return Geometry(*size, height, width, y, x, int(rng.random() < self.flip))
