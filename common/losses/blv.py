@@ -66,7 +66,7 @@ def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "pape
 
 @dataclass(frozen=True)
 class BLV:
-    """The slot `logits` of a loss: z to z'. Defaults are the paper's (preset `paper`)."""
+    """The slot `logits` of a loss (a row of LOSSES in build.py): z to z'. Defaults are the paper's (preset `paper`)."""
 
     counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number a class
     coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
