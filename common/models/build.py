@@ -12,8 +12,9 @@ from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Length, Rate, Side, Width
 from common.models.backbones import build_backbone
 from common.models.deeplabv2_cpsl import deeplabv2
-from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2
+from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
+from common.models.dpt import dpt
 from common.models.heads.fcn import FCNHead
 from common.models.heads.knet import HEADS, KNetHead
 from common.models.heads.ocr import OCRHead
@@ -151,6 +152,8 @@ MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "deeplabv3plus": deeplabv3plus,
     "usrn": usrn,
     "deeplabv3plus_d2": deeplabv3plus_d2,
+    "deeplabv3plus_unimatch": deeplabv3plus_unimatch,
+    "dpt": dpt,
     "mask2former": mask2former,
 }
 

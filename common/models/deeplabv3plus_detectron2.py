@@ -1,7 +1,10 @@
-"""DeepLabV3+ (ECCV 2018) as detectron2's DeepLab project builds it: ResNet at stride 16, ASPP, decoder at stride 4.
+"""DeepLabV3+ (ECCV 2018) as detectron2's DeepLab project builds it, and as UniMatch (CVPR 2023) does.
 
-Differences from other DeepLabs: every block of the last stage has dilation 2, the first included; the pooled branch of
-the ASPP has a bias instead of a norm; the finest map is reduced to 48 channels.
+Both: ResNet at stride 16, ASPP, the finest map reduced to 48 channels, decoder at stride 4. They differ in switches:
+
+                 every block of the last stage    pooled branch of the ASPP    resizing           dropout
+    detectron2   has dilation 2                   has a bias                   half-pixel         0.1, after the ASPP
+    UniMatch     but the first one, which has 1   has a batch norm             aligned corners    none
 """
 
 from collections.abc import Mapping
@@ -23,12 +26,13 @@ STRIDE = 4  # of the logits
 
 @dataclass(frozen=True)
 class DeepLabV3PlusD2Options:
-    """Defaults are those of the release."""
+    """Defaults are detectron2's."""
 
     channels: Width = 256  # of every ASPP branch and of the decoder
     lateral_channels: Width = 48
     dilations: Annotated[tuple[Side, ...], Length(0, 16)] = (6, 12, 18)
     dropout: Rate = 0.1  # after the ASPP
+    pool_norm: bool = False  # the pooled branch has a batch norm instead of a bias
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
 
@@ -52,51 +56,92 @@ class PyramidPooling(nn.Module):
     The release pools with a window of the training crop's size; at that size, and here at any, it is the global mean.
     """
 
-    def __init__(self, channels: int, out: int, dilations: tuple[int, ...], dropout: float):
+    def __init__(self, channels: int, out: int, dilations: tuple[int, ...], dropout: float, pool_norm: bool = False):
         super().__init__()
         branches = [ConvNormReLU(channels, out)] + [ConvNormReLU(channels, out, 3, d) for d in dilations]
         self.branches = nn.ModuleList(branches)
-        self.pool = nn.Conv2d(channels, out, 1)
+        self.pool = ConvNormReLU(channels, out) if pool_norm else nn.Conv2d(channels, out, 1)
         self.project = ConvNormReLU(out * (len(branches) + 1), out)
         self.dropout = nn.Dropout(dropout)
-        nn.init.kaiming_uniform_(self.pool.weight, a=1)
-        nn.init.zeros_(self.pool.bias)
+        if not pool_norm:
+            nn.init.kaiming_uniform_(self.pool.weight, a=1)
+            nn.init.zeros_(self.pool.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        alone = isinstance(self.pool, ConvNormReLU) and not isinstance(self.pool.norm, nn.SyncBatchNorm)
+        if alone and self.training and len(x) < 2:
+            raise ValueError("DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance")
+
         pooled = F.relu(self.pool(x.mean((2, 3), keepdim=True))).expand(-1, -1, *x.shape[2:])
         return self.dropout(self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], 1)))
 
 
 class DeepLabV3PlusD2(SegmentationModel):
-    """`segment` gives `logits` (B, K, H/4, W/4) and `features`, what the classifier reads; align_corners is false."""
+    """`segment` gives `logits` (B, K, H/4, W/4) and `features`, what the classifier reads."""
 
     classifiers = ("predictor",)
     average_softmax = False  # detectron2 averages logits
 
-    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusD2Options):
-        super().__init__(num_classes, mean, std, align_corners=False)
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        mean,
+        std,
+        options: DeepLabV3PlusD2Options,
+        align_corners: bool = False,
+    ):
+        super().__init__(num_classes, mean, std, align_corners)
+        o = options
         self.backbone = backbone
         finest, *_, coarsest = backbone.channels
-        self.aspp = PyramidPooling(coarsest, options.channels, options.dilations, options.dropout)
-        self.lateral = ConvNormReLU(finest, options.lateral_channels)
+        self.aspp = PyramidPooling(coarsest, o.channels, o.dilations, o.dropout, o.pool_norm)
+        self.lateral = ConvNormReLU(finest, o.lateral_channels)
         self.fuse = nn.Sequential(
-            ConvNormReLU(options.channels + options.lateral_channels, options.channels, 3),
-            ConvNormReLU(options.channels, options.channels, 3),
+            ConvNormReLU(o.channels + o.lateral_channels, o.channels, 3),
+            ConvNormReLU(o.channels, o.channels, 3),
         )
-        self.predictor = nn.Conv2d(options.channels, num_classes, 1)
+        self.predictor = nn.Conv2d(o.channels, num_classes, 1)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
 
     def segment(self, x: Tensor) -> dict[str, Any]:
-        finest, *_, coarsest = self.backbone(x)
-        lateral = self.lateral(finest)
-        features = self.fuse(torch.cat([lateral, resize(self.aspp(coarsest), lateral.shape[-2:])], 1))
+        features = self.fused(*self.encode(x))
         return {"logits": self.predictor(features), "features": features, "aux": []}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normalised images (B, 3, H, W) to the maps that the decoder reads: the finest and the coarsest one."""
+        finest, *_, coarsest = self.backbone(x)
+        return finest, coarsest
+
+    def decode(self, maps: tuple[Tensor, ...]) -> Tensor:
+        """The logits (B, K, H/4, W/4) of `encode`'s maps."""
+        return self.predictor(self.fused(*maps))
+
+    def fused(self, finest: Tensor, coarsest: Tensor) -> Tensor:
+        lateral = self.lateral(finest)
+        context = resize(self.aspp(coarsest), lateral.shape[-2:], self.align_corners)
+        return self.fuse(torch.cat([lateral, context], 1))
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the logits enlarged 4 times and cropped: a side that is no multiple of 4 is not squeezed."""
         padded = tuple(STRIDE * side for side in out["logits"].shape[-2:])
         return self.upsample(out["logits"], geometry._replace(padded=padded), rows)
+
+
+class DeepLabV3PlusUniMatch(DeepLabV3PlusD2):
+    """UniMatch's: logits are enlarged to the image's size, whatever it is, with aligned corners."""
+
+    average_softmax = True
+
+    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusD2Options):
+        super().__init__(backbone, num_classes, mean, std, options, align_corners=True)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
+                module.reset_parameters()  # torch's own start
+
+    def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
+        return self.upsample(out["logits"], geometry, rows)
 
 
 def dilate_last_stage(backbone: nn.Module, dilation: int = 2) -> nn.Module:
@@ -119,3 +164,12 @@ def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
         )
     backbone = dilate_last_stage(build_backbone(config, **{"output_stride": 16, **options.backbone}))
     return DeepLabV3PlusD2(backbone, config.num_classes, config.mean, config.std, options)
+
+
+def deeplabv3plus_unimatch(config: ModelConfig) -> DeepLabV3PlusUniMatch:
+    """UniMatch's network of a config with a ResNet; the release takes resnet50s or resnet101s."""
+    options = typed(DeepLabV3PlusD2Options, {"dropout": 0.0, "pool_norm": True, **config.options}, "model.options")
+    if not config.align_corners:
+        raise ConfigError("model.align_corners: UniMatch's DeepLabV3+ resizes with aligned corners; set it to true")
+    backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
+    return DeepLabV3PlusUniMatch(backbone, config.num_classes, config.mean, config.std, options)

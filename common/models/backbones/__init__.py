@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from common.config import ModelConfig, pick, typed_keywords
+from common.models.backbones.dinov2 import DINOv2
 from common.models.backbones.hrnet import HRNet
 from common.models.backbones.mit import MiT
 from common.models.backbones.resnet import resnet
@@ -23,6 +24,8 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet101": partial(resnet, "resnet101"),
     "resnet50c": partial(resnet, "resnet50c"),
     "resnet101c": partial(resnet, "resnet101c"),
+    "resnet50s": partial(resnet, "resnet50s"),
+    "resnet101s": partial(resnet, "resnet101s"),
     "hrnet_w18": partial(HRNet, "hrnet_w18"),
     "hrnet_w18_small": partial(HRNet, "hrnet_w18_small"),
     "mit_b0": partial(MiT, "mit_b0"),
@@ -32,6 +35,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "swin_base": partial(Swin, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12),
     "swin_large": partial(Swin, dim=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12),
     "vit_base_patch16": ViT,
+    "dinov2_small": partial(DINOv2, dim=384, heads=6),
+    "dinov2_base": partial(DINOv2, dim=768, heads=12),
+    "dinov2_large": partial(DINOv2, dim=1024, heads=16, taps=(4, 11, 17, 23)),
 }
 
 

@@ -1,4 +1,5 @@
-"""ResNet with the plain or the deep stem ("c": three 3×3 convolutions), from timm; parameters keep timm's names."""
+"""ResNet with the plain or a deep stem (three 3×3 convolutions, "c": 32, 32, 64 channels, "s": 64, 64, 128), from timm;
+parameters keep timm's names."""
 
 from typing import Literal
 

@@ -21,6 +21,8 @@ TAGS = {  # backbone → timm's pretrained model
     "resnet101": "resnet101.tv_in1k",
     "resnet50c": "resnet50c.gluon_in1k",
     "resnet101c": "resnet101c.gluon_in1k",
+    "resnet50s": "resnet50s.gluon_in1k",
+    "resnet101s": "resnet101s.gluon_in1k",
     "hrnet_w18": "hrnet_w18.ms_in1k",
     "hrnet_w18_small": "hrnet_w18_small.gluon_in1k",
     "mit_b5": "pvt_v2_b5.in1k",  # the same network; SegFormer's authors trained their own
@@ -29,6 +31,9 @@ TAGS = {  # backbone → timm's pretrained model
     "swin_base": "swin_base_patch4_window12_384.ms_in1k",
     "swin_large": "swin_large_patch4_window12_384.ms_in22k",
     "vit_base_patch16": "vit_base_patch16_224.orig_in21k_ft_in1k",
+    "dinov2_small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2_base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_large": "vit_large_patch14_dinov2.lvd142m",
 }
 
 
@@ -46,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     "hrnet": Family(unused=("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")),
     "mit": Family(unused=("head.",)),
     "swin": Family(unused=("head.", "norm."), absent=("norms.",)),
+    "dinov2": Family(unused=("mask_token",)),
     "vit": Family(unused=("head.", "heads.", "pre_logits.", "norm.", "fc_norm.", "ln1.", "encoder.ln.")),
 }
 
