@@ -15,6 +15,8 @@ from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
 from common.models.dpt import dpt
+from common.models.heads.daformer import DAFormerHead, Fusion
+from common.models.heads.deeplabv2 import DeepLabV2Head
 from common.models.heads.fcn import FCNHead
 from common.models.heads.knet import HEADS, KNetHead
 from common.models.heads.ocr import OCRHead
@@ -27,6 +29,7 @@ from common.models.pretrained import load_weights
 from common.models.segmentor import Segmentor
 
 Network = TypeVar("Network", bound=nn.Module)
+Dilation = Annotated[int, AtLeast(1), AtMost(256)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,25 @@ class SegFormerOptions:
     backbone: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DAFormerOptions:
+    """Options of DAFormer's network."""
+
+    channels: Width = 256
+    fusion: Fusion = "sep_aspp"
+    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] = (1, 6, 12, 18)  # of sep_aspp
+    dropout: Rate = 0.1
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DeepLabV2ReducedOptions:
+    """Options of DeepLabV2 with few branches."""
+
+    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] = (6, 12)
+    backbone: Mapping[str, Any] = field(default_factory=dict)
+
+
 def upernet(config: ModelConfig) -> Segmentor:
     """UPerNet: logits at stride 4."""
     options = typed(UPerNetOptions, config.options, "model.options")
@@ -111,6 +133,32 @@ def segformer(config: ModelConfig) -> Segmentor:
     backbone = build_backbone(config, **options.backbone)
     shared = {"dropout": options.dropout, "align_corners": config.align_corners}
     return segmentor(config, backbone, SegFormerHead(backbone.channels, options.channels, config.num_classes, **shared))
+
+
+def daformer(config: ModelConfig) -> Segmentor:
+    """DAFormer's network: logits at the stride of the backbone's first map, 4."""
+    options = typed(DAFormerOptions, config.options, "model.options")
+    backbone = build_backbone(config, **options.backbone)
+    head = DAFormerHead(
+        backbone.channels,
+        options.channels,
+        config.num_classes,
+        fusion=options.fusion,
+        dilations=options.dilations,
+        dropout=options.dropout,
+        align_corners=config.align_corners,
+    )
+    return segmentor(config, backbone, head)
+
+
+def deeplabv2_reduced(config: ModelConfig) -> Segmentor:
+    """DeepLabV2 as domain adaptation trains it: logits at the backbone's stride, 8 unless it is told otherwise."""
+    options = typed(DeepLabV2ReducedOptions, config.options, "model.options")
+    backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
+    head = DeepLabV2Head(backbone.channels, config.num_classes, dilations=options.dilations)
+    model = segmentor(config, backbone, head)
+    model.classifiers = tuple(f"decode_head.convs.{i}" for i in range(len(head.convs)))
+    return model
 
 
 def pspnet(config: ModelConfig) -> Segmentor:
@@ -148,7 +196,9 @@ MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "ocrnet": ocrnet,
     "segformer": segformer,
     "knet": knet,
+    "daformer": daformer,
     "deeplabv2": deeplabv2,
+    "deeplabv2_reduced": deeplabv2_reduced,
     "deeplabv3plus": deeplabv3plus,
     "usrn": usrn,
     "deeplabv3plus_d2": deeplabv3plus_d2,

@@ -12,10 +12,20 @@ class ConvBNAct(nn.Module):
     Initialised as MMSegmentation does: Kaiming normal over the fan-out, BN weight 1 and bias 0.
     """
 
-    def __init__(self, channels: int, out: int, kernel: int = 1, *, stride: int = 1, padding: int | None = None):
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        kernel: int = 1,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+    ):
         super().__init__()
-        padding = kernel // 2 if padding is None else padding
-        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
+        padding = dilation * (kernel // 2) if padding is None else padding
+        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=False)
         self.bn = nn.BatchNorm2d(out)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 

@@ -25,6 +25,9 @@ SMALL = {
     "pspnet": ModelConfig("pspnet", 5, "resnet18", options={**PYRAMID, "backbone": {"output_stride": 32}}),
     "ocrnet": ModelConfig("ocrnet", 5, "hrnet_w18_small", options={"channels": 16, "context_channels": 8}),
     "segformer": ModelConfig("segformer", 5, "mit_b0", options={"channels": 16}),
+    "daformer": ModelConfig("daformer", 5, "mit_b0", options={"channels": 16}),
+    "daformer_conv": ModelConfig("daformer", 5, "resnet18", options={"channels": 16, "fusion": "conv"}),
+    "deeplabv2_reduced": ModelConfig("deeplabv2_reduced", 5, "resnet18", options={"backbone": {"output_stride": 32}}),
     "knet": ModelConfig("knet", 5, "swin_tiny", options={**PYRAMID, "backbone": SWIN}),
     "upernet_vit": ModelConfig("upernet", 5, "vit_base_patch16", options={**PYRAMID, **VIT}),
     "deeplabv3plus": ModelConfig("deeplabv3plus", 5, "resnet50", options=USRN, align_corners=True),
@@ -35,7 +38,14 @@ SMALL = {
     "dpt": ModelConfig("dpt", 5, "dinov2_small", options=DPT, align_corners=True),
 }
 # of the logits for `images()`; the others': a quarter
-SIZES = {"pspnet": (3, 3), "upernet_vit": (20, 24), "deeplabv3plus": (18, 24), "usrn": (18, 24), "dpt": (40, 56)}
+SIZES = {
+    "pspnet": (3, 3),
+    "deeplabv2_reduced": (3, 3),
+    "upernet_vit": (20, 24),
+    "deeplabv3plus": (18, 24),
+    "usrn": (18, 24),
+    "dpt": (40, 56),
+}
 
 
 SLOW_TO_CAPTURE = {"ocrnet", "knet", "upernet_no_aux"}

@@ -1,6 +1,7 @@
 """Mix Transformer of SegFormer (Xie et al., NeurIPS 2021): overlapping patches, attention with reduced keys.
 
 timm's PVTv2 stages with MLP ratio 4 are the same network; every LayerNorm has eps 1e-6, as in the MMSegmentation form.
+SegFormer's own release, and DAFormer's after it, have 1e-5 where patches are embedded and keys reduced.
 """
 
 import math
@@ -8,25 +9,27 @@ import math
 from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerStage
 from torch import Tensor, nn
 
-from common.config.bounds import Rate
+from common.config.bounds import Positive, Rate
 from common.models.backbones.swin import drop_path_rates
 
 VARIANTS = {  # channels, blocks a stage
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
     "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
+REDUCING = ("patch_embed.norm", "downsample.norm", "attn.norm")
 HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
 
 
 class MiT(nn.Module):
     """Images (B, 3, H, W), normalised → four maps of `channels` at strides 4, 8, 16, 32.
 
-    `drop_path` is the rate of the last block; it rises linearly from 0 over all blocks.
+    `drop_path` is the rate of the last block; it rises linearly from 0 over all blocks. `reduction_eps` is the eps of
+    the LayerNorms that follow patch embeddings and the reduction of keys.
     """
 
     family = "mit"
 
-    def __init__(self, name: str = "mit_b0", *, drop_path: Rate = 0.1):
+    def __init__(self, name: str = "mit_b0", *, drop_path: Rate = 0.1, reduction_eps: Positive = 1e-6):
         super().__init__()
         self.channels, depths = VARIANTS[name]
         self.patch_embed = OverlapPatchEmbed(patch_size=7, stride=4, in_chans=3, embed_dim=self.channels[0])
@@ -43,9 +46,9 @@ class MiT(nn.Module):
             )
             for i, rates in enumerate(drop_path_rates(depths, drop_path))
         )
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-6
+                module.eps = reduction_eps if name.endswith(REDUCING) else 1e-6
         self._init_weights()
 
     def forward(self, x: Tensor) -> list[Tensor]:

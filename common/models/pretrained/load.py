@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.models.pretrained import cpsl, detectron2, mmseg, unimatch, usrn
+from common.models.pretrained import cpsl, daformer, detectron2, mmseg, unimatch, usrn
 from common.models.pretrained.containers import read, short, state_dict, tensors
 from common.models.pretrained.timm import fits_backbone
 
@@ -18,7 +18,7 @@ def load_weights(
     model: nn.Module, path: str | Path, *, reset_classifier: bool | None = False, prefix: str | None = None
 ) -> None:
     """Fill `model` from `path`, recognised by content: our safetensors files and checkpoint folders (of a method, too:
-    the network that predicts), MMSegmentation 0.x/1.x, and what the other readers know.
+    the network that predicts), MMSegmentation 0.x/1.x, a network of DAFormer's files, and what the other readers know.
 
     Every tensor must be there and have its shape. `reset_classifier` keeps the model's own classifier where the file
     was trained on another number of classes; None is False where nothing is trained, so that nobody is advised to set
@@ -27,7 +27,10 @@ def load_weights(
     """
     raw, metadata = read(path)
     try:
-        raw = _predicting(raw, metadata.get("predict_prefix", "") if prefix is None else prefix)
+        if daformer.matches(raw):
+            raw = daformer.network(raw, prefix)
+        else:
+            raw = _predicting(raw, metadata.get("predict_prefix", "") if prefix is None else prefix)
         reader = None if _ours(raw, model) else next((reader for reader in READERS if reader.matches(raw)), None)
         state = tensors(state_dict(raw)) if reader is None else reader.convert(raw, model)
     except ValueError as error:

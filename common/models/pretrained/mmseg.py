@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.models.pretrained.containers import state_dict, tensors
-from common.models.pretrained.transformers import KNET_RULES, NECK_RULES, mit, renamed, swin, vit
+from common.models.pretrained.transformers import DEEPLABV2_RULES, KNET_RULES, NECK_RULES, mit, renamed, swin, vit
 
 Renaming = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -34,6 +34,7 @@ NAMES: dict[str, Renaming] = {
     "vit": vit,
     "mln": renamed(NECK_RULES),
     "knet": renamed(KNET_RULES),
+    "deeplabv2_reduced": renamed(DEEPLABV2_RULES),
 }
 
 

@@ -68,6 +68,7 @@ VIT_RULES: Rules = (
 
 
 NECK_RULES: Rules = ((r"^(\w+\.\d)\.conv\.", r"\1."),)
+DEEPLABV2_RULES: Rules = ((r"^aspp_modules\.(\d+)\.conv\.", r"convs.\1."),)
 KNET_RULES: Rules = (
     (r"\.feat_transform\.conv\.", ".feat_transform."),
     (r"\.attention\.attn\.", ".attention."),

@@ -1,0 +1,68 @@
+"""Which of the teacher's labels DAFormer trusts: one share of confident pixels for a batch, and margins left out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.config.bounds import Whole
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Rows and columns without pseudo-labels, where target images show the ego car or are distorted.
+
+    of: "crop" counts them in each crop, which for DAFormer has the height of the resized image; "image" in the image as
+    it is stored.
+    """
+
+    top: Whole = 0
+    bottom: Whole = 0
+    left: Whole = 0
+    right: Whole = 0
+    of: Literal["crop", "image"] = "crop"
+
+
+@torch.no_grad()
+def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Labels int64 (B, H, W) of logits (B, K, H, W), and the share of the batch's pixels that are confident, a scalar.
+
+    A pixel is confident where its class has a probability of `threshold` or more.
+    """
+    probability, label = logits.float().softmax(1).max(1)
+    return label, (probability >= threshold).float().mean()
+
+
+def valid_pixels(target: dict[str, Tensor], size: tuple[int, int], margins: Margins) -> Tensor:
+    """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W)."""
+    if margins.of == "crop":
+        return crop_margins(size, margins, target["image"].device)
+    return image_margins(target["geometry"], size, margins)
+
+
+def crop_margins(size: tuple[int, int], margins: Margins, device: torch.device) -> Tensor:
+    """1 inside the margins of a crop: float32 (1, H, W)."""
+    rows, columns = (torch.arange(side, device=device) for side in size)
+    down = (rows >= margins.top) & (rows < size[0] - margins.bottom)
+    across = (columns >= margins.left) & (columns < size[1] - margins.right)
+    return (down[:, None] & across).float()[None]
+
+
+def image_margins(geometry: Tensor, size: tuple[int, int], margins: Margins) -> Tensor:
+    """1 where a crop shows its image inside the margins, 0 in padding too: float32 (B, H, W).
+
+    geometry: (B, 7), as `common.data.geometry.Geometry`. A pixel stands for the nearest one of the stored image.
+    """
+    height0, width0, height, width, y, x, flip = geometry.long().unsqueeze(2).unbind(1)
+    rows, columns = (torch.arange(side, device=geometry.device) for side in size)
+
+    shown = torch.minimum(width - x, torch.full_like(width, size[1]))
+    columns = torch.where(flip > 0, shown - 1 - columns, columns)
+    row, column = rows + y, columns + x
+    inside = ((row < height)[:, :, None]) & ((columns >= 0) & (column < width))[:, None]
+
+    row, column = row * height0 // height, column * width0 // width
+    down = (row >= margins.top) & (row < height0 - margins.bottom)
+    across = (column >= margins.left) & (column < width0 - margins.right)
+    return (inside & down[:, :, None] & across[:, None]).float()
