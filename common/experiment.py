@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.engine.checkpoint import refuse_earlier
 from common.engine.method import Method, MethodContext
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
+from common.evaluation.adjustment import offsets_of
 from common.files import read_json, write_json
 
 
@@ -84,11 +86,16 @@ class Experiment:
 
         return validate
 
-    def score(self, model: torch.nn.Module, device: torch.device, **options: Any) -> dict[str, Any]:
+    def score(
+        self, model: torch.nn.Module, device: torch.device, checkpoint: str | Path | None = None, **options: Any
+    ) -> dict[str, Any]:
         """`evaluate` on the validation set, with rare, common and frequent groups where they are known (`group_rule`
-        says by what)."""
+        says by what). checkpoint: the model's, which tells the counts of logit adjustment where none were made."""
         options = {"groups": self.levels(), "rank": distributed.rank(), "world": distributed.world_size(), **options}
-        result = evaluate(model, self.val, options.pop("cfg", self.cfg.eval), device=device, **options)
+        cfg = options.pop("cfg", self.cfg.eval)
+        counted = None if self.statistics is None else self.statistics.pixel_count.tolist()
+        offsets = offsets_of(replace(self.cfg, eval=cfg), checkpoint, counted)
+        result = evaluate(model, self.val, cfg, device=device, offsets=offsets, **options)
         return {**result, "group_rule": self.grouping.rule} if self.grouping else result
 
     def levels(self) -> Mapping[str, Sequence[str]] | None:

@@ -140,17 +140,33 @@ def predict_labels(
     cfg: EvalConfig,
     size: Size | None = None,
     mirrored_classes: Sequence[int] | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Predicted classes (B, H, W), int64: the argmax of `predict_scores`.
 
     Without test-time augmentation no K-channel map is made at `size`: whole mode leaves that to the model, and of the
     mean of the windows only a band of rows is resized at a time.
+    offsets: (K,), of post-hoc logit adjustment (`common.evaluation.adjustment`); see `adjusted`.
     """
     if _augmented(cfg):
-        return predict_scores(model, images, cfg, size, mirrored_classes).argmax(1)
+        scores = predict_scores(model, images, cfg, size, mirrored_classes)
+        return adjusted(scores, offsets, logits=False).argmax(1)
     if cfg.mode == "whole":
-        return model.labels(images, size)[0]
-    return _argmax(_single(model, cfg)(images, None), size, network(model).align_corners)
+        return model.labels(images, size)[0] if offsets is None else model.labels(images, size, offsets)[0]
+
+    scores = _single(model, cfg)(images, None)
+    logits = getattr(network(model), "average_softmax", True)
+    return _argmax(adjusted(scores, offsets, logits), size, network(model).align_corners)
+
+
+def adjusted(scores: Tensor, offsets: Tensor | None, logits: bool) -> Tensor:
+    """Scores (B, K, h, w) with offsets (K,) added to them where they are logits. Where they are probabilities or sums
+    of them these are added to their logarithm, up to a constant: multiplying them instead commutes with resizing."""
+    if offsets is None:
+        return scores
+
+    offsets = offsets.to(scores.device).view(-1, 1, 1)
+    return scores + offsets if logits else scores * (offsets - offsets.max()).exp()
 
 
 def _argmax(scores: Tensor, size: Size | None, align_corners: bool) -> Tensor:

@@ -42,7 +42,8 @@ def main() -> None:
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
     panels = None if args.json else folder / "panels"
-    result = experiment.score(model.to(device), device, save_predictions=args.save_predictions, panels=panels)
+    outputs = {"save_predictions": args.save_predictions, "panels": panels}
+    result = experiment.score(model.to(device), device, args.checkpoint, **outputs)
     result |= {"checkpoint": args.checkpoint}
     print_result(result)
     if args.json is None:

@@ -156,7 +156,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
         inference = results.inference_folder(cfg.folder, augmented)
         keep = results.Predictions(inference / name) if args.save_predictions else None
 
-        result = experiment.score(model, device, cfg=options, keep=keep, panels=folder / "panels")
+        result = experiment.score(model, device, weights, cfg=options, keep=keep, panels=folder / "panels")
         result |= {"checkpoint": str(weights)}
         if keep is not None:
             keep.close()

@@ -13,21 +13,24 @@ from torch import Tensor, nn
 
 from common import cli
 from common.config import load_config
+from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite, replacing
+from common.inference import adjusted
 from common.models import load_model
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
 
 
 class Scores(nn.Module):
-    """A network's class scores as its forward pass."""
+    """A network's class scores as its forward pass, with the offsets (K,) of logit adjustment where there are any."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, offsets: Tensor | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.offsets = model, offsets
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.predict(images)
+        scores = self.model.predict(images)
+        return adjusted(scores, self.offsets, logits=self.model.average_softmax)
 
 
 def main() -> None:
@@ -50,7 +53,8 @@ def main() -> None:
     cfg = load_config(args.config, args.overrides)
     model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
-    apart = export(Scores(model.eval()), images, Path(args.out))
+    scores = Scores(model.eval(), offsets_of(cfg, args.checkpoint))
+    apart = export(scores, images, Path(args.out))
     print(f"wrote {args.out}; its scores differ from the network's by {apart:.1e} (relative)")
 
 

@@ -20,6 +20,7 @@ from common.data.catalogue.folder import folder_row
 from common.data.catalogue.lists import IMAGE_SUFFIXES
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
+from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite
 from common.inference import predict_labels
 from common.models import load_model
@@ -49,8 +50,9 @@ def main() -> None:
     device = distributed.start(args.device)
     model = load_model(cfg.model, args.checkpoint)
     model = model.to(device).eval()
+    offsets = offsets_of(cfg, args.checkpoint)
     for name, path in console.bar(pictures.items(), what="predicting"):
-        segment(model, cfg, row, path, out / name, args.opacity, device)
+        segment(model, cfg, row, path, out / name, args.opacity, device, offsets)
     print(f"{len(pictures)} images segmented: labels and overlays in {out}")
 
 
@@ -105,12 +107,19 @@ def images(words: list[str], out: Path) -> dict[str, Path]:
 
 @torch.no_grad()
 def segment(
-    model: nn.Module, cfg: Config, row: DatasetRow, path: Path, out: Path, opacity: float, device: torch.device
+    model: nn.Module,
+    cfg: Config,
+    row: DatasetRow,
+    path: Path,
+    out: Path,
+    opacity: float,
+    device: torch.device,
+    offsets: torch.Tensor | None = None,
 ) -> None:
     """`<out>.png` and `<out>_overlay.jpg` of one image."""
     image = read_image(path)
     batch = network_input(image, cfg.eval)[None].to(device)
-    label = predict_labels(model, batch, cfg.eval, image.shape[:2], mirrored_classes(row))[0]
+    label = predict_labels(model, batch, cfg.eval, image.shape[:2], mirrored_classes(row), offsets)[0]
     label = label.cpu().numpy().astype(np.int32)
     out.parent.mkdir(parents=True, exist_ok=True)
     of_label, of_overlay = written(out)

@@ -162,7 +162,7 @@ def test(cfg: Config, args: argparse.Namespace) -> None:
 
     folder = folder_of_test(cfg, experiment.val, args.resume)
     outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
-    result = experiment.score(model, device, **outputs) | {"checkpoint": str(args.resume)}
+    result = experiment.score(model, device, args.resume, **outputs) | {"checkpoint": str(args.resume)}
     print_result(result)
     write_test(folder, cfg, result)
     if distributed.rank() == 0:

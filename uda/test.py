@@ -41,7 +41,8 @@ def main() -> None:
 
     checkpoint = checkpoint_of(cfg, args.checkpoint)
     folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
-    result = experiment.score(model, device, save_predictions=args.save_predictions, panels=folder / "panels")
+    outputs = {"save_predictions": args.save_predictions, "panels": folder / "panels"}
+    result = experiment.score(model, device, checkpoint, **outputs)
     result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}
     print_result(result)
     print_lines(result)

@@ -147,6 +147,7 @@ class EvalConfig:
     scales: Annotated[tuple[Scale, ...], Length(1, 100)] = (1.0,)
     scaled_max_edge: Side | None = None  # with short_edge: that limit for scaled images; None: max_edge times the scale
     flip: bool = False
+    logit_adjustment: NotNegative = 0.0  # post hoc: this times −ln π of the training pixels is added to the logits
     batch_size: Count = 1
     workers: Processes = 2
     convention: Literal["nan_mean", "absent_zero", "ltss", "detectron2"] = "nan_mean"

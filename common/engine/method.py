@@ -45,6 +45,7 @@ class Method(nn.Module, ABC):
         section = {key: value for key, value in cfg.method.items() if key != "name"}
         self.options = typed(self.Options, section, f"{cfg.name}: method")
         self.optim, self.steps = cfg.optim, cfg.train.steps
+        self.class_pixels = context.statistics.pixel_count.tolist()  # of the training labels; checkpoints tell them
 
     @abstractmethod
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses | Iterator[Losses]:
@@ -62,9 +63,12 @@ class Method(nn.Module, ABC):
         """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the input's."""
         return self.network.predict(images, size)
 
-    def labels(self, images: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Predicted class and confidence, both (B, H, W), without a K-channel map at full size."""
-        return self.network.labels(images, size)
+    def labels(
+        self, images: Tensor, size: tuple[int, int] | None = None, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted class and confidence, both (B, H, W), without a K-channel map at full size. offsets: (K,), of
+        post-hoc logit adjustment."""
+        return self.network.labels(images, size, offsets)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the engine; each names its optimiser, so an adversary is one more group."""

@@ -134,7 +134,11 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "threads": torch.get_num_threads(),
             }
-            metadata = {"predict_prefix": self.method.predict_prefix, "config": json.dumps(to_tree(self.cfg))}
+            metadata = {
+                "predict_prefix": self.method.predict_prefix,
+                "config": json.dumps(to_tree(self.cfg)),
+                "class_pixels": json.dumps(self.method.class_pixels),
+            }
             checkpoint.save(self.folder, step, self.method, state, metadata)
             checkpoint.prune(self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores))
         distributed.barrier()

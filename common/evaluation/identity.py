@@ -58,6 +58,7 @@ def _settings(cfg: EvalConfig) -> dict[str, Any]:
         "scales": scales,
         "scaled_max_edge": cfg.scaled_max_edge if scales != [1.0] else None,
         "flip": cfg.flip,
+        "logit_adjustment": cfg.logit_adjustment,
     }
 
 
@@ -95,7 +96,8 @@ def _grouped(classes: Sequence[Mapping[str, Any]], level: str) -> dict[str, str 
 
 
 def _known(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    return result.get("identity") or {key: result[key] for key in LEGACY if key in result}
+    known = result.get("identity") or {key: result[key] for key in LEGACY if key in result}
+    return {"logit_adjustment": 0.0, **known}  # which earlier versions did not have
 
 
 def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def evaluate(
     save_predictions: str | Path | None = None,
     keep: Callable[[str, Tensor], None] | None = None,
     panels: str | Path | None = None,
+    offsets: Tensor | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` (a network, or a method that owns one) on `dataset`, at each label's own size.
 
@@ -40,15 +41,15 @@ def evaluate(
     groups: level -> each class's group, for the rare, common and frequent means. save_predictions: folder for one PNG
     an image in the data set's stored values. keep: is given the name and the predicted classes (H, W) of every image
     of this rank. panels: folder for `cfg.panels` images with truth and prediction, the same for every run.
+    offsets: (K,), what `cfg.logit_adjustment` adds to the logits (see `adjustment.offsets_of`).
 
     Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
     `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
-    `identity` (what was evaluated and how, see there), `images`, `seconds`, `ms_per_image`.
+    `identity` (what was evaluated and how, see there), `logit_adjustment` (τ), `images`, `seconds`, `ms_per_image`.
     Raises ValueError for data without labels or classes that do not fit.
     """
     row = dataset.row
-    if not len(dataset):
-        raise ValueError(f"{row.name}: nothing to evaluate, the split is empty")
+    _check(dataset, cfg, offsets)
     chosen = chosen_images(dataset, cfg)
     mine = chosen[rank::world]
     shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
@@ -58,7 +59,7 @@ def evaluate(
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model), console.bar(what="evaluating", total=len(mine)) as bar:
         for samples in sample_batches(dataset, mine, cfg):
-            for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored), strict=True):
+            for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored, offsets), strict=True):
                 matrix.update(pred, sample["label"].to(device))
                 if keep is not None:
                     keep(sample["name"], pred)
@@ -73,10 +74,18 @@ def evaluate(
     return {
         **summarise(total, row, cfg.convention, groups),
         "identity": identity(dataset, chosen, cfg),
+        "logit_adjustment": cfg.logit_adjustment,
         "images": len(chosen),
         "seconds": round(seconds, 3),
         "ms_per_image": round(1000 * seconds / max(len(mine), 1), 3),
     }
+
+
+def _check(dataset: Any, cfg: EvalConfig, offsets: Tensor | None) -> None:
+    if cfg.logit_adjustment and offsets is None:
+        raise ValueError(f"eval.logit_adjustment: {cfg.logit_adjustment:g} needs the offsets that it stands for")
+    if not len(dataset):
+        raise ValueError(f"{dataset.row.name}: nothing to evaluate, the split is empty")
 
 
 @contextlib.contextmanager
@@ -107,6 +116,7 @@ def _predict(
     cfg: EvalConfig,
     device: torch.device | str,
     mirrored: Sequence[int] | None,
+    offsets: Tensor | None,
 ) -> list[Tensor]:
     """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree."""
     together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
@@ -114,5 +124,6 @@ def _predict(
     result: list[Tensor] = []
     for batch in batches:
         images = torch.stack([sample["image"] for sample in batch]).to(device)
-        result += predict_labels(model, images, cfg, tuple(batch[0]["label"].shape), mirrored).unbind()
+        size = tuple(batch[0]["label"].shape)
+        result += predict_labels(model, images, cfg, size, mirrored, offsets).unbind()
     return result

@@ -4,8 +4,11 @@
 
 with π_k the share of class k. At τ = 1 the loss is that of balanced softmax (Ren et al., NeurIPS 2020), and the optimum
 scores all classes as if they were equally frequent; a classifier that is a bias alone ends at p ∝ π^(1−τ).
+
+Post hoc, the scores of a network trained without it are adjusted in its place: argmax z_k − τ · ln π_k.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,3 +32,8 @@ class LogitAdjustment:
 
     def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor:
         return logits.float() + vector.view(1, -1, *[1] * (logits.dim() - 2))
+
+
+def post_hoc_offsets(pixels: Sequence[float], tau: float) -> Tensor:
+    """−τ ln π, float32 (K,), of the pixels of each class in the training labels: what is added to trained logits."""
+    return -LogitAdjustment(tau).vector(Counts.from_pixels(pixels)).float()

@@ -116,13 +116,17 @@ class SegmentationModel(nn.Module, ABC):
         return self.scores(self.infer(images), geometry, (0, geometry.size[0]))
 
     @torch.no_grad()
-    def labels(self, images: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+    def labels(
+        self, images: Tensor, size: tuple[int, int] | None = None, offsets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Label int64 and confidence float32, both (B, H, W), of images (B, 3, h, w) at `size` or the images' size.
 
-        The label is the argmax of `predict`; scores are made for a band of rows at a time.
+        The label is the argmax of `predict`; scores are made for a band of rows at a time. offsets: (K,), see `adjust`.
         """
         geometry, batch = self._geometry(images, size), images.shape[0]
         out, (height, width) = self.infer(images), geometry.size
+        if offsets is not None:
+            out = self.adjust(out, offsets.to(images.device))
         label = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
         confidence = torch.empty(batch, height, width, dtype=torch.float32, device=images.device)
         step = max(BAND.get(images.device.type, BAND["cuda"]) // (batch * self.num_classes * width), 1)
@@ -136,6 +140,11 @@ class SegmentationModel(nn.Module, ABC):
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""
         return self.upsample(out["logits"], geometry, rows)
+
+    def adjust(self, out: dict[str, Any], offsets: Tensor) -> dict[str, Any]:
+        """`out` of `infer` with offsets (K,) added to the logarithm of the class scores: here to the logits at the
+        net's own stride, since resizing leaves a constant as it is."""
+        return {**out, "logits": out["logits"] + offsets.view(-1, 1, 1)}
 
     def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
         """Probability (B, h, w) of the best class, of scores (B, K, h, w) and their maximum; softmax, as for logits."""

@@ -71,6 +71,7 @@ def test_other_meanings_of_the_same_files_differ(tmp_path):
     ("change", "expected"),
     [
         ({"flip": True}, ["flip True against False"]),
+        ({"logit_adjustment": 0.5}, ["logit_adjustment 0.5 against 0.0"]),
         ({"scales": (0.5, 1.0)}, ["scales [0.5, 1.0] against [1.0]"]),
         ({"short_edge": 512, "max_edge": 2048}, ["short_edge 512 against none", "max_edge 2048 against none"]),
         ({"convention": "ltss"}, ["convention ltss against nan_mean"]),
@@ -91,6 +92,8 @@ def test_results_without_an_identity_compare_by_what_they_say(tmp_path):
     assert not has_identity(old) and has_identity(known)
     assert differences(old, known) == []
     assert differences({**old, "images": 500}, known) == ["images 500 against 3"]
+    adjusted = result(make(tmp_path / "b"), EvalConfig(logit_adjustment=0.5))
+    assert "logit_adjustment 0.5 against 0.0" in differences(adjusted, old)
     assert differences(known, {**old, "dataset": "cityscapes"}) == ["dataset folder against cityscapes"]
 
 

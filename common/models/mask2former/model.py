@@ -119,6 +119,12 @@ class Mask2Former(SegmentationModel):
             x = resize_rows(x, size, rows, first=band[0], height=inner[0])
         return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
 
+    def adjust(self, out: dict[str, Any], offsets: Tensor) -> dict[str, Any]:
+        """`out` with ln p_qk + offset_k (K,), less a constant, for every query: so the score of class k is multiplied
+        by e^offset_k."""
+        factors = (offsets - offsets.max()).exp()
+        return {**out, "probability": out["probability"] * factors[:, None]}
+
     def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
         """The best class's share of all scores."""
         return best / scores.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)

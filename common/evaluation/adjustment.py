@@ -1,0 +1,73 @@
+"""Logit adjustment after training: where the class counts of a trained network come from."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+from common.config import Config, ConfigError
+from common.files import load_json, read_artifact
+from common.losses.logit_adjustment import post_hoc_offsets
+from common.models.pretrained.containers import weight_file
+
+IN_TRAINING = ("logit_adjustment", "balanced_softmax")
+COUNTS = "class_pixels"  # in a checkpoint's metadata, and in a run's statistics.json
+
+
+def offsets_of(cfg: Config, checkpoint: str | Path | None = None, pixels: Sequence[int] | None = None) -> Tensor | None:
+    """What `eval.logit_adjustment` adds to the logits, float32 (K,); None where it is 0.
+
+    pixels: (K,), of each class in the training labels; without, those that the checkpoint tells, else the run's
+    statistics.json. ConfigError where nothing tells them, or they are of other classes.
+    """
+    tau = cfg.eval.logit_adjustment
+    if not tau:
+        return None
+    where = f"{cfg.name}: eval.logit_adjustment: {tau:g}"
+    trained = (cfg.remedies.get("logits") or {}).get("name")
+    if trained in IN_TRAINING:
+        warnings.warn(
+            f"{where}: remedies.logits {trained} has adjusted the network in training: both add up", stacklevel=2
+        )
+
+    if pixels is None:
+        pixels = _of_checkpoint(checkpoint) or _of_run(cfg.folder / "statistics.json")
+    if pixels is None:
+        raise ConfigError(
+            f"{where}: neither the checkpoint nor {cfg.folder / 'statistics.json'} tells the pixels of each class in "
+            "the training labels; give a checkpoint of a run, or set it to 0"
+        )
+    if len(pixels) != cfg.model.num_classes:
+        text = f"the training labels were counted by {len(pixels)} classes, the network has {cfg.model.num_classes}"
+        raise ConfigError(f"{where}: {text}; give the checkpoint of a run on these classes, or set it to 0")
+    return post_hoc_offsets(pixels, tau)
+
+
+def _of_checkpoint(path: str | Path | None) -> list[int] | None:
+    file = weight_file(path) if path is not None else None
+    if file is None or file.suffix != ".safetensors":
+        return None
+    return read_artifact(file, _told)
+
+
+def _told(file: Path) -> list[int] | None:
+    with safe_open(file, "pt") as opened:
+        stored = (opened.metadata() or {}).get(COUNTS)
+    return None if stored is None else _counts(json.loads(stored))
+
+
+def _of_run(path: Path) -> list[int] | None:
+    return read_artifact(path, _stored) if path.is_file() else None
+
+
+def _stored(path: Path) -> list[int]:
+    return _counts(load_json(path)[COUNTS])
+
+
+def _counts(value: list[int]) -> list[int]:
+    if not value or not all(isinstance(n, int) and n >= 0 for n in value) or not any(value):
+        raise ValueError(f"{COUNTS}: expected a pixel count for each class")
+    return value
