@@ -4,10 +4,13 @@ import inspect
 import os
 import warnings
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def start(device: str | None = None) -> torch.device:
@@ -99,7 +102,7 @@ def all_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def synchronise_batchnorm(module: nn.Module, norm: str, device: torch.device) -> nn.Module:
+def synchronise_batchnorm(module: Network, norm: str, device: torch.device) -> Network:
     """SyncBN when it is asked for and several GPUs train; the CPU has none, so there ordinary BN stays."""
     if norm != "sync_bn" or world_size() == 1:
         return module

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,13 @@ from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
 from common.evaluation.adjustment import offsets_of
 from common.files import read_json, write_json
+
+
+class Counted(NamedTuple):
+    """The labels that say what is rare."""
+
+    dataset: SegmentationDataset
+    statistics: Statistics
 
 
 class Experiment:
@@ -40,20 +47,22 @@ class Experiment:
         self._check_classes()
         groups = groups_config(cfg.data.groups, self.val.row)
 
-        self.statistics: Statistics | None = None
-        self.counted: SegmentationDataset | None = None
+        self.counted = None if counted is None else self._count(counted)
         self.counts: dict[str, Any] | None = None  # what the report shows of them
-        if counted is not None:
-            self.counted = self.streams[counted].dataset if train else SegmentationDataset(cfg.data.streams[counted])
-            self.statistics = class_statistics(self.counted, cfg.data.workers, self.cache)
-        self.grouping = grouping(groups, self.val.row, self.statistics)
+        statistics = None if self.counted is None else self.counted.statistics
+        self.grouping = grouping(groups, self.val.row, statistics)
+
+    def _count(self, stream: str) -> Counted:
+        known = self.streams.get(stream)
+        dataset = SegmentationDataset(self.cfg.data.streams[stream]) if known is None else known.dataset
+        return Counted(dataset, class_statistics(dataset, self.cfg.data.workers, self.cache))
 
     @property
     def context(self) -> MethodContext:
         """What the method is told of the data. ValueError where no stream was counted."""
-        if self.statistics is None or self.counted is None:
+        if self.counted is None:
             raise ValueError(f"{self.cfg.name}: a method needs the class statistics of a labelled stream")
-        return MethodContext(self.statistics, self.counted.row)
+        return MethodContext(self.counted.statistics, self.counted.dataset.row)
 
     def _check_classes(self) -> None:
         for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):
@@ -93,7 +102,7 @@ class Experiment:
         says by what). checkpoint: the model's, which tells the counts of logit adjustment where none were made."""
         options = {"groups": self.levels(), "rank": distributed.rank(), "world": distributed.world_size(), **options}
         cfg = options.pop("cfg", self.cfg.eval)
-        counted = None if self.statistics is None else self.statistics.pixel_count.tolist()
+        counted = None if self.counted is None else self.counted.statistics.pixel_count.tolist()
         offsets = offsets_of(replace(self.cfg, eval=cfg), checkpoint, counted)
         result = evaluate(model, self.val, cfg, device=device, offsets=offsets, **options)
         return {**result, "group_rule": self.grouping.rule} if self.grouping else result
@@ -124,8 +133,8 @@ class Experiment:
         there = next(path for path in (self.cfg.folder, *self.cfg.folder.absolute().parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise OSError(f"{there}: no folder to write in; set `output` to another")
-        if self.statistics is not None and self.counted is not None:
-            self.counts = counts_of(self.counted, self.statistics)
+        if self.counted is not None:
+            self.counts = counts_of(*self.counted)
 
 
 def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:

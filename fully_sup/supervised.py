@@ -1,7 +1,9 @@
 """Supervised segmentation: a loss for each output of the network, cross-entropy with the config's remedies."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,6 +41,7 @@ class Supervised(Method):
     """
 
     Options = SupervisedConfig
+    options: SupervisedConfig
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
@@ -75,7 +78,7 @@ class Supervised(Method):
                 key = name if len(outputs) == 1 else f"{name}{i}"
                 value = loss(self.upsample(logits, label), label, progress=step / self.steps)
                 terms[key] = self.options.heads[name].weight * value
-        return {"loss": sum(terms.values())} | terms
+        return {"loss": reduce(operator.add, terms.values())} | terms
 
     def upsample(self, logits: Tensor, label: Tensor) -> Tensor:
         corners = self.model.align_corners

@@ -15,15 +15,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import distributed
 from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Share
 from common.losses.seesaw import SeesawLoss
 from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import masks
 from common.ops.point_sample import class_masks, point_sample, uncertain_points
+from common.ops.resize import Size, size_of
 from ltss_benchmark.matcher import Matcher, Matches, MatchWeights, Targets, find_targets
 
 STRIDE = 4  # of the mask features
@@ -94,7 +95,7 @@ class SetCriterion(nn.Module):
         """
         features = out["mask_features"]
         targets = target if isinstance(target, Targets) else find_targets(target, self.num_classes)
-        targets = targets._replace(label=pad_label(targets.label, features.shape[-2:]))
+        targets = targets._replace(label=pad_label(targets.label, size_of(features)))
         layers = [*out["aux"], out]
         logits = torch.stack([layer["pred_logits"] for layer in layers])
         embeddings = torch.stack([layer["mask_embed"] for layer in layers])
@@ -117,7 +118,7 @@ class SetCriterion(nn.Module):
         """(L,): matched queries have their class, all others none."""
         layers, batch, queries, _ = logits.shape
         labels = torch.full((layers * batch * queries,), self.num_classes, device=logits.device)
-        labels = labels.scatter_(0, matches.index, matches.label).view(layers, batch * queries)
+        labels = labels.scatter_(0, matches.place, matches.label).view(layers, batch * queries)
         logits = logits.flatten(1, 2)
         if self.seesaw is None:
             return classification_loss(logits, labels, self.options.no_object_weight)
@@ -128,7 +129,7 @@ class SetCriterion(nn.Module):
         """Summed binary cross-entropy and dice losses (L,) over their normaliser."""
         layers = len(embeddings)
         counts = [layers * n for n in matches.per_layer]
-        matched = embeddings.flatten(0, 2).index_select(0, matches.index).split(counts)
+        matched = embeddings.flatten(0, 2).index_select(0, matches.place).split(counts)
         bce, dice = embeddings.new_zeros(2, layers, dtype=torch.float32)
         images = zip(matched, matches.label.split(counts), features, targets.label, matches.per_layer, strict=True)
         for embedding, classes, feature, label, pairs in images:
@@ -147,15 +148,12 @@ class SetCriterion(nn.Module):
 
     def _normalizer(self, targets: Targets, matches: Matches, device: torch.device) -> Tensor:
         """Classes (or matched pairs) of the whole batch by the number of ranks, at least 1."""
-        count = targets.count if self.options.normalizer == "targets" else sum(matches.per_layer)
-        count = torch.full((), float(count), device=device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(count)
-            count /= dist.get_world_size()
-        return count.clamp(min=1)
+        count = targets.number if self.options.normalizer == "targets" else sum(matches.per_layer)
+        mean = distributed.all_mean(torch.full((), float(count), device=device))
+        return mean.clamp(min=1)
 
 
-def pad_label(label: Tensor, size: tuple[int, int]) -> Tensor:
+def pad_label(label: Tensor, size: Size) -> Tensor:
     """Label maps (B, H, W) filled up with −1 to the padded input whose features have `size` at stride 4."""
     height, width = (STRIDE * side for side in size)
     return F.pad(label, (0, width - label.shape[2], 0, height - label.shape[1]), value=-1)

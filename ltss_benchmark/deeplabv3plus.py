@@ -10,6 +10,7 @@ from common.engine.method import Batch, Losses, Method, MethodContext, pixel_los
 from common.losses.hard_pixel import hard_pixel_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_detectron2 import STRIDE, DeepLabV3PlusD2
+from common.ops.resize import size_of
 from ltss_benchmark.criterion import pad_label
 
 STREAM = "labeled"
@@ -25,6 +26,7 @@ class DeepLabV3PlusMethod(Method):
     with `focus: null` it is plain cross-entropy over all labelled pixels."""
 
     Options = DeepLabV3PlusConfig
+    options: DeepLabV3PlusConfig
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
@@ -40,7 +42,8 @@ class DeepLabV3PlusMethod(Method):
     def loss(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
         """Of logits (B, K, h, w) and label maps (B, H, W), the upper left part of the logits enlarged 4 times."""
         chosen = self.pixel_loss
-        if chosen.only_hardest:
-            return hard_pixel_cross_entropy(logits, label, fraction=chosen.focus.fraction, stride=STRIDE)
-        label = pad_label(label, logits.shape[-2:])
+        fraction = chosen.hardest_fraction
+        if fraction is not None:
+            return hard_pixel_cross_entropy(logits, label, fraction=fraction, stride=STRIDE)
+        label = pad_label(label, size_of(logits))
         return chosen.upsampled(logits, label, align_corners=False, progress=progress)

@@ -55,6 +55,7 @@ class Mask2FormerMethod(Method):
     """Batches: `labeled` (image, label). What Seesaw has counted is part of the state."""
 
     Options = Mask2FormerConfig
+    options: Mask2FormerConfig
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
@@ -117,11 +118,10 @@ def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics, w
     if options.threshold <= 0:
         raise ConfigError(f"{where}.threshold: {options.threshold} is not positive; set T, a share of the images")
     if options.counts == "dataset":
-        frequency = statistics.frequency("image")
-    else:
-        row = DATASETS.get(cfg.data.streams[STREAM].dataset)
-        if row is None or row.published is None:
-            known = ", ".join(name for name, row in DATASETS.items() if row.published is not None)
-            raise ConfigError(f"{where}.counts: published: known for {known}; set it to dataset")
-        frequency = row.published.frequency
-    return queries_per_class(frequency, options.threshold, options.scale)
+        return queries_per_class(statistics.frequency("image"), options.threshold, options.scale)
+
+    row = DATASETS.get(cfg.data.streams[STREAM].dataset)
+    if row is None or row.published is None:
+        known = ", ".join(name for name, row in DATASETS.items() if row.published is not None)
+        raise ConfigError(f"{where}.counts: published: known for {known}; set it to dataset")
+    return queries_per_class(row.published.frequency, options.threshold, options.scale)

@@ -9,13 +9,13 @@ queries; the Frequency-based Matcher (LTSS, TMM 2024) lets a class of image freq
 queries: its column is repeated q_c times in the assignment.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -31,14 +31,15 @@ class Targets(NamedTuple):
     padded: Tensor  # (B, T) the same on the label's device, filled up with −1
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
+        """Classes of all images together."""
         return sum(len(classes) for classes in self.classes)
 
 
 class Matches(NamedTuple):
     """Matched pairs of all layers: image after image, in an image layer after layer; tensors on the device, (N,)."""
 
-    index: Tensor  # (layer · B + image) · Q + query
+    place: Tensor  # (layer · B + image) · Q + query
     label: Tensor  # class
     per_layer: list[int]  # pairs of each image in each of the layers
 
@@ -56,24 +57,25 @@ def find_targets(label: Tensor, num_classes: int) -> Targets:
     """The classes of label maps (B, H, W), −1 where ignored. Waits for one copy of B · K bits to the host."""
     flat = label.flatten(1).long() + 1
     present = torch.zeros(len(label), num_classes + 1, dtype=torch.bool, device=label.device)
-    present = present.scatter_(1, flat, True)[:, 1:].cpu().numpy()
-    classes = [np.flatnonzero(row).tolist() for row in present]
+    present.scatter_(1, flat, True)
+    classes = [np.flatnonzero(row).tolist() for row in present[:, 1:].cpu().numpy()]
     width = max(map(len, classes), default=0)
     padded = torch.tensor([row + [-1] * (width - len(row)) for row in classes], dtype=torch.int64)
     return Targets(label, classes, to_device(padded.view(len(classes), width), label.device))
 
 
-def queries_per_class(frequency: Sequence[float], threshold: float, scale: float = 2.0) -> np.ndarray:
+def queries_per_class(frequency: ArrayLike, threshold: float, scale: float = 2.0) -> np.ndarray:
     """Number of queries (K,) of each class: ⌈max(1, scale · √(threshold / f))⌉, and 1 for a class never seen.
 
     Args:
         frequency: share of the training images that hold each class.
         threshold, scale: T and S.
     """
-    frequency = np.asarray(frequency, dtype=np.float64)
-    seen = frequency > 0
-    share = threshold / np.where(seen, frequency, 1.0)
-    return np.where(seen, np.ceil(np.maximum(1.0, scale * np.sqrt(share))), 1.0).astype(np.int64)
+    shares = np.asarray(frequency, dtype=np.float64)
+    seen = shares > 0
+    ratio = threshold / np.where(seen, shares, 1.0)
+    numbers = np.ceil(np.maximum(1.0, scale * np.sqrt(ratio)))
+    return np.where(seen, numbers, 1.0).astype(np.int64)
 
 
 def match_costs(
@@ -95,7 +97,7 @@ def match_costs(
     return weights.classes * of_class + weights.mask * cross_entropy + weights.dice * dice
 
 
-def assign(cost: np.ndarray, copies: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def assign(cost: np.ndarray, copies: ArrayLike | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Queries and targets (n,) of the cheapest assignment of a cost matrix (Q, T), sorted by query.
 
     Args:
@@ -105,9 +107,9 @@ def assign(cost: np.ndarray, copies: Sequence[int] | None = None) -> tuple[np.nd
     """
     targets = np.arange(cost.shape[1])
     if copies is not None:
-        copies = np.asarray(copies)
-        number = np.concatenate([np.arange(n) for n in copies]) if len(copies) else targets
-        targets = np.repeat(targets, copies)[np.argsort(number, kind="stable")]
+        repeats = np.asarray(copies)
+        number = np.concatenate([np.arange(n) for n in repeats]) if len(repeats) else targets
+        targets = np.repeat(targets, repeats)[np.argsort(number, kind="stable")]
         targets = targets[: max(cost.shape)]
     query, column = linear_sum_assignment(cost[:, targets])
     return query, targets[column]
@@ -145,9 +147,9 @@ class Matcher:
 
     def _assign(self, costs: np.ndarray, targets: Targets) -> Matches:
         layers, batch, queries, _ = costs.shape
-        index, labels, per_layer = [], [], []
-        for image, classes in enumerate(targets.classes):
-            classes = np.array(classes, dtype=np.int64)
+        places, labels, per_layer = [], [], []
+        for image, present in enumerate(targets.classes):
+            classes = np.array(present, dtype=np.int64)
             copies = None if self.copies is None else self.copies[classes]
             for layer in range(layers):
                 cost = costs[layer, image, :, : len(classes)]
@@ -157,12 +159,12 @@ class Matcher:
                         "NaN or infinite, mostly because the learning rate is too high"
                     )
                 query, target = assign(cost, copies)
-                index.append((layer * batch + image) * queries + query)
+                places.append((layer * batch + image) * queries + query)
                 labels.append(classes[target])
             per_layer.append(len(query))
-        pairs = torch.from_numpy(np.stack([np.concatenate(index), np.concatenate(labels)]))
-        index, label = to_device(pairs, targets.padded.device)
-        return Matches(index, label, per_layer)
+        pairs = torch.from_numpy(np.stack([np.concatenate(places), np.concatenate(labels)]))
+        place, label = to_device(pairs, targets.padded.device)
+        return Matches(place, label, per_layer)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -108,7 +108,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
     experiment.begin(args.resume)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
+    method = prepare(cfg, build_method, experiment.context, device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
     result = experiment.last_result()

@@ -109,7 +109,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume is not None)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
+    method = prepare(cfg, build_method, experiment.context, device)
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume is not None)
     print_result(experiment.last_result())

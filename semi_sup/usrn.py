@@ -98,6 +98,7 @@ class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
     Options = BaselineConfig
+    options: BaselineConfig
     pseudo_labels: PseudoUnit | None = None  # how they join the class counts of remedies
 
     def __init__(self, cfg: Config, context: MethodContext):
@@ -140,6 +141,7 @@ class SelfTraining(Baseline):
     geometry)."""
 
     Options = SelfTrainingConfig
+    options: SelfTrainingConfig
     pseudo_labels = "pixels"
 
     def __init__(self, cfg: Config, context: MethodContext):
@@ -221,6 +223,8 @@ class USRN(SelfTraining):
     """The paper. Batches: `labeled` (image, label, sub_label), `unlabeled` (weak, strong, geometry)."""
 
     Options = USRNConfig
+    options: USRNConfig
+    parents: Tensor
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

@@ -21,6 +21,7 @@ from common.models import build_network, load_model
 from common.models.deeplabv2_cpsl import DeepLabV2
 from common.models.pretrained.containers import load_tensor
 from common.models.pretrained.cpsl import has_extra_norm
+from common.ops.resize import Size, size_of
 from common.ops.resize_chain import feature_matrices, feature_reach, resize_matrices
 from uda.config import command
 
@@ -28,9 +29,9 @@ STRIDE = 4  # of the grid on which target losses live
 CONFIDENCE_STEPS = 254  # a confidence of 1 in 8-bit maps, where 255 marks ignored pixels
 
 
-def to_grid(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def to_grid(maps: Tensor, size: Size) -> Tensor:
     """Network outputs (B, C, h, w) on another grid, bilinear with aligned corners."""
-    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=True)
 
 
 class Resampling(NamedTuple):
@@ -43,12 +44,12 @@ class Resampling(NamedTuple):
 
 def onto_crop(maps: Tensor, target: Batch) -> Resampling:
     """From the whole image to the quarter grid of its weak crop."""
-    grid, image, crop = (tuple(m.shape[-2:]) for m in (maps, target["full"], target["weak"]))
+    grid, image, crop = (size_of(m) for m in (maps, target["full"], target["weak"]))
     rows, columns = feature_matrices(target["geometry"], grid, crop, stride=STRIDE)
     return Resampling(rows, columns, feature_reach(grid, image, STRIDE))
 
 
-def onto_grid(maps: Tensor, size: tuple[int, int]) -> Resampling:
+def onto_grid(maps: Tensor, size: Size) -> Resampling:
     """What `to_grid` does."""
     return Resampling(*resize_matrices(maps, size), reach=1)
 
@@ -88,7 +89,7 @@ class Stage(Method):
     def upsampled(self, images: Tensor) -> Tensor:
         """The student's logits at the size of the images."""
         logits = self.model(images)["logits"]
-        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=self.model.align_corners)
+        return F.interpolate(logits, size_of(images), mode="bilinear", align_corners=self.model.align_corners)
 
     def source_terms(self, source: Batch, progress: float) -> Losses:
         loss = self.loss(self.upsampled(source["image"]), source["label"], progress=progress)
@@ -127,11 +128,12 @@ def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_m
             "method.backbone_lr_mult and method.head_lr_mult instead"
         )
     head = re.compile(r"^(layer5|bn_pretrain)\.")
-    rest, chosen = [], []
+    rest: list[nn.Parameter] = []
+    chosen: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (chosen if head.search(name) else rest).append(parameter)
-    common = {"optimizer": optim.name, "weight_decay": optim.weight_decay}
+    common: dict[str, Any] = {"optimizer": optim.name, "weight_decay": optim.weight_decay}
     if optim.name == "sgd":
         common |= {"momentum": optim.momentum, "nesterov": optim.nesterov}
     else:

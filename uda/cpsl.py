@@ -37,6 +37,7 @@ from common.losses.self_training import (
     pixel_contrast,
 )
 from common.ops.resampled_products import resampled_products
+from common.ops.resize import Size, size_of
 from common.ops.resize_chain import resample_labels, resample_points
 from common.ops.ring import RingBank, gather_rows, write
 from common.ops.sinkhorn import sinkhorn
@@ -103,7 +104,11 @@ class CPSL(Stage):
     """Stage 1. Batches: `source` (image, label), `target` (weak, strong, full, soft, geometry, warp, cutout)."""
 
     Options = CPSLConfig
+    options: CPSLConfig
     backwards = 3
+    known: Tensor
+    prototypes_ema: Tensor
+    distribution: Tensor
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
@@ -154,7 +159,7 @@ class CPSL(Stage):
     @torch.no_grad()
     def rectify(self, similarity: Tensor, target: Batch) -> tuple[Tensor, Tensor]:
         """Labels ŷ (B, h, w), and the share of pixels at which they differ from argmax P_ST."""
-        crop = tuple(target["weak"].shape[-2:])
+        crop = size_of(target["weak"])
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
         probabilities = warm
         if self.options.rectify:
@@ -175,18 +180,18 @@ class CPSL(Stage):
 
     def weak_terms(self, source: Batch, target: Batch, label: Tensor, sampled: Sampled, progress: float) -> Losses:
         o, images, mixed = self.options, target["weak"], label
-        box = draw_box(images.shape[-2:], o.cutmix)
+        box = draw_box(size_of(images), o.cutmix)
         if box is not None:
             images = paste(images, source["image"], box)
             mixed = self.mixed_labels(label, source["label"], box)
         out = self.model(images)
         self.loss.count(label)
-        ce = self.symmetric_loss(to_grid(out["logits"], label.shape[-2:]), mixed, o.rce, progress)
+        ce = self.symmetric_loss(to_grid(out["logits"], size_of(label)), mixed, o.rce, progress)
         first, second = self.self_label(*sampled)
         terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
         total = ce + o.self_label * (first + second)
         if o.contrastive > 0:
-            whole = tuple(target["soft"].shape[-2:])
+            whole = size_of(target["soft"])
             terms["contrastive"] = self.contrast(out["features"], label, whole, mixed=box is not None)
             total = total + o.contrastive * terms["contrastive"]
         return {"loss": total, **terms, "bank_fill": ce.new_tensor(self.features.fill)}
@@ -212,7 +217,7 @@ class CPSL(Stage):
     def sample_whole(self, label: Tensor, features: Tensor, logits: Tensor) -> Sampled:
         """The release's draw: cells of the whole image's own grid, the same in every image. The labels are not theirs:
         the crop's map is stretched over that grid, and its first n cells are taken."""
-        labels = stretched(label, features.shape[-2:]).flatten(1)
+        labels = stretched(label, size_of(features)).flatten(1)
         n = min(self.options.samples, labels.shape[1])
         index = uniform(labels[:1], n).expand(len(labels), n)
         return unit_cells(features, index), unit_cells(logits, index), labels[:, :n]
@@ -249,7 +254,7 @@ class CPSL(Stage):
         shares = self.distribution[self.known]
         return shares / shares.sum()
 
-    def contrast(self, features: Tensor, label: Tensor, whole: tuple[int, int], mixed: bool) -> Tensor:
+    def contrast(self, features: Tensor, label: Tensor, whole: Size, mixed: bool) -> Tensor:
         """Student pixels against the bank; 0 (with a graph) before the bank is full, and in CutMix steps.
 
         `whole`: the network's grid of the whole image. With `bank_labels: first` an anchor is a cell of the student's
@@ -265,7 +270,7 @@ class CPSL(Stage):
         else:
             labels = label.flatten(1)
             index = uniform(labels, min(self.options.samples, labels.shape[1]))
-            anchors = unit_rows(features, onto_grid(features, label.shape[-2:]), index)
+            anchors = unit_rows(features, onto_grid(features, size_of(label)), index)
         bank = self.features.rows, self.bank_labels.rows, self.options.temperature
         pairs = zip(anchors, labels.gather(1, index), strict=True)
         return torch.stack([pixel_contrast(a, y, *bank) for a, y in pairs]).mean()
@@ -275,18 +280,18 @@ class CPSL(Stage):
     def strong_terms(self, target: Batch, similarity: Tensor) -> Losses:
         """Consistency with the teacher's similarities. Classifier and prototypes get a gradient of 0 here: under DDP
         the last part has to reach every parameter."""
-        crop = tuple(target["weak"].shape[-2:])
+        crop = size_of(target["weak"])
         with nullcontext() if self.options.strong_statistics else running_statistics_kept(self.model):
             out = self.model(target["strong"])
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
-        student = self.similarity(out["features"], onto_grid(out["features"], similarity.shape[-2:]))
+        student = self.similarity(out["features"], onto_grid(out["features"], size_of(similarity)))
         term = consistency(student, teacher, mask, self.options.temperature)
         untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum())
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        statistics = "averaged" if self.options.teacher_mode == "eval" else "copied"
+        statistics: Literal["averaged", "copied"] = "averaged" if self.options.teacher_mode == "eval" else "copied"
         move_average(self.teacher, self.model, self.options.momentum, statistics)
         self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
         super().after_step(step)

@@ -19,6 +19,7 @@ from common.config.bounds import NotNegative, Rate
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, MethodContext
 from common.losses.self_training import distillation
+from common.ops.resize import size_of
 from common.ops.warp import warp_labels
 from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, network_of, to_grid
 
@@ -39,6 +40,7 @@ class Distill(Stage):
     """Batches: `source` (image, label), `target` (strong, pseudo, confidence, warp, cutout)."""
 
     Options = DistillConfig
+    options: DistillConfig
     backwards = 2
 
     def __init__(self, cfg: Config, context: MethodContext):
@@ -54,13 +56,13 @@ class Distill(Stage):
     def target_terms(self, target: Batch, progress: float) -> Losses:
         label = self.labels_on_grid(target)
         self.loss.count(label)
-        student = to_grid(self.model(target["strong"])["logits"], label.shape[-2:])
+        student = to_grid(self.model(target["strong"])["logits"], size_of(label))
         ce = self.loss(student, label, progress=progress)
         terms = {"target_ce": ce, "labelled": (label != IGNORE).float().mean()}
         if self.options.distillation == 0:
             return {"loss": ce, **terms}
         with torch.no_grad():
-            teacher = to_grid(self.teacher.eval()(target["strong"])["logits"], label.shape[-2:])
+            teacher = to_grid(self.teacher.eval()(target["strong"])["logits"], size_of(label))
         kd = distillation(student, teacher, self.options.kd_loss)
         return {"loss": ce + self.options.distillation * kd, **terms, "kd": kd}
 
@@ -74,5 +76,5 @@ class Distill(Stage):
         label, confidence = (target[key][:, ::STRIDE, ::STRIDE] for key in ("pseudo", "confidence"))
         scale = 1 if confidence.is_floating_point() else CONFIDENCE_STEPS
         label = torch.where(confidence.float() > self.options.threshold * scale, label, IGNORE)
-        crop = tuple(target["strong"].shape[-2:])
+        crop = size_of(target["strong"])
         return warp_labels(label, target["warp"], crop, target["cutout"])

@@ -17,6 +17,7 @@ from common.config.bounds import NotNegative, Share
 from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.self_training import consistency
 from common.ops.resampled_products import resampled_products
+from common.ops.resize import size_of
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
@@ -42,7 +43,10 @@ class ProDA(Stage):
     """Batches as in `cpsl.CPSL`."""
 
     Options = ProDAConfig
+    options: ProDAConfig
     backwards = 3
+    known: Tensor
+    prototypes: Tensor
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
@@ -57,7 +61,7 @@ class ProDA(Stage):
         yield self.source_terms(streams["source"], progress)
         closeness, label = self.look(target)
         self.loss.count(label)
-        logits = to_grid(self.model(target["weak"])["logits"], label.shape[-2:])
+        logits = to_grid(self.model(target["weak"])["logits"], size_of(label))
         sce = self.symmetric_loss(logits, label, self.options.rce, progress)
         pull = -logits.float().log_softmax(1).mean()
         yield {"loss": sce + self.options.regulariser * pull, "target_sce": sce, "regulariser": pull}
@@ -69,7 +73,7 @@ class ProDA(Stage):
         """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w)."""
         out = self.teacher.eval()(target["full"])
         self._seen += [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
-        crop = tuple(target["weak"].shape[-2:])
+        crop = size_of(target["weak"])
         closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
         return closeness, rectified(warm, closeness, self.known).argmax(1)
@@ -83,9 +87,9 @@ class ProDA(Stage):
 
     def strong_terms(self, target: Batch, closeness: Tensor) -> Losses:
         out = self.model(target["strong"])
-        crop = tuple(target["weak"].shape[-2:])
+        crop = size_of(target["weak"])
         teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
-        student = self.closeness(out["features"], onto_grid(out["features"], closeness.shape[-2:]))
+        student = self.closeness(out["features"], onto_grid(out["features"], size_of(closeness)))
         term = consistency(student, teacher, mask, temperature=1.0)
         untouched = 0.0 * out["logits"].sum()  # the last part has to reach every parameter
         return {"loss": self.options.consistency * term + untouched, "consistency": term}

@@ -66,7 +66,7 @@ def main() -> None:
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume)
-    method = prepare(cfg, lambda: build_method(cfg, experiment.context), device)
+    method = prepare(cfg, build_method, experiment.context, device)
     fit(cfg, method, experiment.open, experiment.evaluator(method, device), device=device, resume=args.resume)
     print_result(experiment.last_result())
     experiment.finish()

@@ -34,6 +34,7 @@ class WarmUp(Stage):
     """Batches: `source` (image, label), and `target` (image) unless `adversarial` is 0."""
 
     Options = WarmUpConfig
+    options: WarmUpConfig
     pseudo_labels = None
 
     def __init__(self, cfg: Config, context: MethodContext):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -13,6 +13,8 @@ from common.config.schema import Config, DataConfig, SourceConfig
 from common.config.text import parse
 from common.config.typed import typed_section
 from common.files import replacing
+
+Source = TypeVar("Source", bound=SourceConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -122,7 +124,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _inherit(data: DataConfig) -> DataConfig:
     """Streams and `val` take dataset, root and folder from `data` where they give no dataset of their own."""
 
-    def complete(source: SourceConfig) -> SourceConfig:
+    def complete(source: Source) -> Source:
         if source.dataset:
             return source
         root = data.root if source.root is None else source.root

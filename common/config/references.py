@@ -15,9 +15,9 @@ PREFIX = "run:"
 
 def run_of(step: str, file: Path | None, names: Mapping[str, str]) -> str:
     """The name of a step's run, as the config `file` means it; `names` are those that differ from the steps'."""
-    variant = variant_of(file) if file is not None else ""
+    variant = "" if file is None else variant_of(file)
     own = f"{step}_{variant}"
-    if variant and file.with_name(f"{own}{file.suffix}").is_file():
+    if file is not None and variant and file.with_name(f"{own}{file.suffix}").is_file():
         step = own
     return names.get(step, step)
 
@@ -39,7 +39,7 @@ def resolved(value: Any, folder: Callable[[str], Path]) -> Any:
     """
     if isinstance(value, str):
         return _path(value, folder) if value.startswith(PREFIX) else value
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: resolved(getattr(value, f.name), folder) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     if isinstance(value, Mapping):

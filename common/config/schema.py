@@ -158,7 +158,7 @@ class EvalConfig:
     def __post_init__(self):
         if self.mode == "slide" and self.crop is None:
             raise ValueError("mode: slide needs crop: [height, width]")
-        if self.mode == "slide" and self.stride is not None and _exceeds(self.stride, self.crop):
+        if self.mode == "slide" and self.crop and self.stride and _exceeds(self.stride, self.crop):
             text = "pixels between the windows would have no score"
             raise ValueError(f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}")
         for name in ("max_edge", "scaled_max_edge"):

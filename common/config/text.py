@@ -33,7 +33,10 @@ def parse(text: str, kind: str = "YAML") -> Any:
 # YAML -----------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without the parser in C
+
+
+class _Loader(_SafeLoader):
     """YAML's plain types, in which 1e-4 is a number (YAML 1.1 asks for a dot) and 2001-12-31 is text."""
 
 
@@ -69,7 +72,8 @@ def _check_depth(text: str) -> None:
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ConfigError(f"line {event.start_mark.line + 1}: nested more than {DEEPEST} levels deep")
+            line = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+            raise ConfigError(f"{line}nested more than {DEEPEST} levels deep")
 
 
 class _Tree:

@@ -6,11 +6,14 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from common.config.errors import LARGEST, ConfigError, OutOfBounds, nearest, shown
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance  # which a type checker alone knows
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def typed(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
@@ -44,7 +47,9 @@ def typed_keywords(function: Callable, mapping: Mapping[str, Any], where: str) -
     """`mapping` as the keyword-only arguments of a function or class, by the same rules as `typed`."""
     _require_mapping(mapping, where)
     inner = function.func if isinstance(function, functools.partial) else function
-    hints = get_type_hints(inner.__init__ if isinstance(inner, type) else inner, include_extras=True)
+    # The checker fears that `__init__` is a subclass's: it is the one that is going to be called.
+    annotated = inner.__init__ if isinstance(inner, type) else inner  # type: ignore[misc]
+    hints = get_type_hints(annotated, include_extras=True)
     parameters = inspect.signature(inner).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     _refuse_unknown(mapping, known, where)
@@ -77,7 +82,7 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is Literal:
         return _convert_literal(args, value, where)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else typed(hint, value, where)
     if origin is tuple:
         return _convert_tuple(args, value, where)
@@ -116,7 +121,7 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {shown(value)}")
-    if hint is float and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise OutOfBounds(f"{where}: {value} is not finite")
     return value
 

@@ -131,8 +131,8 @@ def _load_state(path: Path) -> dict[str, Any]:
 
 def best_step(scores: Scores) -> int | None:
     """The step of the highest score, the first one of several; None where none is defined."""
-    defined = [step for step in sorted(scores) if scores[step] is not None]
-    return max(defined, key=lambda step: scores[step], default=None)
+    defined = {step: score for step, score in sorted(scores.items()) if score is not None}
+    return max(defined, key=lambda step: defined[step], default=None)
 
 
 def write_scores(folder: Path, scores: Scores) -> None:

@@ -60,6 +60,7 @@ class RunLog:
 
     def __init__(self, cfg: Config, start_step: int):
         self.cfg, self.active = cfg, distributed.rank() == 0
+        self.record: dict[str, Any] = {}  # what run.json holds
         self.started, self.start_step = time.monotonic(), start_step
         self.images = sum(stream.batch_size for stream in cfg.data.streams.values())
         if not self.active:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from common.engine.optim import parameter_groups
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
+from common.models import SegmentationModel
 
 Batch = Mapping[str, Any]  # collated samples of one stream
 Losses = dict[str, Tensor]  # "loss" is back-propagated, every other scalar is logged
@@ -36,7 +37,8 @@ class Method(nn.Module, ABC):
     Randomness comes from torch's global generators, which the engine seeds by (seed, rank, step).
     """
 
-    Options: type  # the dataclass of the section `method`, without its `name`
+    Options: type[Any]  # the dataclass of the section `method`, without its `name`
+    options: Any  # an instance of it
     backwards = 1
     predict_prefix = "model."  # where the network that `predict` uses stands in the state dict
 
@@ -55,9 +57,9 @@ class Method(nn.Module, ABC):
         """What follows the optimiser's step: a teacher's moving average, queues, counts."""
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> SegmentationModel:
         """The network that `predict` uses."""
-        return self.get_submodule(self.predict_prefix.rstrip("."))
+        return cast(SegmentationModel, self.get_submodule(self.predict_prefix.rstrip(".")))
 
     def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the input's."""
@@ -142,8 +144,8 @@ def move_average(
 
     statistics: "copied" takes floating-point buffers as they are, for a teacher that normalises by its own batch.
     """
-    ours = list(teacher.parameters())
-    theirs = list(student.parameters())
+    ours: list[Tensor] = list(teacher.parameters())
+    theirs: list[Tensor] = list(student.parameters())
 
     for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
         if statistics == "averaged" and mine.is_floating_point():

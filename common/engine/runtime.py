@@ -24,7 +24,8 @@ def configure(cfg: TrainConfig, device: torch.device) -> None:
         torch.set_num_threads(cfg.threads)
     exact = device.type == "cpu" or cfg.deterministic
     torch.use_deterministic_algorithms(exact, warn_only=device.type != "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every empty tensor
+    # It costs a pass over every empty tensor. (A property of the module's class, which no checker sees.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not exact
 
 
@@ -117,13 +118,15 @@ def _require_weights(cfg: ModelConfig) -> None:
             raise ValueError(f"model.{key}: {path}: no such weight file")
 
 
-def prepare(cfg: Config, build: Callable[[], Method], device: torch.device) -> Method:
+def prepare(
+    cfg: Config, build: Callable[[Config, MethodContext], Method], context: MethodContext, device: torch.device
+) -> Method:
     """The method on its device: weights seeded, BN synchronised over GPUs, memory format and compilation as asked for.
 
     Every rank builds the same weights. `compile` needs a C compiler on the CPU and Triton on CUDA.
     """
     torch.manual_seed(cfg.seed)
-    method = build()
+    method = build(cfg, context)
     method = distributed.synchronise_batchnorm(method, cfg.model.norm, device).to(device)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)

@@ -36,7 +36,8 @@ def fit(
     with runtime.stop_signals() as received, RunLog(cfg, step) as log:
 
         def validate() -> None:
-            trainer.judge(evaluate(step), step, log)
+            result = None if evaluate is None else evaluate(step)
+            trainer.judge(result, step, log)
             trainer.agree(received)
 
         if evaluate is not None and step > 0 and trainer.due(step) and step not in trainer.scores:

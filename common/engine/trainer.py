@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common import distributed
 from common.config import Config, to_tree
@@ -74,8 +75,7 @@ class Trainer:
         precision = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
         for part in range(self.method.backwards):
             last = last_micro and part == self.method.backwards - 1
-            quiet = contextlib.nullcontext() if last or not hasattr(self.parts, "no_sync") else self.parts.no_sync()
-            with quiet:
+            with self._synchronised(last):
                 with precision:
                     losses = self.parts(batch if part == 0 else None, step)
                 self.scaler.scale(losses["loss"] / self.accumulate).backward()
@@ -83,6 +83,12 @@ class Trainer:
                 merged[name] = merged.get(name, 0) + value.detach()
         self.source.finish()
         return merged
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Where a backward pass averages gradients over the ranks: in the last one of a step alone."""
+        if last or not isinstance(self.parts, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.parts.no_sync()
 
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
@@ -171,7 +177,7 @@ class Trainer:
     def _restore_scaler(self, state: Mapping[str, Any], path: Path) -> None:
         """The loss scale of fp16; other precisions have none, and may be changed from or to."""
         if bool(state) == self.scaler.is_enabled():
-            self.scaler.load_state_dict(state)
+            self.scaler.load_state_dict(dict(state))
         elif distributed.rank() == 0:
             what = "has no loss scale, fp16 starts with a fresh one" if not state else "its loss scale is left out"
             warnings.warn(f"{path}: saved with another train.precision: {what}", stacklevel=2)

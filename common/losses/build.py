@@ -155,7 +155,8 @@ def _check(remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, 
         raise ConfigError(
             f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
         )
-    if getattr(chosen["logits"], "needs_cosine", False) and context.cosine is None:
+    needs_cosine = getattr(chosen["logits"], "needs_cosine", False)
+    if remedies.logits is not None and needs_cosine and context.cosine is None:
         raise ConfigError(
             f"{where}.logits.name: {remedies.logits['name']} needs a cosine classifier, on other logits it lowers "
             "rare classes; set model.options.classifier: cosine"
@@ -171,7 +172,7 @@ def _check(remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, 
 
 def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
     """Say what is chosen in vain, or twice."""
-    if loss.weights is not None and _equal(loss.weights):
+    if remedies.class_weight is not None and _equal(loss.weights):
         name = remedies.class_weight["name"]
         text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"
         warnings.warn(text, stacklevel=3)

@@ -59,6 +59,11 @@ class RefreshedCounts(nn.Module):
     weighed, and as pixels the few of some steps would vanish beside the source's). Images are those of the labels.
     """
 
+    pixels: Tensor
+    images: Tensor
+    running: Tensor
+    pseudo: Tensor
+
     def __init__(self, labelled: Counts, every: int = 0, unit: PseudoUnit = "pixels"):
         super().__init__()
         self.every, self.unit, self.num_images = every, unit, labelled.num_images

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.config.bounds import Above, AtMost, Below, Count
 from common.data import IGNORE
-from common.ops.resize import resize_rows
+from common.ops.resize import Size, resize_rows, size_of
 
 BAND = 1 << 22  # logits at full size that are made at a time
 
@@ -57,7 +57,7 @@ def hard_pixel_cross_entropy(
     losses = _pixel_losses(logits.detach(), label, stride, align_corners)
     count = max(int(fraction * losses.numel()), 1)
     pixels = losses.flatten().topk(count, sorted=False).indices
-    chosen = _interpolate(logits, pixels, label.shape[-2:], stride, align_corners)
+    chosen = _interpolate(logits, pixels, size_of(label), stride, align_corners)
     label = label.flatten()[pixels].long()
     return F.cross_entropy(chosen.float(), label, ignore_index=IGNORE, reduction="sum") / count
 
@@ -76,7 +76,7 @@ def _pixel_losses(logits: Tensor, label: Tensor, stride: int, align_corners: boo
     return torch.cat(bands, 1)
 
 
-def _interpolate(logits: Tensor, pixels: Tensor, size: tuple[int, int], stride: int, align_corners: bool) -> Tensor:
+def _interpolate(logits: Tensor, pixels: Tensor, size: Size, stride: int, align_corners: bool) -> Tensor:
     """Bilinear logits (n, K) at flat pixel numbers of the batch's label maps of `size`."""
     batch, classes, height, width = logits.shape
     column, row = pixels % size[1], pixels // size[1] % size[0]

@@ -20,6 +20,7 @@ from common.losses.counts import Counts, RefreshedCounts
 from common.losses.cross_entropy import Average
 from common.losses.hard_pixel import HardPixels
 from common.losses.upsampled import upsampled_sum
+from common.ops.resize import Size, size_of
 
 
 class LogitsRemedy(Protocol):
@@ -112,7 +113,7 @@ class PixelLoss(nn.Module):
 
         total = partial(self.total, progress=progress)
         loss = upsampled_sum(logits, label, total, align_corners=align_corners) / self.divisor(label)
-        return loss + self.set_terms(logits, thinned(label, logits.shape[-2:])) if self.sets else loss
+        return loss + self.set_terms(logits, thinned(label, size_of(logits))) if self.sets else loss
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -120,11 +121,14 @@ class PixelLoss(nn.Module):
         return isinstance(self.focus, HardPixels) or any(term.at == "label" for term in self.sets)
 
     @property
-    def only_hardest(self) -> bool:
-        """Whether the loss is the mean over a share of the pixels, the hardest, and nothing else."""
+    def hardest_fraction(self) -> float | None:
+        """The share of pixels, the hardest, over which the loss is a mean; None where it is anything else."""
         others = (self.logits, self.class_weight, *self.sets)
-        hardest = isinstance(self.focus, HardPixels) and self.focus.threshold is None
-        return hardest and all(remedy is None for remedy in others)
+        if any(remedy is not None for remedy in others):
+            return None
+        if not isinstance(self.focus, HardPixels) or self.focus.threshold is not None:
+            return None
+        return self.focus.fraction
 
     def total(self, logits: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:
         """Sum of the pixels' losses."""
@@ -189,6 +193,6 @@ class PixelLoss(nn.Module):
             self._apply_counts()
 
 
-def thinned(label: Tensor, size: tuple[int, int]) -> Tensor:
+def thinned(label: Tensor, size: Size) -> Tensor:
     """A label map (B, H, W) at a smaller size: the nearest pixel of each cell."""
     return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()

@@ -45,7 +45,7 @@ class _Sum(torch.autograd.Function):
                     z = logits[i : i + 1].detach().float().requires_grad_(wanted)
                     large = F.interpolate(z, label.shape[-2:], mode="bilinear", align_corners=align_corners)
                     loss = total(large, label[i : i + 1])
-                if wanted:
+                if gradient is not None:
                     gradient[i : i + 1] = torch.autograd.grad(loss, z)[0]
                 result += loss.detach()
 

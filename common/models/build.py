@@ -26,9 +26,9 @@ from common.models.heads.uper import UPerHead
 from common.models.mask2former import mask2former
 from common.models.neck import MultiLevelNeck
 from common.models.pretrained import load_weights
-from common.models.segmentor import Segmentor
+from common.models.segmentor import SegmentationModel, Segmentor
 
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound=SegmentationModel)
 Dilation = Annotated[int, AtLeast(1), AtMost(256)]
 
 
@@ -190,7 +190,7 @@ def segmentor(config: ModelConfig, backbone: nn.Module, decode_head: nn.Module, 
     return Segmentor(backbone, decode_head, num_classes=config.num_classes, **shared, **parts)
 
 
-MODELS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+MODELS: dict[str, Callable[[ModelConfig], SegmentationModel]] = {
     "upernet": upernet,
     "pspnet": pspnet,
     "ocrnet": ocrnet,
@@ -219,7 +219,7 @@ def build_network(config: ModelConfig, kind: type[Network], fitting: str, where:
     return model
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> SegmentationModel:
     """The network that `config` describes, with the weights that it names.
 
     Under `torch.device("meta")` nothing is allocated or read. Raises ConfigError for an unknown model or option,
@@ -231,7 +231,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     return model
 
 
-def load_model(config: ModelConfig, checkpoint: str | Path, prefix: str | None = None) -> nn.Module:
+def load_model(config: ModelConfig, checkpoint: str | Path, prefix: str | None = None) -> SegmentationModel:
     """The network of `config` with the weights of `checkpoint` and no others, in evaluation mode.
 
     checkpoint, prefix: as `load_weights` takes them. Raises what it raises. `reset_classifier` is for the weights that

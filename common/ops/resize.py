@@ -6,6 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Size = tuple[int, int]  # height, width
+
+
+def size_of(maps: Tensor) -> Size:
+    """Height and width of maps (…, H, W)."""
+    return maps.shape[-2], maps.shape[-1]
+
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
     """Bilinear resize of (B, C, h, w) to `size` (H, W); `x` itself where nothing changes."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.config import SourceConfig, load_config
 from common.data import SegmentationDataset, build_transform, toy
-from common.data.recipes.cpsl import CPSL as Recipe
+from common.data.recipes.cpsl import CPSLViews
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import RingBank
 from common.ops.sinkhorn import sinkhorn
@@ -58,7 +58,7 @@ class Sizes:
     def geometry(self, index: int = 0, of: int = 1) -> Tensor:
         """The drawn geometry (1, 7) of image `index` of `of`, whose widths are spread evenly over the recipe's."""
         ratio = 0.5 + (index + 0.5) / of
-        recipe = Recipe(crop=self.crop, width=2200 * self.image[1] // 2048, ratio=(ratio, ratio))
+        recipe = CPSLViews(crop=self.crop, width=2200 * self.image[1] // 2048, ratio=(ratio, ratio))
         return recipe.draw(self.image, np.random.default_rng((3, index))).array()[None]
 
 

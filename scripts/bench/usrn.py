@@ -12,7 +12,8 @@ from itertools import repeat
 import torch
 
 from common.config import Config, load_config
-from common.engine import prepare, runtime
+from common.data.statistics import placeholder
+from common.engine import MethodContext, prepare, runtime
 from common.engine.method import Batch
 from common.engine.trainer import Trainer
 from scripts.bench import measure
@@ -59,9 +60,9 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
 def build(kind: type[USRN], cfg: Config, args: argparse.Namespace) -> Form:
     """A trainer of one form, and crops that it sees again in every step."""
     device = torch.device(args.device)
-    options = {key: value for key, value in cfg.method.items() if key != "name"}
+    context = MethodContext(placeholder(cfg.model.num_classes))
     runtime.configure(cfg.train, device)
-    method = prepare(cfg, lambda: kind(cfg, options), device).train()
+    method = prepare(cfg, kind, context, device).train()
     with torch.no_grad():
         for name, tensor in method.model.named_parameters():
             if name.startswith("classifier"):

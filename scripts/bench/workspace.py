@@ -73,8 +73,7 @@ def trainer(cfg: Config, family: Family, size: Size | None, device: torch.device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         experiment = Experiment(cfg, counted=family.counted)
-        build = family.method()
-        method = prepare(cfg, lambda: build(cfg, experiment.context), device)
+        method = prepare(cfg, family.method(), experiment.context, device)
     family.ready(method)
     method.train()
     return Trainer(cfg, method, device), experiment

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from common.losses.hard_pixel import hard_pixel_cross_entropy, hardest
+from common.losses.hard_pixel import HardPixels, hard_pixel_cross_entropy
 from common.losses.seesaw import SeesawLoss
 from common.ops.point_sample import class_masks, point_sample, uncertain_points
 from ltss_benchmark import criterion as module
@@ -75,7 +75,7 @@ def test_losses_equal_the_literal_form(monkeypatch, normalizer):
     result = loss(out, label)
 
     assigned = torch.full((LAYERS, 2, QUERIES), CLASSES)
-    assigned.view(-1)[seen[0].index] = seen[0].label
+    assigned.view(-1)[seen[0].place] = seen[0].label
     expected, layers = 0.0, [*out["aux"], out]
     classes = sum(len(image[image >= 0].unique()) for image in label)
     for number, layer in enumerate(layers):
@@ -229,7 +229,7 @@ def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
     label = torch.randint(-1, 6, (2, *size)).to(torch.int16)
     full = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=align_corners)
     full = full[..., : size[0], : size[1]]
-    expected = hardest(F.cross_entropy(full, label.long(), ignore_index=-1, reduction="none"), 0.3)
+    expected = HardPixels(0.3).mean(F.cross_entropy(full, label.long(), ignore_index=-1, reduction="none"))
     ours = hard_pixel_cross_entropy(logits, label, fraction=0.3, align_corners=align_corners)
     torch.testing.assert_close(ours, expected)
     grads = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, expected))
@@ -238,7 +238,7 @@ def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
 
 def test_hardest_counts_ignored_pixels():
     losses = torch.tensor([[3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
-    assert hardest(losses, 0.5) == pytest.approx((3 + 2 + 1 + 0) / 4)
+    assert HardPixels(0.5).mean(losses) == pytest.approx((3 + 2 + 1 + 0) / 4)
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     value = hard_pixel_cross_entropy(logits, torch.full((1, 8, 8), -1))
     value.backward()

@@ -96,7 +96,7 @@ def test_a_rare_class_is_matched_to_all_its_queries():
     method(data, 0)
     targets = find_targets(data["labeled"]["label"], CLASSES)
     asked = [int(matcher.copies[classes].sum()) for classes in targets.classes]
-    assert found[0].per_layer == asked and sum(asked) > targets.count
+    assert found[0].per_layer == asked and sum(asked) > targets.number
 
 
 def test_seesaw_counts_are_saved_and_other_remedies_have_no_state():

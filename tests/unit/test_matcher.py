@@ -31,7 +31,7 @@ def predictions(layers=3, queries=8, batch=2, seed=0):
 
 def pairs(matches, layers, batch, queries) -> list[tuple[int, int, int, int]]:
     """(layer, image, query, class) of every match."""
-    layer, rest = matches.index // (batch * queries), matches.index % (batch * queries)
+    layer, rest = matches.place // (batch * queries), matches.place % (batch * queries)
     return list(zip(layer.tolist(), (rest // queries).tolist(), (rest % queries).tolist(), matches.label.tolist(),
                     strict=True))  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_targets_are_the_classes_present():
     targets = find_targets(label, CLASSES)
     assert targets.classes == [[2, 5], [], [0]]
     assert targets.padded.tolist() == [[2, 5], [-1, -1], [0, -1]]
-    assert targets.count == 3
+    assert targets.number == 3
 
 
 @pytest.mark.parametrize(("queries", "targets"), [(5, 3), (3, 3), (6, 1)])
@@ -139,7 +139,7 @@ def test_images_without_a_class():
     matches = Matcher(points=16)(probability, embeddings, features, find_targets(label, CLASSES))
     assert matches.per_layer == [0, 4] and {image for _, image, _, _ in pairs(matches, 3, 2, 8)} == {1}
     matches = Matcher(points=16)(probability, embeddings, features, find_targets(torch.full_like(label, -1), CLASSES))
-    assert matches.per_layer == [0, 0] and len(matches.index) == len(matches.label) == 0
+    assert matches.per_layer == [0, 0] and len(matches.place) == len(matches.label) == 0
 
 
 def test_costs_that_are_not_numbers_are_an_error():
