@@ -18,7 +18,7 @@ INTERRUPTED = 128 + signal.SIGINT
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit with its code; whatever goes wrong is one line on stderr.
 
-    Exit codes: 2 for what the user can mend (files, settings), 130 after Ctrl-C, 1 for the rest (memory, a dead
+    Exit codes: 2 for what the user can fix (files, settings), 130 after Ctrl-C, 1 for the rest (memory, a dead
     process, a bug of ours). LTS_TRACEBACK=1 shows where an error came from, too.
     """
     with console.shown():
@@ -81,7 +81,7 @@ def train_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML or JSON config")
     parser.add_argument("overrides", nargs="*", default=[], help="values to change, as section.key=value")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the run's newest checkpoint")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
     add_quiet(parser)
     return parser

@@ -60,7 +60,7 @@ def shown() -> Iterator[None]:
 
 
 class _Output:
-    """A stream that swallows what is written after its reader has left (`… | head`): the work goes on to its end."""
+    """A stream that swallows what is written after its reader has left (`… | head`): the work continues to its end."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -59,7 +59,7 @@ class Experiment:
 
     @property
     def context(self) -> MethodContext:
-        """What the method is told of the data. ValueError where no stream was counted."""
+        """What the method gets to know of the data. ValueError where no stream was counted."""
         if self.counted is None:
             raise ValueError(f"{self.cfg.name}: a method needs the class statistics of a labelled stream")
         return MethodContext(self.counted.statistics, self.counted.dataset.row)

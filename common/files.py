@@ -235,7 +235,7 @@ def load_array(path: Path) -> np.ndarray:
         if not isinstance(array, np.ndarray):
             raise ValueError(f"holds a {type(array).__name__}, not an array")
         if file.read(1):
-            raise ValueError(f"goes on after the array of shape {array.shape}")
+            raise ValueError(f"has bytes after the array of shape {array.shape}")
     return array
 
 

@@ -1,4 +1,4 @@
-"""Starting the processes of a run, one a GPU; torchrun does the same from outside."""
+"""Starting the processes of a run, one per GPU; torchrun does the same from outside."""
 
 import contextlib
 import os

@@ -93,7 +93,7 @@ COUNTERS = {"criterion.seesaw_loss.cum_samples": 1, "criterion.seesaw.counts": 0
 
 
 def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
-    """Go on with the queries that Seesaw had counted when `checkpoint` was written; it may hold none.
+    """Take over the queries that Seesaw had counted when `checkpoint` was written; it may hold none.
 
     The release's counter has a last place for "no object", which its loss does not use. Counts of another number of
     classes are left.
@@ -108,7 +108,7 @@ def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
         logger.info("%s: Seesaw's counts are of other classes and start anew", checkpoint)
         return
     seesaw.counts.copy_(counts[:classes])
-    logger.info("%s: Seesaw goes on from the %d queries counted", checkpoint, int(seesaw.counts.sum()))
+    logger.info("%s: Seesaw continues from the %d queries counted", checkpoint, int(seesaw.counts.sum()))
 
 
 def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics, where: str) -> np.ndarray | None:

@@ -85,7 +85,7 @@ def print_groups(result: Mapping[str, Any]) -> None:
 
 
 class Predictions:
-    """COCO's list of predicted masks: one entry an image and predicted class; `category_id` is the train id.
+    """COCO's list of predicted masks: one entry per image and predicted class; `category_id` is the train id.
 
     Every rank writes the images it predicts to a file of its own; `close` joins them in order of rank.
     """

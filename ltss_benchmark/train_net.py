@@ -1,6 +1,6 @@
 """Train or evaluate: `python train_net.py --config-file CONFIG [--num-gpus N] [--resume] [KEY VALUE | key=value …]`.
 
-    train_net.py --config-file C                                  train; --resume goes on from the newest checkpoint
+    train_net.py --config-file C                                  train; --resume resumes from the newest checkpoint
     train_net.py --config-file C --eval-only MODEL.WEIGHTS CKPT   scores into <run>/inference/; with
                                                                   TEST.AUG.ENABLED True also with augmentation
     train_net.py --config-file C --eval-only --resume             the same of the run's newest checkpoint
@@ -43,7 +43,7 @@ def main(words: list[str] | None = None) -> int:
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, metavar="CONFIG", help="also relative to this file's folder")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the run's newest checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
     parser.add_argument("--save-predictions", action="store_true", help="with --eval-only: masks as COCO's RLE, too")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
@@ -131,7 +131,7 @@ def divided(cfg: Config, world: int) -> Config:
     batch, stated = cfg.data.streams[STREAM].batch_size, cfg.train.devices
     fitting = [n for n in range(1, max(stated, world) + 1) if batch % n == 0 and n % world == 0]
     if not fitting:
-        raise ConfigError(f"{cfg.name}: {batch} images a step cannot be divided over {world} processes")
+        raise ConfigError(f"{cfg.name}: {batch} images per step cannot be divided over {world} processes")
     devices = fitting[-1]
     if devices != stated and distributed.rank() == 0:
         warnings.warn(f"train.devices: {devices} in place of {stated}, to divide {batch} images", stacklevel=2)

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--stream", help="only this one")
-    parser.add_argument("--count", type=int, default=12, help="samples a stream (default 12)")
+    parser.add_argument("--count", type=int, default=12, help="samples per stream (default 12)")
     parser.add_argument("--start", type=int, default=0, help="number of the first draw")
     parser.add_argument("--out", default="samples.html", metavar="FILE")
     args = parser.parse_intermixed_args()

@@ -1,6 +1,6 @@
 """Baseline against BLV on toy street scenes, in minutes on two CPU cores: trains, evaluates and writes a report.
 
-Both runs train at once, one thread each. Everything lies under runs/demo; a second call goes on where a stopped one
+Both runs train at once, one thread each. Everything lies under runs/demo; a second call resumes where a stopped one
 ended. `--minus` adds a third run, BLV with the offset subtracted.
 """
 

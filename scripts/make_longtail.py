@@ -1,7 +1,7 @@
 """A long-tailed subset of any data set: python scripts/make_longtail.py coco_stuff_118k --images 40679 --out FILE
 
 Removes training images one at a time so that the Gini coefficient of the class counts rises as fast as it can, and
-writes the names of those that remain, one a line. With --images and --gini the number is exact and the coefficient
+writes the names of those that remain, one per line. With --images and --gini the number is exact and the coefficient
 ends at the second. No class loses its last image. With --config the data set is the config's (its training stream's,
 or that of --stream), which is how `folder` data sets are named.
 """

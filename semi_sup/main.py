@@ -1,6 +1,6 @@
 """Train, test, or export features: `python main.py --config configs/voc_1over32_usrn.json [section.key=value …]`.
 
-    main.py --config C                           train; --resume goes on from the run's newest checkpoint
+    main.py --config C                           train; --resume resumes from the run's newest checkpoint
     main.py --test --resume CKPT [--config C]    evaluate, write predictions and the report
     main.py --save_feature --resume CKPT         features of the labelled images, for clustering.py
 
@@ -117,14 +117,14 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def check_resumed(cfg: Config, path: Path) -> None:
-    """A run goes on from its own newest checkpoint: ValueError for any other."""
+    """A run resumes from its own newest checkpoint: ValueError for any other."""
     own = cfg.folder / "checkpoints" / "last"
     if not path.exists():
         raise ValueError(f"{path}: no such checkpoint")
     if weight_file(path).resolve() != weight_file(own).resolve():
         raise ValueError(
-            f"{path}: training goes on from {own}; to start from other weights set model.checkpoint, "
-            "to go on elsewhere set name or output"
+            f"{path}: training resumes from {own}; to start from other weights set model.checkpoint, "
+            "to train elsewhere set name or output"
         )
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole pipeline of a split: sh main.sh voc_1over32 [usrn | usrn_blv | selftrain | selftrain_blv | baseline]
-# baseline -> features -> clustering -> training -> test. Stops at the first error; a stopped run goes on where it was; a
+# baseline -> features -> clustering -> training -> test. Stops at the first error; a stopped run resumes where it was; a
 # finished step is skipped unless it would read something else now (common/steps.py: what then, and what CHANGED=keep
 # and CHANGED=anew do). Settings from the environment: $OVERRIDES (section.key=value ..., for every step, e.g. seed=1
 # output=saved/seed_1; $SAVED is short for that output), $ALGORITHM (balanced_kmeans or normal_kmeans), $TRAIN (e.g.

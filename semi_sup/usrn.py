@@ -119,9 +119,9 @@ class Baseline(Method):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         batch = streams["labeled"]
-        yield self.labelled_terms(self.look(batch["image"]), batch, step / self.steps)
+        yield self.labelled_terms(self.encode(batch["image"]), batch, step / self.steps)
 
-    def look(self, images: Tensor) -> Maps:
+    def encode(self, images: Tensor) -> Maps:
         """One pass of the network up to its classifiers."""
         return Maps(*self.model.encode(self.model.normalise(images)))
 
@@ -160,21 +160,21 @@ class SelfTraining(Baseline):
         """The labelled part, then the unlabelled one; back-propagated one by one if their passes are."""
         labeled, unlabeled, progress = streams["labeled"], streams["unlabeled"], step / self.steps
         if self.options.passes == 3:
-            yield self.labelled_terms(self.look(labeled["image"]), labeled, progress)
-            strong, weak = self.look(unlabeled["strong"]), self.label(unlabeled["weak"])
+            yield self.labelled_terms(self.encode(labeled["image"]), labeled, progress)
+            strong, weak = self.encode(unlabeled["strong"]), self.label(unlabeled["weak"])
             yield self.unlabelled_terms(strong, weak, unlabeled, progress)
             return
-        maps, strong, weak = self.look_jointly(labeled["image"], unlabeled)
+        maps, strong, weak = self.encode_jointly(labeled["image"], unlabeled)
         first = self.labelled_terms(maps, labeled, progress)
         second = self.unlabelled_terms(strong, weak, unlabeled, progress)
         yield {**first, **second, "loss": first["loss"] + second["loss"]}
 
-    def look_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Maps, Maps, list[Tensor]]:
+    def encode_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Maps, Maps, list[Tensor]]:
         """The labelled and the strong maps and the weak logits, of one batch (or of two, the weak view apart)."""
         views = [images, unlabeled["strong"], *([unlabeled["weak"]] if self.options.passes == 1 else [])]
         if len({view.shape[1:] for view in views}) > 1:
             raise ValueError("method.passes: one batch of labelled and unlabelled crops needs crops of one size")
-        maps, strong, *rest = self.look(torch.cat(views)).split(*(len(view) for view in views))
+        maps, strong, *rest = self.encode(torch.cat(views)).split(*(len(view) for view in views))
         with torch.no_grad():
             return maps, strong, self.classify(self.model, *rest) if rest else self.label(unlabeled["weak"])
 

@@ -1,6 +1,6 @@
 """CPSL: Class-Balanced Pixel-Level Self-Labeling for Domain Adaptive Semantic Segmentation (CVPR 2022), stage 1.
 
-A warmed-up network has left soft pseudo-labels P_ST of every target image, one prototype a class, and the class
+A warmed-up network has left soft pseudo-labels P_ST of every target image, one prototype per class, and the class
 distribution δ of its predictions. A step of self-labelling, with θ the student, θ' and c' moving averages of the
 student and of the learned prototypes c, n(·) = L2 normalisation:
 
@@ -79,7 +79,7 @@ class CPSLConfig:
     # release: first. Bank pixels come from the whole image, their labels are the first of the map, whatever was sampled
     bank_labels: Literal["matched", "first"] = "matched"
     bank: Rows = 65536
-    samples: Rows = 256  # pixels an image and step that enter the bank
+    samples: Rows = 256  # pixels per image and step that enter the bank
     sampling: Literal["class_balanced", "uniform"] = "class_balanced"  # release: uniform
     marginal: Literal["pseudo_labels", "uniform"] = "pseudo_labels"  # uniform: as in SwAV
     epsilon: Positive = 0.05  # of Sinkhorn
@@ -136,12 +136,12 @@ class CPSL(Stage):
         """Three parts, back-propagated one by one: source, weak target view, strong target view."""
         source, target, progress = streams["source"], streams["target"], step / self.steps
         yield self.source_terms(source, progress)
-        similarity, label, changed, sampled = self.look(target)
+        similarity, label, changed, sampled = self.label_target(target)
         yield self.weak_terms(source, target, label, sampled, progress) | {"changed": changed}
         yield self.strong_terms(target, similarity)
 
     @torch.no_grad()
-    def look(self, target: Batch) -> tuple[Tensor, Tensor, Tensor, Sampled]:
+    def label_target(self, target: Batch) -> tuple[Tensor, Tensor, Tensor, Sampled]:
         """What the teacher sees in the whole image, on the quarter grid of the crop: similarities with the moving
         prototypes (B, K, h, w); labels (B, h, w) and the share of them that differ from P_ST; pixels for the bank."""
         self.teacher.train(self.options.teacher_mode == "train")

@@ -33,7 +33,7 @@ def refuse_unknown(folder: Path) -> None:
     if not known and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"{folder}: its files do not say what they were made from (an earlier version's, or the release's); "
-            "--force makes them anew, CHANGED=keep sh main.sh TASK goes on with them"
+            "--force makes them anew, CHANGED=keep sh main.sh TASK uses them as they are"
         )
 
 

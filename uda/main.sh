@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole pipeline of a task: sh main.sh gta5_to_cityscapes [blv | proda]
-# Also synthia_to_cityscapes, camvid_day_to_dusk, toy. A stopped run goes on where it was; a finished step is skipped
+# Also synthia_to_cityscapes, camvid_day_to_dusk, toy. A stopped run resumes where it was; a finished step is skipped
 # unless it would read something else now (common/steps.py: what then, and what CHANGED=keep and CHANGED=anew do).
 # $TRAIN starts a training, e.g. TRAIN="torchrun --nproc-per-node 4 -m uda.train"; settings of all steps come from
 # $OVERRIDES, e.g. OVERRIDES="output=/data/runs seed=1".

@@ -59,7 +59,7 @@ class ProDA(Stage):
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         target, progress = streams["target"], step / self.steps
         yield self.source_terms(streams["source"], progress)
-        closeness, label = self.look(target)
+        closeness, label = self.label_target(target)
         self.loss.count(label)
         logits = to_grid(self.model(target["weak"])["logits"], size_of(label))
         sce = self.symmetric_loss(logits, label, self.options.rce, progress)
@@ -69,7 +69,7 @@ class ProDA(Stage):
         yield self.strong_terms(target, closeness)
 
     @torch.no_grad()
-    def look(self, target: Batch) -> tuple[Tensor, Tensor]:
+    def label_target(self, target: Batch) -> tuple[Tensor, Tensor]:
         """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w)."""
         out = self.teacher.eval()(target["full"])
         self._seen += [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]

@@ -54,8 +54,8 @@ def require_initial_weights(cfg: Config) -> None:
 
 def main() -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="go on from the stage's newest checkpoint")
-    parser.add_argument("--check", action="store_true", help="only look for the weights that no step of a task makes")
+    parser.add_argument("--resume", action="store_true", help="resume from the stage's newest checkpoint")
+    parser.add_argument("--check", action="store_true", help="only check the weights that no step makes")
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
     if args.check:

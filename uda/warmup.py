@@ -57,9 +57,17 @@ class WarmUp(Stage):
         if self.discriminator is None:
             return {"loss": ce, "source_ce": ce}
         target = self.upsampled(streams["target"]["image"]).softmax(1)
-        gan, judge = self.options.gan, self.discriminator
-        fooled = adversarial_loss(judge.constant(target), SOURCE, gan)
-        told = adversarial_loss(judge(logits.detach().softmax(1)), SOURCE, gan)
-        told = told + adversarial_loss(judge(target.detach()), TARGET, gan)
-        loss = ce + self.options.adversarial * fooled + told
-        return {"loss": loss, "source_ce": ce, "adversarial": fooled, "discriminator": told}
+        gan = self.options.gan
+
+        generator_loss = adversarial_loss(self.discriminator.constant(target), SOURCE, gan)
+        on_source = adversarial_loss(self.discriminator(logits.detach().softmax(1)), SOURCE, gan)
+        on_target = adversarial_loss(self.discriminator(target.detach()), TARGET, gan)
+        discriminator_loss = on_source + on_target
+
+        loss = ce + self.options.adversarial * generator_loss + discriminator_loss
+        return {
+            "loss": loss,
+            "source_ce": ce,
+            "adversarial": generator_loss,
+            "discriminator": discriminator_loss,
+        }

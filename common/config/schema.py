@@ -35,7 +35,7 @@ class SourceConfig:
     dataset: str = ""  # a row of common.data.DATASETS, or "folder"
     root: str | None = None  # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
     split: str = "train"
-    list: str | None = None  # file with one image name a line; restricts the split
+    list: str | None = None  # file with one image name per line; restricts the split
     labels: bool = True  # False: no label file is opened or needed
     maps: Mapping[str, str] = field(default_factory=dict)  # sample key -> folder with an earlier step's files
     folder: Mapping[str, Any] | None = None  # the whole description when dataset is "folder"
@@ -56,7 +56,7 @@ class DataConfig(SourceConfig):
 
     streams: Mapping[str, StreamConfig] = field(default_factory=dict)
     val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
-    workers: Processes = 2  # loader processes a stream
+    workers: Processes = 2  # loader processes per stream
     cache: str | None = None  # folder of dataset statistics; None: <output>/.cache
     groups: Mapping[str, Any] | None = None  # rare, common, frequent: thresholds or lists, see common.data.groups
 

@@ -78,7 +78,7 @@ def refuse_earlier(run: Path) -> None:
     earlier = steps(run / "checkpoints")
     if earlier:
         raise ValueError(
-            f"{run}: holds an earlier run, up to {earlier[-1].name}; add --resume to go on with it, "
+            f"{run}: holds an earlier run, up to {earlier[-1].name}; add --resume to continue it, "
             "give this run another `name`, or remove the folder"
         )
 

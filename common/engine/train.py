@@ -23,7 +23,7 @@ def fit(
     device: torch.device,
     resume: bool = False,
 ) -> int:
-    """Train `method` for `cfg.train.steps` steps and return the last one; 11 steps, a kill, and 9 equal 20 to the bit.
+    """Train `method` for `cfg.train.steps` steps and return the last one; 11 steps, a kill, and 9 equal 20 bit for bit.
 
     `open_streams(step)` gives the iterators from that step on, `evaluate(step)` metrics with `cfg.eval.best` among
     them (called on all ranks). Raises NonFiniteLoss; SIGTERM and SIGINT save a checkpoint and end the process.
@@ -37,7 +37,7 @@ def fit(
 
         def validate() -> None:
             result = None if evaluate is None else evaluate(step)
-            trainer.judge(result, step, log)
+            trainer.record(result, step, log)
             trainer.agree(received)
 
         if evaluate is not None and step > 0 and trainer.due(step) and step not in trainer.scores:
@@ -58,6 +58,6 @@ def fit(
                 validate()
 
             if trainer.stop and not last:
-                log.message(f"stopped by {signal.Signals(trainer.stop).name} at step {step}; go on with --resume")
+                log.message(f"stopped by {signal.Signals(trainer.stop).name} at step {step}; continue with --resume")
                 raise SystemExit(128 + trainer.stop)
     return step

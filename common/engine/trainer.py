@@ -108,7 +108,7 @@ class Trainer:
         """Whether the run is evaluated after `step` steps."""
         return step % self.cfg.eval.every == 0 or step == self.cfg.train.steps
 
-    def judge(self, result: Mapping[str, Any] | None, step: int, log: RunLog) -> None:
+    def record(self, result: Mapping[str, Any] | None, step: int, log: RunLog) -> None:
         """Log an evaluation of the checkpoint of `step` and record its score; `best` points at the highest one's."""
         if result is None:
             return

@@ -68,7 +68,7 @@ def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "pape
 class BLV:
     """The slot `logits` of a loss (a row of LOSSES in build.py): z to z'. Defaults are the paper's (preset `paper`)."""
 
-    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number a class
+    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number per class
     coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
     # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
     # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.

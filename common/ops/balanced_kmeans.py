@@ -3,7 +3,7 @@
 The objective is that of balanced clustering ("Balanced Clustering: A Uniform Model and Fast Algorithm", IJCAI 2019,
 strict form), with which USRN splits frequent classes: min Σ ‖x_i − μ_a(i)‖² subject to ⌊n/k⌋ ≤ |cluster| ≤ ⌈n/k⌉, by
 Lloyd's alternation of assignment and means. The assignment is a network simplex there, prices and a repair here
-(`balanced_assignment`); while the alternation goes on it may be a little unbalanced, and what comes out never is.
+(`balanced_assignment`); during the alternation it may be a little unbalanced, and what comes out never is.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def feature_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 
 def _through_image(
     taps: Taps, side: int, sizes: Sequence[Tensor], mirrored: Tensor | None, cells: int, align_corners: bool
 ) -> Tensor:
-    """The matrix of a walk that goes on from a crop of `side` cells to the whole image and to a grid of `cells`."""
+    """The matrix of a walk that continues from a crop of `side` cells to the whole image and to a grid of `cells`."""
     full, resized, start = sizes
     if mirrored is not None:
         taps.mirror((resized - start).clamp(max=side), mirrored)  # padding is added after the mirror

@@ -102,7 +102,7 @@ def _summary_name(report: Any, i: int) -> str:
 
 
 def _group_rules(report: Any) -> str:
-    """By what the classes are grouped: one rule, or one a run."""
+    """By what the classes are grouped: one rule, or one per run."""
     rules = {report.names[i]: report.results[i].get("group_rule") for i in report.scored}
     said = {name: escape(rule) for name, rule in rules.items() if rule}
     if len(set(said.values())) < 2:

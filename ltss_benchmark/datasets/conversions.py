@@ -96,7 +96,7 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def mhp_people(paths: Sequence[Path]) -> dict[str, list[Path]]:
-    """Image → its parsing files (`<image>_<people>_<k>.png`), one a person, in the order of k.
+    """Image → its parsing files (`<image>_<people>_<k>.png`), one per person, in the order of k.
 
     ValueError for another name, and for an image that lacks a file.
     """
@@ -116,7 +116,7 @@ def mhp_people(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def mhp_label(job: tuple[Sequence[Path], Path]) -> None:
-    """Parsing files, one a person → one label: background 0, later people over earlier ones."""
+    """Parsing files, one per person → one label: background 0, later people over earlier ones."""
     people, target = job
     if target.exists():
         return

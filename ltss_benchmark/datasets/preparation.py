@@ -180,7 +180,7 @@ def sample_subset(name: str, whole_set: str, list_file: str) -> None:
         count, published = EXPECTED[name]["train"], gini(np.array(DATASETS[name].published.image_count))
         script = os.path.relpath(_SCRIPTS / "make_longtail.py")
         raise ValueError(
-            f"{path}: no such list (one image name a line); the authors' list is not public, make one: "
+            f"{path}: no such list (one image name per line); the authors' list is not public, make one: "
             f"python {script} {whole_set} --images {count} --gini {published:.3f} --out {path}"
         )
     records = DATASETS[whole_set].layout(source, "train", read_list(path))

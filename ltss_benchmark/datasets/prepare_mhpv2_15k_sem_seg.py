@@ -1,7 +1,7 @@
 """MHP-v2: python datasets/prepare_mhpv2_15k_sem_seg.py
 
 Reads $DETECTRON2_DATASETS/mhpv2_15k/LV-MHP-v2: images in {train,val}_img (or {train,val}/images), and merged labels in
-{train,val}_seg, else one parsing file a person in {train,val}_parsing (or {train,val}/parsing_annos). Images become
+{train,val}_seg, else one parsing file per person in {train,val}_parsing (or {train,val}/parsing_annos). Images become
 links; a truncated one is written anew. Merged labels become links; else the people of an image are merged. Prints which
 classes are in fewer images than the published counts of MHP-v2-LT, a part of this set, allow.
 """

@@ -260,7 +260,7 @@ class Case:
 def ours(method: CPSL, case: Case) -> dict[str, Tensor]:
     """The target part of a step of `CPSL.forward`, back-propagated as the engine does it."""
     method.teacher.waiting, method.model.waiting = [case.teacher], [case.weak, case.strong]
-    similarity, label, _, sampled = method.look(case.target)
+    similarity, label, _, sampled = method.label_target(case.target)
     terms = method.weak_terms({}, case.target, label, sampled, 0.0)
     terms["loss"].backward()
     strong = method.strong_terms(case.target, similarity)

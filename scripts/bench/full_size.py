@@ -2,7 +2,7 @@
 
 Names choose configs by a part of their name; none means all. The images are toy scenes in the real layout and size.
 The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON file is written
-after each, and a later call goes on with what is missing: `seconds` of the step, `data_seconds` of them for loading,
+after each, and a later call measures what is missing: `seconds` of the step, `data_seconds` of them for loading,
 `peak_gib` above what the process holds with weights, gradients and optimiser state, which are `held_gib`.
 """
 

@@ -239,13 +239,13 @@ class Bench:
 
     def check(self) -> dict[str, float]:
         """Labels equal those of the whole-image forms; images within a level without the colours, near with them."""
-        quiet = build_transform({"recipe": "mmseg", **_options(self.recipe), "photometric": False})
-        still = SegmentationDataset(self.dataset.source, quiet)
+        geometric = build_transform({"recipe": "mmseg", **_options(self.recipe), "photometric": False})
+        still = SegmentationDataset(self.dataset.source, geometric)
         images, labels, near, pillow = 0.0, 0, 0.0, 0.0
         for draw, index in zip(range(self.samples), cycle(range(len(self.dataset))), strict=False):
             seed = (7, draw)
             ours = still.sample(index, np.random.default_rng(seed))
-            theirs = self.plain(index, np.random.default_rng(seed), WHOLE, quiet)
+            theirs = self.plain(index, np.random.default_rng(seed), WHOLE, geometric)
             images = max(images, float((ours["image"].int() - theirs["image"]).abs().max()))
             labels += int((ours["label"] != theirs["label"]).sum())
             coloured = self.dataset.sample(index, np.random.default_rng(seed))["image"].float()

@@ -63,7 +63,7 @@ def compare(
     device: torch.device | str = "cpu",
     **facts: Any,
 ) -> Row:
-    """A row of results: milliseconds an item of each form, and how many times faster the first form is.
+    """A row of results: milliseconds per item of each form, and how many times faster the first form is.
 
     The first form is ours. `check` says by how much the forms' numbers differ (see `require`). bar: how many times
     faster ours has to be than the form `against` (default: the second). memory: also the peak memory of a call, in

@@ -114,7 +114,7 @@ def evaluation(size: tuple[int, int], args: argparse.Namespace) -> measure.Row:
     """Milliseconds an image of a whole evaluation, loading included, in this process."""
     device = torch.device(args.device)
     cfg = load_config(args.config, [*args.overrides, "data.root=", "data.val.root="])
-    quiet = replace(cfg.eval, workers=0, mode="whole", scales=(1.0,), flip=False)
+    whole = replace(cfg.eval, workers=0, mode="whole", scales=(1.0,), flip=False)
     torch.manual_seed(0)
     model = build_model(replace(cfg.model, pretrained=False, checkpoint=None)).to(device)
     with tempfile.TemporaryDirectory(prefix="metrics_") as folder:
@@ -125,7 +125,7 @@ def evaluation(size: tuple[int, int], args: argparse.Namespace) -> measure.Row:
         results: dict[str, Any] = {}
 
         def ours() -> None:
-            results["ours"] = evaluate(model, data, quiet, device=device)
+            results["ours"] = evaluate(model, data, whole, device=device)
 
         def plain() -> None:
             results["plain"] = plain_evaluation(model, data, device)

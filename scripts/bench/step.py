@@ -3,9 +3,9 @@
     step CONFIG [--against blv|joint|bf16|channels_last|recommended|'NAME: key=value …'] … [key=value …]
 
 The config and each form to compare it with take turns in one process, on toy scenes in the real layout and size and on
-random weights, one micro-batch of --batch images a stream. `blv` puts BLV on the decode head; `joint` builds all parts
-of a step before one backward, in place of one backward a part; `recommended` is bf16 with channels_last. Supervised
-configs are compared with `blv` by default, and their losses also alone.
+random weights, one micro-batch of --batch images per stream. `blv` puts BLV on the decode head; `joint` builds all
+parts of a step before one backward, in place of one backward per part; `recommended` is bf16 with channels_last.
+Supervised configs are compared with `blv` by default, and their losses also alone.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, for all forms")
     known = f"{', '.join(FORMS)}, or 'NAME: key=value …'"
     parser.add_argument("--against", action="append", metavar="FORM", help=known)
-    parser.add_argument("--batch", type=int, help="images a stream (default: 1, or 2 where batch norm needs it)")
+    parser.add_argument("--batch", type=int, help="images per stream (default: 1, or 2 where batch norm needs it)")
     parser.add_argument("--size", help="HEIGHTxWIDTH of the images, in place of the real one")
     parser.add_argument("--loss-only", action="store_true", help="only the loss alone")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")

@@ -57,7 +57,7 @@ def use(folder: Path) -> None:
 
 
 def overrides(cfg: Config, batch: int) -> list[str]:
-    """One process, one micro-batch of `batch` images a stream, nothing downloaded."""
+    """One process, one micro-batch of `batch` images per stream, nothing downloaded."""
     streams = [f"data.streams.{name}.batch_size={batch}" for name in cfg.data.streams]
     roots = ["data.root=", "data.val.root=", *(f"data.streams.{name}.root=" for name in cfg.data.streams)]
     return [*streams, *roots, "data.workers=0", "train.devices=1", "model.pretrained=false", "model.checkpoint="]

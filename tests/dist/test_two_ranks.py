@@ -1,4 +1,4 @@
-"""Two gloo processes by torchrun: resume to the bit, and metrics that do not depend on the number of ranks."""
+"""Two gloo processes by torchrun: resume bit for bit, and metrics that do not depend on the number of ranks."""
 
 import json
 

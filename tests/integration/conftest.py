@@ -75,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """To the bit."""
+    """Bit for bit."""
     assert a.keys() == b.keys()
     different = [name for name in a if not a[name].equal(b[name])]
     assert not different, different[:5]

@@ -1,4 +1,4 @@
-"""The benchmark's command line on a toy set: training, resume to the bit, evaluation, several processes."""
+"""The benchmark's command line on a toy set: training, bit-exact resume, evaluation, several processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""USRN's five steps through the command line on a toy set, a resumed training to the bit, and bad input."""
+"""USRN's five steps through the command line on a toy set, a training resumed bit for bit, and bad input."""
 
 import json
 import shutil
@@ -165,7 +165,7 @@ def test_errors_before_a_step_is_ready(place, monkeypatch, capsys):
     official.touch()
     assert "give --config" in fails("main", "--test", "--resume", official)
     last = place.baseline / "checkpoints" / "last"
-    assert "training goes on from" in fails("main", "-c", BASE, *base, "name=other", "--resume", last)
+    assert "training resumes from" in fails("main", "-c", BASE, *base, "name=other", "--resume", last)
     assert "--labelled" in fails("prepare_splits", USRN, *usrn, f"data.streams.labeled.list={place.lists}/some.txt")
 
 

@@ -1,4 +1,4 @@
-"""Whole supervised runs through the command line: kills and resumes to the bit, two ranks, testing, bad input."""
+"""Whole supervised runs through the command line: kills and bit-exact resumes, two ranks, testing, bad input."""
 
 import json
 import random

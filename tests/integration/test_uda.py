@@ -134,7 +134,7 @@ def test_later_stages_and_test(task):
 
 
 def test_proda_in_place_of_stage_1(task):
-    """From the same warm-up; two images a step, back-propagated one by one."""
+    """From the same warm-up; two images per step, back-propagated one by one."""
     out = call("uda/train.py", task / "toy", "--stage", "stage1", "--variant", "proda", *QUICK, "train.devices=2")
     assert "mIoU" in out
     start = torch.load(task / "runs/warm_up/prototypes.pt")

@@ -172,7 +172,7 @@ def test_rare_classes_come_from_the_row(source, monkeypatch):
 
 def test_rare_classes_of_a_set_without_groups_are_those_by_its_own_counts(tmp_path):
     """Of ten classes the two with the fewest images are rare; one of these is shown by none."""
-    shown = (5, 0, 2, 3, 1, 2, 4, 5, 4, 3)  # images a class
+    shown = (5, 0, 2, 3, 1, 2, 4, 5, 4, 3)  # images per class
     for k in range(5):
         label = np.repeat([c for c in range(10) if k < shown[c]], 3)[None].repeat(32, 0).astype(np.uint8)
         save(picture(*label.shape, k), tmp_path / "images/train" / f"im{k}.png")

@@ -43,9 +43,9 @@ def test_masks_of_0_and_255(masks):
         "pixels are ignored with value 255: if that is 'crack', set data.folder.label_map: {0: 0, 255: 1}"
     )
     advice = yaml.safe_load(said.partition("data.folder.label_map: ")[2])
-    mended = dataclasses.replace(masks, folder={**masks.folder, "label_map": {str(k): v for k, v in advice.items()}})
-    assert lacks(mended) == []
-    assert class_statistics(SegmentationDataset(mended)).pixel_count.tolist() == [4 * 320 - 480, 480]
+    corrected = dataclasses.replace(masks, folder={**masks.folder, "label_map": {str(k): v for k, v in advice.items()}})
+    assert lacks(corrected) == []
+    assert class_statistics(SegmentationDataset(corrected)).pixel_count.tolist() == [4 * 320 - 480, 480]
 
 
 def test_several_classes(masks):

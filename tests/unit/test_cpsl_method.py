@@ -90,7 +90,7 @@ def test_the_strong_view_moves_running_statistics_only_if_it_shall(cfg, options,
 
 def test_self_labelling_gives_the_network_no_gradient(cfg, options):
     method = make(CPSL, cfg, options)
-    *_, sampled = method.look(batches()["target"])
+    *_, sampled = method.label_target(batches()["target"])
     first, second = method.self_label(*sampled)
     (first + second).backward()
     assert method.prototypes.grad is not None
@@ -138,7 +138,7 @@ def test_missing_prototypes_are_neutral(kind, cfg, options, tmp_path):
     streams = batches()
     sure = F.one_hot(torch.full((2, 9, 13), 4), CLASSES).permute(0, 3, 1, 2).half()
     streams["target"]["soft"] = 0.9 * sure + 0.02
-    assert (method.look(streams["target"])[1] == 4).all()
+    assert (method.label_target(streams["target"])[1] == 4).all()
     streams = batches()
     for step in range(4):  # the bank is full after two
         for losses in method(streams, step):
@@ -180,7 +180,7 @@ def test_the_teachers_statistics_lag_as_its_weights_do(kind, mode, cfg, options)
 def test_bank_is_full_after_the_stated_steps_and_resumes(cfg, options):
     method = make(CPSL, cfg, options)
     streams = batches()
-    for step in range(2):  # 64 rows, 2 images of 16 samples a step
+    for step in range(2):  # 64 rows, 2 images of 16 samples per step
         assert not method.features.full
         parts = list(method(streams, step))
         method.after_step(step)
@@ -248,7 +248,7 @@ def test_blv_counts_are_refreshed_and_saved(cfg, options):
     method = make(CPSL, cfg, options, counts, **remedies)
     after = method.loss.offsets
     torch.testing.assert_close(after, variation_weights(counts))
-    *_, label, _, _ = method.look(batches()["target"])
+    *_, label, _, _ = method.label_target(batches()["target"])
     for _ in method(batches(), 0):
         pass
     method.after_step(0)
@@ -285,16 +285,17 @@ def test_warm_up_equals_alternating_updates(cfg):
     joint = {name: p.grad.clone() for name, p in method.named_parameters()}
     method.zero_grad()
     source, target = (method.upsampled(streams[k]["image"]) for k in ("source", "target"))
-    judge = method.discriminator
+    discriminator = method.discriminator
     ce = F.cross_entropy(source, streams["source"]["label"].long(), ignore_index=-1)
-    net = ce + 0.01 * judge(target.softmax(1)).square().mean()
+    net = ce + 0.01 * discriminator(target.softmax(1)).square().mean()
     for name, gradient in zip(
         dict(method.model.named_parameters()), torch.autograd.grad(net, list(method.model.parameters())), strict=True
     ):
         torch.testing.assert_close(joint[f"model.{name}"], gradient, rtol=1e-4, atol=1e-6)
-    told = judge(source.detach().softmax(1)).square().mean() + (judge(target.detach().softmax(1)) - 1).square().mean()
+    on_source, on_target = (discriminator(logits.detach().softmax(1)) for logits in (source, target))
+    loss = on_source.square().mean() + (on_target - 1).square().mean()
     for name, gradient in zip(
-        dict(judge.named_parameters()), torch.autograd.grad(told, list(judge.parameters())), strict=True
+        dict(discriminator.named_parameters()), torch.autograd.grad(loss, list(discriminator.parameters())), strict=True
     ):
         torch.testing.assert_close(joint[f"discriminator.{name}"], gradient, rtol=1e-4, atol=1e-6)
 

@@ -213,10 +213,10 @@ def test_the_best_outlives_a_kill_at_any_moment(tmp_path, monkeypatch, moment):
 
 def test_a_kill_after_the_last_step_leaves_the_evaluation_to_the_resume(tmp_path):
     cfg = config(tmp_path)
-    judged = []
+    evaluated = []
 
     def evaluate(step, fails=True):
-        judged.append(step)
+        evaluated.append(step)
         if step == 20 and fails:
             raise ValueError("val/0007.png: damaged")
         return {"miou": step / 100}
@@ -226,9 +226,9 @@ def test_a_kill_after_the_last_step_leaves_the_evaluation_to_the_resume(tmp_path
     assert links(cfg) == {"best": "step_00000010", "last": "step_00000020"}  # nothing was lost
 
     train(cfg, evaluate=lambda step: evaluate(step, fails=False), resume=True)
-    assert judged == [10, 20, 20] and links(cfg)["best"] == "step_00000020"
+    assert evaluated == [10, 20, 20] and links(cfg)["best"] == "step_00000020"
     train(cfg, evaluate=evaluate, resume=True)
-    assert judged == [10, 20, 20]  # a whole run is not evaluated again
+    assert evaluated == [10, 20, 20]  # a whole run is not evaluated again
 
 
 def test_undefined_scores_are_never_the_best(tmp_path):

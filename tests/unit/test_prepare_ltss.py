@@ -275,7 +275,7 @@ def test_bad_parsing_files_are_named(root):
     assert not (root / "0.png").exists()
 
 
-def test_truncated_images_are_mended(root, capsys):
+def test_truncated_images_are_repaired(root, capsys):
     path, target = save(picture(64, 64), root / "a.jpg"), root / "out" / "a.jpg"
     whole = read(path)
     conversions.mhp_image((path, target))
@@ -285,8 +285,8 @@ def test_truncated_images_are_mended(root, capsys):
     broken = path.read_bytes()
     conversions.mhp_image((path, target))
     assert "a.jpg: is truncated; " in capsys.readouterr().out and path.read_bytes() == broken
-    mended = read(target)
-    assert mended.shape == (64, 64, 3) and np.abs(mended[:16].astype(int) - whole[:16]).mean() < 4
+    repaired = read(target)
+    assert repaired.shape == (64, 64, 3) and np.abs(repaired[:16].astype(int) - whole[:16]).mean() < 4
     path.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"a\.jpg: cannot decode the image"):
         conversions.mhp_image((path, root / "out" / "b.jpg"))

@@ -113,7 +113,7 @@ def test_runs_without_a_record(here):
             (here / "runs/plain" / mark).touch()
         with pytest.raises(ValueError, match="holds a training that did not record what it read"):
             pipeline()
-        expected = [] if mark else ["checkpoints"]  # without the mark it may not have ended, so it goes on
+        expected = [] if mark else ["checkpoints"]  # without the mark it may not have ended, so it continues
         assert pipeline(changed="keep") == expected
         assert pipeline() == []
 

@@ -51,7 +51,7 @@ def test_the_batch_is_divided_as_stated_or_nearly(recwarn, batch, devices, world
 
 
 def test_a_batch_that_cannot_be_divided():
-    with pytest.raises(ConfigError, match="16 images a step cannot be divided over 3 processes"):
+    with pytest.raises(ConfigError, match="16 images per step cannot be divided over 3 processes"):
         train_net.divided(load_config(BASE), 3)
 
 
@@ -133,7 +133,7 @@ def toy_root(tmp_path_factory) -> Path:
         (["--eval-only", "model.reset_classifier=true"], "model.reset_classifier: --eval-only cannot score a new"),
         (["data.root=/nowhere"], "no folder /nowhere"),
         (["model.num_classes=9"], "model.num_classes is 9, but data set"),
-        (["--num-gpus", "3"], "4 images a step cannot be divided over 3 processes"),
+        (["--num-gpus", "3"], "4 images per step cannot be divided over 3 processes"),
         (["--num-gpus", "0"], "--num-gpus 0"),
         (["--num-gpus", "2", "MODEL.WEIGHTS", "nowhere.pkl"], "model.checkpoint: nowhere.pkl: no such weight file"),
         (["--num-gpus", "2", "--eval-only", "MODEL.WEIGHTS", "nowhere.pkl"], "nowhere.pkl: no such checkpoint"),

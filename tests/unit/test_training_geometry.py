@@ -195,7 +195,7 @@ def test_adaptation_target_grid(tmp_path, crop):
         "weak": data["image"], "full": data["image"], "geometry": whole(crop),
         "soft": F.one_hot(label[:, ::4, ::4]).movedim(3, 1).half(),
     }  # fmt: skip
-    _, found, _, _ = method.look(target)
+    _, found, _, _ = method.label_target(target)
     assert torch.equal(found, label[:, ::4, ::4])
 
     pasted = paste_labels(found, data["label"], Box(0, crop, 0, crop))

@@ -41,7 +41,7 @@ def test_cutmix_pixels_are_pasted_with_either_choice(tmp_path, monkeypatch):
         method = stage1(tmp_path, f"cutmix_labels={choice}", "cutmix=1.0").eval()
         monkeypatch.setattr("uda.cpsl.draw_box", lambda crop, probability: Box(4, 28, 8, 40))
         method.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        _, label, _, sampled = method.look(streams["target"])
+        _, label, _, sampled = method.label_target(streams["target"])
         seen.append(method.weak_terms(streams["source"], streams["target"], label, sampled, 0.0)["target_sce"].detach())
     (images, first), (others, second) = seen[:2], seen[2:]
     assert torch.equal(images, others) and not torch.equal(images, streams["target"]["weak"])
@@ -54,7 +54,7 @@ def test_the_teachers_mode(mode, tmp_path, target):
     """In training mode it drops channels, normalises by the batch and moves its statistics."""
     method = stage1(tmp_path, f"teacher_mode={mode}")
     before = {name: b.clone() for name, b in method.teacher.named_buffers() if "running" in name}
-    first, second = (method.look(target)[0] for _ in range(2))
+    first, second = (method.label_target(target)[0] for _ in range(2))
     assert method.teacher.training == (mode == "train") and torch.equal(first, second) == (mode == "eval")
     moved = [not torch.equal(before[name], b) for name, b in method.teacher.named_buffers() if "running" in name]
     assert len(moved) > 0 and (all(moved) if mode == "train" else not any(moved))

@@ -103,7 +103,7 @@ def _indexed(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
 def _coloured(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
     """`_indexed` of colour-coded labels; colours as `read_colours` codes them."""
     if not config.palette:
-        raise ConfigError(f"{WHERE}: encoding rgb needs a palette, one colour a class")
+        raise ConfigError(f"{WHERE}: encoding rgb needs a palette, one colour per class")
     for key in ("ignore", "label_map"):
         if getattr(config, key):
             raise ConfigError(

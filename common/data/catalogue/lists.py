@@ -1,4 +1,4 @@
-"""List files: one image a line, which says what images of a folder a split has.
+"""List files: one image per line, which says what images of a folder a split has.
 
 A line is an image's file name or stem, with or without folders before it. Further words may follow an image path, such
 as the path of its label. A name that this grammar would break (spaces, quotes, backslashes) is written in double

@@ -26,7 +26,7 @@ _GROUP_LETTERS = {name[0]: name for name in GROUPS}
 
 
 class ClassTable(NamedTuple):
-    """A table's columns, one entry a class; `counts` and `pixel_groups` are empty for a balanced set."""
+    """A table's columns, one entry per class; `counts` and `pixel_groups` are empty for a balanced set."""
 
     ids: tuple[int, ...]
     counts: tuple[int, ...]

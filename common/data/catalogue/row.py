@@ -81,7 +81,7 @@ class DatasetRow:
         return next(table for end, table in self._tables if path.stem.endswith(end))
 
     def named(self, root: Path) -> "DatasetRow":
-        """The row with the class names of `root`/class_names.txt, where that file is: one name a line, in the order
+        """The row with the class names of `root`/class_names.txt, where that file is: one name per line, in the order
         of the class ids. ValueError where it does not name every class."""
         path = root / NAMES_FILE
         if not path.is_file():
@@ -90,7 +90,7 @@ class DatasetRow:
         if len(names) != self.num_classes or not all(names):
             raise ValueError(
                 f"{path}: has {sum(map(bool, names))} names in {len(names)} lines, but {self.name} has "
-                f"{self.num_classes} classes; write one name a line, or remove the file"
+                f"{self.num_classes} classes; write one name per line, or remove the file"
             )
         return replace(self, classes=names)
 

@@ -1,1 +1,1 @@
-"""Augmentations, one file a paper; `build.py` makes one from the `augment` section of a stream."""
+"""Augmentations, one file per paper; `build.py` makes one from the `augment` section of a stream."""

@@ -57,5 +57,5 @@ def check_batch(branches: nn.ModuleList, x: Tensor) -> None:
         if conv.bn.training and x.shape[0] * pool.size**2 == 1 and not together:
             raise ValueError(
                 "batch of 1 image: batch norm of the 1×1 pooling branch needs 2 in training; "
-                "set batch_size to 2 a process or more, or train with SyncBN on several GPUs"
+                "set batch_size to 2 per process or more, or train with SyncBN on several GPUs"
             )

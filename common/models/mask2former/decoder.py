@@ -87,7 +87,7 @@ class MaskedDecoder(nn.Module):
     """PixelFeatures → Predictions.
 
     Args:
-        outputs: class logits a query.
+        outputs: class logits per query.
         queries: number Q of queries.
         dim: width d; layers, hidden, heads: of the transformer.
         levels: number of feature levels.
