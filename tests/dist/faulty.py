@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 from common import cli, distributed
 from common.config import Config, DataConfig, EvalConfig, ModelConfig, StreamConfig, TrainConfig
 from common.data.loading import batches
-from common.engine import Method, fit
+from common.engine import fit
 from ltss_benchmark import launch
+from tests.contexts import BareMethod
 
 FAULT, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -69,9 +70,9 @@ def collate(samples):
     return {"x": torch.stack([sample["x"] for sample in samples]), "extra": [sample["extra"] for sample in samples]}
 
 
-class Line(Method):
+class Line(BareMethod):
     def __init__(self, cfg):
-        super().__init__(cfg.optim)
+        super().__init__(cfg)
         self.model = nn.Linear(4, 1)
 
     def forward(self, streams, step):

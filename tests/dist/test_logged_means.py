@@ -10,16 +10,17 @@ from torch import nn
 
 from common import distributed
 from common.config import Config, ModelConfig, OptimConfig, TrainConfig
-from common.engine import Method, fit
+from common.engine import fit
+from tests.contexts import BareMethod
 
 LOSSES = (1.0, 4.0)
 
 
-class Constant(Method):
+class Constant(BareMethod):
     """A loss of its own on every rank, and a weight with a gradient of 0."""
 
-    def __init__(self, optim):
-        super().__init__(optim)
+    def __init__(self, cfg):
+        super().__init__(cfg)
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, streams, step):
@@ -43,7 +44,7 @@ def train(rank, folder):
         name="run", output=folder, model=ModelConfig("none", 1), optim=OptimConfig(schedule="constant"),
         train=TrainConfig(steps=4, devices=2, log_every=2),
     )  # fmt: skip
-    fit(cfg, Constant(cfg.optim), lambda step: {}, device=torch.device("cpu"))
+    fit(cfg, Constant(cfg), lambda step: {}, device=torch.device("cpu"))
     assert reductions == [2, 2, 3, 2, 2, 3]  # the flags of every step, and the three scalars of every second
     distributed.stop()
 

@@ -16,19 +16,20 @@ from torch import nn
 
 from common import distributed
 from common.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, StreamConfig, TrainConfig
-from common.engine import Method, checkpoint, fit
+from common.engine import checkpoint, fit
 from common.engine.method import move_average
 from common.engine.trainer import NonFiniteLoss
 from common.files import DRAFT, follow, write_json
+from tests.contexts import BareMethod
 
 CPU = torch.device("cpu")
 
 
-class Tiny(Method):
+class Tiny(BareMethod):
     """Dropout, BN, a moving-average teacher and a counter: all that a checkpoint has to hold."""
 
     def __init__(self, cfg, parts=1, poison=None, norm=nn.BatchNorm1d, dropout=0.5):
-        super().__init__(cfg.optim)
+        super().__init__(cfg)
         self.backwards, self.poison = parts, poison
         self.model = nn.Sequential(nn.Linear(4, 8), norm(8), nn.Dropout(dropout), nn.Linear(8, 1))
         self.teacher = deepcopy(self.model)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from common.config import Config, ConfigError, GroupConfig, ModelConfig, OptimConfig, TrainConfig
-from common.engine import Method, fit
+from common.engine import fit
 from common.engine.optim import build_optimizers, clip_gradients, learning_rate, parameter_groups
+from tests.contexts import BareMethod
 
 
 def test_poly_has_an_absolute_floor():
@@ -87,11 +88,11 @@ def test_the_total_is_clipped_after_each_gradient():
     assert [w.grad.norm().item() for w in weights] == pytest.approx([0.5**0.5, 0.5**0.5], rel=1e-5)
 
 
-class Line(Method):
+class Line(BareMethod):
     """Two weights, in groups of their own."""
 
-    def __init__(self, optim):
-        super().__init__(optim)
+    def __init__(self, cfg):
+        super().__init__(cfg)
         self.slow, self.fast = (nn.Parameter(torch.ones(3)) for _ in range(2))
 
     def forward(self, streams, step):
@@ -104,7 +105,7 @@ def run(folder, steps, resume=False, decay=0.1, mult=10.0, head="fast", **optim)
         name="line", output=str(folder), model=ModelConfig("none", 1), train=TrainConfig(steps=steps),
         optim=OptimConfig(**{"schedule": "constant", "groups": (rule,), "weight_decay": decay} | optim),
     )  # fmt: skip
-    method = Line(cfg.optim)
+    method = Line(cfg)
     fit(cfg, method, lambda step: {"x": repeat({})}, device=torch.device("cpu"), resume=resume)
     return method
 
