@@ -124,7 +124,7 @@ def test_class_stats(config, tmp_path, monkeypatch, capsys):
     assert "label_map: {0: 0, 255: 1}" in written["warnings"][0]
     assert written["group_rule"] is None and "rare" not in capsys.readouterr().out
 
-    monkeypatch.setattr(sys, "argv", [*words, "data.groups={rare: [crack]}"])
+    monkeypatch.setattr(sys, "argv", [*words, "--force", "data.groups={rare: [crack]}"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         class_stats.main()
