@@ -33,7 +33,7 @@ Oversampling = Annotated[float, AtLeast(1), AtMost(100)]  # candidates for each 
 
 
 @dataclass(frozen=True)
-class CriterionOptions:
+class CriterionConfig:
     """Defaults are the release's."""
 
     class_loss: Literal["ce", "seesaw"] = "ce"
@@ -77,7 +77,7 @@ class SetCriterion(nn.Module):
         copies: (K,) queries of each class for the Frequency-based Matcher; None for one-to-one matching.
     """
 
-    def __init__(self, num_classes: int, options: CriterionOptions, copies: np.ndarray | None = None):
+    def __init__(self, num_classes: int, options: CriterionConfig, copies: np.ndarray | None = None):
         super().__init__()
         self.num_classes, self.options = num_classes, options
         weights = MatchWeights(options.class_weight, options.mask_weight, options.dice_weight)

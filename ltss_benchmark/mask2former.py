@@ -25,7 +25,7 @@ from common.losses.seesaw import SeesawLoss
 from common.models import build_network
 from common.models.mask2former import Mask2Former
 from common.models.pretrained.containers import read_weights
-from ltss_benchmark.criterion import CriterionOptions, SetCriterion
+from ltss_benchmark.criterion import CriterionConfig, SetCriterion
 from ltss_benchmark.matcher import find_targets, queries_per_class
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Mask2FormerConfig:
     """The `method:` section."""
 
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
-    criterion: CriterionOptions = field(default_factory=CriterionOptions)
+    criterion: CriterionConfig = field(default_factory=CriterionConfig)
 
 
 class Mask2FormerMethod(Method):

@@ -16,7 +16,7 @@ from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
 from common.files import read_artifact
 from common.losses.counts import PseudoUnit
-from common.losses.self_training import reverse_cross_entropy
+from common.losses.symmetric_cross_entropy import reverse_cross_entropy
 from common.models import build_network, load_model
 from common.models.deeplabv2_cpsl import DeepLabV2
 from common.models.pretrained.containers import load_tensor

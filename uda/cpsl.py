@@ -31,11 +31,8 @@ from common.config import Config, ConfigError
 from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Rate, Share
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, MethodContext, move_average
-from common.losses.self_training import (
-    assignment_cross_entropy,
-    consistency,
-    pixel_contrast,
-)
+from common.losses.contrast import assignment_cross_entropy, pixel_contrast
+from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import Size, size_of
 from common.ops.resize_chain import resample_labels, resample_points

@@ -18,7 +18,7 @@ from common.config import Config
 from common.config.bounds import NotNegative, Rate
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, MethodContext
-from common.losses.self_training import distillation
+from common.losses.distillation import distillation
 from common.ops.resize import size_of
 from common.ops.warp import warp_labels
 from uda.base import CONFIDENCE_STEPS, STRIDE, Stage, network_of, to_grid

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.config import Config
 from common.config.bounds import NotNegative, Share
 from common.engine.method import Batch, Losses, MethodContext, move_average
-from common.losses.self_training import consistency
+from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import size_of
 from common.ops.resize_chain import resample_labels

@@ -20,7 +20,7 @@ from common.config import ModelConfig
 from common.models import build_model
 from common.models.mask2former import Mask2Former
 from common.ops.deform_attn import choose_form, ms_deform_attn, triton_missing
-from ltss_benchmark.criterion import CriterionOptions, SetCriterion
+from ltss_benchmark.criterion import CriterionConfig, SetCriterion
 from ltss_benchmark.matcher import find_targets
 from scripts.bench import measure
 
@@ -135,7 +135,7 @@ class OurStep:
 
 def our_step(image: Tensor, label: Tensor, sizes: Sizes) -> OurStep:
     model = build_model(ModelConfig("mask2former", sizes.classes, "resnet50")).to(image.device).train()
-    return OurStep(model, SetCriterion(sizes.classes, CriterionOptions()), image, label)
+    return OurStep(model, SetCriterion(sizes.classes, CriterionConfig()), image, label)
 
 
 def their_step(image: Tensor, label: Tensor, sizes: Sizes) -> tuple[Callable[[], None], int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.config import ModelConfig
-from common.losses.self_training import symmetric_cross_entropy
+from common.losses.symmetric_cross_entropy import symmetric_cross_entropy
 from common.models import build_model, load_weights
 from common.models.pretrained.cpsl import has_extra_norm, read_extras
 from common.ops.sinkhorn import sinkhorn

@@ -10,13 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.losses.self_training import (
-    assignment_cross_entropy,
-    consistency,
-    distillation,
-    pixel_contrast,
-    symmetric_cross_entropy,
-)
+from common.losses.contrast import assignment_cross_entropy, pixel_contrast
+from common.losses.distillation import consistency, distillation
+from common.losses.symmetric_cross_entropy import symmetric_cross_entropy
 from common.ops.sinkhorn import sinkhorn
 from uda.discriminator import SOURCE, TARGET, Discriminator, adversarial_loss
 

@@ -13,7 +13,7 @@ from common.losses.hard_pixel import HardPixels, hard_pixel_cross_entropy
 from common.losses.seesaw import SeesawLoss
 from common.ops.point_sample import class_masks, point_sample, uncertain_points
 from ltss_benchmark import criterion as module
-from ltss_benchmark.criterion import CriterionOptions, SetCriterion, pad_label
+from ltss_benchmark.criterion import CriterionConfig, SetCriterion, pad_label
 
 CLASSES, QUERIES, LAYERS = 5, 7, 3
 
@@ -65,7 +65,7 @@ def test_uncertain_points_are_the_least_decided():
 def test_losses_equal_the_literal_form(monkeypatch, normalizer):
     """Loops over layers, images and pairs, with dense masks; the same matching and points."""
     out, label = outputs()
-    options = CriterionOptions(points=30, normalizer=normalizer)
+    options = CriterionConfig(points=30, normalizer=normalizer)
     seen = []
     loss = SetCriterion(CLASSES, options, copies=torch.tensor([1, 2, 1, 1, 1]).numpy())
     matcher = loss.matcher
@@ -106,7 +106,7 @@ def test_losses_equal_the_literal_form(monkeypatch, normalizer):
 def test_no_class_in_the_batch(class_loss):
     """Mask losses are 0 and every output still takes part in the backward."""
     out, label = outputs(extra=1 if class_loss == "ce" else 2)
-    result = SetCriterion(CLASSES, CriterionOptions(class_loss=class_loss, points=20))(out, torch.full_like(label, -1))
+    result = SetCriterion(CLASSES, CriterionConfig(class_loss=class_loss, points=20))(out, torch.full_like(label, -1))
     result["loss"].backward()
     assert result["loss_mask"] == result["loss_dice_0"] == 0 and result["loss"].isfinite()
     assert all(tensor.grad is not None for tensor in leaves(out))
@@ -129,7 +129,7 @@ def test_half_precision_outputs_are_summed_in_float32():
     mixed = {**half, "mask_features": rounded["mask_features"]}  # as under autocast: the pixel decoder is in float32
     for chosen in (half, mixed, rounded):
         torch.manual_seed(0)
-        values.append(SetCriterion(CLASSES, CriterionOptions(points=200))(chosen, label)["loss"])
+        values.append(SetCriterion(CLASSES, CriterionConfig(points=200))(chosen, label)["loss"])
     assert values[0].dtype == torch.float32
     torch.testing.assert_close(values[0], values[2], rtol=0.02, atol=0)
     torch.testing.assert_close(values[1], values[2])
@@ -137,7 +137,7 @@ def test_half_precision_outputs_are_summed_in_float32():
 
 def test_seesaw_counts_matched_queries_of_every_prediction():
     out, label = outputs(extra=2)
-    loss = SetCriterion(CLASSES, CriterionOptions(class_loss="seesaw", points=20))
+    loss = SetCriterion(CLASSES, CriterionConfig(class_loss="seesaw", points=20))
     result = loss(out, label)
     present = torch.tensor([sum(bool((image == k).any()) for image in label) for k in range(CLASSES)])
     assert loss.seesaw.counts.tolist() == (LAYERS * present).tolist()
@@ -149,7 +149,7 @@ def test_seesaw_counts_matched_queries_of_every_prediction():
 
 def test_seesaw_sees_the_last_prediction_first():
     out, label = outputs(extra=2)
-    loss = SetCriterion(CLASSES, CriterionOptions(class_loss="seesaw", points=20, class_weight=1.0))
+    loss = SetCriterion(CLASSES, CriterionConfig(class_loss="seesaw", points=20, class_weight=1.0))
     calls = []
     forward = SeesawLoss.forward
     loss.seesaw.forward = lambda x, y: calls.append((x, y)) or forward(loss.seesaw, x, y)

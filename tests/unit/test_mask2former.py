@@ -15,7 +15,7 @@ from common.models.backbones.frozen_norm import FrozenBatchNorm2d, freeze_batchn
 from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import Attention, MaskedDecoder, attention_mask
 from common.models.mask2former.pixel_decoder import PixelDecoder, pixel_centres, sine_position
-from ltss_benchmark.criterion import CriterionOptions, SetCriterion
+from ltss_benchmark.criterion import CriterionConfig, SetCriterion
 
 SMALL = {
     "hidden_dim": 32,
@@ -105,7 +105,7 @@ def test_every_parameter_trains(class_head):
     for layer in model.pixel_decoder.layers:  # at their zero start, queries and level embeddings have no gradient yet
         nn.init.normal_(layer.self_attn.sampling_offsets.weight, std=0.01)
         nn.init.normal_(layer.self_attn.attention_weights.weight, std=0.01)
-    loss = SetCriterion(CLASSES, CriterionOptions("ce" if class_head == "softmax" else "seesaw", points=64))
+    loss = SetCriterion(CLASSES, CriterionConfig("ce" if class_head == "softmax" else "seesaw", points=64))
     label = torch.randint(-1, CLASSES, (2, 64, 96), dtype=torch.int16)
     result = loss(model(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)), label)
     result["loss"].backward()
@@ -117,7 +117,7 @@ def test_every_parameter_trains(class_head):
 
 def test_training_lowers_the_loss():
     model = small(encoder_layers=1, decoder_layers=2).train()
-    loss = SetCriterion(CLASSES, CriterionOptions(points=128))
+    loss = SetCriterion(CLASSES, CriterionConfig(points=128))
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     label = torch.arange(64).div(16, rounding_mode="floor").expand(1, 64, 64).to(torch.int16)

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_files_and_functions_stay_short():
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
                 long.append(f"{path.relative_to(ROOT)}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
     assert not long
+
+
+def test_options_are_named_by_one_rule():
+    """`…Options` are those of a network's `model.options`, `…Config` those of any other section of a config."""
+    wrong = []
+    for path in FILES:
+        text = path.read_text()
+        networks = re.findall(r"typed\((\w+), config\.options", text)
+        methods = re.findall(r"^    Options = (\w+)$", text, re.MULTILINE)
+        wrong += [name for name in networks if not name.endswith("Options")]
+        wrong += [name for name in methods if not name.endswith("Config")]
+    assert not wrong
 
 
 def test_asserts_do_nothing_that_is_needed():
