@@ -136,13 +136,18 @@ def source_config(args: argparse.Namespace) -> Config | None:
 
 def _labelled(cfg: Config, stream: str | None) -> SourceConfig:
     """The images and labels of a config's stream: of its first with labels where none is named."""
+    item = cfg.data.streams[labelled_stream(cfg, stream)]
+    return SourceConfig(dataset=item.dataset, root=item.root, split=item.split, list=item.list, folder=item.folder)
+
+
+def labelled_stream(cfg: Config, stream: str | None = None) -> str:
+    """The name of a config's stream: of its first with labels where none is named. ValueError where there is none."""
     labelled = [name for name, item in cfg.data.streams.items() if item.labels]
     name = stream or next(iter(labelled), None)
     if name not in cfg.data.streams:
         known = ", ".join(cfg.data.streams) or "none"
         raise ValueError(f"{cfg.name}: data.streams has no {name or 'stream with labels'!r}; streams: {known}")
-    item = cfg.data.streams[name]
-    return SourceConfig(dataset=item.dataset, root=item.root, split=item.split, list=item.list, folder=item.folder)
+    return name
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,240 @@
+"""Which remedies would do anything on a config's training data: python scripts/remedies.py CONFIG [key=value …].
+
+Nothing is trained. Printed are, of every class, its images and pixels, how large it is on the network's own grid, and
+what class weights, logit adjustment and samplers would give it; then, of every remedy by name, how much it would change
+with its default options, and which would change nothing. docs/remedies.md says what each of them does.
+"""
+
+import argparse
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import cli
+from common.config import Config, ConfigError, load_config, typed
+from common.data import SegmentationDataset, Statistics, class_statistics
+from common.data.orders import SamplerConfig, images_of_classes, rare_class_probabilities
+from common.data.statistics import repeat_factors
+from common.files import refuse_to_overwrite, write_json
+from common.losses.build import LOSSES, LossContext, build_loss
+from common.losses.counts import Counts
+from common.models import build_model
+
+LOOKED_AT = 64  # labels that are opened for the width of the classes
+SIDE = 256  # of the image that tells the network's stride
+INERT = 1e-3  # relative: what differs by less is the same for all classes
+THRESHOLDS = {"image": 0.001, "pixel": 0.05}  # of repeat factors: the default, and one that acts on dense labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--stream", help="whose labels are counted (default: the first with labels)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    cli.add_force(parser)
+    cli.add_quiet(parser)
+    args = parser.parse_intermixed_args()
+    refuse_to_overwrite(filter(None, [args.json]), args.force)
+
+    cfg = load_config(args.config, args.overrides)
+    name = cli.labelled_stream(cfg, args.stream)
+    dataset = SegmentationDataset(cfg.data.streams[name])
+    statistics = class_statistics(dataset, args.workers, args.cache)
+    result = describe(cfg, name, dataset, statistics)
+    print(page(result))
+    if args.json:
+        path = Path(args.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+
+
+def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:
+    """All figures, as JSON holds them."""
+    if not statistics.pixel_count.any():
+        raise ConfigError(f"{cfg.name}: data.streams.{stream}: no training label shows a class; correct the labels")
+    counts = Counts.from_statistics(statistics)
+    losses = {name: of_loss(name, counts) for name, row in LOSSES.items() if row.slot in ("logits", "class_weight")}
+    samplers = of_samplers(cfg, stream, statistics)
+    stride = stride_of(cfg)
+
+    return {
+        "stream": stream,
+        "images": statistics.num_images,
+        "stride": stride,
+        "classes": classes_of(dataset, statistics, stride, losses, samplers),
+        "losses": {name: {"slot": LOSSES[name].slot, "span": span(values)} for name, values in losses.items()},
+        "anywhere": [name for name, row in LOSSES.items() if row.slot in ("focus", "sets")],
+        "repeat_factor": samplers["repeat_factor"],
+    }
+
+
+def of_loss(name: str, counts: Counts) -> list[float]:
+    """The vector (K,) that a remedy with its default options makes of the counts: offsets or margins, or weights."""
+    slot = LOSSES[name].slot
+    context = LossContext(counts, cosine=30.0)  # as if the network had a cosine classifier
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a remedy changes nothing is said by the page
+        loss = build_loss({slot: {"name": name}}, context)
+    if slot == "class_weight":
+        return loss.weights.tolist()
+    amplitude = getattr(loss.logits, "amplitude", 1.0)  # of noise: what it reaches, not its mean
+    return (amplitude * loss.offsets).tolist()
+
+
+def span(values: list[float]) -> float:
+    """How far the classes are treated apart: 0 where all are treated alike."""
+    return max(values) - min(values)
+
+
+def of_samplers(cfg: Config, stream: str, statistics: Statistics) -> dict[str, Any]:
+    """Of rare_class by the stream's own options: probabilities (K,), images that stand for a class (K,). Of
+    repeat_factor by level: threshold, lowest, mean and highest factor."""
+    sampler = typed(SamplerConfig, cfg.data.streams[stream].sampler, f"data.streams.{stream}.sampler")
+    factors = {}
+    for level, threshold in THRESHOLDS.items():
+        found = repeat_factors(statistics, threshold, level)
+        figures = {"lowest": found.min(), "mean": found.mean(), "highest": found.max()}
+        factors[level] = {"threshold": threshold, **{key: float(value) for key, value in figures.items()}}
+
+    return {
+        "rare_class": rare_class_probabilities(statistics.pixel_count, sampler.temperature).tolist(),
+        "enough": [len(images) for images in images_of_classes(statistics, sampler)],
+        "repeat_factor": factors,
+    }
+
+
+def classes_of(
+    dataset: SegmentationDataset,
+    statistics: Statistics,
+    stride: float,
+    losses: dict[str, list[float]],
+    samplers: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One row a class. `cells`: its median area in an image that shows it, `width`: its median horizontal run, both on
+    the network's grid, of images at their own size; None where no label that was looked at shows it."""
+    total = statistics.pixel_count.sum()
+    widths = run_widths(dataset)
+    rows = []
+    for k, name in enumerate(dataset.row.classes):
+        pixels = statistics.pixels[:, k]
+        shown = pixels[pixels > 0]
+        rows.append(
+            {
+                "name": name,
+                "images": int(statistics.image_count[k]),
+                "share": float(statistics.pixel_count[k] / total),
+                "cells": float(np.median(shown)) / stride**2 if len(shown) else None,
+                "width": widths[k] / stride if k in widths else None,
+                "losses": {remedy: values[k] for remedy, values in losses.items()},
+                "rare_class": samplers["rare_class"][k],
+                "enough": samplers["enough"][k],
+            }
+        )
+    return rows
+
+
+def run_widths(dataset: SegmentationDataset) -> dict[int, float]:
+    """Class → the median length in pixels of its horizontal runs in at most LOOKED_AT labels, evenly spread."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int))
+    classes, lengths = (np.concatenate(part) for part in zip(*(runs(dataset.label(k)) for k in chosen), strict=True))
+    return {int(k): float(np.median(lengths[classes == k])) for k in np.unique(classes) if k >= 0}
+
+
+def runs(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Class and length of every horizontal run of a label (H, W)."""
+    begins = np.ones(label.shape, bool)
+    begins[:, 1:] = label[:, 1:] != label[:, :-1]
+    starts = np.flatnonzero(begins)
+    return label.ravel()[starts], np.diff(np.append(starts, label.size))
+
+
+def stride_of(cfg: Config) -> float:
+    """Pixels of the network's input for one of its output, along a side; nothing is computed for it."""
+    with torch.device("meta"):
+        model = build_model(replace(cfg.model, pretrained=False, checkpoint=None)).eval()
+        out = model(torch.empty(1, 3, SIDE, SIDE))
+    maps = out["logits"] if "logits" in out else out["pred_masks"]
+    return SIDE / maps.shape[-1]
+
+
+# As text ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("inverse", "sqrt", "median_frequency", "effective_number", "logit_adjustment", "blv")
+
+
+def page(result: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"stream {result['stream']!r}: {result['images']} images; the network's output has stride {result['stride']:g}",
+        "",
+        *class_table(result["classes"]),
+        "",
+        "cells, width: median area and median horizontal run on the network's grid; a width below 1 is hard to show",
+        "enough: images that rare_class sampling would show for the class, P: its probability to be drawn",
+        "",
+        *verdicts(result),
+    ]
+    return "\n".join(lines)
+
+
+def class_table(classes: list[dict[str, Any]]) -> list[str]:
+    """One line a class, the rarest first."""
+    wide = max(len(item["name"]) for item in classes)
+    figures = f"{'images':>6}  {'share %':>8}  {'cells':>9}  {'width':>6}"
+    remedies = "".join(f"  {name:>16}" for name in COLUMNS)
+    lines = [f"{'class':<{wide}}  {figures}{remedies}  {'enough':>6}  {'P':>5}"]
+    for item in sorted(classes, key=lambda item: item["share"]):
+        cells = "".join(f"  {item['losses'][name]:>16.3f}" for name in COLUMNS)
+        sizes = [f"{'–':>9}" if item["cells"] is None else f"{item['cells']:>9.1f}"]
+        sizes += [f"{'–':>6}" if item["width"] is None else f"{item['width']:>6.2f}"]
+        lines.append(
+            f"{item['name']:<{wide}}  {item['images']:>6}  {100 * item['share']:>8.3f}  {'  '.join(sizes)}{cells}"
+            f"  {item['enough']:>6}  {item['rare_class']:>5.3f}"
+        )
+    return lines
+
+
+def verdicts(result: dict[str, Any]) -> list[str]:
+    """One line a remedy: what it would change."""
+    found = {}
+    for name, item in result["losses"].items():
+        what = "offsets or margins" if item["slot"] == "logits" else "weights"
+        acts = f"{what} that differ by up to {item['span']:.3g}"
+        inert = "changes nothing: all classes are treated alike"
+        found[f"{item['slot']} {name}"] = acts if item["span"] > INERT else inert
+
+    for level, item in result["repeat_factor"].items():
+        low, mean, high = (item[key] for key in ("lowest", "mean", "highest"))
+        acts = f"factors {low:.2f} to {high:.2f}, mean {mean:.2f}"
+        name = f"sampler repeat_factor, {level} {item['threshold']:g}"
+        found[name] = acts if high - low > INERT else "changes nothing: all factors are equal"
+
+    found["sampler rare_class"] = _of_rare_class(result)
+    shown = sum(item["images"] > 0 for item in result["classes"])
+    found["sampler class_uniform"] = f"each of {shown} classes in one crop in {2 * shown}"
+    found |= {f"{LOSSES[name].slot} {name}": "acts on any data" for name in result["anywhere"]}
+
+    wide = max(map(len, found))
+    return [f"{name:<{wide}}  {text}" for name, text in found.items()]
+
+
+def _of_rare_class(result: dict[str, Any]) -> str:
+    drawn = [item for item in result["classes"] if item["rare_class"] > 0]
+    empty = [item["name"] for item in drawn if not item["enough"]]
+    if empty:
+        return f"refused: no image has enough of {', '.join(empty)}; lower min_share"
+
+    often = max(drawn, key=lambda item: item["rare_class"] / item["enough"])
+    share = 100 * often["rare_class"]
+    return f"{share:.0f} % of the draws show {often['name']}, from {often['enough']} of {result['images']} images"
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""scripts/remedies.py: what each remedy would do on a small data set, against counts made by hand."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from common.losses.build import LOSSES
+from scripts import remedies
+from tests.unit.data_files import folder_options, make_folder, save
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Four images of 40×64: half of class 0, half of class 1, in two of them a pole of class 2, two pixels wide."""
+    make_folder(tmp_path, images=4, size=(40, 64))
+    for k in range(4):
+        label = np.zeros((40, 64), np.uint8)
+        label[20:] = 1
+        if k < 2:
+            label[:, 10:12] = 2
+        save(label, tmp_path / "labels" / "train" / f"im{k}.png")
+    stream = {"split": "train", "augment": {"recipe": "mmseg", "crop": [32, 32]}}
+    tree = {
+        "model": {"name": "upernet", "num_classes": 4, "backbone": "resnet18", "options": {"channels": 8}},
+        "data": {
+            "dataset": "folder",
+            "root": str(tmp_path),
+            "folder": folder_options(4),
+            "streams": {"labeled": stream},
+        },
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["remedies.py", *map(str, words), "--workers", "0"])
+    assert not remedies.main()
+    return capsys.readouterr().out
+
+
+def test_the_figures_are_those_of_the_labels(config, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out" / "remedies.json"
+    printed = run(monkeypatch, capsys, config, "--json", out)
+    result = json.loads(out.read_text())
+    assert result["stride"] == 4 and result["images"] == 4
+
+    first, _, pole, absent = result["classes"]
+    assert (pole["images"], pole["share"], pole["width"], pole["cells"]) == (2, 160 / 10240, 0.5, 80 / 16)
+    assert first["width"] == 52 / 4  # of 40 rows each 10, 52 and 64 px
+    assert (absent["images"], absent["cells"], absent["width"], absent["rare_class"]) == (0, None, None, 0)
+    weights = np.array([item["losses"]["inverse"] for item in result["classes"][:3]])
+    shares = np.array([item["share"] for item in result["classes"][:3]])
+    np.testing.assert_allclose(weights, 1 / (3 * shares), rtol=1e-5)  # Σ π w = 1
+    assert [item["enough"] for item in result["classes"]] == [4, 4, 2, 0]
+
+    every = {name for name, row in LOSSES.items()}
+    assert every == {*result["losses"], *result["anywhere"]}
+    assert all(name in printed for name in every)
+    lines = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert "changes nothing" in lines["sampler repeat_factor, image 0.001"]
+    assert "class2, from 2 of 4 images" in lines["sampler rare_class"]
+
+
+def test_the_samplers_options_are_the_streams(config, monkeypatch, capsys):
+    printed = run(monkeypatch, capsys, config, "data.streams.labeled.sampler.min_pixels=81")
+    assert "refused: no image has enough of class2" in printed
