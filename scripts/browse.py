@@ -21,7 +21,7 @@ from common.data import Stream, make_streams
 from common.visualize import colourise, confidence_map, overlay
 
 WIDTH = 420  # pixels of a picture
-IMAGES = ("image", "weak", "strong", "full")
+IMAGES = ("image", "weak", "strong", "strong1", "strong2", "full")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 24px; background: #f4f5f7; color: #1b2027; }
 h1 { font-size: 22px; } h2 { font-size: 18px; margin: 28px 0 8px; }

@@ -12,9 +12,17 @@ from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
 from semi_sup.subclasses import check_counts, chosen_counts
+from semi_sup.unimatch import UniMatch
+from semi_sup.unimatch_v2 import UniMatchV2
 from semi_sup.usrn import USRN, Baseline, SelfTraining
 
-METHODS: dict[str, type[Method]] = {"baseline": Baseline, "self_training": SelfTraining, "usrn": USRN}
+METHODS: dict[str, type[Method]] = {
+    "baseline": Baseline,
+    "self_training": SelfTraining,
+    "usrn": USRN,
+    "unimatch": UniMatch,
+    "unimatch_v2": UniMatchV2,
+}
 SUB_LABEL = "sub_label"  # sample key, and map of the labelled stream
 NUMBERS = "subclasses.json"  # in the folder of subclass labels: their numbers, and of which images they are
 
@@ -48,7 +56,10 @@ def resolve(cfg: Config) -> Config:
 
 
 def single_branch(cfg: Config) -> Config:
-    """The same with the network of the baseline, which is also what predicts after USRN's training."""
+    """The same with the network of the baseline, which is also what predicts after USRN's training; other networks have
+    one branch already."""
+    if cfg.model.name not in ("usrn", "deeplabv3plus"):
+        return cfg
     options = {key: value for key, value in cfg.model.options.items() if key != "subclasses"}
     return replace(cfg, model=replace(cfg.model, name="deeplabv3plus", options=options))
 

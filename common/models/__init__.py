@@ -4,11 +4,12 @@ one, for inference: `load_model(config.model, path)`."""
 from common.models.backbones import BACKBONES, build_backbone
 from common.models.build import MODELS, build_model, build_network, load_model
 from common.models.pretrained import load_weights
-from common.models.segmentor import Extents, SegmentationModel, Segmentor
+from common.models.segmentor import EncoderDecoder, Extents, SegmentationModel, Segmentor
 
 __all__ = [
     "BACKBONES",
     "MODELS",
+    "EncoderDecoder",
     "Extents",
     "SegmentationModel",
     "Segmentor",

@@ -7,7 +7,7 @@ Both: ResNet at stride 16, ASPP, the finest map reduced to 48 channels, decoder 
     UniMatch     but the first one, which has 1   has a batch norm             aligned corners    none
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Length, Rate, Side, Width
 from common.models.backbones import build_backbone
-from common.models.segmentor import Extents, SegmentationModel
+from common.models.segmentor import EncoderDecoder, Extents
 from common.ops.resize import resize
 
 STRIDE = 4  # of the logits
@@ -76,7 +76,7 @@ class PyramidPooling(nn.Module):
         return self.dropout(self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], 1)))
 
 
-class DeepLabV3PlusD2(SegmentationModel):
+class DeepLabV3PlusD2(EncoderDecoder):
     """`segment` gives `logits` (B, K, H/4, W/4) and `features`, what the classifier reads."""
 
     classifiers = ("predictor",)
@@ -114,7 +114,7 @@ class DeepLabV3PlusD2(SegmentationModel):
         finest, *_, coarsest = self.backbone(x)
         return finest, coarsest
 
-    def decode(self, maps: tuple[Tensor, ...]) -> Tensor:
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The logits (B, K, H/4, W/4) of `encode`'s maps."""
         return self.predictor(self.fused(*maps))
 

@@ -12,7 +12,7 @@ from common.config.bounds import Width
 from common.models.backbones import build_backbone
 from common.models.backbones.dinov2 import PATCH, DINOv2
 from common.models.heads.dpt import DPTHead
-from common.models.segmentor import Extents, Segmentor
+from common.models.segmentor import EncoderDecoder, Extents, Segmentor
 
 WIDTHS = {  # of the head's four levels, and of its decoder
     "dinov2_small": ((48, 96, 192, 384), 64),
@@ -31,7 +31,7 @@ class DPTOptions:
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
 
-class DPT(Segmentor):
+class DPT(Segmentor, EncoderDecoder):
     """Images are resized to whole patches (sides to the nearest multiple of 14), not padded; scores are resized back.
 
     `segment` gives `logits` (B, K, 8h, 8w) of h×w patches.

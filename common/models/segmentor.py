@@ -4,7 +4,7 @@ A family implements `segment`; one whose classes are not the channels of `logits
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,6 +165,18 @@ class SegmentationModel(nn.Module, ABC):
     def _geometry(self, images: Tensor, size: tuple[int, int] | None) -> Extents:
         inner = tuple(images.shape[-2:])
         return Extents(self._padded(inner), inner, inner if size is None else tuple(size))
+
+
+class EncoderDecoder(SegmentationModel):
+    """A network in two parts, for methods that change the maps between them."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Normalised images (B, 3, H, W) to the maps (B, C, h, w) that `decode` reads."""
+
+    @abstractmethod
+    def decode(self, maps: Sequence[Tensor]) -> Tensor:
+        """The logits (B, K, h, w) of `encode`'s maps."""
 
 
 class Segmentor(SegmentationModel):

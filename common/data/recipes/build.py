@@ -20,6 +20,7 @@ from common.data.recipes.cpsl import CPSLViews
 from common.data.recipes.detectron2 import Detectron2
 from common.data.recipes.mmseg import MMSeg
 from common.data.recipes.recipe import Recipe
+from common.data.recipes.unimatch import UniMatchViews
 from common.data.recipes.usrn import USRNViews
 
 Sample = dict[str, Any]
@@ -46,6 +47,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "mmseg": MMSeg,
     "cpsl": CPSLViews,
     "usrn": USRNViews,
+    "unimatch": UniMatchViews,
     "detectron2": Detectron2,
 }
 

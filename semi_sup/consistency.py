@@ -1,0 +1,93 @@
+"""What FixMatch, UniMatch and UniMatch V2 have in common, as pure functions: pseudo-labels at the size of the crop,
+CutMix of images and labels, the loss of confident pixels, dropout of whole channels."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.data import IGNORE
+from common.losses.cross_entropy import cross_entropy_sum
+from common.losses.upsampled import Total, upsampled_sum
+
+
+class PseudoLabels(NamedTuple):
+    """label int64, confidence float32 and shown bool (the image, not padding), each (B, H, W)."""
+
+    label: Tensor
+    confidence: Tensor
+    shown: Tensor
+
+    def confident(self, threshold: float) -> Tensor:
+        """The labels (B, H, W), −1 in padding and where the confidence is below `threshold`."""
+        keep = (self.confidence >= threshold) & self.shown
+        return torch.where(keep, self.label, IGNORE)
+
+    def kept(self, threshold: float) -> Tensor:
+        """The share of pixels with a label, of those that show the image."""
+        return (self.confident(threshold) != IGNORE).sum() / self.shown.sum().clamp(min=1)
+
+    def flip(self) -> "PseudoLabels":
+        """The same in the opposite order of the batch."""
+        return PseudoLabels(*(x.flip(0) for x in self))
+
+
+@torch.no_grad()
+def pseudo_labels(logits: Tensor, shown: Tensor) -> PseudoLabels:
+    """Argmax and largest probability of logits (B, K, h, w) enlarged bilinearly, with aligned corners, to the size of
+    `shown` (B, H, W)."""
+    large = F.interpolate(logits.float(), shown.shape[-2:], mode="bilinear", align_corners=True)
+    confidence, label = large.softmax(1).max(1)
+    return PseudoLabels(label, confidence, shown)
+
+
+def in_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Which pixels lie in the boxes (B, 4) = top, left, bottom, right: bool (B, H, W)."""
+    top, left, bottom, right = boxes.T[..., None]
+    row, column = (torch.arange(side, device=boxes.device) for side in size)
+    down = (row >= top) & (row < bottom)
+    across = (column >= left) & (column < right)
+    return down[:, :, None] & across[:, None, :]
+
+
+def paste(images: Tensor, partner: Tensor, inside: Tensor) -> Tensor:
+    """Images (B, C, H, W) with the partner's pixels where `inside` (B, H, W) says so."""
+    return torch.where(inside[:, None], partner, images)
+
+
+def paste_labels(labels: PseudoLabels, partner: PseudoLabels, inside: Tensor) -> PseudoLabels:
+    """Label, confidence and padding, pasted as the images are."""
+    pairs = zip(labels, partner, strict=True)
+    return PseudoLabels(*(torch.where(inside, theirs, ours) for ours, theirs in pairs))
+
+
+def confident_loss(logits: Tensor, labels: PseudoLabels, threshold: float, total: Total = cross_entropy_sum) -> Tensor:
+    """Loss of logits (B, K, h, w), enlarged with aligned corners, against confident labels: their sum by `total`,
+    divided by the number of pixels that show the image; 0 where none does."""
+    loss = upsampled_sum(logits, labels.confident(threshold), total, align_corners=True)
+    return loss / labels.shown.sum().clamp(min=1)
+
+
+def channel_dropout(maps: Sequence[Tensor], rate: float = 0.5) -> tuple[Tensor, ...]:
+    """Maps (B, C, h, w) with whole channels of an image at 0 and the others divided by 1 − rate; each map has a mask of
+    its own."""
+    return tuple(x * channel_mask(x, rate) for x in maps)
+
+
+def channel_mask(x: Tensor, rate: float = 0.5) -> Tensor:
+    """0 with probability `rate`, else 1/(1 − rate): (B, C, 1, 1) for a map (B, C, h, w)."""
+    keep = torch.full((*x.shape[:2], 1, 1), 1 - rate, dtype=x.dtype, device=x.device)
+    return torch.bernoulli(keep) / (1 - rate)
+
+
+def complementary_masks(pairs: int, channels: int, like: Tensor) -> Tensor:
+    """Masks (2·pairs, channels, 1, 1) of the first and then of the second views: a channel is 2 in one and 0 in the
+    other view of a pair. Half of the pairs (rounded down), drawn at random, are left as they are."""
+    half = partial(torch.full, dtype=like.dtype, device=like.device)
+    first = 2 * torch.bernoulli(half((pairs, channels, 1, 1), 0.5))
+    whole = torch.randperm(pairs, device=like.device)[: pairs // 2]
+    first[whole] = 1
+    return torch.cat((first, 2 - first))
