@@ -1,5 +1,6 @@
 """Which of the teacher's labels DAFormer trusts: one share of confident pixels for a batch, and margins left out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,11 +35,18 @@ def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return label, (probability >= threshold).float().mean()
 
 
-def valid_pixels(target: dict[str, Tensor], size: tuple[int, int], margins: Margins) -> Tensor:
+def valid_pixels(target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins) -> Tensor:
     """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W)."""
-    if margins.of == "crop":
-        return crop_margins(size, margins, target["image"].device)
-    return image_margins(target["geometry"], size, margins)
+    if margins.of == "image":
+        return image_margins(target["geometry"], size, margins)
+
+    inside = crop_margins(size, margins, target["image"].device)
+    extent = target.get("extent")
+    if extent is None:
+        return inside
+    rows, columns = (torch.arange(side, device=inside.device) for side in size)
+    down, across = rows < extent[:, :1], columns < extent[:, 1:]
+    return inside * down[:, :, None] * across[:, None]
 
 
 def crop_margins(size: tuple[int, int], margins: Margins, device: torch.device) -> Tensor:

@@ -13,11 +13,20 @@ from common.experiment import Experiment, print_result
 from uda.base import read_distribution, read_prototypes
 from uda.config import command, run_of, stage_config, stage_parser
 from uda.cpsl import CPSL
+from uda.daformer import DAFormer
 from uda.distill import Distill
+from uda.mic import MIC
 from uda.proda import ProDA
 from uda.warmup import WarmUp
 
-METHODS: dict[str, type[Method]] = {"warm_up": WarmUp, "cpsl": CPSL, "proda": ProDA, "distill": Distill}
+METHODS: dict[str, type[Method]] = {
+    "warm_up": WarmUp,
+    "cpsl": CPSL,
+    "proda": ProDA,
+    "distill": Distill,
+    "daformer": DAFormer,
+    "mic": MIC,
+}
 
 
 def build_method(cfg: Config, context: MethodContext) -> Method:

@@ -9,7 +9,8 @@ import pytest
 from common.config import ConfigError, load_config
 
 ROOT = Path(__file__).parents[2]
-UDA = sorted(p for p in (ROOT / "uda/configs").glob("*/*.yaml") if p.stem != "task")
+STAGED = sorted(p.parent for p in (ROOT / "uda/configs").glob("*/warm_up.yaml"))  # tasks of several stages
+UDA = [p for folder in STAGED for p in sorted(folder.glob("*.yaml")) if p.stem != "task"]
 USRN = sorted((ROOT / "semi_sup/configs").glob("*_usrn*.json"))
 SMALL = {"model": {"name": "upernet", "num_classes": 2}}
 

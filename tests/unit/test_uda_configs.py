@@ -16,7 +16,8 @@ from tests.contexts import context
 from uda.train import METHODS, build_method
 
 FOLDER = Path(__file__).parents[2] / "uda" / "configs"
-SHIPPED = sorted(str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.glob("*/*.yaml") if p.stem != "task")
+STAGED = sorted(p.parent for p in FOLDER.glob("*/warm_up.yaml"))  # tasks of several stages
+SHIPPED = [f"{p.name}/{q.stem}" for p in STAGED for q in sorted(p.glob("*.yaml")) if q.stem != "task"]
 CROP, FULL = (32, 48), (64, 96)
 TASKS = {"gta5_to_cityscapes": (19, "gta5", "cityscapes"), "synthia_to_cityscapes": (16, "synthia", "cityscapes16")}
 SMALL = ("blocks=[1,1,1,1]", "width=4", "head_channels=8", "features=8")

@@ -24,6 +24,7 @@ CITYSCAPES_PALETTE = (
     *((250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0)),
     *((0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
 )
+CITYSCAPES_THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's: lights and signs, people, vehicles
 CITYSCAPES_TAIL = (3, 6, 7, 12, 14, 15, 16, 17, 18)  # the nine smallest training counts
 CITYSCAPES_COUNTS = (  # gtFine train, 2975 images; 715 747 311 further pixels are void
     *(2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536),
@@ -53,6 +54,7 @@ def _street(name: str, folder: str, keep: tuple[int, ...], *, counts: tuple[int,
         palette=tuple(CITYSCAPES_PALETTE[k] for k in keep),
         label_maps=maps,
         tail=tuple(new[k] for k in CITYSCAPES_TAIL if k in keep),
+        things=tuple(new[k] for k in CITYSCAPES_THINGS if k in keep),
         counts=counts and tuple(counts[k] for k in keep),
         **fields,
     )
@@ -106,6 +108,7 @@ _ROWS = (
         CAMVID_PALETTE,
         Paired("images/{split}", "labels/{split}"),
         tail=(2, 6, 7, 9, 10),
+        things=(6, 8, 9, 10),
     ),
     *LTSS_ROWS,
 )

@@ -36,7 +36,8 @@ class DatasetRow:
     label_maps: (ending of the label file's stem, stored value → class id or IGNORE) pairs; the first ending that fits
     applies. Empty: stored values are class ids. `ignore` are stored values without a class; a value listed nowhere is
     an error, or ignored where that is the data set's convention (`unlisted`).
-    tail: class ids of mIoU(tail). counts: pixels of each class in the training split, where they are published.
+    tail: class ids of mIoU(tail). things: class ids of what can be counted (lights, people, vehicles). counts: pixels
+    of each class in the training split, where they are published.
     resize_labels: some labels of the release are smaller than their image and are brought to its size (nearest).
     flip_pairs: (left, right) classes that change places in a mirrored image.
     published: image counts of the training split. groups: level ("image", "pixel") → "rare", "common" or "frequent" of
@@ -53,6 +54,7 @@ class DatasetRow:
     unlisted: Literal["error", "ignore"] = "error"
     encoding: Literal["index", "rgb"] = "index"
     tail: tuple[int, ...] = ()
+    things: tuple[int, ...] = ()
     counts: tuple[int, ...] | None = None
     resize_labels: bool = False
     env: str = "LTS_DATA"

@@ -1,0 +1,145 @@
+"""Two training steps of DAFormer and of MIC against the official ones: losses, gradients, teacher, batch norm."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import Config, ModelConfig, OptimConfig
+from common.data import DATASETS
+from common.engine import MethodContext
+from common.models import load_weights
+from common.models.pretrained import mmseg
+from tests.contexts import context
+from tests.golden.fill import fill, image
+from tests.golden.test_mmseg_models import DATA, assert_close, reference
+from uda import daformer as steps
+from uda import mic
+from uda.daformer import DAFormer
+from uda.mic import MIC
+
+SIZE = (96, 128)
+METHOD = {
+    "threshold": 0.25266,
+    "margins": {"top": 6, "bottom": 20},
+    "jitter": 0.0,
+    "blur": 0.0,
+}
+CASES = {"daformer_step": (DAFormer, METHOD), "mic_daformer_step": (MIC, METHOD)}
+
+
+def weights(manifest, prefix=""):
+    return {key: torch.from_numpy(np.asarray(fill(prefix + key, tuple(shape)))) for key, (shape, _) in manifest.items()}
+
+
+def build(kind, options, manifest, folder):
+    """The method with the student's weights, and with the backbone's of ImageNet out of a file."""
+    backbone = {key: t for key, t in weights(manifest, "imnet_model.").items() if key.startswith("backbone.")}
+    torch.save({key.removeprefix("backbone."): t for key, t in backbone.items()}, folder / "imagenet.pth")
+    model = ModelConfig(
+        "daformer",
+        19,
+        "mit_b0",
+        pretrained=str(folder / "imagenet.pth"),
+        options={"channels": 32, "dropout": 0.0, "backbone": {"drop_path": 0.0, "reduction_eps": 1e-5}},
+    )
+    torch.save({"state_dict": {f"model.{key}": t for key, t in weights(manifest).items()}}, folder / "student.pth")
+
+    facts = MethodContext(context(19).statistics, DATASETS["gta5"])
+    method = kind(Config(model, method=options, optim=OptimConfig(name="sgd"), name="run"), facts)
+    for network in (method.model, method.teacher):
+        load_weights(network, folder / "student.pth")
+    return method.train()
+
+
+def labels(seed, block=32):
+    rng = np.random.RandomState(seed)
+    shape = (2, math.ceil(SIZE[0] / block), math.ceil(SIZE[1] / block))
+    small = rng.randint(0, 19, shape)
+    small[rng.random_sample(shape) < 0.1] = -1
+    return torch.from_numpy(small.repeat(block, 1).repeat(block, 2))
+
+
+def pixels(seed, model):
+    """Images whose normalised values are those of the golden."""
+    return torch.from_numpy(image(seed, (2, 3, *SIZE))) * model.std + model.mean
+
+
+def batches(t, model):
+    source = {"image": pixels(50 + 10 * t, model), "label": labels(52 + 10 * t)}
+    return {"source": source, "target": {"image": pixels(51 + 10 * t, model)}}
+
+
+def given(drawn):
+    """What is drawn, in place of a draw."""
+    return lambda *_: drawn
+
+
+def chosen(classes):
+    """What `choose_classes` gives for the release's draws, with 255 in the last column."""
+    drawn = torch.zeros(2, 20, dtype=torch.bool)
+    for row, ids in zip(drawn, classes, strict=True):
+        row[[19 if c == 255 else c for c in ids]] = True
+    return drawn
+
+
+def norms_by_official_name(method, manifest):
+    """Every official tensor is sent through the conversion filled with its own number, which says where it ends up."""
+    numbers = {key: torch.full(shape, float(i + 1)) for i, (key, (shape, _)) in enumerate(manifest.items())}
+    origin = mmseg.convert({"state_dict": numbers}, method.model)
+    squares = torch.zeros(len(numbers) + 1)
+    for key, p in method.model.named_parameters():
+        squares.index_add_(0, origin[key].flatten().long(), p.grad.flatten() ** 2)
+    return {key: squares[i + 1].sqrt().item() for i, key in enumerate(numbers)}
+
+
+def total_norm(method):
+    return torch.stack([p.grad.norm() for p in method.model.parameters() if p.grad is not None]).norm().item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps(name, tmp_path, monkeypatch):
+    expected = json.loads((DATA / f"{name}.json").read_text())
+    method = build(*CASES[name], expected["manifest"], tmp_path)
+    teacher = reference(f"{name}_teacher")
+    logits = []
+    method.teacher.decode_head.register_forward_hook(lambda module, inputs, out: logits.append(out))
+
+    for t, step in enumerate(expected["steps"]):
+        monkeypatch.setattr(steps, "choose_classes", given(chosen(step["chosen_classes"])))
+        noise = np.random.RandomState(54 + 10 * t).random_sample((2, 1, 3, 4)).astype(np.float32)
+        monkeypatch.setattr(mic, "block_noise", given(torch.from_numpy(noise)))
+
+        found, totals = {}, []
+        for part in method(batches(t, method.model), t):
+            part["loss"].backward()
+            totals.append(total_norm(method))
+            found |= {key: value.item() for key, value in part.items() if key != "loss"}
+
+        check_losses(found, step, 1e-5 if t == 0 else 1e-4)
+        assert totals == pytest.approx(step["grad_norm_after_each_backward"][1:], rel=1e-3)
+        norms = norms_by_official_name(method, expected["manifest"])
+        assert {key: norms[key] for key in step["grad_norms"]} == pytest.approx(step["grad_norms"], rel=1e-3)
+        upsampled = torch.nn.functional.interpolate(logits[t], SIZE, mode="bilinear")
+        assert_close(upsampled[..., ::4, ::4], teacher[f"teacher_logits_{t}"])
+
+        bn = method.model.decode_head.fuse_layer.bottleneck.bn
+        assert int(bn.num_batches_tracked) == step["bn_batches_tracked"]
+        assert bn.running_mean.norm().item() == pytest.approx(step["bn_running_mean_norm"], rel=1e-4)
+        with torch.no_grad():
+            for p in method.model.parameters():
+                p -= 0.02 * p.grad
+                p.grad = None
+        method.after_step(t)
+
+
+def check_losses(found, step, tolerance):
+    theirs = step["losses"]
+    assert found["source_ce"] == pytest.approx(theirs["decode.loss_seg"], rel=tolerance)
+    assert 0.005 * found["feature_distance"] == pytest.approx(theirs["src.loss_imnet_feat_dist"], rel=tolerance)
+    assert found["mixed_ce"] == pytest.approx(theirs["mix.decode.loss_seg"], rel=tolerance)
+    assert found["confident"] == pytest.approx(step["pseudo_weight"], rel=1e-6)
+    if "masked.decode.loss_seg" in theirs:
+        assert found["masked_ce"] == pytest.approx(theirs["masked.decode.loss_seg"], rel=tolerance)

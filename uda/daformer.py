@@ -1,0 +1,240 @@
+"""DAFormer (Hoyer et al., CVPR 2022): self-training on target images with half of the source's classes pasted in.
+
+With θ the student, θ' its moving average and φ the backbone as it was on ImageNet, a step is
+
+    source    CE of the labelled source crop + λ · feature distance of θ and φ where it shows things
+    labels    ŷ = argmax of θ' on the target crop, its weight q the batch's share of pixels with a probability ≥ τ
+    mixed     CE of the target crop with pasted source classes, jittered and blurred, against both labels; ŷ weighs q
+
+Every cross-entropy is divided by all pixels, ignored ones too. Rare-class sampling is an order of the source stream
+(`sampler: {order: rare_class}`). Without it, without the feature distance and with momentum 0.99 it is DACS; with
+`adapt: false` the source alone is trained on.
+"""
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from common.config import Config, ConfigError
+from common.config.bounds import NotNegative, Share
+from common.data import IGNORE
+from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
+from common.losses.feature_distance import cells_of, feature_distance
+from common.models import Segmentor, build_network
+from common.models.frozen import Frozen
+from common.ops.class_mix import choose_classes, class_mask, paste
+from common.ops.colour import blur, draw_jitter, jitter
+from common.ops.resize import resize
+from uda.confidence import Margins, pseudo_labels, valid_pixels
+
+FITTING = "daformer or deeplabv2_reduced"
+SIGMA = (0.15, 1.15)  # of the blur, in pixels
+
+
+@dataclass(frozen=True)
+class FeatureDistance:
+    """`weight: 0` needs no ImageNet weights. `cells: all` holds every feature, `things` those of some classes."""
+
+    weight: NotNegative = 0.005  # λ
+    cells: Literal["things", "all"] = "things"
+    classes: tuple[str, ...] = ()  # names; empty: the things that the data set's row names
+    share: Share = 0.75  # of a cell's pixels that are of one of the classes
+
+
+@dataclass(frozen=True)
+class DAFormerConfig:
+    """The `method:` section of DAFormer. Defaults are the paper's."""
+
+    adapt: bool = True  # False: source only
+    momentum: Share = 0.999  # of θ', which it reaches at step 1000: (t + 1) / (t + 2) after step t
+    threshold: Share = 0.968  # τ
+    teacher_mode: Literal["train", "eval"] = "train"  # train: batch statistics of the target crops, without dropout
+    margins: Margins = Margins()
+    jitter: Share = 0.8  # probability; the release's 0.2 is that of no jitter
+    jitter_strength: Share = 0.2
+    blur: Share = 0.5  # probability
+    feature_distance: FeatureDistance = FeatureDistance()
+
+
+class View(NamedTuple):
+    """Crops as the network takes them (B, 3, H, W), and their labels (B, H, W), None for targets."""
+
+    image: Tensor
+    label: Tensor | None
+
+
+class Pseudo(NamedTuple):
+    """Labels of the teacher (B, H, W) and the weight of each pixel (B, H, W)."""
+
+    label: Tensor
+    weight: Tensor
+
+
+class DAFormer(Method):
+    """Batches: `source` (image, label) and, unless `adapt` is false, `target` (image, geometry) of the same size.
+
+    Class counts of remedies are those of the source labels; with `remedies.counts.refresh: N` the class shares of the
+    pseudo-labels join them every N steps. On several ranks q is that of each rank's own crops.
+    """
+
+    Options = DAFormerConfig
+    backwards = 2
+
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
+        self.model = build_network(cfg.model, Segmentor, FITTING, cfg.name)
+        self.model.check_heads(("decode",), f"{cfg.name}: model")
+        self.loss = pixel_loss(cfg.remedies, cfg, context, average="all", pseudo_labels=self._pseudo_unit())
+
+        self.imagenet = imagenet_backbone(cfg, self.model) if self.options.feature_distance.weight else None
+        self.register_buffer("things", self._things(cfg, context), persistent=False)
+        self.teacher = deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
+        if not self.options.adapt:
+            self.backwards = 1
+
+    def _pseudo_unit(self) -> Literal["shares"] | None:
+        return "shares" if self.options.adapt else None
+
+    def _things(self, cfg: Config, context: MethodContext) -> Tensor | None:
+        """Which classes the feature distance holds, bool (K,); None where it does not ask, or nobody knows yet."""
+        chosen = self.options.feature_distance
+        if context.row is None or chosen.weight == 0 or chosen.cells == "all":
+            return None
+
+        classes, where = context.row.classes, f"{cfg.name}: method.feature_distance.classes"
+        unknown = [name for name in chosen.classes if name not in classes]
+        if unknown:
+            raise ConfigError(f"{where}: {unknown[0]!r} is no class of {context.row.name}: {', '.join(classes)}")
+        ids = [classes.index(name) for name in chosen.classes] or list(context.row.things)
+        if not ids:
+            raise ConfigError(f"{where}: {context.row.name} names no things; list classes, or set cells: all")
+        return torch.tensor([k in ids for k in range(len(classes))])
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
+        """Two parts, back-propagated one by one: source with feature distance, mixed."""
+        progress = step / self.steps
+        source = self.opened(streams["source"])
+        yield self.source_terms(source, progress)
+        if self.teacher is None:
+            return
+
+        target = self.opened(streams["target"], labelled=False)
+        if target.image.shape != source.image.shape:
+            raise ValueError(
+                f"ClassMix: source crops {tuple(source.image.shape)} and target crops {tuple(target.image.shape)} "
+                "differ; give both streams the same batch_size and crop"
+            )
+        pseudo = self.look(target, streams["target"])
+        yield from self.target_parts(source, target, pseudo, progress)
+
+    def target_parts(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Iterator[Losses]:
+        """What a step learns from target images."""
+        yield self.mixed_terms(source, target, pseudo, progress)
+
+    def opened(self, batch: Batch, labelled: bool = True) -> View:
+        image = self.model.normalise(batch["image"], batch.get("extent"))
+        label = self.model.pad_label(batch["label"]).long() if labelled else None
+        return View(image, label)
+
+    def source_terms(self, source: View, progress: float) -> Losses:
+        out = self.model.segment(source.image)
+        corners = self.model.align_corners
+        ce = self.loss.upsampled(out["logits"], source.label, align_corners=corners, progress=progress)
+        if self.imagenet is None:
+            return {"loss": ce, "source_ce": ce}
+
+        distance = self.distance(out["features"][-1], source)
+        loss = ce + self.options.feature_distance.weight * distance
+        return {"loss": loss, "source_ce": ce, "feature_distance": distance}
+
+    def distance(self, features: Tensor, source: View) -> Tensor:
+        """Feature distance of the backbone's last map (B, C, h, w)."""
+        chosen = self.options.feature_distance
+        with torch.no_grad():
+            frozen = self.imagenet(source.image)[-1]
+            if chosen.cells == "all":
+                where = torch.ones_like(frozen[:, 0], dtype=torch.bool)
+            elif self.things is None:
+                raise ValueError("feature distance: no data set row says which classes are things; set cells: all")
+            else:
+                where = cells_of(source.label, tuple(features.shape[-2:]), self.things, chosen.share)
+        return feature_distance(features, frozen, where)
+
+    @torch.no_grad()
+    def look(self, target: View, batch: Batch) -> Pseudo:
+        """What the teacher says of the target crops."""
+        set_teacher_mode(self.teacher, self.options.teacher_mode)
+        size = tuple(target.image.shape[-2:])
+        logits = resize(self.teacher.segment(target.image)["logits"], size, self.model.align_corners)
+
+        label, share = pseudo_labels(logits, self.options.threshold)
+        valid = valid_pixels(batch, size, self.options.margins).expand(label.shape)
+        self.loss.count(label.masked_fill(valid == 0, IGNORE))
+        return Pseudo(label, share * valid)
+
+    def mixed_terms(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Losses:
+        mask = class_mask(source.label, choose_classes(source.label, self.model.num_classes))
+        image = self.distorted(paste(mask, source.image, target.image))
+        label = paste(mask, source.label, pseudo.label)
+        weight = paste(mask, torch.ones_like(pseudo.weight), pseudo.weight)
+
+        ce = self.loss(self.upsampled(image), label, progress=progress, pixel_weight=weight)
+        return {"loss": ce, "mixed_ce": ce, "confident": pseudo.weight.amax()}
+
+    def upsampled(self, image: Tensor) -> Tensor:
+        """The student's logits at the size of images that are normalised already."""
+        return resize(self.model.segment(image)["logits"], tuple(image.shape[-2:]), self.model.align_corners)
+
+    @torch.no_grad()
+    def distorted(self, image: Tensor) -> Tensor:
+        """Normalised images jittered and blurred, all or none of them by chance, each by factors of its own.
+
+        Both chances are drawn on the host, so that nothing waits for the device.
+        """
+        colour, strength = torch.rand(2, dtype=torch.float64, device="cpu").tolist()
+        if colour < self.options.jitter:
+            order = torch.randperm(4, device="cpu").tolist()
+            factors = draw_jitter(len(image), self.options.jitter_strength, image.device)
+            rgb = (image * self.model.std + self.model.mean) / 255
+            image = (255 * jitter(rgb, factors, order) - self.model.mean) / self.model.std
+        if strength < self.options.blur:
+            low, high = SIGMA
+            image = blur(image, low + (high - low) * torch.rand(len(image), device=image.device))
+        return image
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        if self.teacher is not None:
+            move_average(self.teacher, self.model, ramp(step, self.options.momentum))
+        self.loss.after_step(step)
+
+
+def ramp(step: int, momentum: float) -> float:
+    """The momentum of the teacher's average after 0-based `step`: 1/2, 2/3, 3/4, … up to `momentum`."""
+    return min(1 - 1 / (step + 2), momentum)
+
+
+def set_teacher_mode(teacher: nn.Module, mode: Literal["train", "eval"]) -> None:
+    """Evaluation mode, or training mode without what is random in it: batch norm takes the statistics of the batch."""
+    teacher.train(mode == "train")
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd | DropPath):
+            module.eval()
+
+
+def imagenet_backbone(cfg: Config, model: Segmentor) -> Frozen:
+    """The backbone with the weights of `model.pretrained`, whatever checkpoint the student starts from."""
+    if not cfg.model.pretrained:
+        raise ConfigError(
+            f"{cfg.name}: method.feature_distance needs ImageNet weights; set model.pretrained, or its weight to 0"
+        )
+    if cfg.model.checkpoint:
+        model = build_network(replace(cfg.model, checkpoint=None), Segmentor, FITTING, cfg.name)
+    return Frozen(deepcopy(model.backbone))

@@ -1,0 +1,74 @@
+"""MIC (Hoyer et al., CVPR 2023): the student predicts from a third of an image what the teacher sees in all of it.
+
+DAFormer's step, and after it
+
+    masked    CE of the target crop, jittered and blurred, most of its blocks hidden, against DAFormer's ŷ and weight
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.config.bounds import NotNegative, Share, Side
+from common.engine.method import Losses
+from common.losses.cross_entropy import pixel_cross_entropy
+from common.ops.block_mask import block_mask, block_noise
+from uda.daformer import DAFormer, DAFormerConfig, Pseudo, View
+
+
+@dataclass(frozen=True)
+class MICConfig(DAFormerConfig):
+    """The `method:` section of MIC: DAFormer's keys and those of the masked image."""
+
+    mask_ratio: Share = 0.7  # of the blocks that are hidden
+    mask_block: Side = 32  # pixels; the release has 32 at half of the resolution and 64 at full
+    mask_weight: NotNegative = 1.0
+    # separate: the first half of both batches, source images with their labels, and no change of colour (to ACDC and
+    # Dark Zurich)
+    masked: Literal["target", "separate"] = "target"
+    masked_remedies: bool = True  # False: plain cross-entropy of the masked image
+
+    def __post_init__(self):
+        if not self.adapt:
+            raise ValueError("adapt: false leaves MIC nothing to do; set name: daformer")
+
+
+class MIC(DAFormer):
+    """Batches as in `daformer.DAFormer`."""
+
+    Options = MICConfig
+    backwards = 3
+
+    def target_parts(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Iterator[Losses]:
+        yield from super().target_parts(source, target, pseudo, progress)
+        yield self.masked_terms(source, target, pseudo, progress)
+
+    def masked_terms(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Losses:
+        image, label, weight = self.to_mask(source, target, pseudo)
+        logits = self.upsampled(self.hidden(image))
+        if self.options.masked_remedies:
+            ce = self.loss(logits, label, progress=progress, pixel_weight=weight)
+        else:
+            ce = pixel_cross_entropy(logits, label, pixel_weight=weight, average="all")
+        return {"loss": self.options.mask_weight * ce, "masked_ce": ce}
+
+    def to_mask(self, source: View, target: View, pseudo: Pseudo) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, label and pixel weight of what is to be masked."""
+        if self.options.masked == "target":
+            return self.distorted(target.image), pseudo.label, pseudo.weight
+
+        half = len(target.image) // 2
+        if half == 0:
+            raise ValueError("method.masked: separate takes half of each batch; set batch_size to 2 or more a process")
+        image = torch.cat((source.image[:half], target.image[:half]))
+        label = torch.cat((source.label[:half], pseudo.label[:half]))
+        weight = torch.cat((torch.ones_like(pseudo.weight[:half]), pseudo.weight[:half]))
+        return image, label, weight
+
+    def hidden(self, image: Tensor) -> Tensor:
+        """Normalised images with 0, the mean colour, in the hidden blocks."""
+        noise = block_noise(image, self.options.mask_block)
+        return image * block_mask(noise, tuple(image.shape[-2:]), self.options.mask_ratio)
