@@ -110,7 +110,9 @@ def synchronise_batchnorm(module: Network, norm: str, device: torch.device) -> N
         if rank() == 0:
             warnings.warn("SyncBN needs GPUs: on the CPU each rank normalises with its own batch", stacklevel=2)
         return module
-    return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    from timm.layers import convert_sync_batchnorm  # here, because programs without networks import this module
+
+    return convert_sync_batchnorm(module)  # torch's own would drop the activation in timm's norms
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@
 set -eu
 cd "$(dirname "$0")"
 if [ $# -lt 1 ] || [ ! -f "configs/${1}_${2:-usrn}.json" ]; then
-    echo "error: usage: sh main.sh SPLIT [VARIANT]; configs:" $(cd configs && ls *.json | sed 's/\.json$//') >&2
+    echo "error: usage: sh main.sh SPLIT [VARIANT]; configs:" $(cd configs && ls *.json small/*.json | sed 's/\.json$//') >&2
     exit 2
 fi
 case " ${OVERRIDES:-}" in *" name="*)
@@ -21,6 +21,7 @@ variant=${2:-usrn}
 algorithm=${ALGORITHM:-balanced_kmeans}
 base=${split}_baseline
 run=${split}_$variant
+name=$(basename "$run") # of a run, without the folder of its config
 settings="${SAVED:+output=$SAVED} ${OVERRIDES:-}"
 labels=
 
@@ -28,16 +29,17 @@ step() { # what it makes in the run's folder, command
     python -m common.steps "$@" $settings
 }
 
-if [ "$split" = toy_1over8 ]; then
+case $split in toy_1over8 | small/toy*)
     python ../scripts/make_toy.py voc --root datasets/toy_voc --train 160 --val 24
-fi
+    ;;
+esac
 python ../scripts/prepare_splits.py "configs/$run.json" $settings
 case $variant in usrn*)
     step checkpoints ${TRAIN:-python main.py} --config "configs/$base.json" --resume
     step features python main.py --config "configs/$base.json" --save_feature
     step "label_subcls_$algorithm" python clustering.py --config "configs/$base.json" --clustering_algorithm "$algorithm"
     if [ "$algorithm" != balanced_kmeans ]; then
-        labels="name=${run}_$algorithm data.streams.labeled.maps.sub_label=run:$base/label_subcls_$algorithm"
+        labels="name=${name}_$algorithm data.streams.labeled.maps.sub_label=run:$(basename "$base")/label_subcls_$algorithm"
     fi
     ;;
 esac

@@ -1,7 +1,8 @@
 #!/bin/sh
 # The whole pipeline of a task: sh main.sh gta5_to_cityscapes [blv | proda]
-# Also synthia_to_cityscapes, camvid_day_to_dusk, toy. A stopped run resumes where it was; a finished step is skipped
-# unless it would read something else now (common/steps.py: what then, and what CHANGED=keep and CHANGED=anew do).
+# Also synthia_to_cityscapes, camvid_day_to_dusk, toy, small/camvid_lite0, small/toy_lite0. A stopped run resumes where it
+# was; a finished step is skipped unless it would read something else now (common/steps.py: what then, and what
+# CHANGED=keep and CHANGED=anew do).
 # $TRAIN starts a training, e.g. TRAIN="torchrun --nproc-per-node 4 -m uda.train"; settings of all steps come from
 # $OVERRIDES, e.g. OVERRIDES="output=/data/runs seed=1".
 set -eu
@@ -10,7 +11,7 @@ task=${1:-}
 variant=${2:-}
 if [ -z "$task" ] || [ ! -f "configs/$task/stage1${variant:+_$variant}.yaml" ]; then
     echo "error: usage: sh main.sh TASK [VARIANT]; configs of the first stage:" \
-        $(cd configs && ls */stage1*.yaml | sed 's/\.yaml$//') >&2
+        $(cd configs && ls */stage1*.yaml */*/stage1*.yaml | sed 's/\.yaml$//') >&2
     exit 2
 fi
 case " ${OVERRIDES:-}" in *" name="*)
@@ -35,10 +36,11 @@ tool() { # what it makes, stage, program, its options
     python -m common.steps "$makes" python "$program" "$config" "$@" ${OVERRIDES:-}
 }
 
-if [ "$task" = toy ]; then
+case $task in toy | small/toy*)
     python ../scripts/make_toy.py gta5 --root datasets/toy_gta5 --train 96 --val 0 --domain render
     python ../scripts/make_toy.py cityscapes --root datasets/toy_cityscapes --train 96 --val 32
-fi
+    ;;
+esac
 if [ "$task" = camvid_day_to_dusk ]; then
     python ../scripts/shrink_dataset.py camvid --out datasets/camvid_half
 fi

@@ -10,6 +10,7 @@ from common.config import Config
 from common.engine import Method, MethodContext, fit, prepare, rehearse
 from common.engine.method import make_method
 from common.experiment import Experiment, print_result
+from common.models.pretrained.containers import find_weights
 from uda.base import read_distribution, read_prototypes
 from uda.config import command, run_of, stage_config, stage_parser
 from uda.cpsl import CPSL
@@ -38,7 +39,7 @@ def require_earlier_steps(cfg: Config) -> None:
     """Look for the files of earlier steps before any work; a ValueError names the command that makes one."""
     require_initial_weights(cfg)
     for path in (cfg.model.checkpoint, cfg.model.pretrained, cfg.method.get("teacher")):
-        if isinstance(path, str) and not Path(path).exists():
+        if isinstance(path, str) and not _is_there(path):
             raise ValueError(f"{path}: not there; {command('train.py', path)} makes it")
     for key, path in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
         folder = Path(path).parent if "{name}" in path else Path(path)
@@ -54,11 +55,19 @@ def require_earlier_steps(cfg: Config) -> None:
 def require_initial_weights(cfg: Config) -> None:
     """Look for the weights that no step of the task makes: stage 2 of the official tasks starts from SimCLRv2's."""
     path = cfg.model.pretrained
-    if isinstance(path, str) and run_of(path)[0] is None and not Path(path).exists():
+    if isinstance(path, str) and run_of(path)[0] is None and not _is_there(path):
         raise ValueError(
             f"{path}: not there, and {cfg.name} starts from it (model.pretrained); put the weights there "
             "(uda/README.md says which), or start from ImageNet's: model.pretrained=true"
         )
+
+
+def _is_there(source: str) -> bool:
+    try:
+        find_weights(source)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def main() -> None:

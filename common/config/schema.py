@@ -67,13 +67,13 @@ class ModelConfig:
 
     name: str
     num_classes: Classes
-    backbone: str = ""
-    pretrained: bool | str = False  # True: timm's ImageNet weights; a path: that file; False: none
+    backbone: str = ""  # a row of common.models.BACKBONES, or timm:NAME
+    pretrained: bool | str = False  # True: timm's ImageNet weights; a file, or an installed package that holds one
     checkpoint: str | None = None  # weights of the whole model, loaded before training
     reset_classifier: bool = False  # `checkpoint` was trained on other classes
     norm: Literal["bn", "sync_bn"] = "sync_bn"
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    mean: tuple[float, float, float] | None = None  # RGB, 0–255; None: the backbone's own, for most ImageNet's
+    std: tuple[Positive, Positive, Positive] | None = None
     align_corners: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 

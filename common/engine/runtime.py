@@ -16,6 +16,7 @@ from common.data.statistics import placeholder
 from common.data.streams import check_division
 from common.engine import optim
 from common.engine.method import Batch, Method, MethodContext
+from common.models.pretrained.containers import find_weights
 
 
 def configure(cfg: TrainConfig, device: torch.device) -> None:
@@ -113,9 +114,13 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
 
 
 def _require_weights(cfg: ModelConfig) -> None:
-    for key, path in (("checkpoint", cfg.checkpoint), ("pretrained", cfg.pretrained)):
-        if isinstance(path, str) and not Path(path).exists():
-            raise ValueError(f"model.{key}: {path}: no such weight file")
+    if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
+        raise ValueError(f"model.checkpoint: {cfg.checkpoint}: no such weight file")
+    if isinstance(cfg.pretrained, str):
+        try:
+            find_weights(cfg.pretrained)
+        except FileNotFoundError as error:
+            raise ValueError(f"model.pretrained: {error}") from error
 
 
 def prepare(

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Length, Rate, Side, Width
-from common.models.backbones import build_backbone
+from common.models.backbones import build_backbone, build_pyramid, is_timm, pixel_statistics
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
@@ -47,7 +47,7 @@ class PyramidOptions:
 
 @dataclass(frozen=True)
 class UPerNetOptions(PyramidOptions):
-    """Options of UPerNet: backbones with one stride (ViT) need the multi-level neck."""
+    """Options of UPerNet: backbones with one stride need the multi-level neck; those of timm have it in any case."""
 
     neck: Literal["mln"] | None = None
 
@@ -103,7 +103,9 @@ class DeepLabV2ReducedOptions:
 def upernet(config: ModelConfig) -> Segmentor:
     """UPerNet: logits at stride 4."""
     options = typed(UPerNetOptions, config.options, "model.options")
-    backbone = build_backbone(config, **options.backbone)
+    if options.neck == "mln" and is_timm(config):
+        raise ConfigError("model.options.neck: backbones timm:NAME have the neck where they need one; set it to null")
+    backbone = build_pyramid(config, **options.backbone)
     neck = MultiLevelNeck(backbone.channels, backbone.channels[-1]) if options.neck == "mln" else None
     channels = backbone.channels if neck is None else neck.channels
     head = UPerHead(channels, options.channels, config.num_classes, **_head(config, options))
@@ -113,7 +115,7 @@ def upernet(config: ModelConfig) -> Segmentor:
 def knet(config: ModelConfig) -> Segmentor:
     """K-Net on UPerNet: logits of every stage, at stride 4."""
     options = typed(KNetOptions, config.options, "model.options")
-    backbone = build_backbone(config, **options.backbone)
+    backbone = build_pyramid(config, **options.backbone)
     generate = UPerHead(backbone.channels, options.channels, config.num_classes, **_head(config, options))
     auxiliary = _auxiliary(config, options, backbone.channels)
     return segmentor(config, backbone, KNetHead(generate, stages=options.stages), auxiliary_head=auxiliary)
@@ -122,7 +124,7 @@ def knet(config: ModelConfig) -> Segmentor:
 def ocrnet(config: ModelConfig) -> Segmentor:
     """OCRNet: logits at stride 4; `aux` holds those of the coarse stage."""
     options = typed(OCRNetOptions, config.options, "model.options")
-    backbone = build_backbone(config, **options.backbone)
+    backbone = build_pyramid(config, **options.backbone)
     shared = {"context_channels": options.context_channels, "align_corners": config.align_corners}
     return segmentor(config, backbone, OCRHead(backbone.channels, options.channels, config.num_classes, **shared))
 
@@ -130,7 +132,7 @@ def ocrnet(config: ModelConfig) -> Segmentor:
 def segformer(config: ModelConfig) -> Segmentor:
     """SegFormer: logits at stride 4."""
     options = typed(SegFormerOptions, config.options, "model.options")
-    backbone = build_backbone(config, **options.backbone)
+    backbone = build_pyramid(config, **options.backbone)
     shared = {"dropout": options.dropout, "align_corners": config.align_corners}
     return segmentor(config, backbone, SegFormerHead(backbone.channels, options.channels, config.num_classes, **shared))
 
@@ -186,7 +188,8 @@ def _auxiliary(config: ModelConfig, options: PyramidOptions, channels: tuple[int
 
 def segmentor(config: ModelConfig, backbone: nn.Module, decode_head: nn.Module, **parts: nn.Module | None) -> Segmentor:
     """A Segmentor with the class count, pixel statistics and resizing rule of `config`."""
-    shared = {"mean": config.mean, "std": config.std, "align_corners": config.align_corners}
+    mean, std = pixel_statistics(config)
+    shared = {"mean": mean, "std": std, "align_corners": config.align_corners}
     return Segmentor(backbone, decode_head, num_classes=config.num_classes, **shared, **parts)
 
 

@@ -14,20 +14,25 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Depth, Pattern, Rate, Width
+from common.models.backbones import build_backbone, is_timm, pixel_statistics, refuse_resnet_options
 from common.models.pretrained import load_backbone
+from common.models.pretrained.containers import find_weights
 from common.models.pretrained.cpsl import load_initial
 from common.models.segmentor import SegmentationModel
 
 DILATIONS = (1, 6, 12, 18, 24)  # of the head's branches; the first is a 1×1 convolution
 REDUCTION = 16  # of the channel gate
+BLOCKS, WIDTH = (3, 4, 23, 3), 64  # of the ResNet
+STRIDE = 8  # of the map that the head reads
 
 
 @dataclass(frozen=True)
 class DeepLabV2Options:
     """Options of DeepLabV2; the defaults are the official network."""
 
-    blocks: tuple[Depth, Depth, Depth, Depth] = (3, 4, 23, 3)  # bottlenecks of each stage
-    width: Width = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
+    blocks: tuple[Depth, Depth, Depth, Depth] | None = None  # bottlenecks of each stage of the ResNet; None: BLOCKS
+    width: Width | None = None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of a backbone timm:NAME in the ResNet's place
     head_channels: Width = 256  # of each branch
     features: Width = 256  # channels before the classifier
     extra_norm: bool = False  # a batch norm between backbone and head: CPSL's students of stages 2 and 3
@@ -108,31 +113,46 @@ class PyramidHead(nn.Module):
 
 
 class DeepLabV2(SegmentationModel):
-    """Logits at stride 8, and the features that the prototypes of CPSL live in."""
+    """Logits at stride 8, and the features that the prototypes of CPSL live in.
+
+    encoder: a network of timm in the ResNet's place, whose last map the head reads.
+    """
 
     classifiers = ("layer5.head.1",)
     backbone = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(
-        self, num_classes: int, mean, std, align_corners: bool = True, options: DeepLabV2Options | None = None
+        self,
+        num_classes: int,
+        mean,
+        std,
+        align_corners: bool = True,
+        options: DeepLabV2Options | None = None,
+        encoder: nn.Module | None = None,
     ):
         super().__init__(num_classes, mean, std, align_corners)
         self.options = o = options or DeepLabV2Options()
-        w, (b1, b2, b3, b4) = o.width, o.blocks
+        self.encoder = encoder
+        if encoder is None:
+            self._add_resnet(o.width or WIDTH, o.blocks or BLOCKS)
+        channels = 32 * (o.width or WIDTH) if encoder is None else encoder.channels[-1]
+        self.bn_pretrain = nn.BatchNorm2d(channels) if o.extra_norm else None
+        self.layer5 = PyramidHead(channels, o.head_channels, o.features, num_classes, o.dropout)
+        self._initialise()
+
+    def _add_resnet(self, w: int, blocks: tuple[int, int, int, int]) -> None:
+        b1, b2, b3, b4 = blocks
         self.conv1 = nn.Conv2d(3, w, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(w)
         self.layer1 = stage(w, w, b1)
         self.layer2 = stage(4 * w, 2 * w, b2, stride=2)
         self.layer3 = stage(8 * w, 4 * w, b3, dilation=2)
         self.layer4 = stage(16 * w, 8 * w, b4, dilation=4)
-        self.bn_pretrain = nn.BatchNorm2d(32 * w) if o.extra_norm else None
-        self.layer5 = PyramidHead(32 * w, o.head_channels, o.features, num_classes, o.dropout)
-        self._initialise()
 
     def _initialise(self) -> None:
         """N(0, 0.01) for every convolution, the classifier too; biases and the gate keep PyTorch's start."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
                 nn.init.normal_(module.weight, std=0.01)
         nn.init.zeros_(self.layer5.bottleneck[1].bias)
         if self.options.freeze_bn:
@@ -154,27 +174,38 @@ class DeepLabV2(SegmentationModel):
 
         The features are signed, and are those that the classifier sees: in training, whole channels are dropped.
         """
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self._encode(x) if self.encoder is None else self.encoder(x)[-1]
         x = x if self.bn_pretrain is None else self.bn_pretrain(x)
         logits, features = self.layer5(x)
         return {"logits": logits, "features": features, "aux": []}
+
+    def _encode(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.max_pool2d(x, 3, 2, 1, ceil_mode=True)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 def deeplabv2(config: ModelConfig) -> DeepLabV2:
     """DeepLabV2 with initial weights for the backbone: torchvision's (`pretrained: true`) or those of a file.
 
     CPSL feeds RGB / 255 without further statistics (mean 0, std 255) and resizes with aligned corners.
+    A backbone `timm:NAME` stands in the ResNet's place, with its own weights as for other networks.
     """
     options = typed(DeepLabV2Options, config.options, "model.options")
-    model = DeepLabV2(config.num_classes, config.mean, config.std, config.align_corners, options)
+    shared = (config.num_classes, *pixel_statistics(config), config.align_corners, options)
+    if is_timm(config):
+        refuse_resnet_options(options, ("blocks", "width", "pretrained_keys"))
+        return DeepLabV2(*shared, build_backbone(config, **{"output_stride": STRIDE, **options.backbone}))
+    if options.backbone:
+        raise ConfigError("model.options.backbone: only a backbone timm:NAME has options here; set model.backbone")
+
+    model = DeepLabV2(*shared)
     if config.pretrained is True:
-        if options.blocks != (3, 4, 23, 3) or options.width != 64:
+        if (options.blocks or BLOCKS, options.width or WIDTH) != (BLOCKS, WIDTH):
             raise ConfigError("model.pretrained: public weights exist for blocks [3, 4, 23, 3] and width 64 alone")
         load_backbone(_Backbone(model), "resnet101", True)
     elif config.pretrained and not model.conv1.weight.is_meta:
-        load_initial(model, config.pretrained, model.backbone, options.pretrained_keys)
+        load_initial(model, find_weights(str(config.pretrained)), model.backbone, options.pretrained_keys)
     return model
 
 

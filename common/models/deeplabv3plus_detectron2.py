@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Length, Rate, Side, Width
-from common.models.backbones import build_backbone
+from common.models.backbones import build_backbone, pixel_statistics, require_stride_4
 from common.models.segmentor import EncoderDecoder, Extents
 from common.ops.resize import resize
 
@@ -156,20 +156,25 @@ def dilate_last_stage(backbone: nn.Module, dilation: int = 2) -> nn.Module:
 
 
 def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
-    """The network of a config with a ResNet."""
+    """The network of a config with a ResNet, or with any network of timm that has a map of stride 4."""
     options = typed(DeepLabV3PlusD2Options, config.options, "model.options")
     if config.align_corners:
         raise ConfigError(
             "model.align_corners: detectron2's DeepLabV3+ resizes without aligned corners; set it to false"
         )
-    backbone = dilate_last_stage(build_backbone(config, **{"output_stride": 16, **options.backbone}))
-    return DeepLabV3PlusD2(backbone, config.num_classes, config.mean, config.std, options)
+    backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
+    require_stride_4(backbone, "DeepLabV3+")
+    if backbone.family == "resnet":
+        dilate_last_stage(backbone)
+    return DeepLabV3PlusD2(backbone, config.num_classes, *pixel_statistics(config), options)
 
 
 def deeplabv3plus_unimatch(config: ModelConfig) -> DeepLabV3PlusUniMatch:
-    """UniMatch's network of a config with a ResNet; the release takes resnet50s or resnet101s."""
+    """UniMatch's network of a config with a ResNet (the release takes resnet50s or resnet101s), or with any network of
+    timm that has a map of stride 4."""
     options = typed(DeepLabV3PlusD2Options, {"dropout": 0.0, "pool_norm": True, **config.options}, "model.options")
     if not config.align_corners:
         raise ConfigError("model.align_corners: UniMatch's DeepLabV3+ resizes with aligned corners; set it to true")
     backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
-    return DeepLabV3PlusUniMatch(backbone, config.num_classes, config.mean, config.std, options)
+    require_stride_4(backbone, "DeepLabV3+")
+    return DeepLabV3PlusUniMatch(backbone, config.num_classes, *pixel_statistics(config), options)

@@ -5,7 +5,9 @@ The second branch shares stem and first stage, and has its own copy of everythin
 official checkpoints.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
@@ -15,11 +17,19 @@ from torchvision.models.resnet import Bottleneck
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Depth, Rate, Width
+from common.models.backbones import (
+    build_backbone,
+    is_timm,
+    pixel_statistics,
+    refuse_resnet_options,
+    require_stride_4,
+)
 from common.models.pretrained import load_backbone
 from common.models.segmentor import SegmentationModel
 from common.ops.resize import resize
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+WIDTH = 64
 RATES = (6, 12, 18)  # dilations of the ASPP's 3×3 branches
 SUFFIX = "_SubCls"  # of the second branch's ASPP, decoder and classifier; its stages end in _aux
 DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the classifier
@@ -29,11 +39,12 @@ DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the clas
 class DeepLabV3PlusOptions:
     """Options of DeepLabV3+; the defaults are the official network."""
 
-    blocks: tuple[Depth, ...] = ()  # bottlenecks of the four stages; empty: those of model.backbone
-    width: Width = 64  # channels of the stem; stages end in 4, 8, 16, 32 times as many
+    blocks: tuple[Depth, ...] | None = None  # bottlenecks of the ResNet's stages; None: those of model.backbone
+    width: Width | None = None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
     channels: Width = 256  # of every ASPP branch and of the decoder
     low_channels: Width = 48  # that the first stage's map is reduced to
     dropout: tuple[Rate, Rate, Rate] = DROPOUT
+    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of a backbone timm:NAME in the ResNet's place
 
     def __post_init__(self):
         if self.blocks and len(self.blocks) != 4:
@@ -63,6 +74,7 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.channels = (4 * width, 32 * width)
         self.copy_stages()
 
     def copy_stages(self) -> None:
@@ -76,6 +88,21 @@ class Backbone(nn.Module):
         low = self.layer1(F.max_pool2d(x, 3, 2, 1))
         high = self.layer4(self.layer3(self.layer2(low)))
         return low, high, self.layer4_aux(self.layer3_aux(self.layer2_aux(low))) if dual else None
+
+
+class TimmBackbone(nn.Module):
+    """A network of timm in the ResNet's place. Which of its parts are late stages is not known of every network, so the
+    second branch has a whole copy of it, of which it reads the coarsest map; the finest one is the first branch's."""
+
+    def __init__(self, net: nn.Module, dual: bool):
+        super().__init__()
+        self.net = net
+        self.net_aux = deepcopy(net) if dual else None
+        self.channels = (net.channels[0], net.channels[-1])
+
+    def forward(self, x: Tensor, dual: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        low, *_, high = self.net(x)
+        return low, high, self.net_aux(x)[-1] if dual else None
 
 
 def stage(channels: int, width: int, dilations: list[int], stride: int = 1) -> nn.Sequential:
@@ -138,13 +165,14 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """Backbone, ASPP and decoder, the latter two once per branch: (B, 3, H, W) to maps at stride 4."""
 
-    def __init__(self, blocks: tuple[int, ...], options: DeepLabV3PlusOptions, dual: bool):
+    def __init__(self, backbone: nn.Module, options: DeepLabV3PlusOptions, dual: bool):
         super().__init__()
         o, (after_aspp, inside, _) = options, options.dropout
-        self.backbone = Backbone(blocks, o.width, dual)
+        self.backbone = backbone
+        finest, coarsest = backbone.channels
         for suffix in ("", SUFFIX) if dual else ("",):
-            self.add_module(f"aspp{suffix}", ASPP(32 * o.width, o.channels, after_aspp))
-            self.add_module(f"decoder{suffix}", Decoder(4 * o.width, o.low_channels, o.channels, inside))
+            self.add_module(f"aspp{suffix}", ASPP(coarsest, o.channels, after_aspp))
+            self.add_module(f"decoder{suffix}", Decoder(finest, o.low_channels, o.channels, inside))
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
                 nn.init.kaiming_normal_(module.weight)
@@ -158,16 +186,17 @@ class Encoder(nn.Module):
 class DeepLabV3Plus(SegmentationModel):
     """Logits at stride 4; images are padded by reflection to a multiple of 8.
 
+    backbone: a Backbone or TimmBackbone, of two branches where there are subclasses.
     subclasses: K, the outputs of the second branch; 0: there is none.
     """
 
     def __init__(
-        self, num_classes: int, mean, std, blocks: tuple[int, ...], options: DeepLabV3PlusOptions, subclasses: int = 0
+        self, num_classes: int, mean, std, backbone: nn.Module, options: DeepLabV3PlusOptions, subclasses: int = 0
     ):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
         self.heads = ("decode", "subclasses") if self.dual else ("decode",)
-        self.encoder = Encoder(blocks, options, self.dual)
+        self.encoder = Encoder(backbone, options, self.dual)
         self.classifier = classifier(options.channels, num_classes, options.dropout[2])
         if self.dual:
             self.classifier_SubCls = classifier(options.channels, subclasses, options.dropout[2])
@@ -224,14 +253,30 @@ def usrn(config: ModelConfig) -> DeepLabV3Plus:
 
 
 def _build(config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int = 0) -> DeepLabV3Plus:
-    blocks = options.blocks or pick(BLOCKS, config.backbone, "model.backbone")
     if not config.align_corners:
         raise ConfigError("model.align_corners: USRN's DeepLabV3+ resizes with aligned corners; set it to true")
-    model = DeepLabV3Plus(config.num_classes, config.mean, config.std, blocks, options, subclasses)
+    statistics = pixel_statistics(config)
+    if is_timm(config):
+        backbone = _timm_backbone(config, options, dual=subclasses > 0)
+        return DeepLabV3Plus(config.num_classes, *statistics, backbone, options, subclasses)
+
+    if options.backbone:
+        raise ConfigError("model.options.backbone: only a backbone timm:NAME has options here; set model.backbone")
+    blocks = options.blocks or pick(BLOCKS, config.backbone, "model.backbone")
+    backbone = Backbone(blocks, options.width or WIDTH, dual=subclasses > 0)
+    model = DeepLabV3Plus(config.num_classes, *statistics, backbone, options, subclasses)
     if config.pretrained and not config.checkpoint:  # a checkpoint holds the backbone too
         load_backbone(_Stages(model.encoder.backbone), config.backbone, config.pretrained)
         model.encoder.backbone.copy_stages()
     return model
+
+
+def _timm_backbone(config: ModelConfig, options: DeepLabV3PlusOptions, dual: bool) -> TimmBackbone:
+    """ConfigError for a network without a map of stride 4, and for options of the ResNet."""
+    refuse_resnet_options(options, ("blocks", "width"))
+    net = build_backbone(config, **{"output_stride": 16, **options.backbone})
+    require_stride_4(net, "DeepLabV3+")
+    return TimmBackbone(net, dual)
 
 
 class _Stages(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import Width
-from common.models.backbones import build_backbone
+from common.models.backbones import build_backbone, pixel_statistics
 from common.models.backbones.dinov2 import PATCH, DINOv2
 from common.models.heads.dpt import DPTHead
 from common.models.segmentor import EncoderDecoder, Extents, Segmentor
@@ -77,5 +77,5 @@ def dpt(config: ModelConfig) -> DPT:
     backbone: DINOv2 = build_backbone(config, **options.backbone)
     backbone.requires_grad_(not options.lock_backbone)
     head = DPTHead(backbone.channels[0], options.widths or widths, options.channels or channels, config.num_classes)
-    shared = {"mean": config.mean, "std": config.std, "align_corners": True}
-    return DPT(backbone, head, num_classes=config.num_classes, **shared)
+    mean, std = pixel_statistics(config)
+    return DPT(backbone, head, num_classes=config.num_classes, mean=mean, std=std, align_corners=True)

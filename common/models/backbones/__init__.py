@@ -1,20 +1,21 @@
 """Backbones: BACKBONES names them, `build_backbone` makes the one a config asks for.
 
 A backbone is a module that gives a list of maps (B, C, H/stride, W/stride); `channels` are their widths and `family`
-names the row that reads its official weights.
+names the row that reads its official weights. Beside these there is every network of timm: `timm:NAME`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 from torch import nn
 
-from common.config import ModelConfig, pick, typed_keywords
+from common.config import ConfigError, ModelConfig, pick, typed_keywords
 from common.models.backbones.dinov2 import DINOv2
 from common.models.backbones.hrnet import HRNet
 from common.models.backbones.mit import MiT
 from common.models.backbones.resnet import resnet
 from common.models.backbones.swin import Swin
+from common.models.backbones.timm_features import PREFIX, Statistics, TimmFeatures, own_statistics, timm_features
 from common.models.backbones.vit import ViT
 from common.models.pretrained.timm import load_backbone
 
@@ -39,6 +40,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "dinov2_base": partial(DINOv2, dim=768, heads=12),
     "dinov2_large": partial(DINOv2, dim=1024, heads=16, taps=(4, 11, 17, 23)),
 }
+IMAGENET: Statistics = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # mean, deviation
 
 
 def build_backbone(config: ModelConfig, /, **options) -> nn.Module:
@@ -46,9 +48,54 @@ def build_backbone(config: ModelConfig, /, **options) -> nn.Module:
 
     Raises ConfigError for an unknown backbone or an option that it does not have, ValueError for unusable weights.
     """
-    builder = pick(BACKBONES, config.backbone, "model.backbone")
-    chosen = typed_keywords(builder, options, f"model.options.backbone ({config.backbone})")
-    backbone = builder(**chosen)
-    if config.pretrained and not config.checkpoint:  # a checkpoint holds the backbone too
-        load_backbone(backbone, config.backbone, config.pretrained)
+    where = f"model.options.backbone ({config.backbone})"
+    pretrained = False if config.checkpoint else config.pretrained  # a checkpoint holds the backbone too
+    if is_timm(config):
+        chosen = typed_keywords(timm_features, options, where)
+        return timm_features(config.backbone.removeprefix(PREFIX), pretrained, **chosen)
+
+    builder = pick({**BACKBONES, f"{PREFIX}NAME": timm_features}, config.backbone, "model.backbone")
+    backbone = builder(**typed_keywords(builder, options, where))
+    if pretrained:
+        load_backbone(backbone, config.backbone, pretrained)
     return backbone
+
+
+def build_pyramid(config: ModelConfig, /, **options) -> nn.Module:
+    """`build_backbone` for a head that reads maps of falling resolution: a plain transformer of timm ends in the
+    multi-level neck, which makes maps of strides 4, 8, 16 and 32."""
+    backbone = build_backbone(config, **options)
+    if isinstance(backbone, TimmFeatures) and backbone.plain:
+        backbone.add_neck()
+    return backbone
+
+
+def require_stride_4(backbone: nn.Module, model: str) -> None:
+    """ConfigError unless a network of timm gives maps of which the first has stride 4, as `model` needs them."""
+    if isinstance(backbone, TimmFeatures) and (backbone.strides[0] != 4 or backbone.plain):
+        strides = ", ".join(map(str, backbone.strides))
+        raise ConfigError(
+            f"model.backbone: timm:{backbone.name} gives maps of strides {strides}; {model} needs one of stride 4 and "
+            "coarser ones (UPerNet takes any)"
+        )
+
+
+def refuse_resnet_options(options: object, names: Collection[str]) -> None:
+    """ConfigError for options of a ResNet that stand beside `timm:NAME`, where they have no effect."""
+    for name in names:
+        if getattr(options, name):
+            raise ConfigError(f"model.options.{name}: of the ResNet; with backbone timm:NAME set it to null")
+
+
+def is_timm(config: ModelConfig) -> bool:
+    """Whether the backbone is one of timm's, `timm:NAME`."""
+    return config.backbone.startswith(PREFIX)
+
+
+def pixel_statistics(config: ModelConfig) -> Statistics:
+    """Mean and deviation of the pixels on the 0–255 scale: the config's; else those of a network of timm's own weights,
+    and of ImageNet for every other one."""
+    own = own_statistics(config.backbone.removeprefix(PREFIX)) if is_timm(config) else IMAGENET
+    mean = own[0] if config.mean is None else config.mean
+    std = own[1] if config.std is None else config.std
+    return mean, std

@@ -4,194 +4,245 @@ Hierarchical networks (ResNets, ConvNeXt, EfficientNet, PVT, Swin, MaxViT, …) 
 transformers (ViT, DINOv2, DINOv3, EVA) the tokens of four evenly spaced blocks as maps of one stride.
 """
 
+import logging
 import math
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError, nearest
-from common.models.pretrained.containers import read, state_dict, tensors
+from common.config.bounds import AtLeast, AtMost, Length, Rate
+from common.models.neck import MultiLevelNeck
+from common.models.pretrained.classifiers import classifier_weights
 
 PREFIX = "timm:"
 SIZE_OPTIONS = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})  # how timm lets images be of any size
 FINEST = 4  # stride of the finest map that heads read
+PYRAMID = (4, 8, 16, 32)  # strides that the neck makes of a plain transformer's maps
+
+Level = Annotated[int, AtLeast(0), AtMost(1000)]
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 class TimmFeatures(nn.Module):
-    """Normalised images (B, 3, H, W), sides a multiple of `divisor`, to a list of maps (B, C, H/stride, W/stride).
+    """Normalised images (B, 3, H, W) to a list of maps (B, C, ⌈H/stride⌉, ⌈W/stride⌉) (the neck's coarsest: ⌊…⌋).
 
-    channels, strides: of the maps. mean, std: the pixel statistics of the weights, on the 0–255 scale.
+    A network that takes only multiples of its patch, stride or window sees the image filled up with 0 at the bottom and
+    right to a multiple of `divisor`; what its maps show of that alone is cut off.
+
+    channels, strides: of the maps. net: timm's network. name: its name.
     """
 
     family = "timm"
 
-    def __init__(self, net: nn.Module, divisor: int):
+    def __init__(self, net: nn.Module, divisor: int, name: str):
         super().__init__()
-        self.net, self.divisor = net, divisor
+        self.net, self.name, self.divisor = net, name, divisor
+        self.neck: MultiLevelNeck | None = None
         self.channels = tuple(net.feature_info.channels())
         self.strides = tuple(net.feature_info.reduction())
-        self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.frozen_norm = False
+        self.width_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
+
+    @property
+    def plain(self) -> bool:
+        """Whether all maps have one stride, as those of a plain transformer."""
+        return len(set(self.strides)) == 1
+
+    def add_neck(self) -> None:
+        """Make maps of strides 4, 8, 16 and 32 of four maps of one stride."""
+        stride = self.strides[0]
+        if len(self.strides) != len(PYRAMID):
+            given = len(self.strides)
+            raise ConfigError(f"model.options.backbone.taps: {given} blocks of {PREFIX}{self.name}; a pyramid needs 4")
+        scales = tuple(stride / wanted for wanted in PYRAMID)
+        self.neck = MultiLevelNeck(self.channels, self.channels[-1], scales)
+        self.channels, self.strides = self.neck.channels, PYRAMID
+        self.divisor = math.lcm(self.divisor, FINEST)  # else the finest map would end inside a cell
+
+    def freeze_norm(self, *, untrained: bool) -> None:
+        """Batch norms keep their statistics and weights from now on; `untrained`: their scales become 1 (a residual
+        block whose last scale began at 0 would stay out of the network for good)."""
+        self.frozen_norm = True
+        for norm in self._batchnorms():
+            norm.requires_grad_(False)
+            if untrained and norm.weight is not None:
+                nn.init.ones_(norm.weight)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "TimmFeatures":
+        super().train(mode)
+        if self.frozen_norm:
+            for norm in self._batchnorms():
+                norm.eval()
+        return self
+
+    def _batchnorms(self) -> list[nn.Module]:
+        return [m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        height, width = x.shape[-2:]
+        down, right = -height % self.divisor, -width % self.divisor
+        if down or right:
+            x = F.pad(x, (0, right, 0, down))
+
         maps = self.net(x)
-        return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.channels_last else list(maps)
+        if self.width_last:
+            maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+        if self.neck is not None:
+            maps = self.neck(maps)
+        if not down and not right:
+            return list(maps)
+        return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides, strict=True)]
 
 
 def timm_features(
     name: str,
     pretrained: bool | str = False,
     *,
-    drop_path: float | None = None,
-    output_stride: int | None = None,
-    taps: tuple[int, ...] | None = None,
+    drop_path: Rate | None = None,
+    output_stride: Literal[32, 16, 8] | None = None,
+    taps: Annotated[tuple[Level, ...], Length(1, 100)] | None = None,
 ) -> TimmFeatures:
     """The backbone `name` of timm, e.g. `convnext_tiny.fb_in22k`.
 
-    pretrained: True, timm's own weights from the hub; a file with weights of the classifier, under timm's names or in
-    timm's order, or in a form that timm itself converts; or the name of an installed package that holds one file.
+    pretrained: True, timm's own weights from the hub; or weights of the classifier, as `classifier_weights` takes them.
     drop_path: rate of stochastic depth. output_stride: 8 or 16 where timm offers dilation. taps: blocks of a plain
     transformer, or levels of another network, whose maps are given.
 
-    ConfigError for an unknown name or an option that it does not have, ValueError for weights that do not fit.
+    Raises ConfigError for an unknown name or an option that it does not have, ValueError for weights that do not fit.
     """
-    architecture = name.split(".")[0]
-    if architecture not in timm.list_models():
-        known = dict.fromkeys(timm.list_models())
-        raise ConfigError(f"model.backbone: timm has no model {architecture!r}; {_short_nearest(architecture, known)}")
-
+    _require(name)
     options = {"drop_path_rate": drop_path, "output_stride": output_stride}
     options = {key: value for key, value in options.items() if value is not None}
-    sizes = _size_options(name, options)
-    levels = _levels(name, {**options, **sizes}, taps)
-    divisor = _divisor(name, {**options, **sizes, "out_indices": levels})
+    plan = _plan(name, tuple(options.items()))
+    made = {**options, **plan.sizes, "features_only": True, "out_indices": _levels(name, plan.strides, taps)}
 
-    weights: dict[str, Any] = {}
     if pretrained and torch.get_default_device().type != "meta":
-        weights = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": _weights(name, pretrained, sizes)}}
-    net = timm.create_model(name, features_only=True, out_indices=levels, **options, **sizes, **weights)
-    return TimmFeatures(net, divisor)
+        state = classifier_weights(name, pretrained, plan.sizes)
+        made |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+    with _quiet():
+        net = timm.create_model(name, **made)
+    return TimmFeatures(net, plan.divisor, name)
 
 
-def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the pixels that a timm model expects, on the 0–255 scale."""
-    config = timm.get_pretrained_cfg(name)
-    if config is None:
-        config = timm.models.PretrainedCfg()
-    mean = tuple(255 * value for value in config.mean)
-    return mean, tuple(255 * value for value in config.std)
+def own_statistics(name: str) -> Statistics:
+    """Mean and deviation of the pixels that a timm model was trained on, on the 0–255 scale."""
+    _require(name)
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    return tuple(255 * value for value in config.mean), tuple(255 * value for value in config.std)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without timm's warning of the tensors that stand behind the last map: all have been checked before."""
+    logger = logging.getLogger("timm.models._builder")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _require(name: str) -> None:
+    """ConfigError unless timm has the model, and the tag that may stand after a dot."""
+    architecture, _, tag = name.partition(".")
+    known = dict.fromkeys(timm.list_models())
+    if architecture not in known:
+        hint = nearest(architecture, known)
+        hint = hint if len(hint) < 100 else "timm.list_models() names them"
+        raise ConfigError(f"model.backbone: timm has no model {architecture!r}; {hint}")
+
+    tags = timm.models.list_pretrained(f"{architecture}.*") if tag else [name]
+    if name not in tags:
+        hint = ", ".join(tags[:4]) or "it has none"
+        raise ConfigError(f"model.backbone: timm has no weights {name!r}; those of this model: {hint}")
 
 
 # What a model can do, asked of a copy that holds no memory ----------------------------------------------------------
 
 
-def _draft(name: str, **options: Any) -> nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, features_only=True, **options).eval()
+class Plan(NamedTuple):
+    """How a model is made so that it takes images of any size."""
+
+    sizes: Mapping[str, Any]  # timm's option for that
+    strides: tuple[int, ...]  # of every map that it can give
+    divisor: int  # of the sides that it takes
 
 
-def _size_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The option that lets the model take images of any size; ConfigError where another option is unknown to it."""
+@cache
+def _plan(name: str, options: tuple[tuple[str, Any], ...]) -> Plan:
+    """ConfigError where the model gives no maps, lacks an option, or takes images of one size alone."""
+    sizes, draft = _draft(name, dict(options))
+    strides = tuple(item["reduction"] for item in draft.feature_info.info)
+    asked = dict(options).get("output_stride")
+    if asked is not None and max(strides) != asked:
+        raise ConfigError(
+            f"model.options.backbone.output_stride: {asked}: timm:{name} has stride {max(strides)}; set it to null"
+        )
+    return Plan(sizes, strides, _divisor(name, draft))
+
+
+def _draft(name: str, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], nn.Module]:
+    """The option that lets the model take images of any size, and the model so made, without memory."""
     problem: Exception | None = None
-    for candidate in SIZE_OPTIONS:
+    for sizes in SIZE_OPTIONS:
         try:
-            _draft(name, **options, **candidate)
-            return candidate
+            with torch.device("meta"):
+                return sizes, timm.create_model(name, features_only=True, **options, **sizes).eval()
         except (TypeError, RuntimeError, AssertionError, NotImplementedError, AttributeError, ValueError) as error:
             problem = error
-    given = ", ".join(options) or "no option"
-    reason = " ".join(str(problem).split())
-    raise ConfigError(f"model.backbone: timm:{name} gives no feature maps with {given}: {reason}")
+    reason = " ".join(str(problem).split())[:200]
+    if not options:
+        raise ConfigError(f"model.backbone: timm:{name} gives no feature maps ({reason}); choose another")
+    given = " and ".join({"drop_path_rate": "drop_path"}.get(key, key) for key in options)
+    raise ConfigError(f"model.options.backbone: timm:{name} cannot be made with {given} ({reason}); set it to null")
 
 
-def _levels(name: str, options: Mapping[str, Any], taps: tuple[int, ...] | None) -> tuple[int, ...]:
+def _levels(name: str, strides: tuple[int, ...], taps: tuple[int, ...] | None) -> tuple[int, ...]:
     """Which of the model's maps are given."""
-    every = _draft(name, **options).feature_info
-    strides = [item["reduction"] for item in every.info]
-    if taps is not None:
-        beyond = [tap for tap in taps if not 0 <= tap < len(strides)]
-        if beyond or not taps:
-            last = len(strides) - 1
-            raise ConfigError(f"model.options.backbone: taps: {list(taps)}: timm:{name} has maps 0 to {last}")
-        return taps
-    if len(set(strides)) == 1:  # a plain transformer
-        return tuple(len(strides) * part // 4 - 1 for part in (1, 2, 3, 4))
-    return tuple(level for level, stride in enumerate(strides) if stride >= FINEST)[-4:]
+    if taps is None:
+        if len(set(strides)) == 1:  # a plain transformer
+            return tuple(len(strides) * part // 4 - 1 for part in (1, 2, 3, 4))
+        return tuple(level for level, stride in enumerate(strides) if stride >= FINEST)[-4:]
+
+    last = len(strides) - 1
+    if max(taps) > last or list(taps) != sorted(set(taps)):
+        raise ConfigError(
+            f"model.options.backbone.taps: {list(taps)}: timm:{name} has maps 0 to {last}; name some in ascending order"
+        )
+    return taps
 
 
-def _divisor(name: str, options: Mapping[str, Any]) -> int:
-    """What the sides of an image have to be a multiple of: the coarsest stride, or a window's whole size."""
-    net = _draft(name, **options)
-    coarsest = math.lcm(*net.feature_info.reduction())
+def _divisor(name: str, draft: nn.Module) -> int:
+    """What the sides of an image have to be multiples of: nothing, a patch, the coarsest stride or whole windows."""
+    strides = draft.feature_info.reduction()
     native = timm.get_pretrained_cfg(name)
-    window = max(native.input_size[1:]) if native is not None else coarsest
-    for divisor in (coarsest, window):
-        if _takes(net, (2 * divisor, 3 * divisor)):
+    window = max(native.input_size[1:]) if native is not None else max(strides)
+    for divisor in dict.fromkeys((1, min(strides), max(strides), window)):
+        if _takes(draft, divisor):
             return divisor
     raise ConfigError(
         f"model.backbone: timm:{name} takes images of {window}×{window} alone; choose one that takes any size"
     )
 
 
-def _takes(net: nn.Module, size: tuple[int, int]) -> bool:
+def _takes(draft: nn.Module, divisor: int) -> bool:
+    """Whether images whose sides are odd multiples of `divisor` give maps whose sides are those over the stride."""
+    height, width = (divisor * (side // divisor + more | 1) for side, more in ((97, 2), (131, 4)))
     try:
-        net(torch.zeros(1, 3, *size, device="meta"))
+        maps = draft(torch.zeros(1, 3, height, width, device="meta"))
     except (RuntimeError, AssertionError, ValueError):
         return False
-    return True
 
-
-def _short_nearest(name: str, known: Mapping[str, Any]) -> str:
-    hint = nearest(name, known)
-    return hint if len(hint) < 100 else "timm.list_models() names them"
-
-
-# Weights -------------------------------------------------------------------------------------------------------------
-
-
-def _weights(name: str, source: bool | str, sizes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights under timm's names, checked: every tensor of the network is there and has its shape."""
-    overlay: dict[str, Any] = {}
-    where = f"weights of timm:{name}"
-    if source is not True:
-        path = _file(str(source))
-        where = str(path)
-        overlay = {"state_dict": _in_order(tensors(state_dict(read(path)[0])), name)}
-    try:
-        # Without a classifier, so that a file may have any number of classes; the rest is loaded strictly.
-        whole = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **sizes)
-    except Exception as error:  # whatever the download library of the day raises
-        reason = " ".join(str(error).split())[:300]
-        hint = "; without network, set model.pretrained to a file" if source is True else ""
-        raise ValueError(f"{where}: cannot be used for timm:{name} ({type(error).__name__}: {reason}){hint}") from error
-    return whole.state_dict()
-
-
-def _in_order(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """`state` under timm's names where it has all tensors of the classifier, in timm's order and shapes."""
-    with torch.device("meta"):
-        own = timm.create_model(name).state_dict()
-    counters = ("num_batches_tracked",)
-    theirs = [(key, value) for key, value in state.items() if not key.endswith(counters)]
-    ours = [(key, value.shape) for key, value in own.items() if not key.endswith(counters)]
-    same = len(theirs) == len(ours) and all(t.shape == s for (_, t), (_, s) in zip(theirs, ours, strict=True))
-    if not same or state.keys() == own.keys():
-        return state
-    return {key: value for (key, _), (_, value) in zip(ours, theirs, strict=True)}
-
-
-def _file(source: str) -> Path:
-    """The file that `source` names: itself, or the one weight file of an installed package."""
-    path = Path(source)
-    if path.exists():
-        return path
-    package = source.replace("-", "_")
-    for folder in map(Path, sys.path):
-        found = sorted((folder / package).rglob("*.pth")) if package.isidentifier() else []
-        if len(found) == 1:
-            return found[0]
-    raise ValueError(f"model.pretrained: {source}: no such file, and no installed package with one weight file")
+    features = TimmFeatures(draft, divisor, "")
+    shapes = [(m.shape[1:3] if features.width_last else m.shape[2:]) for m in maps]
+    wanted = [(-(-height // stride), -(-width // stride)) for stride in features.strides]
+    return [tuple(shape) for shape in shapes] == wanted

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import AtLeast, AtMost, Depth, Width
-from common.models.backbones import build_backbone
+from common.models.backbones import build_pyramid, pixel_statistics, require_stride_4
 from common.models.backbones.frozen_norm import freeze_batchnorm
+from common.models.backbones.timm_features import TimmFeatures
 from common.models.mask2former.decoder import MaskedDecoder, masks
 from common.models.mask2former.pixel_decoder import PixelDecoder
 from common.models.segmentor import Extents, SegmentationModel
 from common.ops.resize import resize_rows, source_rows
 
+LEVELS = 4  # maps that the pixel decoder reads
 Queries = Annotated[int, AtLeast(1), AtMost(10_000)]
 
 
@@ -35,7 +37,7 @@ class Mask2FormerOptions:
     decoder_layers: Depth = 9
     decoder_hidden: Width = 2048
     class_head: Literal["softmax", "seesaw"] = "softmax"  # K + 1 logits, or K class and 2 objectness logits
-    frozen_norm: bool = True  # batch norm of a ResNet is constant; False: it is trained
+    frozen_norm: bool = True  # batch norm of the backbone is constant; False: it is trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
     def __post_init__(self):
@@ -131,11 +133,17 @@ class Mask2Former(SegmentationModel):
 
 
 def mask2former(config: ModelConfig) -> Mask2Former:
-    """The network of a config: backbone resnet18/50/101 or swin_{tiny,small,base,large}."""
+    """The network of a config: backbone resnet18/50/101, swin_{tiny,small,base,large} or timm:NAME."""
     options = typed(Mask2FormerOptions, config.options, "model.options")
     if config.align_corners:
         raise ConfigError("model.align_corners: Mask2Former resizes without aligned corners; set it to false")
-    backbone = build_backbone(config, **options.backbone)
-    if options.frozen_norm:
+    backbone = build_pyramid(config, **options.backbone)
+    require_stride_4(backbone, "Mask2Former")
+    if len(backbone.channels) != LEVELS:
+        raise ConfigError(f"model.backbone: {config.backbone} gives {len(backbone.channels)} maps; Mask2Former needs 4")
+
+    if options.frozen_norm and isinstance(backbone, TimmFeatures):
+        backbone.freeze_norm(untrained=not config.pretrained)
+    elif options.frozen_norm:
         freeze_batchnorm(backbone, untrained=not config.pretrained)
-    return Mask2Former(backbone, config.num_classes, config.mean, config.std, options)
+    return Mask2Former(backbone, config.num_classes, *pixel_statistics(config), options)

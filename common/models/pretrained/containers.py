@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,7 @@ NUMPY_ARRAY = b"\x93NUMPY"
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
 LEGACY_PICKLES = 5  # that number, the protocol, the machine, the value, the names of its storages
 WEIGHTS = "model.safetensors"
+PROJECT = Path(__file__).resolve().parents[3]
 
 Contents = tuple[dict[str, Any], dict[str, str]]  # what a file holds, and its metadata (safetensors only)
 
@@ -55,6 +57,20 @@ def weight_file(path: str | Path) -> Path:
         path = path / "checkpoints" / "last"
     path = follow(path)
     return path / WEIGHTS if path.is_dir() else path
+
+
+def find_weights(source: str | Path) -> Path:
+    """The file or folder that `model.pretrained` names: below the working directory, below the project's own folder, or
+    the one weight file of an installed package of this name. Raises FileNotFoundError."""
+    for path in (Path(source), PROJECT / source):
+        if path.exists():
+            return path
+    package = str(source).replace("-", "_")
+    for folder in map(Path, sys.path):
+        found = sorted((folder / package).rglob("*.pth")) if package.isidentifier() else []
+        if len(found) == 1:
+            return found[0]
+    raise FileNotFoundError(f"{source}: no such weight file, and no installed package that holds one")
 
 
 def read(path: str | Path) -> Contents:

@@ -1,4 +1,4 @@
-"""ImageNet weights of backbones: timm's by tag, or a file (names of timm, torchvision, OpenMMLab or detectron2)."""
+"""ImageNet weights of our backbones: timm's by tag, or a file (names of timm, torchvision, OpenMMLab or detectron2)."""
 
 import logging
 import socket
@@ -13,7 +13,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
 from common.models.pretrained import detectron2, mmseg
-from common.models.pretrained.containers import read_weights, short
+from common.models.pretrained.containers import find_weights, read_weights, short
 
 TAGS = {  # backbone → timm's pretrained model
     "resnet18": "resnet18.tv_in1k",
@@ -57,13 +57,14 @@ FAMILIES: dict[str, Family] = {
 
 
 def load_backbone(backbone: nn.Module, name: str, source: bool | str | Path) -> None:
-    """ImageNet weights into `backbone` (with a `family`): timm's for `name` when `source` is True, else of that file.
+    """ImageNet weights into `backbone` (with a `family`): timm's for `name` when `source` is True, else those of what
+    `find_weights` finds.
 
     Raises ValueError where timm has none or they cannot be fetched, and where a file does not fit.
     """
     if next(backbone.parameters()).is_meta:
         return
-    state = _fetch(name) if source is True else read_weights(source)
+    state = _fetch(name) if source is True else read_weights(find_weights(source))
     where, family = f"weights of {name}" if source is True else str(source), FAMILIES[backbone.family]
     attempts = []
     for candidate in _spellings(state, backbone, family):
@@ -90,7 +91,7 @@ def _fetch(name: str) -> dict[str, Tensor]:
     if name not in TAGS:
         raise ValueError(f"model.pretrained: no public weights for {name}; set it to a file, or to false")
     try:
-        _check_host(TAGS[name])
+        check_host(TAGS[name])
         return timm.create_model(TAGS[name], pretrained=True).state_dict()
     except Exception as error:  # whatever the download library of the day raises
         raise ValueError(
@@ -99,7 +100,7 @@ def _fetch(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _check_host(tag: str) -> None:
+def check_host(tag: str) -> None:
     """Raise OSError at once where nothing is cached and the host has no address: the hub retries for a minute."""
     config = timm.get_pretrained_cfg(tag)
     files = ("model.safetensors", "pytorch_model.bin")

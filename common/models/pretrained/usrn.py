@@ -14,6 +14,7 @@ SUBCLASS_BRANCH = (  # what only training with subclasses uses
     "encoder.backbone.layer2_aux.",
     "encoder.backbone.layer3_aux.",
     "encoder.backbone.layer4_aux.",
+    "encoder.backbone.net_aux.",  # a network of timm
     "encoder.aspp_SubCls.",
     "encoder.decoder_SubCls.",
     "classifier_SubCls.",
