@@ -81,7 +81,7 @@ class Step:
                 raise ValueError(self._trained_otherwise(differences))
             self._set_aside()
         elif self.before and differences:
-            self._say(f"made again; changed: {_brief(differences)}")
+            self._say(f"made again; changed: {brief(differences)}")
 
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.begun, self.reads)
@@ -100,14 +100,13 @@ class Step:
         """What is read now and was not then, in words; empty where all is the same."""
         if self.before is None:
             return ["what it read is not recorded"]
-        keys = [key for key in {**self.before, **self.reads} if self.before.get(key) != self.reads.get(key)]
-        return [_difference(key, self.before.get(key), self.reads.get(key)) for key in keys]
+        return differences(self.before, self.reads)
 
     def _trained_otherwise(self, differences: list[str]) -> str:
         if self.before is None:
             known = "holds a training that did not record what it read (of an earlier version, or without main.sh)"
         else:
-            known = f"trained from something else: {_brief(differences)}"
+            known = f"trained from something else: {brief(differences)}"
         return (
             f"{self.folder}: {known}; run again with CHANGED=keep before the command to take it as it is, or with "
             "CHANGED=anew to set it aside and train again"
@@ -201,13 +200,20 @@ def _record(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In what two records of what was read differ, in words; [] where they are the same."""
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    return [_difference(key, then.get(key), now.get(key)) for key in keys]
+
+
 def _difference(key: str, then: Any, now: Any) -> str:
     if any(isinstance(value, str) and value.startswith(DIGEST) for value in (then, now)):
         return f"the file of {key}"
     return f"{key} (was {shown(then)}, is {shown(now)})"
 
 
-def _brief(differences: list[str], most: int = 3) -> str:
+def brief(differences: list[str], most: int = 3) -> str:
+    """The first of them, and how many more there are."""
     more = len(differences) - most
     return ", ".join(differences[:most]) + (f" and {more} more" if more > 0 else "")
 

@@ -6,6 +6,7 @@
 # output=saved/seed_1; $SAVED is short for that output), $ALGORITHM (balanced_kmeans or normal_kmeans), $TRAIN (e.g.
 # TRAIN="torchrun --nproc-per-node 2 main.py").
 set -eu
+trap 'exit 143' TERM # the shell ends after the step that is running, which saves when it gets the signal too
 cd "$(dirname "$0")"
 if [ $# -lt 1 ] || [ ! -f "configs/${1}_${2:-usrn}.json" ]; then
     echo "error: usage: sh main.sh SPLIT [VARIANT]; configs:" $(cd configs && ls *.json small/*.json | sed 's/\.json$//') >&2

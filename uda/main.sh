@@ -6,6 +6,7 @@
 # $TRAIN starts a training, e.g. TRAIN="torchrun --nproc-per-node 4 -m uda.train"; settings of all steps come from
 # $OVERRIDES, e.g. OVERRIDES="output=/data/runs seed=1".
 set -eu
+trap 'exit 143' TERM # the shell ends after the step that is running, which saves when it gets the signal too
 cd "$(dirname "$0")"
 task=${1:-}
 variant=${2:-}

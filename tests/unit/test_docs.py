@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from common.config import load_config
+from common.jobs import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -21,6 +22,7 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "fully_sup/**/*.md", "semi_sup/**/*.md", "uda/**/*.md", "ltss_*/**/*.md")
     for path in ROOT.glob(pattern)
 )
+JOBS = ROOT / "scripts" / "jobs"
 PROGRAMS = ("python", "sh", "torchrun")
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -218,8 +220,10 @@ def check_config(folder: Path, words: tuple[str, ...]) -> None:
     changes = [word for word in words if re.match(r"[a-z_.]+=", word)]
     named = [word for word in words if re.search(r"\.(ya?ml|json)$", word) and "<" not in word and "/" in word]
     for name in named:
-        assert (folder / name).is_file(), name
-        load_config(folder / name, changes)
+        files = [path.resolve() for path in folder.glob(name)]
+        assert files, name
+        for path in files:
+            plan(path) if path.parent == JOBS else load_config(path, changes)
     if changes and not named and "CONFIG" in words:
         load_config(ROOT / "fully_sup/configs/small/upernet_r18_camvid.yaml", changes)
 
