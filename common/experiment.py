@@ -20,6 +20,7 @@ from common.engine.method import Method, MethodContext
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
 from common.evaluation.adjustment import offsets_of
+from common.evaluation.per_image import FILE as PER_IMAGE
 from common.files import read_json, write_json
 
 
@@ -88,7 +89,9 @@ class Experiment:
         """What `fit` calls to validate; the newest result stands in the run's `evaluation.json`."""
 
         def validate(step: int) -> dict[str, Any]:
-            result = {"step": step, **self.score(method, device, panels=self.cfg.folder / "panels")}
+            folder = self.cfg.folder
+            result = self.score(method, device, panels=folder / "panels", per_image=folder / PER_IMAGE)
+            result = {"step": step, **result}
             if distributed.rank() == 0:
                 write_json(self.cfg.folder / "evaluation.json", result)
             return result

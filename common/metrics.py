@@ -61,9 +61,11 @@ class ConfusionMatrix:
         self.num_classes = num_classes
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, pred: Tensor, label: Tensor) -> None:
-        """Count one image or batch; see `confusion_matrix`."""
-        self.matrix += confusion_matrix(pred, label, self.num_classes).to(self.matrix.device)
+    def update(self, pred: Tensor, label: Tensor) -> Tensor:
+        """Count one image or batch, and return what was added; see `confusion_matrix`."""
+        added = confusion_matrix(pred, label, self.num_classes).to(self.matrix.device)
+        self.matrix += added
+        return added
 
     def reduce(self) -> Tensor:
         """The matrix of all ranks, int64 (K, K) on the CPU; what this rank holds stays as it is."""

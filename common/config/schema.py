@@ -154,6 +154,7 @@ class EvalConfig:
     best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = "miou"  # its highest value marks `best`
     panels: Whole = 4  # images kept for the report
     max_images: Count | None = None
+    per_image: bool = False  # keep the confusion matrix of every image: RUN/per_image.npz
 
     def __post_init__(self):
         if self.mode == "slide" and self.crop is None:

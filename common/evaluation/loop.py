@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common import console
 from common.config import EvalConfig
 from common.evaluation.identity import identity
+from common.evaluation.per_image import PerImage
 from common.evaluation.pictures import save_panel, save_prediction
 from common.evaluation.samples import chosen_images, evenly, sample_batches
 from common.evaluation.summary import summarise
@@ -32,52 +33,72 @@ def evaluate(
     keep: Callable[[str, Tensor], None] | None = None,
     panels: str | Path | None = None,
     offsets: Tensor | None = None,
+    per_image: str | Path | None = None,
 ) -> dict[str, Any]:
     """Scores of `model` (a network, or a method that owns one) on `dataset`, at each label's own size.
 
-    Every rank takes every `world`-th image and gets the scores of all of them. Modules are put into evaluation mode
-    and back. `dataset`: a SegmentationDataset (`load(index)`, `row`, `records`, `source`).
+    Every rank takes every `world`-th image and gets the scores of all. Modules are in evaluation mode meanwhile.
+    `dataset`: a SegmentationDataset (`load(index)`, `row`, `records`, `source`).
 
     groups: level -> each class's group, for the rare, common and frequent means. save_predictions: folder for one PNG
     an image in the data set's stored values. keep: is given the name and the predicted classes (H, W) of every image
     of this rank. panels: folder for `cfg.panels` images with truth and prediction, the same for every run.
     offsets: (K,), what `cfg.logit_adjustment` adds to the logits (see `adjustment.offsets_of`).
+    per_image: file for the confusion matrix of every image, where `cfg.per_image` asks for it.
 
     Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
     `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
-    `identity` (what was evaluated and how, see there), `logit_adjustment` (τ), `images`, `seconds`, `ms_per_image`.
-    Raises ValueError for data without labels or classes that do not fit.
+    `identity` (what was evaluated and how), `logit_adjustment` (τ), `images`, `seconds`, `ms_per_image`. ValueError
+    for data without labels or classes that do not fit.
     """
-    row = dataset.row
     _check(dataset, cfg, offsets)
+    row = dataset.row
     chosen = chosen_images(dataset, cfg)
     mine = chosen[rank::world]
     shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
 
     matrix = ConfusionMatrix(len(row.classes), device)
+    single = PerImage(dataset, chosen, device) if per_image and cfg.per_image else None
     mirrored = mirrored_classes(row)
     start = time.monotonic()
     with torch.no_grad(), evaluation_mode(model), console.bar(what="evaluating", total=len(mine)) as bar:
         for samples in sample_batches(dataset, mine, cfg):
             for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored, offsets), strict=True):
-                matrix.update(pred, sample["label"].to(device))
+                counted = matrix.update(pred, sample["label"].to(device))
+                if single is not None:
+                    single.add(sample["index"], counted)
                 if keep is not None:
                     keep(sample["name"], pred)
-                if save_predictions:
-                    save_prediction(Path(save_predictions), sample["name"], pred, row)
-                if sample["index"] in shown:
-                    save_panel(Path(panels), sample, pred, row)
+                _save_pictures(sample, pred, row, save_predictions, panels if sample["index"] in shown else None)
             bar.update(len(samples))
         total = matrix.reduce()
     seconds = time.monotonic() - start
+    if single is not None:
+        single.write(Path(per_image))
 
+    times = {"seconds": round(seconds, 3), "ms_per_image": round(1000 * seconds / max(len(mine), 1), 3)}
+    return _scores(total, dataset, chosen, cfg, groups) | times
+
+
+def _save_pictures(
+    sample: dict[str, Any], pred: Tensor, row: Any, predictions: str | Path | None, panels: str | Path | None
+) -> None:
+    """The PNG files of one image, in the folders that are given."""
+    if predictions:
+        save_prediction(Path(predictions), sample["name"], pred, row)
+    if panels:
+        save_panel(Path(panels), sample, pred, row)
+
+
+def _scores(
+    matrix: Tensor, dataset: Any, chosen: Sequence[int], cfg: EvalConfig, groups: Mapping[str, Sequence[str]] | None
+) -> dict[str, Any]:
+    """What an evaluation says, its times apart."""
     return {
-        **summarise(total, row, cfg.convention, groups),
+        **summarise(matrix, dataset.row, cfg.convention, groups),
         "identity": identity(dataset, chosen, cfg),
         "logit_adjustment": cfg.logit_adjustment,
         "images": len(chosen),
-        "seconds": round(seconds, 3),
-        "ms_per_image": round(1000 * seconds / max(len(mine), 1), 3),
     }
 
 

@@ -15,6 +15,7 @@ from common.config import EvalConfig, SourceConfig
 from common.data import IGNORE
 from common.data.catalogue.layouts import Record
 from common.evaluation import evaluate, format_table, network_input, write_label
+from common.evaluation.per_image import PerImage, read_per_image
 from common.evaluation.samples import evenly
 from common.models.segmentor import SegmentationModel
 from common.report.panels import read_label
@@ -177,3 +178,27 @@ def test_the_table_shows_changes_in_points():
     assert "identity unknown" in format_table(result, before)
     with pytest.raises(ValueError, match="not compare with this run: convention nan_mean against ltss; evaluate both"):
         format_table(result, {**result, "identity": {**result["identity"], "convention": "ltss"}})
+
+
+def test_the_matrix_of_every_image(tmp_path):
+    """They add up to the whole, and each is that of its image evaluated alone."""
+    scene, model, file = Scene(), Brightest(), tmp_path / "run" / "per_image.npz"
+    whole = evaluate(model, scene, EvalConfig(workers=0, per_image=True), device="cpu", per_image=file)
+    kept = read_per_image(file)
+    assert kept.names == [f"street/{i}" for i in range(5)] and kept.matrices.sum(0).tolist() == whole["confusion"]
+
+    for i in range(5):
+        pred = torch.tensor(scene.images[i].argmax(2))
+        truth = scene.labels[i]
+        expected = [[int(((truth == a) & (pred.numpy() == b)).sum()) for b in range(4)] for a in range(4)]
+        assert kept.matrices[i].tolist() == expected
+
+    file.unlink()
+    evaluate(model, scene, EvalConfig(workers=0), device="cpu", per_image=file)
+    assert not file.exists(), "only where the config asks for it"
+    file.write_bytes(b"PK damaged")
+    with pytest.raises(ValueError, match="per_image.npz: .*eval.per_image=true"):
+        read_per_image(file)
+    scene.row = SimpleNamespace(**{**vars(scene.row), "classes": ["x"] * 6000})
+    with pytest.raises(ValueError, match="5 images × 6000² numbers are too many"):
+        PerImage(scene, range(5), "cpu")
