@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common import distributed
 from common.config.bounds import AtLeast, AtMost, NotNegative, Positive, Share
+from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
 from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import masks
@@ -61,12 +62,31 @@ def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return bce, dice
 
 
-def classification_loss(logits: Tensor, labels: Tensor, no_object_weight: float) -> Tensor:
-    """Cross-entropy (L,) of logits (L, M, K + 1) and labels (L, M): a mean in which "no object" (K) weighs less."""
+def classification_loss(
+    logits: Tensor, labels: Tensor, no_object_weight: float, class_weight: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy (L,) of logits (L, M, K + 1) and labels (L, M): a mean in which "no object" (K) weighs less.
+
+    class_weight: (K,), factors of the losses of queries with a class; the mean's divisor does not know them.
+    """
     no_object = logits.shape[2] - 1
     each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     weight = torch.where(labels == no_object, no_object_weight, 1.0)
+    if class_weight is not None:
+        each = each * F.pad(class_weight, (0, 1), value=1.0)[labels]
     return (each * weight).sum(1) / weight.sum(1)
+
+
+def adjusted_classes(logits: Tensor, label: Tensor, remedies: PixelLoss, progress: float) -> Tensor:
+    """Logits (N, K + 1) of queries with a class, label (N,), as the slot `logits` changes them.
+
+    The K classes are adjusted among themselves: their log-sum-exp is brought back to what it was, so that the
+    probability of "no object" stays as it is.
+    """
+    classes, no_object = logits.float().split([logits.shape[1] - 1, 1], 1)
+    adjusted = remedies.adjust(classes, label, progress)
+    shift = classes.logsumexp(1, keepdim=True) - adjusted.logsumexp(1, keepdim=True)
+    return torch.cat([adjusted + shift, no_object], 1)
 
 
 class SetCriterion(nn.Module):
@@ -75,18 +95,26 @@ class SetCriterion(nn.Module):
     Args:
         num_classes: K.
         copies: (K,) queries of each class for the Frequency-based Matcher; None for one-to-one matching.
+        remedies: their slots `logits` and `class_weight` act on the matched queries; None is plain cross-entropy.
     """
 
-    def __init__(self, num_classes: int, options: CriterionConfig, copies: np.ndarray | None = None):
+    def __init__(
+        self,
+        num_classes: int,
+        options: CriterionConfig,
+        copies: np.ndarray | None = None,
+        remedies: PixelLoss | None = None,
+    ):
         super().__init__()
-        self.num_classes, self.options = num_classes, options
+        self.num_classes, self.options, self.remedies = num_classes, options, remedies
         weights = MatchWeights(options.class_weight, options.mask_weight, options.dice_weight)
         self.matcher = Matcher(weights, options.points, copies)
         seesaw = options.class_loss == "seesaw"
         self.seesaw = SeesawLoss(num_classes, options.seesaw_p, options.seesaw_q) if seesaw else None
 
-    def forward(self, out: Mapping[str, Any], target: Tensor | Targets) -> dict[str, Tensor]:
+    def forward(self, out: Mapping[str, Any], target: Tensor | Targets, progress: float = 0.0) -> dict[str, Tensor]:
         """Losses of the training outputs `out` and label maps (B, H, W), −1 where ignored, or their `find_targets`.
+        progress: share of the training that is over.
 
         On a GPU `find_targets` before the network's forward waits for nothing but the labels' own copy.
 
@@ -101,7 +129,7 @@ class SetCriterion(nn.Module):
         embeddings = torch.stack([layer["mask_embed"] for layer in layers])
         probability = class_probabilities(logits.detach(), self.num_classes)
         matches = self.matcher(probability, embeddings, features, targets)
-        of_class = self._classes(logits, matches)
+        of_class = self._classes(logits, matches, progress)
         mask, dice = self._masks(embeddings, features, targets, matches)
         options = self.options
         terms = {
@@ -114,16 +142,26 @@ class SetCriterion(nn.Module):
         named = {f"{name}{s}": v for name, values in terms.items() for s, v in zip(suffixes, values, strict=True)}
         return {"loss": total, **named}
 
-    def _classes(self, logits: Tensor, matches: Matches) -> Tensor:
+    def _classes(self, logits: Tensor, matches: Matches, progress: float) -> Tensor:
         """(L,): matched queries have their class, all others none."""
         layers, batch, queries, _ = logits.shape
+        weight = None
+        if self.remedies is not None:
+            weight = self.remedies.weight(progress)
+            logits = self._adjusted(logits.float(), matches, progress)
         labels = torch.full((layers * batch * queries,), self.num_classes, device=logits.device)
         labels = labels.scatter_(0, matches.place, matches.label).view(layers, batch * queries)
         logits = logits.flatten(1, 2)
         if self.seesaw is None:
-            return classification_loss(logits, labels, self.options.no_object_weight)
+            return classification_loss(logits, labels, self.options.no_object_weight, weight)
         # The release's order, which its counts depend on: the last prediction first, then the others.
         return self.seesaw(logits.roll(1, 0), labels.roll(1, 0)).roll(-1, 0)
+
+    def _adjusted(self, logits: Tensor, matches: Matches, progress: float) -> Tensor:
+        """Logits (L, B, Q, K + 1) with those of matched queries as the remedies change them."""
+        every = logits.flatten(0, 2)
+        matched = adjusted_classes(every[matches.place], matches.label, self.remedies, progress)
+        return every.index_copy(0, matches.place, matched).view_as(logits)
 
     def _masks(self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
         """Summed binary cross-entropy and dice losses (L,) over their normaliser."""

@@ -19,8 +19,11 @@ from common.config import Config, ConfigError, GroupConfig
 from common.config.bounds import NotNegative, Positive
 from common.data import DATASETS
 from common.data.statistics import Statistics
-from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
+from common.engine.method import Batch, Losses, Method, MethodContext
 from common.engine.optim import parameter_groups
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
+from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
 from common.models.mask2former import Mask2Former
@@ -61,7 +64,6 @@ class Mask2FormerMethod(Method):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, Mask2Former, "mask2former", cfg.name)
         where, options = f"{cfg.name}: method", self.options
-        pixel_loss(cfg.remedies, cfg, context, slots=())  # the loss is one of sets: nothing in that section acts on it
         head, wanted = cfg.model.options.get("class_head", "softmax"), CLASS_HEADS[options.criterion.class_loss]
         if head != wanted:
             raise ConfigError(
@@ -69,14 +71,16 @@ class Mask2FormerMethod(Method):
                 f"{wanted}, not {head}"
             )
         copies = query_numbers(options.matcher, cfg, context.statistics, f"{where}.matcher")
-        self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies)
+        remedies = query_loss(cfg, context, options.criterion.class_loss)
+        self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies, remedies)
         if self.criterion.seesaw is not None and cfg.model.checkpoint and not self.criterion.seesaw.counts.is_meta:
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
         targets = find_targets(batch["label"], self.criterion.num_classes)  # first: later it would wait for the network
-        return self.criterion(self.model(batch["image"], batch.get("extent")), targets)
+        out = self.model(batch["image"], batch.get("extent"))
+        return self.criterion(out, targets, progress=step / self.steps)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the config; a rule that finds only constants (the affine of frozen norms) is left out."""
@@ -87,6 +91,22 @@ class Mask2FormerMethod(Method):
             return any(re.search(rule.match, n) for n in trained) or not any(re.search(rule.match, n) for n in constant)
 
         return parameter_groups(self, replace(self.optim, groups=tuple(filter(has_work, self.optim.groups))))
+
+
+def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLoss | None:
+    """What the section `remedies` makes of the queries' classification; None where it asks for nothing.
+
+    A query stands for a class of an image, so what is counted, also as `pixels`, are the images that show a class.
+    Raises ConfigError for the slots of losses of pixels, and beside Seesaw, which adjusts the logits by itself.
+    """
+    slots, why = ("logits", "class_weight"), "it classifies queries, each of which stands for a region, and no pixels"
+    if class_loss != "ce":
+        slots, why = (), f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
+
+    counts = Counts.from_statistics(context.statistics)
+    facts = LossContext(counts._replace(pixels=counts.images), slots=slots, why=why)
+    remedies = build_loss(cfg.remedies, facts, f"{cfg.name}: remedies")
+    return remedies if remedies.logits is not None or remedies.class_weight is not None else None
 
 
 COUNTERS = {"criterion.seesaw_loss.cum_samples": 1, "criterion.seesaw.counts": 0}  # the release's, ours: further places

@@ -103,6 +103,7 @@ class LossContext:
     pseudo_labels: PseudoUnit | None = None
     full_size: bool = True
     slots: tuple[Slot, ...] = ("logits", "class_weight", "focus", "sets")
+    why: str = ""  # the others are not there
     cosine: float | None = None
 
 
@@ -135,7 +136,9 @@ def _remedy(section: Mapping[str, Any] | None, slot: Slot, context: LossContext,
         return None
     where = f"{where}.{slot}"
     if slot not in context.slots:
-        raise ConfigError(f"{where}: this method's loss has no such slot; it has: {', '.join(context.slots) or 'none'}")
+        why = f" ({context.why})" if context.why else ""
+        known = ", ".join(context.slots) or "none"
+        raise ConfigError(f"{where}: this method's loss has no such slot{why}; it has: {known}")
 
     options = dict(section)
     name = options.pop("name", None)

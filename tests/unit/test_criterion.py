@@ -9,11 +9,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from common.losses.build import LossContext, build_loss
+from common.losses.counts import Counts
 from common.losses.hard_pixel import HardPixels, hard_pixel_cross_entropy
 from common.losses.seesaw import SeesawLoss
 from common.ops.point_sample import class_masks, point_sample, uncertain_points
 from ltss_benchmark import criterion as module
-from ltss_benchmark.criterion import CriterionConfig, SetCriterion, pad_label
+from ltss_benchmark.criterion import (
+    CriterionConfig,
+    SetCriterion,
+    adjusted_classes,
+    classification_loss,
+    pad_label,
+)
 
 CLASSES, QUERIES, LAYERS = 5, 7, 3
 
@@ -243,3 +251,51 @@ def test_hardest_counts_ignored_pixels():
     value = hard_pixel_cross_entropy(logits, torch.full((1, 8, 8), -1))
     value.backward()
     assert value == 0 and logits.grad.abs().sum() == 0
+
+
+# Remedies of matched queries ----------------------------------------------------------------------------------------
+
+
+def remedies(**section):
+    counts = Counts(torch.ones(CLASSES), torch.tensor([40.0, 30, 20, 8, 2]), 50.0)
+    return build_loss(section, LossContext(counts._replace(pixels=counts.images)))
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_logits_of_matched_queries_are_adjusted_and_no_object_is_not(tau):
+    """−ln p(object) − ln p'(y | object), written out."""
+    logits, label = torch.randn(30, CLASSES + 1), torch.randint(CLASSES, (30,))
+    chosen = remedies(logits={"name": "logit_adjustment", "tau": tau})
+    adjusted = adjusted_classes(logits, label, chosen, 0.0)
+    prior = torch.tensor([0.4, 0.3, 0.2, 0.08, 0.02])
+    before, after = logits.log_softmax(1), adjusted.log_softmax(1)
+    torch.testing.assert_close(after[:, -1], before[:, -1])
+    among = (logits[:, :-1] + tau * prior.log()).log_softmax(1)
+    objects = torch.log1p(-before[:, -1].exp())
+    torch.testing.assert_close(after[:, :-1], objects[:, None] + among)
+    assert tau or torch.equal(adjusted, logits)
+
+
+def test_class_weights_multiply_the_losses_of_matched_queries():
+    logits, labels = torch.randn(2, 7, CLASSES + 1), torch.tensor([[0, 4, 5, 5, 2, 5, 1], [5] * 7])
+    weight = remedies(class_weight={"name": "inverse"}).weight(0.0)
+    each = -logits.log_softmax(2).gather(2, labels[..., None])[..., 0]
+    factor = torch.tensor([*weight.tolist(), 1.0])[labels]
+    size = torch.where(labels == CLASSES, 0.1, 1.0)
+    expected = (each * factor * size).sum(1) / size.sum(1)
+    torch.testing.assert_close(classification_loss(logits, labels, 0.1, weight), expected)
+
+
+@pytest.mark.parametrize("name", ["logit_adjustment", "blv", "equalization", "seesaw"])
+def test_the_criterion_trains_with_each_remedy_of_logits(name):
+    out, label = outputs()
+    options = CriterionConfig(points=20)
+    torch.manual_seed(0)
+    plain = SetCriterion(CLASSES, options)(out, label)
+    torch.manual_seed(0)
+    found = SetCriterion(CLASSES, options, remedies=remedies(logits={"name": name}))(out, label)
+    assert found["loss_ce"] != plain["loss_ce"]
+    found["loss"].backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves(out))
+    nothing = torch.full_like(label, -1)
+    assert SetCriterion(CLASSES, options, remedies=remedies(logits={"name": name}))(out, nothing)["loss"].isfinite()

@@ -332,7 +332,9 @@ def test_queries_of_the_published_counts(name, q):
         ("mask2former/maskformer2_R18", "method.matchr=1", "did you mean 'matcher'"),
         ("mask2former/maskformer2_R18", "method.name=mask2fromer", "did you mean 'mask2former'"),
         ("deeplabv3p/deeplabv3p_R18", "method.loss=blv", "unknown key 'loss'"),
-        ("mask2former/maskformer2_R18", "remedies.focus.name=focal", "this method's loss has no such slot"),
+        ("mask2former/maskformer2_R18", "remedies.focus.name=focal", "no such slot .it classifies queries"),
+        ("mask2former/seesaw-maskformer2_R18", "remedies.logits.name=logit_adjustment", "class_loss seesaw adjusts"),
+        ("mask2former/maskformer2_R18", "remedies.logits.name=ldam", "needs a cosine classifier"),
     ],
 )
 def test_settings_that_contradict_each_other(name, change, message):

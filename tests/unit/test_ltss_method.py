@@ -130,11 +130,13 @@ def test_seesaw_starts_anew_without_counts_of_these_classes(tmp_path, state):
 
 
 def test_a_method_starts_from_the_counts_in_its_checkpoint(tmp_path):
-    first = build_method(config("seesaw-maskformer2_R18"), None).train()
+    first = build_method(config("seesaw-maskformer2_R18"), context(statistics())).train()
     first(batch(), 0)
     metadata = {"predict_prefix": first.predict_prefix}
     save_file(first.state_dict(), tmp_path / "first.safetensors", metadata=metadata)
-    again = build_method(config("seesaw-maskformer2_R18", f"model.checkpoint={tmp_path}/first.safetensors"), None)
+    again = build_method(
+        config("seesaw-maskformer2_R18", f"model.checkpoint={tmp_path}/first.safetensors"), context(statistics())
+    )
     counts = again.criterion.seesaw.counts
     assert counts.sum() > 0 and torch.equal(counts, first.criterion.seesaw.counts)
 
