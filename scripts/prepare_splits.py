@@ -1,9 +1,10 @@
 """Lists of labelled and unlabelled images: python scripts/prepare_splits.py CONFIG [key=value …] [--labelled N].
 
 Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
-number that begins the name of the labelled list, unless it is given. The training split is put into one order that
-depends on the seed alone: first a few images that together show every class, then the others at random. The labelled
-images are its first N, so the lists of one seed are nested and every list shows every class.
+number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), unless it is given. The
+training split is put into one order that depends on the seed alone: first a few images that together show every class,
+then the others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows
+every class.
 """
 
 import argparse
@@ -56,9 +57,9 @@ def list_of(cfg: Config, stream: str) -> Path | None:
 
 
 def number(path: Path) -> int:
-    match = re.match(r"\d+", path.name)
+    match = re.match(r"\d+", path.name) or re.fullmatch(r"\d+", path.parent.name)
     if not match:
-        raise ValueError(f"{path}: the file's name does not begin with the number of images; give --labelled")
+        raise ValueError(f"{path}: neither file nor folder is named after the number of images; give --labelled")
     return int(match[0])
 
 

@@ -15,6 +15,7 @@ from common.config.bounds import Interval, Share, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
 from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow, pillow_nearest_index
+from common.data.recipes.recipe import Recipe
 
 BLACK = (0, 0, 0)
 AREA = (0.02, 0.4)  # of a CutMix box, as a share of the crop
@@ -22,7 +23,7 @@ ASPECT = (0.3, 1 / 0.3)  # its height over its width
 
 
 @dataclass(frozen=True)
-class UniMatchViews:
+class UniMatchViews(Recipe):
     """Resize by the long side, pad with black, crop, mirror; then colour, for strong views.
 
     crop: height, width. ratio: the long side is drawn from the whole numbers int(low·L) … int(high·L), L the image's

@@ -1,0 +1,72 @@
+"""UniMatch and UniMatch V2 through the command line on a toy set, and a resumed training to the bit."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data.toy.write import make
+from scripts import prepare_splits
+from semi_sup import main
+from tests.integration.conftest import ROOT, assert_equal, weights
+
+CONFIGS = ROOT / "semi_sup" / "configs"
+CASES = {  # config: crop, what is logged, further settings
+    "unimatch/toy_1over8_unimatch": (32, {"Lx", "Lfp", "Ls", "kept"}, ()),
+    "unimatch_v2/toy_1over8_unimatch_v2": (28, {"Lx", "Ls", "kept"}, ("remedies.logits={name: blv}",)),
+}
+
+
+def here(program, *words) -> None:
+    """Run a program in this process, which saves the seconds of importing torch."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program.py", *map(str, words)])
+        program.main()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("unimatch")
+    make("voc", root / "voc", train=14, val=2, size=(40, 48), seed=0, domain="day")
+    return root
+
+
+def settings(root: Path, crop: int) -> list[str]:
+    streams = []
+    for name, prefix in (("labeled", ""), ("unlabeled", "un")):
+        streams += [
+            f"data.streams.{name}.list={root}/10_train_{prefix}supervised.txt",
+            f"data.streams.{name}.augment.crop=[{crop},{crop}]",
+            f"data.streams.{name}.batch_size=2",
+        ]
+    return [
+        f"data.root={root}/voc", f"output={root}/saved", *streams, "data.workers=0", "eval.workers=0", "eval.every=100",
+        "eval.panels=1", "train.threads=1", "train.log_every=1", "train.steps=4", "train.save_every=2", "train.keep=9",
+        "method.threshold=0.0", "optim.warmup=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CASES)
+def test_training_resumes_to_the_bit_and_tests(config, data):
+    crop, logged, more = CASES[config]
+    path = CONFIGS / f"{config}.yaml"
+    words = ["--config", path, *settings(data, crop), *more, "--device", "cpu"]
+    here(prepare_splits, path, *settings(data, crop))
+    here(main, *words)
+    folder = data / "saved" / path.stem
+    whole = weights(folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert logged <= lines[0].keys() and lines[0]["kept"] == 1
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")  # as if it had been killed after step 3
+    here(main, *words, "--resume")
+    assert_equal(whole, weights(folder))
+
+    here(main, "--test", "--resume", folder, "--device", "cpu")
+    tested = json.loads(next((folder / "test").glob("*/evaluation.json")).read_text())
+    assert tested["miou"] == json.loads((folder / "evaluation.json").read_text())["miou"]

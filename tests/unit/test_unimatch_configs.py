@@ -1,0 +1,79 @@
+"""UniMatch's configs under their official names: they load, and build what the release builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.config import load_config
+from common.data import build_transform
+from semi_sup.config import build_method, single_branch
+from tests.contexts import context
+
+FOLDER = Path(__file__).parents[2] / "semi_sup" / "configs"
+SHIPPED = sorted(str(p.relative_to(FOLDER)) for name in ("unimatch", "unimatch_v2") for p in FOLDER.glob(f"{name}/*"))
+UNLABELLED = {  # images of the official lists
+    "pascal/92": 10490, "pascal/183": 10399, "pascal/366": 10216, "pascal/732": 9850, "pascal/1464": 9118,
+    "pascal/1_16": 9920, "pascal/1_8": 9259, "pascal/1_4": 7936, "pascal/u2pl_1_16": 9920, "pascal/u2pl_1_8": 9259,
+    "pascal/u2pl_1_4": 7936, "cityscapes/1_16": 2789, "cityscapes/1_8": 2603, "cityscapes/1_4": 2231,
+    "cityscapes/1_2": 1487, "ade20k/1_64": 19894, "ade20k/1_32": 19579, "ade20k/1_16": 18947, "ade20k/1_8": 17684,
+    "ade20k/1_4": 15158,
+}  # fmt: skip
+EPOCHS = {  # by method and data set
+    ("unimatch", "voc"): 80, ("unimatch", "cityscapes"): 240,
+    ("unimatch_v2", "voc"): 60, ("unimatch_v2", "cityscapes"): 180, ("unimatch_v2", "ade20k"): 60,
+}  # fmt: skip
+
+
+def load(name: str):
+    return load_config(FOLDER / name)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_load(name):
+    cfg = load(name)
+    labeled, unlabeled = (cfg.data.streams[key] for key in ("labeled", "unlabeled"))
+    assert labeled.batch_size == unlabeled.batch_size and not unlabeled.labels
+    assert labeled.augment["crop"] == unlabeled.augment["crop"] and unlabeled.augment["views"] == 2
+    assert unlabeled.augment.get("partner", False) == (cfg.method["name"] == "unimatch")
+    for key, stream in (("labeled", labeled), ("unlabeled", unlabeled)):
+        build_transform(stream.augment, key)
+    assert single_branch(cfg) is cfg
+    if "toy" in name:
+        return
+
+    split = Path(labeled.list).parent
+    assert unlabeled.list == str(split / "unlabeled.txt") and labeled.list == str(split / "labeled.txt")
+    on_each = -(-UNLABELLED[str(split.relative_to("splits"))] // 4)  # of four processes
+    steps = on_each // (labeled.batch_size // 4)
+    assert cfg.train.steps == steps * EPOCHS[cfg.method["name"], cfg.data.dataset]
+    assert cfg.eval.every == steps
+
+
+RATED = (
+    "unimatch/pascal_92_r50.yaml",
+    "unimatch/cityscapes_1_16_r101.yaml",
+    "unimatch_v2/pascal_92_dinov2_small.yaml",
+    "unimatch_v2/ade20k_1_64_dinov2_large.yaml",
+)
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_learning_rates_are_the_releases(name):
+    cfg = load(name)
+    with torch.device("meta"):
+        method = build_method(cfg, context(cfg.model.num_classes))
+    names = {id(p): key for key, p in method.named_parameters()}
+    rates = {}
+    for group in method.parameter_groups():
+        rates |= {names[id(p)]: group["lr"] for p in group["params"]}
+    backbone = {rate for key, rate in rates.items() if key.startswith("model.backbone.")}
+    rest = {rate for key, rate in rates.items() if not key.startswith("model.backbone.")}
+    v1 = {"voc": (1e-3, 1e-2), "cityscapes": (5e-3, 5e-3)}
+    expected = v1[cfg.data.dataset] if name.startswith("unimatch/") else (5e-6, 2e-4)
+    assert [*backbone, *rest] == pytest.approx(list(expected))
+
+
+def test_every_run_has_a_folder_of_its_own():
+    names = [load(name).name for name in SHIPPED]
+    assert len(set(names)) == len(names)
