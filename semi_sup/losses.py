@@ -15,7 +15,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
@@ -33,11 +32,6 @@ class UnlabelledLosses(NamedTuple):
     kept: Tensor
     vetoed: Tensor
     label: Tensor
-
-
-def pool(features: Tensor) -> Tensor:
-    """Features at stride 4 (B, D, h, w) to stride 8 (B, D, h/2, w/2): means of 2×2."""
-    return F.avg_pool2d(features, 2)
 
 
 def entropy(logits: Tensor) -> Tensor:

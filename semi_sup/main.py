@@ -12,7 +12,6 @@ import argparse
 import json
 import shlex
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def chosen(cfg: Config, resume: str | None) -> str:
 def train(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume not in (None, NEWEST):
         check_resumed(cfg, Path(args.resume))
-    cfg = spread(resolve(uncompiled(cfg)))
+    cfg = spread(resolve(cfg))
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
@@ -126,13 +125,6 @@ def check_resumed(cfg: Config, path: Path) -> None:
             f"{path}: training resumes from {own}; to start from other weights set model.checkpoint, "
             "to train elsewhere set name or output"
         )
-
-
-def uncompiled(cfg: Config) -> Config:
-    """`train.compile` compiles a network's own call, which no training pass here makes."""
-    if cfg.train.compile:
-        warnings.warn("train.compile is ignored: the methods run the network's parts, not its call", stacklevel=2)
-    return replace(cfg, train=replace(cfg.train, compile=False))
 
 
 def spread(cfg: Config) -> Config:

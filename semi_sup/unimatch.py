@@ -58,6 +58,7 @@ class Consistency(Method):
 
     Options = ConsistencyConfig
     backwards = 2
+    compiles = False
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

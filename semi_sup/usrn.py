@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ from common.losses.counts import PseudoUnit
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
-from semi_sup.losses import confident_labels, pool, pseudo_label_loss, unlabelled_losses
+from common.ops.resize import Size, size_of
+from semi_sup.losses import confident_labels, pseudo_label_loss, unlabelled_losses
 from semi_sup.subclasses import chosen_counts, parents
 
 CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled losses live
@@ -83,15 +84,21 @@ class USRNConfig(SelfTrainingConfig):
     branch: bool = True  # False: no subclass branch, plain self-training
 
 
-class Maps(NamedTuple):
-    """What the classifiers of both branches read, (B, D, h, w) at stride 4; no `sub` where there is one branch."""
+class Scores(NamedTuple):
+    """Logits of the classes (B, C, h, w) and, where there is a branch for them, of the subclasses (B, K, h, w)."""
 
-    features: Tensor
-    sub: Tensor | None
+    classes: Tensor
+    subclasses: Tensor | None
 
-    def split(self, *sizes: int) -> list["Maps"]:
-        subs = [None] * len(sizes) if self.sub is None else self.sub.split(sizes)
-        return [Maps(*pair) for pair in zip(self.features.split(sizes), subs, strict=True)]
+    @classmethod
+    def of(cls, out: Mapping[str, Any], prefix: str = "") -> "Scores":
+        """Those of a network's output; prefix: "pooled_" for images whose features were pooled."""
+        return cls(out[f"{prefix}logits"], out.get(f"{prefix}sub_logits"))
+
+    def split(self, sizes: list[int]) -> list["Scores"]:
+        classes = self.classes.split(sizes)
+        subclasses = [None] * len(sizes) if self.subclasses is None else self.subclasses.split(sizes)
+        return [Scores(*pair) for pair in zip(classes, subclasses, strict=True)]
 
 
 class Baseline(Method):
@@ -119,17 +126,16 @@ class Baseline(Method):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         batch = streams["labeled"]
-        yield self.labelled_terms(self.encode(batch["image"]), batch, step / self.steps)
+        yield self.labelled_terms(self.classify(batch["image"]), batch, step / self.steps)
 
-    def encode(self, images: Tensor) -> Maps:
-        """One pass of the network up to its classifiers."""
-        return Maps(*self.model.encode(self.model.normalise(images)))
+    def classify(self, images: Tensor) -> Scores:
+        """One pass of the network; scores at stride 4."""
+        return Scores.of(self.model(images, subclasses=self.branches))
 
-    def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
+    def labelled_terms(self, scores: Scores, batch: Batch, progress: float) -> Losses:
         """L_s of the labelled crops."""
-        logits = self.model.classifier(maps.features)
         label = self.model.pad_label(batch["label"])
-        loss = self.loss.upsampled(logits, label, align_corners=self.model.align_corners, progress=progress)
+        loss = self.loss.upsampled(scores.classes, label, align_corners=self.model.align_corners, progress=progress)
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
     def after_step(self, step: int) -> None:
@@ -160,41 +166,45 @@ class SelfTraining(Baseline):
         """The labelled part, then the unlabelled one; back-propagated one by one if their passes are."""
         labeled, unlabeled, progress = streams["labeled"], streams["unlabeled"], step / self.steps
         if self.options.passes == 3:
-            yield self.labelled_terms(self.encode(labeled["image"]), labeled, progress)
-            strong, weak = self.encode(unlabeled["strong"]), self.label(unlabeled["weak"])
+            yield self.labelled_terms(self.classify(labeled["image"]), labeled, progress)
+            strong = self.classify_cells(self.model, unlabeled["strong"])
+            weak = self.label(unlabeled["weak"])
             yield self.unlabelled_terms(strong, weak, unlabeled, progress)
             return
-        maps, strong, weak = self.encode_jointly(labeled["image"], unlabeled)
-        first = self.labelled_terms(maps, labeled, progress)
+
+        labelled, strong, weak = self.classify_jointly(labeled["image"], unlabeled)
+        first = self.labelled_terms(labelled, labeled, progress)
         second = self.unlabelled_terms(strong, weak, unlabeled, progress)
         yield {**first, **second, "loss": first["loss"] + second["loss"]}
 
-    def encode_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Maps, Maps, list[Tensor]]:
-        """The labelled and the strong maps and the weak logits, of one batch (or of two, the weak view apart)."""
-        views = [images, unlabeled["strong"], *([unlabeled["weak"]] if self.options.passes == 1 else [])]
-        if len({view.shape[1:] for view in views}) > 1:
-            raise ValueError("method.passes: one batch of labelled and unlabelled crops needs crops of one size")
-        maps, strong, *rest = self.encode(torch.cat(views)).split(*(len(view) for view in views))
-        with torch.no_grad():
-            return maps, strong, self.classify(self.model, *rest) if rest else self.label(unlabeled["weak"])
+    def classify_cells(self, net: nn.Module, images: Tensor) -> Scores:
+        """One pass of a network; scores at stride 8, of pooled features."""
+        return Scores.of(net(images, subclasses=self.branches, pooled=len(images)), "pooled_")
 
     @torch.no_grad()
-    def label(self, images: Tensor) -> list[Tensor]:
-        """Logits of the weak view at stride 8: of the classes and, with a second branch, of the subclasses."""
-        net = self.model if self.teacher is None else self.teacher.eval()
-        return self.classify(net, Maps(*net.encode(net.normalise(images), self.model.dual)))
+    def label(self, images: Tensor) -> Scores:
+        """Scores of the weak view at stride 8, by the teacher if there is one."""
+        return self.classify_cells(self.model if self.teacher is None else self.teacher.eval(), images)
 
-    def classify(self, net: nn.Module, maps: Maps) -> list[Tensor]:
-        """Logits at stride 8 of each branch: features are pooled before they are classified."""
-        logits = [net.classifier(pool(maps.features))]
-        return logits if maps.sub is None else [*logits, net.classifier_SubCls(pool(maps.sub))]
+    def classify_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Scores, Scores, Scores]:
+        """Scores of labelled images, strong and weak view, of one batch (or of two, the weak view apart)."""
+        views = [unlabeled["strong"]]
+        if self.options.passes == 1:
+            views.append(unlabeled["weak"])
+        if any(view.shape[1:] != images.shape[1:] for view in views):
+            raise ValueError("method.passes: one batch of labelled and unlabelled crops needs crops of one size")
 
-    def unlabelled_terms(self, strong: Maps, weak: list[Tensor], batch: Batch, progress: float) -> Losses:
+        sizes = [len(view) for view in views]
+        out = self.model(torch.cat([images, *views]), subclasses=self.branches, pooled=sum(sizes))
+        strong, *rest = Scores.of(out, "pooled_").split(sizes)
+        return Scores.of(out), strong, rest[0] if rest else self.label(unlabeled["weak"])
+
+    def unlabelled_terms(self, strong: Scores, weak: Scores, batch: Batch, progress: float) -> Losses:
         """The loss of the strong view against confident labels of the weak one."""
-        logits, *_ = self.classify(self.model, strong)
-        label, valid = confident_labels(weak[0], self.options.threshold), self.valid(batch, logits)
+        valid = self.valid(batch, strong.classes)
+        label = confident_labels(weak.classes.detach(), self.options.threshold)
         label = label if valid is None else torch.where(valid, label, IGNORE)
-        loss = pseudo_label_loss(logits, label, valid, partial(self.loss.total, progress=progress))
+        loss = pseudo_label_loss(strong.classes, label, valid, partial(self.loss.total, progress=progress))
         self.count(label, batch)
         return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
 
@@ -203,7 +213,7 @@ class SelfTraining(Baseline):
 
         Without `mask_borders` the crop's own padding counts too. The network's padding, to a multiple of 8, never does.
         """
-        crop, grid = batch["weak"].shape[-2:], logits.shape[-2:]
+        crop, grid = size_of(batch["weak"]), size_of(logits)
         if self.options.mask_borders:
             return inside(batch["geometry"], crop, grid)
         if any(side % CELL for side in crop):
@@ -241,27 +251,34 @@ class USRN(SelfTraining):
     def branches(self) -> bool:
         return self.options.branch
 
-    def labelled_terms(self, maps: Maps, batch: Batch, progress: float) -> Losses:
+    def labelled_terms(self, scores: Scores, batch: Batch, progress: float) -> Losses:
         """L_s + L_s_sub."""
-        terms = super().labelled_terms(maps, batch, progress)
-        if not self.branches:
+        terms = super().labelled_terms(scores, batch, progress)
+        if scores.subclasses is None:
             return terms
-        logits = self.model.classifier_SubCls(maps.sub)
+
         label = self.model.pad_label(batch["sub_label"])
-        loss = upsampled_cross_entropy(logits, label, align_corners=self.model.align_corners)
+        loss = upsampled_cross_entropy(scores.subclasses, label, align_corners=self.model.align_corners)
         weight = self.options.supervised * self.options.subclass
         return {**terms, "loss": terms["loss"] + weight * loss, "Ls_sub": loss}
 
-    def unlabelled_terms(self, strong: Maps, weak: list[Tensor], batch: Batch, progress: float) -> Losses:
+    def unlabelled_terms(self, strong: Scores, weak: Scores, batch: Batch, progress: float) -> Losses:
         """L_u_reg + L_u_sub."""
         o = self.options
-        if not self.branches:
+        if strong.subclasses is None or weak.subclasses is None:
             return super().unlabelled_terms(strong, weak, batch, progress)
-        logits, sub_logits = self.classify(self.model, strong)
-        valid = self.valid(batch, logits)
-        total = partial(self.loss.total, progress=progress)
-        options = {"gate": o.gate, "valid": valid, "total": total}
-        found = unlabelled_losses(logits, sub_logits, *weak, self.parents, o.threshold, **options)
+
+        found = unlabelled_losses(
+            strong.classes,
+            strong.subclasses,
+            weak.classes,
+            weak.subclasses,
+            self.parents,
+            o.threshold,
+            gate=o.gate,
+            valid=self.valid(batch, strong.classes),
+            total=partial(self.loss.total, progress=progress),
+        )
         self.count(found.label, batch)
         loss = o.unsupervised * (found.classes + o.subclass * found.subclasses)
         terms = {"Lu_sub": found.subclasses, "Lu_reg": found.classes, "kept": found.kept, "vetoed": found.vetoed}
@@ -273,7 +290,7 @@ def share(label: Tensor, valid: Tensor | None) -> Tensor:
     return (label != IGNORE).sum() / (label.numel() if valid is None else valid.sum().clamp(min=1))
 
 
-def inside(geometry: Tensor, crop: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:
     """Whether the centre of a cell of 8×8 pixels shows the image and no padding, bool (B, *grid).
 
     geometry: (B, 7) as the samples carry it; crop: height and width in pixels; grid: those of the logits, which cover
@@ -288,7 +305,7 @@ def inside(geometry: Tensor, crop: tuple[int, int], grid: tuple[int, int]) -> Te
     return down[:, :, None] & across[:, None, :] & within(crop, grid, len(geometry), geometry.device)
 
 
-def within(crop: tuple[int, int], grid: tuple[int, int], batch: int, device: torch.device) -> Tensor:
+def within(crop: Size, grid: Size, batch: int, device: torch.device) -> Tensor:
     """Whether the centre of a cell lies in the crop of `crop` pixels, bool (batch, *grid)."""
     down, across = (centres(cells, device) < side for cells, side in zip(grid, crop, strict=True))
     return (down[:, None] & across).expand(batch, *grid)

@@ -84,6 +84,7 @@ class DAFormer(Method):
 
     Options = DAFormerConfig
     backwards = 2
+    compiles = False
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

@@ -40,6 +40,7 @@ class Method(nn.Module, ABC):
     Options: type[Any]  # the dataclass of the section `method`, without its `name`
     options: Any  # an instance of it
     backwards = 1
+    compiles = True  # False: a training pass runs parts of the network, not its call, which `train.compile` compiles
     predict_prefix = "model."  # where the network that `predict` uses stands in the state dict
 
     def __init__(self, cfg: Config, context: MethodContext):

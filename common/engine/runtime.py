@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from common import distributed
-from common.config import Config, ModelConfig, TrainConfig
+from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.statistics import placeholder
 from common.data.streams import check_division
 from common.engine import optim
 from common.engine.method import Batch, Method, MethodContext
+from common.models import SegmentationModel
 from common.models.pretrained.containers import find_weights
 
 
@@ -112,6 +113,10 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
         method = build(cfg, MethodContext(placeholder(cfg.model.num_classes)))
         optim.build_optimizers(method.parameter_groups())
 
+    if cfg.train.compile and not method.compiles:
+        name = type(method).__name__
+        raise ConfigError(f"{cfg.name}: train.compile: {name} runs the network in parts, set it to false")
+
 
 def _require_weights(cfg: ModelConfig) -> None:
     if cfg.checkpoint is not None and not Path(cfg.checkpoint).exists():
@@ -136,5 +141,12 @@ def prepare(
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)
     if cfg.train.compile:
-        method.network.compile()
+        for network in trained_networks(method):
+            network.compile()
     return method
+
+
+def trained_networks(method: Method) -> list[SegmentationModel]:
+    """The method's networks that learn: not its teachers, though one of them may be what predicts."""
+    networks = [part for part in method.children() if isinstance(part, SegmentationModel)]
+    return [network for network in networks if any(p.requires_grad for p in network.parameters())]

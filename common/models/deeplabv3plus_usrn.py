@@ -215,18 +215,46 @@ class DeepLabV3Plus(SegmentationModel):
         read; the second one is None without `subclasses`, or where the network has one branch."""
         return self.encoder(x, subclasses and self.dual)
 
-    def segment(self, x: Tensor, *, subclasses: bool | None = None) -> dict[str, Any]:
+    def forward(
+        self, images: Tensor, extent: Tensor | None = None, *, subclasses: bool | None = None, pooled: int = 0
+    ) -> dict[str, Any]:
+        """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`, which says what the keywords do."""
+        return self.segment(self.normalise(images, extent), subclasses=subclasses, pooled=pooled)
+
+    def segment(self, x: Tensor, *, subclasses: bool | None = None, pooled: int = 0) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to `logits` (B, C, H/4, W/4) and `features` (B, 256, H/4, W/4); with
-        `subclasses` (default: in training) `sub_logits` (B, K, H/4, W/4) and `sub_features` too."""
+        `subclasses` (default: in training) `sub_logits` (B, K, H/4, W/4) and `sub_features` too.
+
+        pooled: of so many images, the last ones, features are pooled before they are classified: theirs are
+        `pooled_logits` (pooled, C, H/8, W/8) and `pooled_sub_logits`, and the others' are `logits` and `sub_logits`,
+        which are left out where there are no others.
+        """
         features, sub_features = self.encode(x, self.training if subclasses is None else subclasses)
-        out = {"logits": self.classifier(features), "features": features, "aux": []}
+        out = {"features": features, "aux": [], **logits_of(features, self.classifier, "logits", pooled)}
         if sub_features is not None:
-            out |= {"sub_logits": self.classifier_SubCls(sub_features), "sub_features": sub_features}
+            sub_logits = logits_of(sub_features, self.classifier_SubCls, "sub_logits", pooled)
+            out |= {"sub_features": sub_features, **sub_logits}
         return out
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """`logits` alone, from the first branch."""
         return {"logits": self.segment(self.normalise(images), subclasses=False)["logits"]}
+
+
+def pool(features: Tensor) -> Tensor:
+    """Features at stride 4 (B, D, h, w) to stride 8 (B, D, h/2, w/2): means of 2×2."""
+    return F.avg_pool2d(features, 2)
+
+
+def logits_of(features: Tensor, head: nn.Module, name: str, pooled: int) -> dict[str, Tensor]:
+    """What a classifier says of features (B, D, h, w): as `name`, but of the last `pooled` images as `pooled_<name>`,
+    (pooled, K, h/2, w/2)."""
+    if pooled == 0:
+        return {name: head(features)}
+
+    first = len(features) - pooled
+    out = {name: head(features[:first])} if first else {}
+    return {**out, f"pooled_{name}": head(pool(features[first:]))}
 
 
 def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:

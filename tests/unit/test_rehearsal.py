@@ -63,6 +63,22 @@ def test_every_system_can_be_rehearsed(path, build):
         rehearse(wrong, build)
 
 
+@pytest.mark.parametrize(
+    ("path", "build", "works"),
+    [
+        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, True),
+        ("uda/configs/daformer/gta5_to_cityscapes.yaml", uda_method, False),
+    ],
+)
+def test_compilation_is_refused_where_it_would_do_nothing(path, build, works):
+    cfg = load_config(ROOT / path, ["train.devices=1", "train.compile=true", "model.pretrained=true"])
+    if works:
+        rehearse(cfg, build)
+        return
+    with pytest.raises(ConfigError, match="train.compile: DAFormer runs the network in parts, set it to false"):
+        rehearse(cfg, build)
+
+
 @pytest.mark.parametrize("name", ["cpsl", "proda", "distill"])
 def test_stages_are_rehearsed_with_their_files(tmp_path, name):
     """They read files of earlier steps, which stay on the CPU while the network is on the meta device."""

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.models.deeplabv3plus_usrn import pool
 from semi_sup.losses import (
     confident_labels,
     entropy,
     gated_labels,
     gated_labels_by_product,
-    pool,
     pseudo_label_loss,
     unlabelled_losses,
 )

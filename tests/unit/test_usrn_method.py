@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.geometry import MEAN_COLOUR
 from common.data.images import Picture
 from common.data.recipes.usrn import USRNViews as Views
+from common.engine import prepare
 from common.losses.blv import variation_weights
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
@@ -90,7 +92,7 @@ def test_reference_step(threshold, two_threads):
     m = method(blocks=None, classes=21, subclasses="voc_1over32", threshold=float(threshold)).train()
     state = m.model.state_dict()
     m.model.load_state_dict({key: torch.as_tensor(fill(key, tuple(t.shape))) for key, t in state.items()})
-    m.model.normalise = lambda x: x  # the reference's inputs are normalised,
+    m.model.normalise = lambda x, extent=None: x  # the reference's inputs are normalised,
     m.model.divisor = 1  # and it trains without padding
     draw, views = np.random.RandomState(7), torch.from_numpy(image(2, (2, 2, 3, 97, 97)))
     label, sub = (torch.from_numpy(draw.randint(0, n, (2, 97, 97))) for n in (21, sum(PRESETS["voc_1over32"])))
@@ -134,6 +136,45 @@ def test_order_of_the_passes():
     for images in (streams["labeled"]["image"], streams["unlabeled"]["strong"], streams["unlabeled"]["weak"]):
         net(images)
     assert all(torch.equal(a, b) for a, b in zip(m.model.buffers(), net.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("passes, graphs", [(3, 3), (1, 1)])
+def test_every_training_pass_is_the_networks_call(passes, graphs):
+    """So it can be compiled, into one graph for each kind of pass, and in the first step alone; losses are the same."""
+    plain, compiled = method(threshold=0.2, passes=passes), method(threshold=0.2, passes=passes)
+    compiled.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled.model.compile(backend=counter, dynamic=False)
+    for step in range(2):
+        expected, found = (run(m.train(), batches(seed=step), step) for m in (plain, compiled))
+        assert expected["Lu_reg"] > 0 and counter.frame_count == graphs
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+    torch.testing.assert_close(gradients(compiled), gradients(plain))
+
+
+def test_pooled_images_beside_others():
+    """Against the network's parts."""
+    net, images = method().model.eval(), batches()["labeled"]["image"].repeat(2, 1, 1, 1)
+    features, sub_features = net.encode(net.normalise(images))
+    out = net(images, subclasses=True, pooled=3)
+    torch.testing.assert_close(out["logits"], net.classifier(features[:1]))
+    torch.testing.assert_close(out["sub_logits"], net.classifier_SubCls(sub_features[:1]))
+    torch.testing.assert_close(out["pooled_logits"], net.classifier(F.avg_pool2d(features[1:], 2)))
+    torch.testing.assert_close(out["pooled_sub_logits"], net.classifier_SubCls(F.avg_pool2d(sub_features[1:], 2)))
+    assert not {"logits", "sub_logits"} & net(images, subclasses=True, pooled=4).keys()
+
+
+@pytest.mark.parametrize("predicts", ["student", "teacher"])
+def test_what_learns_is_compiled(predicts, monkeypatch):
+    """Not the network that predicts, which may be the teacher."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    m = method("self_training", predicts=predicts)
+    cfg = Config(ModelConfig("deeplabv3plus", 5), train=TrainConfig(compile=True))
+    prepare(cfg, lambda cfg, context: m, context(), torch.device("cpu"))
+    assert compiled == [m.model]
 
 
 def test_total_is_the_weighted_sum():
