@@ -32,7 +32,6 @@ from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize
 from uda.confidence import Margins, pseudo_labels, valid_pixels
 
-FITTING = "daformer or deeplabv2_reduced"
 SIGMA = (0.15, 1.15)  # of the blur, in pixels
 
 
@@ -83,16 +82,18 @@ class DAFormer(Method):
     """
 
     Options = DAFormerConfig
+    Network: type[nn.Module] = Segmentor
+    fitting = "daformer or deeplabv2_reduced"
     backwards = 2
     compiles = False
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
-        self.model = build_network(cfg.model, Segmentor, FITTING, cfg.name)
+        self.model = build_network(cfg.model, self.Network, self.fitting, cfg.name)
         self.model.check_heads(("decode",), f"{cfg.name}: model")
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="all", pseudo_labels=self._pseudo_unit())
 
-        self.imagenet = imagenet_backbone(cfg, self.model) if self.options.feature_distance.weight else None
+        self.imagenet = self._imagenet_backbone(cfg) if self.options.feature_distance.weight else None
         self.register_buffer("things", self._things(cfg, context), persistent=False)
         self.teacher = deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
         if not self.options.adapt:
@@ -115,6 +116,17 @@ class DAFormer(Method):
         if not ids:
             raise ConfigError(f"{where}: {context.row.name} names no things; list classes, or set cells: all")
         return torch.tensor([k in ids for k in range(len(classes))])
+
+    def _imagenet_backbone(self, cfg: Config) -> Frozen:
+        """The backbone with the weights of `model.pretrained`, whatever checkpoint the student starts from."""
+        if not cfg.model.pretrained:
+            raise ConfigError(
+                f"{cfg.name}: method.feature_distance needs ImageNet weights; set model.pretrained, or its weight to 0"
+            )
+        model = self.model
+        if cfg.model.checkpoint:
+            model = build_network(replace(cfg.model, checkpoint=None), self.Network, self.fitting, cfg.name)
+        return Frozen(deepcopy(model.backbone))
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -144,22 +156,38 @@ class DAFormer(Method):
         label = self.model.pad_label(batch["label"]).long() if labelled else None
         return View(image, label)
 
-    def source_terms(self, source: View, progress: float) -> Losses:
-        out = self.model.segment(source.image)
-        corners = self.model.align_corners
-        ce = self.loss.upsampled(out["logits"], source.label, align_corners=corners, progress=progress)
-        if self.imagenet is None:
-            return {"loss": ce, "source_ce": ce}
+    def student(self, view: View, progress: float, weight: Tensor | None = None) -> tuple[Losses, Tensor]:
+        """The loss `ce` of a view, with what it is made of, and the backbone's last map. weight: (B, H, W)."""
+        out = self.model.segment(view.image)
+        return {"ce": self.cross_entropy(out["logits"], view.label, progress, weight)}, out["features"][-1]
 
-        distance = self.distance(out["features"][-1], source)
-        loss = ce + self.options.feature_distance.weight * distance
-        return {"loss": loss, "source_ce": ce, "feature_distance": distance}
+    def cross_entropy(self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None) -> Tensor:
+        """The loss, with its remedies, of logits at the network's stride."""
+        corners = self.model.align_corners
+        if weight is None:
+            return self.loss.upsampled(logits, label, align_corners=corners, progress=progress)
+        large = resize(logits.float(), tuple(label.shape[-2:]), corners)
+        return self.loss(large, label, progress=progress, pixel_weight=weight)
+
+    def seen_by_backbone(self, image: Tensor) -> Tensor:
+        """What the feature distance compares features of."""
+        return image
+
+    def source_terms(self, source: View, progress: float) -> Losses:
+        losses, features = self.student(source, progress)
+        terms = named("source", losses)
+        if self.imagenet is None:
+            return terms
+
+        distance = self.distance(features, source)
+        loss = terms["loss"] + self.options.feature_distance.weight * distance
+        return {**terms, "loss": loss, "feature_distance": distance}
 
     def distance(self, features: Tensor, source: View) -> Tensor:
         """Feature distance of the backbone's last map (B, C, h, w)."""
         chosen = self.options.feature_distance
         with torch.no_grad():
-            frozen = self.imagenet(source.image)[-1]
+            frozen = self.imagenet(self.seen_by_backbone(source.image))[-1]
             if chosen.cells == "all":
                 where = torch.ones_like(frozen[:, 0], dtype=torch.bool)
             elif self.things is None:
@@ -186,12 +214,8 @@ class DAFormer(Method):
         label = paste(mask, source.label, pseudo.label)
         weight = paste(mask, torch.ones_like(pseudo.weight), pseudo.weight)
 
-        ce = self.loss(self.upsampled(image), label, progress=progress, pixel_weight=weight)
-        return {"loss": ce, "mixed_ce": ce, "confident": pseudo.weight.amax()}
-
-    def upsampled(self, image: Tensor) -> Tensor:
-        """The student's logits at the size of images that are normalised already."""
-        return resize(self.model.segment(image)["logits"], tuple(image.shape[-2:]), self.model.align_corners)
+        losses, _ = self.student(View(image, label), progress, weight)
+        return {**named("mixed", losses), "confident": pseudo.weight.amax()}
 
     @torch.no_grad()
     def distorted(self, image: Tensor) -> Tensor:
@@ -230,12 +254,6 @@ def set_teacher_mode(teacher: nn.Module, mode: Literal["train", "eval"]) -> None
             module.eval()
 
 
-def imagenet_backbone(cfg: Config, model: Segmentor) -> Frozen:
-    """The backbone with the weights of `model.pretrained`, whatever checkpoint the student starts from."""
-    if not cfg.model.pretrained:
-        raise ConfigError(
-            f"{cfg.name}: method.feature_distance needs ImageNet weights; set model.pretrained, or its weight to 0"
-        )
-    if cfg.model.checkpoint:
-        model = build_network(replace(cfg.model, checkpoint=None), Segmentor, FITTING, cfg.name)
-    return Frozen(deepcopy(model.backbone))
+def named(kind: str, losses: Losses) -> Losses:
+    """The part of a step that learns `ce`, with every term under a name of its own."""
+    return {"loss": losses["ce"], **{f"{kind}_{name}": value for name, value in losses.items()}}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from common.config.bounds import NotNegative, Share, Side
 from common.engine.method import Losses
-from common.losses.cross_entropy import pixel_cross_entropy
 from common.ops.block_mask import block_mask, block_noise
-from uda.daformer import DAFormer, DAFormerConfig, Pseudo, View
+from uda.daformer import DAFormer, DAFormerConfig, Pseudo, View, named
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class MICConfig(DAFormerConfig):
     # separate: the first half of both batches, source images with their labels, and no change of colour (to ACDC and
     # Dark Zurich)
     masked: Literal["target", "separate"] = "target"
-    masked_remedies: bool = True  # False: plain cross-entropy of the masked image
 
     def __post_init__(self):
         if not self.adapt:
@@ -48,12 +46,9 @@ class MIC(DAFormer):
 
     def masked_terms(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Losses:
         image, label, weight = self.to_mask(source, target, pseudo)
-        logits = self.upsampled(self.hidden(image))
-        if self.options.masked_remedies:
-            ce = self.loss(logits, label, progress=progress, pixel_weight=weight)
-        else:
-            ce = pixel_cross_entropy(logits, label, pixel_weight=weight, average="all")
-        return {"loss": self.options.mask_weight * ce, "masked_ce": ce}
+        losses, _ = self.student(View(self.hidden(image), label), progress, weight)
+        terms = named("masked", losses)
+        return {**terms, "loss": self.options.mask_weight * terms["loss"]}
 
     def to_mask(self, source: View, target: View, pseudo: Pseudo) -> tuple[Tensor, Tensor, Tensor]:
         """Image, label and pixel weight of what is to be masked."""

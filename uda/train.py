@@ -16,6 +16,7 @@ from uda.config import command, run_of, stage_config, stage_parser
 from uda.cpsl import CPSL
 from uda.daformer import DAFormer
 from uda.distill import Distill
+from uda.hrda import HRDA, MICHRDA
 from uda.mic import MIC
 from uda.proda import ProDA
 from uda.warmup import WarmUp
@@ -26,7 +27,9 @@ METHODS: dict[str, type[Method]] = {
     "proda": ProDA,
     "distill": Distill,
     "daformer": DAFormer,
+    "hrda": HRDA,
     "mic": MIC,
+    "mic_hrda": MICHRDA,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.config import ConfigError, ModelConfig, pick, typed
-from common.config.bounds import AtLeast, AtMost, Length, Rate, Side, Width
+from common.config.bounds import AtLeast, AtMost, Count, Length, Rate, Side, Size, Width
 from common.models.backbones import build_backbone, build_pyramid, is_timm, pixel_statistics
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
@@ -23,6 +23,7 @@ from common.models.heads.ocr import OCRHead
 from common.models.heads.psp import PSPHead
 from common.models.heads.segformer import SegFormerHead
 from common.models.heads.uper import UPerHead
+from common.models.hrda import SHRINK, HRDANetwork, MultiScaleHead
 from common.models.mask2former import mask2former
 from common.models.neck import MultiLevelNeck
 from common.models.pretrained import load_weights
@@ -93,6 +94,21 @@ class DAFormerOptions:
 
 
 @dataclass(frozen=True)
+class HRDAOptions(DAFormerOptions):
+    """Options of HRDA: the head that both scales share, and the detail crops."""
+
+    head: Literal["daformer", "deeplabv2_reduced"] = "daformer"
+    crop: Size = (512, 512)  # of the detail: height, width
+    overlap: bool = True  # windows of inference step by half a crop
+    window_batch: Count = 9  # of them in one batch, in evaluation mode
+
+    def __post_init__(self):
+        multiple = 2 * SHRINK * (4 if self.head == "daformer" else 8)
+        if any(side % multiple for side in self.crop):
+            raise ValueError(f"crop: {list(self.crop)}: sides must be multiples of {multiple} for head: {self.head}")
+
+
+@dataclass(frozen=True)
 class DeepLabV2ReducedOptions:
     """Options of DeepLabV2 with few branches."""
 
@@ -141,8 +157,12 @@ def daformer(config: ModelConfig) -> Segmentor:
     """DAFormer's network: logits at the stride of the backbone's first map, 4."""
     options = typed(DAFormerOptions, config.options, "model.options")
     backbone = build_backbone(config, **options.backbone)
-    head = DAFormerHead(
-        backbone.channels,
+    return segmentor(config, backbone, _daformer_head(config, options, backbone.channels))
+
+
+def _daformer_head(config: ModelConfig, options: DAFormerOptions, channels: tuple[int, ...]) -> DAFormerHead:
+    return DAFormerHead(
+        channels,
         options.channels,
         config.num_classes,
         fusion=options.fusion,
@@ -150,7 +170,24 @@ def daformer(config: ModelConfig) -> Segmentor:
         dropout=options.dropout,
         align_corners=config.align_corners,
     )
-    return segmentor(config, backbone, head)
+
+
+def hrda(config: ModelConfig) -> HRDANetwork:
+    """HRDA on DAFormer's head or the reduced DeepLabV2's: logits at stride 4 or 8 of the image at full size."""
+    options = typed(HRDAOptions, config.options, "model.options")
+    stride = {"daformer": 4, "deeplabv2_reduced": 8}[options.head]
+    dilated = {"output_stride": 8} if options.head == "deeplabv2_reduced" else {}
+    backbone = build_backbone(config, **{**dilated, **options.backbone})
+
+    if options.head == "daformer":
+        attention = _daformer_head(config, replace(options, fusion="conv"), backbone.channels)
+        heads = MultiScaleHead(_daformer_head(config, options, backbone.channels), attention)
+    else:
+        heads = MultiScaleHead(*(DeepLabV2Head(backbone.channels, config.num_classes) for _ in range(2)))
+    mean, std = pixel_statistics(config)
+    shared = {"num_classes": config.num_classes, "mean": mean, "std": std}
+    details = {"crop": options.crop, "overlap": options.overlap, "window_batch": options.window_batch}
+    return HRDANetwork(backbone, heads, align_corners=config.align_corners, stride=stride, **shared, **details)
 
 
 def deeplabv2_reduced(config: ModelConfig) -> Segmentor:
@@ -202,6 +239,7 @@ MODELS: dict[str, Callable[[ModelConfig], SegmentationModel]] = {
     "daformer": daformer,
     "deeplabv2": deeplabv2,
     "deeplabv2_reduced": deeplabv2_reduced,
+    "hrda": hrda,
     "deeplabv3plus": deeplabv3plus,
     "usrn": usrn,
     "deeplabv3plus_d2": deeplabv3plus_d2,

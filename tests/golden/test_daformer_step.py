@@ -1,4 +1,4 @@
-"""Two training steps of DAFormer and of MIC against the official ones: losses, gradients, teacher, batch norm."""
+"""Two training steps of DAFormer, HRDA and MIC against the official ones: losses, gradients, teacher, batch norm."""
 
 import json
 import math
@@ -11,65 +11,81 @@ from common.config import Config, ModelConfig, OptimConfig
 from common.data import DATASETS
 from common.engine import MethodContext
 from common.models import load_weights
+from common.models.hrda import Box
 from common.models.pretrained import mmseg
+from common.ops.resize import resize
 from tests.contexts import context
 from tests.golden.fill import fill, image
 from tests.golden.test_mmseg_models import DATA, assert_close, reference
 from uda import daformer as steps
 from uda import mic
 from uda.daformer import DAFormer
+from uda.hrda import HRDA
 from uda.mic import MIC
 
-SIZE = (96, 128)
-METHOD = {
-    "threshold": 0.25266,
-    "margins": {"top": 6, "bottom": 20},
-    "jitter": 0.0,
-    "blur": 0.0,
-}
-CASES = {"daformer_step": (DAFormer, METHOD), "mic_daformer_step": (MIC, METHOD)}
+CASES = {"daformer_step": DAFormer, "mic_daformer_step": MIC, "hrda_step": HRDA}
 
 
 def weights(manifest, prefix=""):
     return {key: torch.from_numpy(np.asarray(fill(prefix + key, tuple(shape)))) for key, (shape, _) in manifest.items()}
 
 
-def build(kind, options, manifest, folder):
+def build(kind, recipe, manifest, folder):
     """The method with the student's weights, and with the backbone's of ImageNet out of a file."""
     backbone = {key: t for key, t in weights(manifest, "imnet_model.").items() if key.startswith("backbone.")}
     torch.save({key.removeprefix("backbone."): t for key, t in backbone.items()}, folder / "imagenet.pth")
-    model = ModelConfig(
-        "daformer",
-        19,
-        "mit_b0",
-        pretrained=str(folder / "imagenet.pth"),
-        options={"channels": 32, "dropout": 0.0, "backbone": {"drop_path": 0.0, "reduction_eps": 1e-5}},
-    )
+    options = {"channels": 32, "dropout": 0.0, "backbone": {"drop_path": 0.0, "reduction_eps": 1e-5}}
+    if kind is HRDA:
+        options["crop"] = (64, 64)
+    name = "hrda" if kind is HRDA else "daformer"
+    model = ModelConfig(name, 19, "mit_b0", pretrained=str(folder / "imagenet.pth"), options=options)
     torch.save({"state_dict": {f"model.{key}": t for key, t in weights(manifest).items()}}, folder / "student.pth")
 
     facts = MethodContext(context(19).statistics, DATASETS["gta5"])
-    method = kind(Config(model, method=options, optim=OptimConfig(name="sgd"), name="run"), facts)
+    top, bottom = recipe["ignore_top_bottom"]
+    section = {"threshold": recipe["pseudo_threshold"], "margins": {"top": top, "bottom": bottom}}
+    section |= {"jitter": 0.0, "blur": 0.0}
+    method = kind(Config(model, method=section, optim=OptimConfig(name="sgd"), name="run"), facts)
     for network in (method.model, method.teacher):
         load_weights(network, folder / "student.pth")
     return method.train()
 
 
-def labels(seed, block=32):
+def labels(seed, size, block):
     rng = np.random.RandomState(seed)
-    shape = (2, math.ceil(SIZE[0] / block), math.ceil(SIZE[1] / block))
+    shape = (2, *(math.ceil(side / block) for side in size))
     small = rng.randint(0, 19, shape)
     small[rng.random_sample(shape) < 0.1] = -1
     return torch.from_numpy(small.repeat(block, 1).repeat(block, 2))
 
 
-def pixels(seed, model):
+def pixels(seed, size, model):
     """Images whose normalised values are those of the golden."""
-    return torch.from_numpy(image(seed, (2, 3, *SIZE))) * model.std + model.mean
+    return torch.from_numpy(image(seed, (2, 3, *size))) * model.std + model.mean
 
 
-def batches(t, model):
-    source = {"image": pixels(50 + 10 * t, model), "label": labels(52 + 10 * t)}
-    return {"source": source, "target": {"image": pixels(51 + 10 * t, model)}}
+def batches(t, recipe, model):
+    size = tuple(recipe["size"])
+    source = {"image": pixels(50 + 10 * t, size, model), "label": labels(52 + 10 * t, size, recipe["block"])}
+    return {"source": source, "target": {"image": pixels(51 + 10 * t, size, model)}}
+
+
+def valid_of_hrda(*_):
+    """The mask of the recipe."""
+    valid = torch.ones(2, 128, 128)
+    valid[0, :10] = 0
+    valid[1, :, -12:] = 0
+    return valid
+
+
+def kept(function, results):
+    """`function`, whose results are remembered."""
+
+    def call(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    return call
 
 
 def given(drawn):
@@ -102,10 +118,14 @@ def total_norm(method):
 @pytest.mark.parametrize("name", CASES)
 def test_two_steps(name, tmp_path, monkeypatch):
     expected = json.loads((DATA / f"{name}.json").read_text())
-    method = build(*CASES[name], expected["manifest"], tmp_path)
-    teacher = reference(f"{name}_teacher")
-    logits = []
-    method.teacher.decode_head.register_forward_hook(lambda module, inputs, out: logits.append(out))
+    recipe = expected["recipe"]
+    method = build(CASES[name], recipe, expected["manifest"], tmp_path)
+    teacher, seen = reference(f"{name}_teacher"), []
+    monkeypatch.setattr(method.teacher, "segment", kept(method.teacher.segment, seen))
+    if name == "hrda_step":
+        boxes = iter([Box(*box) for box in recipe["boxes"]])
+        monkeypatch.setattr(method.model, "draw_box", lambda size: next(boxes))
+        monkeypatch.setattr(steps, "valid_pixels", valid_of_hrda)
 
     for t, step in enumerate(expected["steps"]):
         monkeypatch.setattr(steps, "choose_classes", given(chosen(step["chosen_classes"])))
@@ -113,7 +133,7 @@ def test_two_steps(name, tmp_path, monkeypatch):
         monkeypatch.setattr(mic, "block_noise", given(torch.from_numpy(noise)))
 
         found, totals = {}, []
-        for part in method(batches(t, method.model), t):
+        for part in method(batches(t, recipe, method.model), t):
             part["loss"].backward()
             totals.append(total_norm(method))
             found |= {key: value.item() for key, value in part.items() if key != "loss"}
@@ -122,10 +142,11 @@ def test_two_steps(name, tmp_path, monkeypatch):
         assert totals == pytest.approx(step["grad_norm_after_each_backward"][1:], rel=1e-3)
         norms = norms_by_official_name(method, expected["manifest"])
         assert {key: norms[key] for key in step["grad_norms"]} == pytest.approx(step["grad_norms"], rel=1e-3)
-        upsampled = torch.nn.functional.interpolate(logits[t], SIZE, mode="bilinear")
+        upsampled = resize(seen[t]["logits"], tuple(recipe["size"]))
         assert_close(upsampled[..., ::4, ::4], teacher[f"teacher_logits_{t}"])
 
-        bn = method.model.decode_head.fuse_layer.bottleneck.bn
+        head = method.model.decode_head
+        bn = getattr(head, "head", head).fuse_layer.bottleneck.bn
         assert int(bn.num_batches_tracked) == step["bn_batches_tracked"]
         assert bn.running_mean.norm().item() == pytest.approx(step["bn_running_mean_norm"], rel=1e-4)
         with torch.no_grad():
@@ -137,9 +158,13 @@ def test_two_steps(name, tmp_path, monkeypatch):
 
 def check_losses(found, step, tolerance):
     theirs = step["losses"]
-    assert found["source_ce"] == pytest.approx(theirs["decode.loss_seg"], rel=tolerance)
+    detailed = "decode.hr.loss_seg" in theirs
+    for ours, prefix in (("source", ""), ("mixed", "mix.")):
+        if detailed:
+            assert 0.1 * found[f"{ours}_detail"] == pytest.approx(theirs[f"{prefix}decode.hr.loss_seg"], rel=tolerance)
+        fused = 0.9 * found[f"{ours}_fused"] if detailed else found[f"{ours}_ce"]
+        assert fused == pytest.approx(theirs[f"{prefix}decode.loss_seg"], rel=tolerance)
     assert 0.005 * found["feature_distance"] == pytest.approx(theirs["src.loss_imnet_feat_dist"], rel=tolerance)
-    assert found["mixed_ce"] == pytest.approx(theirs["mix.decode.loss_seg"], rel=tolerance)
     assert found["confident"] == pytest.approx(step["pseudo_weight"], rel=1e-6)
     if "masked.decode.loss_seg" in theirs:
         assert found["masked_ce"] == pytest.approx(theirs["masked.decode.loss_seg"], rel=tolerance)

@@ -15,17 +15,23 @@ from common.engine.optim import learning_rate
 from common.losses.blv import BLV
 from common.models import build_model
 from tests.contexts import context
+from uda.confidence import Margins
 from uda.daformer import ramp
 from uda.train import METHODS, build_method
 
 FOLDER = Path(__file__).parents[2] / "uda" / "configs"
 SHIPPED = sorted(
     f"{folder}/{path.stem}"
-    for folder in ("daformer", "mic")
+    for folder in ("daformer", "hrda", "mic")
     for path in (FOLDER / folder).glob("*.yaml")
     if not path.stem.startswith("task")
 )
 CROP = (64, 96)
+SMALL = {
+    "daformer": ("mit_b0", {"channels": 8}),
+    "hrda": ("mit_b0", {"channels": 8, "crop": (48, 64)}),
+    "deeplabv2_reduced": ("resnet18", {"backbone": {"output_stride": 32}}),
+}
 
 
 def load(name, *words):
@@ -44,8 +50,7 @@ def weights(folder, backbone="mit_b0"):
 def small(name, folder, *words):
     """The method of a config with a tiny network."""
     cfg = load(name)
-    backbone = "mit_b0" if cfg.model.name == "daformer" else "resnet18"
-    options = {"channels": 8} if cfg.model.name == "daformer" else {"backbone": {"output_stride": 32}}
+    backbone, options = SMALL[cfg.model.name]
     model = replace(cfg.model, backbone=backbone, options=options)
     if model.pretrained:
         model = replace(model, pretrained=str(weights(folder, backbone)))
@@ -64,11 +69,9 @@ def batches(size=2):
     source, target = (torch.randint(0, 256, (size, 3, *CROP), generator=g, dtype=torch.uint8) for _ in range(2))
     blocks = torch.randint(-1, 19, (size, 2, 3), generator=g, dtype=torch.int16)
     label = blocks.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    extent = torch.tensor([CROP] * size, dtype=torch.int32)
-    return {
-        "source": {"image": source, "label": label, "extent": extent},
-        "target": {"image": target, "extent": extent},
-    }
+    shared = {"extent": torch.tensor([CROP] * size, dtype=torch.int32)}
+    shared["geometry"] = torch.tensor([[128, 192, 128, 192, 32, 16, 1]] * size, dtype=torch.int32)
+    return {"source": {"image": source, "label": label, **shared}, "target": {"image": target, **shared}}
 
 
 def step(method, number=0):
@@ -87,7 +90,7 @@ def step(method, number=0):
 def test_shipped_configs_take_a_step(name, tmp_path):
     method = small(name, tmp_path)
     folder, stem = name.split("/")
-    assert type(method) is METHODS[folder]
+    assert type(method) is METHODS["mic_hrda" if folder == "mic" and "_hrda" in stem else folder]
     assert isinstance(method.loss.logits, BLV) == ("_blv" in stem)
 
     trained = {id(p) for p in method.parameters() if p.requires_grad}
@@ -129,6 +132,21 @@ def test_values_of_the_official_task(name, tmp_path):
     assert (options.momentum, options.threshold, options.jitter, options.blur) == (0.999, 0.968, 0.8, 0.5)
     assert (options.feature_distance.weight, options.feature_distance.share) == (0.005, 0.75)
     assert (options.margins.top, options.margins.bottom, options.margins.of) == (15, 120, "crop")
+
+
+@pytest.mark.parametrize("name", ["hrda/gta5_to_cityscapes", "mic/gta5_to_cityscapes_hrda"])
+def test_values_of_the_official_task_at_full_resolution(name, tmp_path):
+    cfg = load(name)
+    assert cfg.model.options["crop"] == [512, 512]
+    for stream, box in (("source", [1440, 2560]), ("target", [1024, 2048])):
+        augment = cfg.data.streams[stream].augment
+        assert (augment["crop"], augment["box"]) == ([1024, 1024], box)
+    assert cfg.data.streams["source"].sampler["min_crop_ratio"] == 2.0
+    e = cfg.eval
+    assert (e.mode, e.crop, e.stride, e.short_edge) == ("slide", (1024, 1024), (512, 512), None)
+    options = small(name, tmp_path).options
+    assert options.detail_weight == 0.1 and getattr(options, "mask_block", 64) == 64
+    assert options.margins == Margins(top=30, bottom=240, left=30, right=30, of="image")
 
 
 def test_groups_of_the_official_network():

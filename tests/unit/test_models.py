@@ -28,6 +28,7 @@ SMALL = {
     "daformer": ModelConfig("daformer", 5, "mit_b0", options={"channels": 16}),
     "daformer_conv": ModelConfig("daformer", 5, "resnet18", options={"channels": 16, "fusion": "conv"}),
     "deeplabv2_reduced": ModelConfig("deeplabv2_reduced", 5, "resnet18", options={"backbone": {"output_stride": 32}}),
+    "hrda": ModelConfig("hrda", 5, "mit_b0", options={"channels": 16, "crop": (48, 64), "window_batch": 2}),
     "knet": ModelConfig("knet", 5, "swin_tiny", options={**PYRAMID, "backbone": SWIN}),
     "upernet_vit": ModelConfig("upernet", 5, "vit_base_patch16", options={**PYRAMID, **VIT}),
     "deeplabv3plus": ModelConfig("deeplabv3plus", 5, "resnet50", options=USRN, align_corners=True),
@@ -40,6 +41,7 @@ SMALL = {
 # of the logits for `images()`; the others': a quarter
 SIZES = {
     "pspnet": (3, 3),
+    "hrda": (18, 24),
     "deeplabv2_reduced": (3, 3),
     "upernet_vit": (20, 24),
     "deeplabv3plus": (18, 24),

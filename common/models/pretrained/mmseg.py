@@ -10,7 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.models.pretrained.containers import state_dict, tensors
-from common.models.pretrained.transformers import DEEPLABV2_RULES, KNET_RULES, NECK_RULES, mit, renamed, swin, vit
+from common.models.pretrained.transformers import (
+    DEEPLABV2_RULES,
+    HRDA_RULES,
+    KNET_RULES,
+    NECK_RULES,
+    mit,
+    renamed,
+    swin,
+    vit,
+)
 
 Renaming = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -35,6 +44,7 @@ NAMES: dict[str, Renaming] = {
     "mln": renamed(NECK_RULES),
     "knet": renamed(KNET_RULES),
     "deeplabv2_reduced": renamed(DEEPLABV2_RULES),
+    "hrda": renamed(HRDA_RULES),
 }
 
 

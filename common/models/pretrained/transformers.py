@@ -69,6 +69,7 @@ VIT_RULES: Rules = (
 
 NECK_RULES: Rules = ((r"^(\w+\.\d)\.conv\.", r"\1."),)
 DEEPLABV2_RULES: Rules = ((r"^aspp_modules\.(\d+)\.conv\.", r"convs.\1."),)
+HRDA_RULES: Rules = ((r"^(head|scale_attention)\.aspp_modules\.(\d+)\.conv\.", r"\1.convs.\2."),)
 KNET_RULES: Rules = (
     (r"\.feat_transform\.conv\.", ".feat_transform."),
     (r"\.attention\.attn\.", ".attention."),
