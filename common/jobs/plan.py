@@ -92,20 +92,28 @@ def plan(
     """
     path = Path(path)
     jobs = typed(Jobs, read_tree(path), str(path))
-    entries = {name: _entry(value, f"{path}: runs.{name}") for name, value in jobs.runs.items()}
-    _check_names(path, entries, only)
+    return plan_of(jobs, str(path), seeds, device, threads, only)
+
+
+def plan_of(
+    jobs: Jobs, where: str, seeds: Sequence[int] | None = None, device: str | None = None,
+    threads: int | None = None, only: Sequence[str] = (),
+) -> list[Run]:  # fmt: skip
+    """`plan` of jobs that were not read from a file; `where` begins the errors."""
+    entries = {name: _entry(value, f"{where}: runs.{name}") for name, value in jobs.runs.items()}
+    _check_names(where, entries, only)
 
     chosen = [name for name in entries if not only or name in only]
     threads = threads or jobs.threads
     runs = [
-        _run(path, jobs, name, entries[name], seed, device, threads)
+        _run(where, jobs, name, entries[name], seed, device, threads)
         for seed in (jobs.seeds if seeds is None else seeds)
         for name in chosen
     ]
     titles = [run.title for run in runs]
     twice = next((title for title in titles if titles.count(title) > 1), None)
     if twice:
-        raise ConfigError(f"{path}: two runs are {twice}; name them by {{name}} and {{seed}}, seeds once")
+        raise ConfigError(f"{where}: two runs are {twice}; name them by {{name}} and {{seed}}, seeds once")
     return runs
 
 
@@ -115,20 +123,20 @@ def _entry(value: Any, where: str) -> Entry:
     return typed(Entry, value, where)
 
 
-def _check_names(path: Path, entries: Mapping[str, Entry], only: Sequence[str]) -> None:
+def _check_names(where: str, entries: Mapping[str, Entry], only: Sequence[str]) -> None:
     if not entries:
-        raise ConfigError(f"{path}: runs: names no run")
+        raise ConfigError(f"{where}: runs: names no run")
     for name in only:
         if name not in entries:
-            raise ConfigError(f"{path}: has no run {shown(name)}; {nearest(name, entries)}")
+            raise ConfigError(f"{where}: has no run {shown(name)}; {nearest(name, entries)}")
     for name, entry in entries.items():
         if entry.after and entry.after not in list(entries)[: list(entries).index(name)]:
-            raise ConfigError(f"{path}: runs.{name}.after: {shown(entry.after)} is no run above this one")
+            raise ConfigError(f"{where}: runs.{name}.after: {shown(entry.after)} is no run above this one")
 
 
-def _run(path: Path, jobs: Jobs, name: str, entry: Entry, seed: int, device: str | None, threads: int) -> Run:
+def _run(file: str, jobs: Jobs, name: str, entry: Entry, seed: int, device: str | None, threads: int) -> Run:
     """One named run of one seed."""
-    where = f"{path}: runs.{name}"
+    where = f"{file}: runs.{name}"
     _check_device(jobs, entry, device, where)
     facts = _facts(jobs, name, entry, seed, where)
     after = _filled(jobs.label, {**facts, "name": entry.after}, where) if entry.after else ""
@@ -143,7 +151,7 @@ def _run(path: Path, jobs: Jobs, name: str, entry: Entry, seed: int, device: str
         cwd=(ROOT / jobs.folder).resolve(),
         output=Path(facts["output"]),
         after=after,
-        prepare=tuple(_words(text, {}, facts, f"{path}: prepare") for text in jobs.prepare),
+        prepare=tuple(_words(text, {}, facts, f"{file}: prepare") for text in jobs.prepare),
     )
 
 

@@ -1,0 +1,146 @@
+"""The page of scripts/evidence.py: what its file of results says, in tables and sentences."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from common.comparison import Difference, head_and_tail, holm, of_differences, paired, precision_and_recall, verdict
+
+SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
+HEAD = """# Which remedies help
+
+Made by `python scripts/evidence.py page PLAN` from the results of its other steps; nothing here is written by hand.
+Strengths are chosen on images of their own, with a seed of their own; then every remedy is trained with the seeds of
+the baseline, and differences are taken seed by seed. The last checkpoint counts. In percent; ± is half of a 95 %
+interval by Student's t over seeds; "better" and "worse" are said where Holm's p over all remedies of a table is below
+0.05. Such intervals speak of other seeds on the same images, not of other scenes.
+"""
+NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
+
+
+def page(results: Mapping[str, Any] | None) -> str:
+    """Markdown. results: what the step `collect` has left; None: nothing."""
+    if results is None:
+        return HEAD + NOTHING
+    parts = [HEAD, choices_table(results["choices"])]
+    parts += [section(name, split, results["remedies"]) for name, split in results["splits"].items()]
+    return "\n".join(parts)
+
+
+def choices_table(choices: Mapping[str, Any]) -> str:
+    """What was chosen, and among what."""
+    lines = ["## Strengths", "", "| remedy | chosen | best for the tail | tried: mIoU / mIoU(tail) |"]
+    lines.append("|---|---|---|---|")
+    for name, choice in choices.items():
+        tried = "; ".join(
+            f"{strength}: {100 * scores['miou']:.1f} / {100 * scores['miou_tail']:.1f}"
+            for strength, scores in choice["tried"].items()
+        )
+        lines.append(f"| {name} | {choice['chosen']} | {choice['by_tail']} | {tried} |")
+    return "\n".join([*lines, ""])
+
+
+def section(name: str, split: Mapping[str, Any], remedies: list[str]) -> str:
+    """The tables of one split. Remedies without a pair with the baseline are named as such."""
+    runs = {remedy: split["runs"][remedy] for remedy in remedies if remedy in split["runs"]}
+    baseline = remedies[0]
+    head = f"## Split {name}: {len(split['images'])} images\n"
+    if baseline not in runs:
+        return f"{head}\nNo run of the baseline is done, so nothing can be compared.\n"
+
+    matrices = {
+        remedy: {seed: total_of(run["matrices"], len(split["classes"])) for seed, run in seeds.items()}
+        for remedy, seeds in runs.items()
+    }
+    compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
+    lines = [head, main_table(matrices, baseline, split, compared), tail_table(matrices, baseline, split)]
+    lines.append("In words:\n")
+    for remedy in compared["miou_tail"]:
+        words = [f"{SCORES[key]} {sentence(compared[key][remedy])}" for key in ("miou", "miou_tail", "miou_head")]
+        lines.append(f"- **{remedy}**: {'; '.join(words)}.")
+    lines += [f"- **{name}**: no seed in common with the baseline yet." for name in unpaired(matrices, baseline)]
+    return "\n".join([*lines, ""])
+
+
+def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
+    """The confusion matrix (K, K) of all images, from the packed ones of each."""
+    total = np.zeros(num_classes**2, np.int64)
+    for image in images:
+        np.add.at(total, image[0::2], image[1::2])
+    return total.reshape(num_classes, num_classes)
+
+
+def score(matrix: np.ndarray, split: Mapping[str, Any], key: str) -> float:
+    return head_and_tail(matrix, split["tail"], split["convention"])[key]
+
+
+def unpaired(matrices: Mapping[str, Any], baseline: str) -> list[str]:
+    return [name for name in matrices if not set(matrices[name]) & set(matrices[baseline])]
+
+
+def compare(
+    matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any], key: str
+) -> dict[str, tuple[Difference, float | None]]:
+    """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies."""
+    found = {}
+    for remedy in matrices:
+        seeds = [seed for seed in matrices[remedy] if seed in matrices[baseline]]
+        if remedy == baseline or not seeds:
+            continue
+        ours, theirs = ([score(matrices[name][seed], split, key) for seed in seeds] for name in (remedy, baseline))
+        found[remedy] = paired(ours, theirs)
+    adjusted = holm({remedy: difference.p for remedy, difference in found.items()})
+    return {remedy: (difference, adjusted[remedy]) for remedy, difference in found.items()}
+
+
+def sentence(compared: tuple[Difference, float | None]) -> str:
+    return verdict(*compared)
+
+
+def main_table(
+    matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any],
+    compared: Mapping[str, Mapping[str, tuple[Difference, float | None]]],
+) -> str:  # fmt: skip
+    lines = ["| | seeds | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    for remedy, seeds in matrices.items():
+        cells = []
+        for key in SCORES:
+            mean = np.mean([score(matrix, split, key) for matrix in seeds.values()])
+            change = compared[key].get(remedy)
+            cells.append(f"{100 * mean:.1f}" + (f" ({number(change[0])})" if change else ""))
+        lines.append(f"| {remedy} | {len(seeds)} | {' | '.join(cells)} |")
+    spread = {key: of_differences([score(m, split, key) for m in matrices[baseline].values()]).sd for key in SCORES}
+    if spread["miou"] is not None:
+        words = ", ".join(f"{SCORES[key]} {100 * sd:.1f}" for key, sd in spread.items())
+        lines += ["", f"Standard deviation of one run of {baseline} over its seeds: {words}."]
+    return "\n".join([*lines, ""])
+
+
+def number(difference: Difference) -> str:
+    text = f"{100 * difference.mean:+.1f}"
+    return text if difference.half_width is None else f"{text} ± {100 * difference.half_width:.1f}"
+
+
+def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any]) -> str:
+    """IoU / precision / recall / predicted over true pixels of each class of the tail, over all seeds of a remedy."""
+    names = [split["classes"][k] for k in split["tail"]]
+    lines = [
+        "IoU / precision / recall / predicted over true pixels, seeds together:",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for remedy, seeds in matrices.items():
+        total = sum(seeds.values())
+        precision, recall, ratio = precision_and_recall(total)
+        hits = np.diagonal(total)
+        iou = hits / np.maximum(total.sum(0) + total.sum(1) - hits, 1)
+        rates = [iou, precision, recall]
+        cells = [" / ".join([*(percent(rate[k]) for rate in rates), f"{ratio[k]:.2f}"]) for k in split["tail"]]
+        lines.append(f"| {remedy} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}" if np.isfinite(value) else "–"

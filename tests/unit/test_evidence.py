@@ -1,0 +1,138 @@
+"""The evidence script: its steps on a command that only leaves what a training leaves, and its page."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from common.comparison import head_and_tail
+from common.config import load_config, read_tree, typed
+from scripts import evidence, evidence_page
+
+pytestmark = pytest.mark.usefixtures("unchanged")
+ROOT = Path(__file__).parents[2]
+CLASSES = ["road", "tree", "pole"]
+
+# What a training leaves; its quality is `gain` of the settings and a little of the seed.
+FAKE = '''
+import json, sys
+from pathlib import Path
+import numpy as np
+words = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+seed, gain = int(words["seed"]), float(words.get("gain", 0))
+hits = int(60 + 3 * seed % 5 + 10 * gain)
+matrices = np.array([[[900, 50, 0], [30, 700, 0], [100 - hits, 0, hits]]] * 2)
+folder = Path(words["output"]) / words["name"]
+folder.mkdir(parents=True, exist_ok=True)
+iou = hits / 100
+per_class = [{"name": n, "id": i, "tail": n == "pole"} for i, n in enumerate(["road", "tree", "pole"])]
+result = {"miou": iou, "miou_tail": -iou, "per_class": per_class, "convention": "nan_mean",
+          "identity": {"dataset": words.get("images", "a"), "images": 2}}
+(folder / "evaluation.json").write_text(json.dumps(result))
+(folder / "run.json").write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
+np.savez_compressed(folder / "per_image.npz", names=np.array(["x", "y"]), matrices=matrices)
+'''
+
+
+@pytest.fixture
+def plan(tmp_path) -> Path:
+    (tmp_path / "fake.py").write_text(FAKE)
+    tree = {
+        "command": f"python {tmp_path / 'fake.py'} {{settings}}", "config": "", "output": str(tmp_path / "out"),
+        "choices": str(tmp_path / "choices.json"), "results": str(tmp_path / "results.json"),
+        "page": str(tmp_path / "page.md"), "tune": [], "final": {"blocks": [], "official": ["images=b"]},
+        "seeds": [1, 2, 3],
+        "remedies": {"baseline": {"a": [], "b": ["gain=-1"]}, "good": {"weak": ["gain=1"], "strong": ["gain=2.5"]}},
+    }  # fmt: skip
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+def test_from_tuning_to_the_page(plan, tmp_path, monkeypatch, capsys, fails):
+    def step(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["evidence.py", *map(str, words)])
+        return evidence.main()
+
+    assert step("page", plan) == 0 and "Nothing has been run yet" in (tmp_path / "page.md").read_text()
+    assert "end the step `tune` first" in fails(evidence.main, "choose", plan)
+    assert "take the steps `tune` and `choose` first" in fails(evidence.main, "final", plan)
+    assert step("tune", plan) == 0 and step("choose", plan) == 0
+    choices = json.loads((tmp_path / "choices.json").read_text())
+    assert [choices[name]["chosen"] for name in choices] == ["a", "strong"] and choices["good"]["by_tail"] == "weak"
+    assert "--force" in fails(evidence.main, "choose", plan), "choices are not changed after a look at results"
+
+    assert "no final run is done" in fails(evidence.main, "collect", plan)
+    assert step("final", plan) == 0 and step("collect", plan) == 0 and step("page", plan) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["splits"]) == ["blocks", "official"]
+    assert set(results["splits"]["blocks"]["runs"]["good"]) == {"1", "2", "3"}
+    text = (tmp_path / "page.md").read_text()
+    assert "## Split blocks: 2 images" in text and "| good | strong | weak |" in text
+    assert "mIoU(tail) +" in text and ": better" in text
+
+
+def test_results_of_other_images_are_refused(plan, tmp_path, monkeypatch, fails):
+    for step in ("tune", "choose", "final"):
+        monkeypatch.setattr(sys, "argv", ["evidence.py", step, str(plan)])
+        evidence.main()
+    file = tmp_path / "out/blocks/good_2/evaluation.json"
+    file.write_text(file.read_text().replace('"dataset": "a"', '"dataset": "c"'))
+    assert "out/blocks/good_2: does not compare with the other runs: dataset c against a" in fails(
+        evidence.main, "collect", plan
+    )
+
+
+def test_packed_matrices_come_back():
+    matrices = np.random.default_rng(0).integers(0, 3, (4, 5, 5))
+    packed = evidence.packed(matrices)
+    assert (evidence_page.total_of(packed, 5) == matrices.sum(0)).all()
+    assert evidence_page.total_of([packed[1]], 5).tolist() == matrices[1].tolist()
+
+
+def test_numbers_of_the_page_are_scipys():
+    draw = np.random.default_rng(1)
+    runs = {}
+    for remedy, hits in (("baseline", 60), ("logits", 70), ("alone", 65)):
+        seeds = range(5) if remedy != "alone" else range(7, 9)
+        runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"])
+
+    tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
+    test = stats.ttest_rel(tails["logits"], tails["baseline"])
+    mean = 100 * np.mean(np.subtract(tails["logits"], tails["baseline"]))
+    half = 100 * test.confidence_interval(0.95).high - mean
+    assert f"mIoU(tail) {mean:+.1f} ± {half:.1f} points over 5 pairs" in text
+    assert f"{100 * np.mean(tails['logits']):.1f} ({mean:+.1f} ± {half:.1f})" in text
+    assert f"mIoU(tail) {100 * np.std(tails['baseline'], ddof=1):.1f}" in text
+    assert "**alone**: no seed in common with the baseline yet" in text
+
+
+def one_run(hits: int) -> dict:
+    matrix = np.array([[900, 50, 0], [30, 700, 0], [100 - hits, 0, hits]])
+    return {"minutes": 1.0, "commit": "abc", "matrices": evidence.packed(matrix[None])}
+
+
+def tail_of(run: dict) -> float:
+    return head_and_tail(evidence_page.total_of(run["matrices"], 3), [2])["miou_tail"]
+
+
+def test_the_plans_of_the_project():
+    """Four strengths a remedy, seeds that did not choose, configs that load; the page is what the results say."""
+    for path in sorted((ROOT / "scripts" / "evidence_plans").glob("*.yaml")):
+        plan = typed(evidence.Plan, read_tree(path), path.name)
+        assert {len(tried) for tried in plan.remedies.values()} == {4}
+        runs = evidence.runs_of(plan.tuning())
+        choices = {name: {"chosen": next(iter(tried))} for name, tried in plan.remedies.items()}
+        runs += [run for jobs in plan.finals(choices).values() for run in evidence.runs_of(jobs)]
+        for run in runs:
+            load_config(ROOT / run.command[2], [word for word in run.command[3:] if "=" in word])
+
+        results = ROOT / plan.results
+        known = json.loads(results.read_text()) if results.is_file() else None
+        assert (ROOT / plan.page).read_text() == evidence_page.page(known)
