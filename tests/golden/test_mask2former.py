@@ -12,7 +12,7 @@ import torch
 
 from common.config import ModelConfig
 from common.models import build_model, load_weights
-from tests.golden.fill import fill, image
+from tests.golden.fill import Uninitialised, fill, image
 
 DATA = Path(__file__).parent / "data"
 NAMES = {"mask2former": "mask2former_r50_ade20k_full", "deeplabv3plus_d2": "deeplabv3plus_r50_ade20k_full"}
@@ -44,7 +44,8 @@ def loaded(name: str) -> torch.nn.Module:
     """The model, filled from a training checkpoint of the release."""
     state = {key: torch.from_numpy(value) for key, value in official_state(name).items()}
     trainer = {"iteration": 199999, "hooks": {}, "_trainer": {"optimizer": {}}}
-    model = build_model(config(name))
+    with Uninitialised():
+        model = build_model(config(name))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model_final.pth"
         torch.save({"model": state, "iteration": 199999, "trainer": trainer}, path)

@@ -14,7 +14,7 @@ from common.config import ConfigError, ModelConfig
 from common.models import build_model, load_weights
 from common.ops.resize import resize
 from semi_sup.subclasses import PRESETS
-from tests.golden.fill import fill, image
+from tests.golden.fill import Uninitialised, fill, image
 
 DATA = Path(__file__).parent / "data"
 BASELINE, USRN = "usrn_baseline_voc", "usrn_voc_1over32"
@@ -53,13 +53,15 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def dual(files) -> torch.nn.Module:
-    model = build_model(config())
+    with Uninitialised():
+        model = build_model(config())
     load_weights(model, files[USRN])
     return model.eval()
 
 
 def test_baseline_gives_the_reference_output(files):
-    model = build_model(config("deeplabv3plus")).eval()
+    with Uninitialised():
+        model = build_model(config("deeplabv3plus")).eval()
     load_weights(model, files[BASELINE])
     reference = np.load(DATA / f"{BASELINE}.npz")
     x = torch.from_numpy(image(int(reference["input_seed"]), tuple(reference["input_shape"])))

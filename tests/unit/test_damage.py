@@ -24,7 +24,7 @@ from common.models.pretrained.containers import read, read_weights
 from ltss_benchmark.datasets.index_file import read_index
 from uda.base import read_distribution, read_prototypes
 
-DAMAGES, SECONDS = 400, 2.0
+DAMAGES, SECONDS = 400, 20.0  # of this process, whatever else the machine does
 CLASSES = 5
 WEIGHTS = {"a.weight": torch.linspace(-1, 1, 12).reshape(3, 4), "a.bias": torch.arange(3.0), "n": torch.tensor(7)}
 ROWS = torch.linspace(-2, 2, CLASSES * 8).reshape(CLASSES, 8)
@@ -130,7 +130,7 @@ def test_random_damage_is_an_error_of_one_line_or_changes_nothing(tmp_path, kind
 
     for number in range(DAMAGES):
         path.write_bytes(damaged(whole, rng))
-        started = time.monotonic()
+        started = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -138,7 +138,7 @@ def test_random_damage_is_an_error_of_one_line_or_changes_nothing(tmp_path, kind
             except ValueError as error:
                 assert path.name in str(error) or "model.safetensors" in str(error)
                 assert "\n" not in str(error) and len(str(error)) < 800
-        assert time.monotonic() - started < 10 * SECONDS  # of a machine that does other things too
+        assert time.process_time() - started < SECONDS
 
 
 LAUGHS = b"".join(b"]\x94(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))  # each twice the one before
@@ -170,12 +170,12 @@ HOSTILE = {
 def test_hostile_pickles_end_in_an_error_of_one_line(tmp_path, case):
     path = tmp_path / "w.pkl"
     path.write_bytes(HOSTILE[case])
-    started = time.monotonic()
+    started = time.process_time()
     for reader in (read, read_index):
         with pytest.raises(ValueError, match=r"w\.pkl: ") as error:
             reader(path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 800
-    assert time.monotonic() - started < 10 * SECONDS
+    assert time.process_time() - started < SECONDS
 
 
 def test_a_deep_tuple_inside_a_torch_file(tmp_path):

@@ -33,7 +33,7 @@ def run(root, place, **variables):
     env = {key: value for key, value in os.environ.items() if key not in hidden}
     env |= {"PATH": f"{programs}:{env['PATH']}", "LOG": str(root / "log"), **variables}
     script = os.path.relpath(root / "semi_sup" / "init.sh", place)
-    return subprocess.run(["sh", script], cwd=place, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["sh", script], cwd=place, env=env, capture_output=True, text=True, timeout=600)
 
 
 def test_the_active_environment_gets_the_project(tmp_path):
