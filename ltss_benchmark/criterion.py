@@ -89,6 +89,13 @@ def adjusted_classes(logits: Tensor, label: Tensor, remedies: PixelLoss, progres
     return torch.cat([adjusted + shift, no_object], 1)
 
 
+def adjusted_queries(logits: Tensor, matches: Matches, remedies: PixelLoss, progress: float) -> Tensor:
+    """Logits (L, B, Q, K + 1) with those of matched queries as the remedies change them."""
+    every = logits.flatten(0, 2)
+    matched = adjusted_classes(every[matches.place], matches.label, remedies, progress)
+    return every.index_copy(0, matches.place, matched).view_as(logits)
+
+
 class SetCriterion(nn.Module):
     """Losses of a Mask2Former in training, and what they hold: the counts of Seesaw.
 
@@ -148,7 +155,7 @@ class SetCriterion(nn.Module):
         weight = None
         if self.remedies is not None:
             weight = self.remedies.weight(progress)
-            logits = self._adjusted(logits.float(), matches, progress)
+            logits = adjusted_queries(logits.float(), matches, self.remedies, progress)
         labels = torch.full((layers * batch * queries,), self.num_classes, device=logits.device)
         labels = labels.scatter_(0, matches.place, matches.label).view(layers, batch * queries)
         logits = logits.flatten(1, 2)
@@ -156,12 +163,6 @@ class SetCriterion(nn.Module):
             return classification_loss(logits, labels, self.options.no_object_weight, weight)
         # The release's order, which its counts depend on: the last prediction first, then the others.
         return self.seesaw(logits.roll(1, 0), labels.roll(1, 0)).roll(-1, 0)
-
-    def _adjusted(self, logits: Tensor, matches: Matches, progress: float) -> Tensor:
-        """Logits (L, B, Q, K + 1) with those of matched queries as the remedies change them."""
-        every = logits.flatten(0, 2)
-        matched = adjusted_classes(every[matches.place], matches.label, self.remedies, progress)
-        return every.index_copy(0, matches.place, matched).view_as(logits)
 
     def _masks(self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
         """Summed binary cross-entropy and dice losses (L,) over their normaliser."""

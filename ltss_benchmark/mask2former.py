@@ -21,7 +21,7 @@ from common.data import DATASETS
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method, MethodContext
 from common.engine.optim import parameter_groups
-from common.losses.build import LossContext, build_loss
+from common.losses.build import LossContext, Slot, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
@@ -99,7 +99,8 @@ def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLos
     A query stands for a class of an image, so what is counted, also as `pixels`, are the images that show a class.
     Raises ConfigError for the slots of losses of pixels, and beside Seesaw, which adjusts the logits by itself.
     """
-    slots, why = ("logits", "class_weight"), "it classifies queries, each of which stands for a region, and no pixels"
+    slots: tuple[Slot, ...] = ("logits", "class_weight")
+    why = "it classifies queries, each of which stands for a region, and no pixels"
     if class_loss != "ce":
         slots, why = (), f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
 

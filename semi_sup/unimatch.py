@@ -62,7 +62,9 @@ class Consistency(Method):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
-        self.model = build_network(cfg.model, EncoderDecoder, "deeplabv3plus_unimatch or dpt", cfg.name)
+        fitting = "deeplabv3plus_unimatch or dpt"
+        # An abstract class will do: it is only asked whether the network is one.
+        self.model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels")
 
     def labelled_loss(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:

@@ -137,8 +137,8 @@ def _remedy(section: Mapping[str, Any] | None, slot: Slot, context: LossContext,
     where = f"{where}.{slot}"
     if slot not in context.slots:
         why = f" ({context.why})" if context.why else ""
-        known = ", ".join(context.slots) or "none"
-        raise ConfigError(f"{where}: this method's loss has no such slot{why}; it has: {known}")
+        slots = ", ".join(context.slots) or "none"
+        raise ConfigError(f"{where}: this method's loss has no such slot{why}; it has: {slots}")
 
     options = dict(section)
     name = options.pop("name", None)
