@@ -8,12 +8,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.config import Config, ConfigError, EvalConfig, ModelConfig
+from common.engine.trainer import Trainer
 from common.evaluation import evaluate
 from common.evaluation.adjustment import offsets_of
 from common.files import write_json
 from common.inference import predict_labels, predict_scores
 from common.losses.logit_adjustment import post_hoc_offsets
 from common.models.segmentor import SegmentationModel
+from tests.contexts import BareMethod
 from tests.unit.test_evaluation import Scene
 from tests.unit.test_mask2former import CLASSES, small
 
@@ -29,6 +31,15 @@ class Coarse(SegmentationModel):
 
     def segment(self, x):
         return {"logits": self.conv(x.double())}
+
+
+class Line(BareMethod):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.model = nn.Linear(2, 2)
+
+    def forward(self, streams, step):
+        return {"loss": self.model.weight.sum()}
 
 
 @pytest.fixture
@@ -104,6 +115,15 @@ def test_counts_are_those_of_the_checkpoint_then_of_the_run(tmp_path):
     assert torch.equal(offsets_of(cfg, foreign, pixels=[1, 1, 1, 1]), torch.full((4,), 0.5 * torch.tensor(4).log()))
     with pytest.raises(ConfigError, match="counted by 2 classes, the network has 4"):
         offsets_of(cfg, pixels=[1, 2])
+
+
+def test_a_checkpoint_tells_the_counts_of_its_run(tmp_path):
+    cfg = config(tmp_path)
+    cfg.folder.mkdir()
+    method = Line(cfg)
+    method.class_pixels = PIXELS
+    Trainer(cfg, method, torch.device("cpu")).save(1)
+    assert torch.equal(offsets_of(cfg, cfg.folder), post_hoc_offsets(PIXELS, 0.5))
 
 
 def test_adjusting_twice_is_said(tmp_path):
