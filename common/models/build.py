@@ -10,7 +10,7 @@ from torch import nn
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Count, Length, Rate, Side, Size, Width
-from common.models.backbones import build_backbone, build_pyramid, is_timm, pixel_statistics
+from common.models.backbones import build_backbone, build_pyramid, is_timm, pixel_statistics, require_stride_4
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
@@ -156,7 +156,7 @@ def segformer(config: ModelConfig) -> Segmentor:
 def daformer(config: ModelConfig) -> Segmentor:
     """DAFormer's network: logits at the stride of the backbone's first map, 4."""
     options = typed(DAFormerOptions, config.options, "model.options")
-    backbone = build_backbone(config, **options.backbone)
+    backbone = build_pyramid(config, **options.backbone)
     return segmentor(config, backbone, _daformer_head(config, options, backbone.channels))
 
 
@@ -176,8 +176,11 @@ def hrda(config: ModelConfig) -> HRDANetwork:
     """HRDA on DAFormer's head or the reduced DeepLabV2's: logits at stride 4 or 8 of the image at full size."""
     options = typed(HRDAOptions, config.options, "model.options")
     stride = {"daformer": 4, "deeplabv2_reduced": 8}[options.head]
-    dilated = {"output_stride": 8} if options.head == "deeplabv2_reduced" else {}
-    backbone = build_backbone(config, **{**dilated, **options.backbone})
+    if options.head == "daformer":
+        backbone = build_pyramid(config, **options.backbone)
+        require_stride_4(backbone, "HRDA")
+    else:
+        backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
 
     if options.head == "daformer":
         attention = _daformer_head(config, replace(options, fusion="conv"), backbone.channels)

@@ -51,6 +51,7 @@ SMALL = {
     },
     "deeplabv3plus": {"channels": 16, "low_channels": 8},
     "usrn": {"channels": 16, "low_channels": 8, "subclasses": 9},
+    "daformer": {"channels": 16},
     "deeplabv2": {"head_channels": 8, "features": 8},
 }  # fmt: skip
 ALIGNED = {"deeplabv3plus", "usrn", "deeplabv2", "deeplabv3plus_unimatch"}
@@ -150,7 +151,7 @@ def test_every_network_takes_one(name):
         assert model.eval().predict(images(70, 93)).shape == (2, 5, 70, 93)
 
 
-@pytest.mark.parametrize("name", ["upernet", "ocrnet", "segformer", "knet", "mask2former"])
+@pytest.mark.parametrize("name", ["upernet", "ocrnet", "segformer", "knet", "daformer", "mask2former"])
 def test_a_plain_transformer_gets_a_pyramid(name):
     model = build_model(config("vit_tiny_patch16_224", name))
     assert model.backbone.strides == (4, 8, 16, 32)
