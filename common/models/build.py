@@ -98,6 +98,7 @@ class HRDAOptions(DAFormerOptions):
     """Options of HRDA: the head that both scales share, and the detail crops."""
 
     head: Literal["daformer", "deeplabv2_reduced"] = "daformer"
+    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] | None = None  # None: the head's own
     crop: Size = (512, 512)  # of the detail: height, width
     overlap: bool = True  # windows of inference step by half a crop
     window_batch: Count = 9  # of them in one batch, in evaluation mode
@@ -183,10 +184,13 @@ def hrda(config: ModelConfig) -> HRDANetwork:
         backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
 
     if options.head == "daformer":
+        options = replace(options, dilations=options.dilations or DAFormerOptions.dilations)
         attention = _daformer_head(config, replace(options, fusion="conv"), backbone.channels)
         heads = MultiScaleHead(_daformer_head(config, options, backbone.channels), attention)
     else:
-        heads = MultiScaleHead(*(DeepLabV2Head(backbone.channels, config.num_classes) for _ in range(2)))
+        dilations = options.dilations or DeepLabV2ReducedOptions.dilations
+        both = (DeepLabV2Head(backbone.channels, config.num_classes, dilations=dilations) for _ in range(2))
+        heads = MultiScaleHead(*both)
     mean, std = pixel_statistics(config)
     shared = {"num_classes": config.num_classes, "mean": mean, "std": std}
     details = {"crop": options.crop, "overlap": options.overlap, "window_batch": options.window_batch}

@@ -59,15 +59,16 @@ def small(name, folder, *words):
 
 
 def build(cfg: Config):
-    facts = MethodContext(context(range(1, 20)).statistics, DATASETS[cfg.data.streams["source"].dataset])
+    row = DATASETS[cfg.data.streams["source"].dataset]
+    facts = MethodContext(context(range(1, row.num_classes + 1)).statistics, row)
     torch.manual_seed(0)
     return build_method(cfg, facts).train()
 
 
-def batches(size=2):
+def batches(size=2, classes=19):
     g = torch.Generator().manual_seed(1)
     source, target = (torch.randint(0, 256, (size, 3, *CROP), generator=g, dtype=torch.uint8) for _ in range(2))
-    blocks = torch.randint(-1, 19, (size, 2, 3), generator=g, dtype=torch.int16)
+    blocks = torch.randint(-1, classes, (size, 2, 3), generator=g, dtype=torch.int16)
     label = blocks.repeat_interleave(32, 1).repeat_interleave(32, 2)
     shared = {"extent": torch.tensor([CROP] * size, dtype=torch.int32)}
     shared["geometry"] = torch.tensor([[128, 192, 128, 192, 32, 16, 1]] * size, dtype=torch.int32)
@@ -77,7 +78,7 @@ def batches(size=2):
 def step(method, number=0):
     """The parts of a step, back-propagated as the engine does, and its end."""
     parts = []
-    for part in method(batches(), number):
+    for part in method(batches(classes=method.model.num_classes), number):
         part["loss"].backward()
         parts.append({key: value.detach() for key, value in part.items()})
     return parts
@@ -271,6 +272,24 @@ def test_the_imagenet_network_is_in_no_checkpoint(tmp_path):
     assert all(torch.equal(t, frozen[name]) for name, t in other.imagenet.net.state_dict().items())
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict({name: t for name, t in state.items() if "decode_head" not in name})
+
+
+def test_a_resumed_step_is_the_one_that_would_have_come(tmp_path):
+    """To the bit, from the state dict alone: the release copies its teacher from the student again."""
+    method, resumed = (small("mic/toy", tmp_path) for _ in range(2))
+    torch.manual_seed(1)
+    step(method)
+    with torch.no_grad():
+        for p in method.model.parameters():
+            p -= 0.1 * p.grad
+            p.grad = None
+    method.after_step(0)
+    resumed.load_state_dict(method.state_dict())
+    losses = []
+    for each in (method, resumed):
+        torch.manual_seed(2)
+        losses.append([part["loss"] for part in step(each, 1)])
+    assert all(torch.equal(*pair) for pair in zip(*losses, strict=True))
 
 
 def test_a_checkpoint_of_the_student_leaves_the_imagenet_network_alone(tmp_path):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 CLASSES = ["road", "tree", "pole"]
 
 # What a training leaves; its quality is `gain` of the settings and a little of the seed.
-FAKE = '''
+FAKE = """
 import json, sys
 from pathlib import Path
 import numpy as np
@@ -35,7 +35,7 @@ result = {"miou": iou, "miou_tail": -iou, "per_class": per_class, "convention": 
 (folder / "evaluation.json").write_text(json.dumps(result))
 (folder / "run.json").write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
 np.savez_compressed(folder / "per_image.npz", names=np.array(["x", "y"]), matrices=matrices)
-'''
+"""
 
 
 @pytest.fixture
