@@ -13,7 +13,7 @@ def weights(folder):
     return load_file(folder / "checkpoints" / "last" / "model.safetensors")
 
 
-def test_two_ranks_resume_to_the_bit_and_evaluate_like_one(config, tmp_path):  # noqa: F811
+def test_two_ranks_resume_bit_for_bit_and_evaluate_like_one(config, tmp_path):  # noqa: F811
     devices = ("train.devices=2", "train.steps=8", "train.save_every=4", "eval.every=8")
     call(*TORCHRUN, config, *devices, "name=whole")
     call(*TORCHRUN, config, *devices, "name=parts", "train.steps=8", "eval.every=5")

@@ -110,7 +110,7 @@ def test_subclass_labels_are_complete_and_true(place):
             assert (c["smallest"], c["largest"]) == (c["cells"] // c["subclasses"], -(-c["cells"] // c["subclasses"]))
 
 
-def test_training_resumes_to_the_bit_and_tests(place):
+def test_training_resumes_bit_for_bit_and_tests(place):
     """USRN with everything that has a state: a teacher, and BLV's counts, refreshed after five steps."""
     more = [*place.usrn(), "train.steps=8", "train.save_every=3", "train.keep=9", "method.teacher=ema",
             "remedies.logits={name: blv}", "method.threshold=0.1"]  # fmt: skip

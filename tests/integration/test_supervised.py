@@ -32,7 +32,7 @@ def kill_and_resume(config, tmp_path, name, moment, *overrides):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(s, marks=pytest.mark.slow) for s in range(3, 20))])
-def test_killed_runs_resume_to_the_bit(config, tmp_path, seed):
+def test_killed_runs_resume_bit_for_bit(config, tmp_path, seed):
     """The moments spread over start-up, steps, saving and evaluation; each run is compared with a whole one."""
     if not (config.parent / "whole").exists():
         call(TRAIN, config, "name=whole")
@@ -43,7 +43,7 @@ def test_killed_runs_resume_to_the_bit(config, tmp_path, seed):
     assert [record["step"] for record in steps if record["kind"] == "train"] == list(range(1, 21))
 
 
-def test_sigterm_saves_and_resumes_to_the_bit(config, tmp_path, whole):
+def test_sigterm_saves_and_resumes_bit_for_bit(config, tmp_path, whole):
     process = command(TRAIN, config, "name=stopped", "train.save_every=1000", "train.steps=20")
     log = tmp_path / "stopped" / "log.jsonl"
     deadline = time.monotonic() + 600

@@ -108,7 +108,7 @@ def test_labels_that_do_not_say_what_they_were_made_from(task, capsys):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stage_1_resumes_to_the_bit(task, ranks):
+def test_stage_1_resumes_bit_for_bit(task, ranks):
     """Teacher, prototypes, bank and pointer, optimisers: all of it is in the checkpoint."""
     launch = ("uda/train.py",) if ranks == 1 else TORCHRUN
     words = (task / "toy", "--stage", "stage1", *QUICK, f"train.devices={ranks}")

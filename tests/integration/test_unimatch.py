@@ -52,7 +52,7 @@ def settings(root: Path, crop: int) -> list[str]:
 
 
 @pytest.mark.parametrize("config", CASES)
-def test_training_resumes_to_the_bit_and_tests(config, data):
+def test_training_resumes_bit_for_bit_and_tests(config, data):
     crop, logged, more = CASES[config]
     path = CONFIGS / f"{config}.yaml"
     words = ["--config", path, *settings(data, crop), *more, "--device", "cpu"]

@@ -119,7 +119,7 @@ def stop_at(number):
     return evaluate
 
 
-def test_a_stopped_run_resumes_to_the_bit(tmp_path):
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     whole = train(config(tmp_path / "a"))
     cfg = config(tmp_path / "b", save_every=100)
     cfg = Config(**{**cfg.__dict__, "eval": EvalConfig(every=11)})
