@@ -24,6 +24,7 @@ from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
+from common.losses.counts import PseudoUnit
 from common.losses.feature_distance import cells_of, feature_distance
 from common.models import Segmentor, build_network
 from common.models.frozen import Frozen
@@ -85,22 +86,21 @@ class DAFormer(Method):
     Network: type[nn.Module] = Segmentor
     fitting = "daformer or deeplabv2_reduced"
     backwards = 2
+    pseudo_labels: PseudoUnit | None = "shares"
     compiles = False
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, self.Network, self.fitting, cfg.name)
         self.model.check_heads(("decode",), f"{cfg.name}: model")
-        self.loss = pixel_loss(cfg.remedies, cfg, context, average="all", pseudo_labels=self._pseudo_unit())
+        pseudo_labels = self.pseudo_labels if self.options.adapt else None
+        self.loss = pixel_loss(cfg.remedies, cfg, context, average="all", pseudo_labels=pseudo_labels)
 
         self.imagenet = self._imagenet_backbone(cfg) if self.options.feature_distance.weight else None
         self.register_buffer("things", self._things(cfg, context), persistent=False)
         self.teacher = deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
         if not self.options.adapt:
             self.backwards = 1
-
-    def _pseudo_unit(self) -> Literal["shares"] | None:
-        return "shares" if self.options.adapt else None
 
     def _things(self, cfg: Config, context: MethodContext) -> Tensor | None:
         """Which classes the feature distance holds, bool (K,); None where it does not ask, or nobody knows yet."""
