@@ -1,6 +1,7 @@
 """What a killed process leaves unfinished is removed by the next run, and is never taken for data."""
 
 import os
+import sys
 import time
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_drafts_of_the_idle_are_removed(tmp_path):
 
 def test_preparation(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["prepare"])
     expect(monkeypatch, "ade20k", 2, 2)
     base = tmp_path / "ADEChallengeData2016"
     for split in ("training", "validation"):
