@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Processes that tests start treat deprecations as the tests themselves do (`filterwarnings` in pyproject.toml).
+DEPRECATIONS = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+os.environ.setdefault("PYTHONWARNINGS", ",".join(f"error::{name}" for name in DEPRECATIONS))
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; more threads than cores make both slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

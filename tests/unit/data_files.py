@@ -59,6 +59,22 @@ def write_png(path: Path, size: tuple[int, int], depth: int, rows: bytes, interl
     return path
 
 
+def decode_png16(data: bytes) -> np.ndarray:
+    """The values of a 16-bit RGB PNG each row of which is filtered by the row above, uint16 (H, W, 3)."""
+    width, height = struct.unpack(">II", data[16:24])
+    start, packed = 8, b""
+    while start < len(data):
+        (length,) = struct.unpack(">I", data[start : start + 4])
+        if data[start + 4 : start + 8] == b"IDAT":
+            packed += data[start + 8 : start + 8 + length]
+        start += length + 12
+
+    rows = np.frombuffer(zlib.decompress(packed), np.uint8).reshape(height, 1 + 6 * width)
+    assert (rows[:, 0] == 2).all()
+    values = np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8).view(">u2")
+    return values.reshape(height, width, 3).astype(np.uint16)
+
+
 def make_folder(root: Path, images: int = 6, size: tuple[int, int] = (48, 64), count: int = 5) -> SourceConfig:
     """A `folder` data set of PNG images and labels (255 = ignore in the first row); its source."""
     for k in range(images):

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torchvision.io import decode_png
 
 from common.config import SourceConfig
 from common.data import DATASETS, IGNORE, SegmentationDataset, class_statistics, toy
@@ -18,6 +16,7 @@ from common.data.toy.canvas import DOMAINS
 from common.data.toy.glyphs import ADE_IDS, ADE_RANKS, ade_scene, voc_scene
 from common.data.toy.people import mhp_scene
 from common.data.toy.scene import street_scene
+from tests.unit.data_files import decode_png16
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = {"train": 3, "val": 2, "size": (64, 128)}
@@ -118,13 +117,12 @@ def test_synthia_layout(tmp_path):
     pairs |= {32: 12, 33: 11, 22: 0, 27: 0, 31: 0, 1: 0}  # Cityscapes id: SYNTHIA id
     row, seen = DATASETS["synthia"], set()
     for i, record in enumerate(row.layout(root, "train", None)):
-        data = torch.frombuffer(bytearray(record.label.read_bytes()), dtype=torch.uint8)
-        stored = decode_png(data)
-        assert stored.dtype == torch.uint16 and tuple(stored.shape) == (3, 128, 216)
+        stored = decode_png16(record.label.read_bytes())
+        assert stored.shape == (128, 216, 3)
         scene = street_scene(0, "render", i, (128, 216))
         for raw, k in pairs.items():
-            assert (stored[0].numpy()[scene.label == raw] == k).all()
-        assert np.array_equal(stored[1].numpy(), scene.instance) and scene.instance.max() > 3
+            assert (stored[..., 0][scene.label == raw] == k).all()
+        assert np.array_equal(stored[..., 1], scene.instance) and scene.instance.max() > 3
         seen |= set(np.unique(row.label_table(record.label).read(record.label)).tolist())
     assert seen <= set(range(IGNORE, 16)) and len(seen) > 12
 
@@ -212,8 +210,7 @@ def test_mhpv2_lt_layout(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 3), (64, 33, 3)])
 def test_16_bit_png_reads_back(shape):
     image = np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
-    data = torch.frombuffer(bytearray(toy.encode_png16(image)), dtype=torch.uint8)
-    assert np.array_equal(decode_png(data).permute(1, 2, 0).numpy(), image)
+    assert np.array_equal(decode_png16(toy.encode_png16(image)), image)
     with pytest.raises(ValueError, match="uint16"):
         toy.encode_png16(image.astype(np.uint8))
 
