@@ -11,7 +11,8 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows.detach()
     everywhere = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    dist.all_gather_into_tensor(everywhere, rows.detach().contiguous())
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
+    gather(everywhere, rows.detach().contiguous())
     return everywhere
 
 
