@@ -35,6 +35,7 @@ def _guarded(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if os.environ.get("LTS_TRACEBACK"):
             traceback.print_exception(error)
+
         line, code = describe(error)
         print(f"error: {line}", file=sys.stderr, flush=True)
         return code
@@ -47,16 +48,30 @@ def describe(error: Exception) -> tuple[str, int]:
 
     if isinstance(error, ValueError | OSError) or kind == "DecompressionBombError":
         return text, 2
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+
+    if (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in text
+    ):
         reason = text.split(" If reserved but", 1)[0]  # torch adds a page of general advice
         advice = "lower batch_size, the crop, or data.workers; or raise train.devices to take the batch in parts"
         return f"out of memory: {reason or 'no more to be had'}; {advice}", 1
+
     if text.startswith("DataLoader worker") or kind == "BrokenProcessPool":
-        return f"{text.rstrip('. ')}; killed processes are often out of memory: use fewer workers", 1
+        return (
+            f"{text.rstrip('. ')}; killed processes are often out of memory: use fewer workers",
+            1,
+        )
+
     if kind.startswith("Dist") or "gloo" in text:
         rank = os.environ.get("RANK", "0")
         return f"rank {rank}: lost another rank, whose error is the cause ({text[:200]})", 1
-    return f"{kind}: {text} ({_place(error)}); this is a bug, LTS_TRACEBACK=1 shows the traceback for a report", 1
+
+    return (
+        f"{kind}: {text} ({_place(error)}); this is a bug, LTS_TRACEBACK=1 shows the traceback for a report",
+        1,
+    )
 
 
 def _place(error: Exception) -> str:
@@ -64,7 +79,11 @@ def _place(error: Exception) -> str:
     if getattr(error, "__notes__", None):  # its traceback in another process
         return "in a loader process"
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "unknown place"
+    return (
+        f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
+        if frames
+        else "unknown place"
+    )
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -80,25 +99,38 @@ def train_parser(description: str) -> argparse.ArgumentParser:
     """CONFIG [--resume] [--device D] [--quiet] [key=value …]"""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", help="YAML or JSON config")
-    parser.add_argument("overrides", nargs="*", default=[], help="values to change, as section.key=value")
-    parser.add_argument("--resume", action="store_true", help="resume from the run's newest checkpoint")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="values to change, as section.key=value"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the run's newest checkpoint"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
+    )
     add_quiet(parser)
+
     return parser
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """[--quiet]: it takes effect while the arguments are read."""
-    parser.add_argument("--quiet", action=_Quiet, nargs=0, help="only results, warnings and errors")
+    parser.add_argument(
+        "--quiet", action=_Quiet, nargs=0, help="only results, warnings and errors"
+    )
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
     """[--force]: for `common.files.refuse_to_overwrite`."""
-    parser.add_argument("--force", action="store_true", help="replace files that are there already")
+    parser.add_argument(
+        "--force", action="store_true", help="replace files that are there already"
+    )
 
 
 class _Quiet(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option: str | None = None
+    ) -> None:
         console.silence()
 
 
@@ -107,11 +139,22 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
     The parser's `parse_intermixed_args` reads them, `source` says what they name.
     """
-    parser.add_argument("dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value, with --config")
-    parser.add_argument("--config", metavar="FILE", help="take the data set of this config, `folder` ones too")
-    parser.add_argument("--stream", help="which stream of the config (default: its first with labels)")
-    parser.add_argument("--root", help="default: the folder of the row below its environment variable or ./datasets")
+    parser.add_argument(
+        "dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="section.key=value, with --config"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="take the data set of this config, `folder` ones too"
+    )
+    parser.add_argument(
+        "--stream", help="which stream of the config (default: its first with labels)"
+    )
+    parser.add_argument(
+        "--root",
+        help="default: the folder of the row below its environment variable or ./datasets",
+    )
     parser.add_argument("--split", help="default: train, or the stream's")
     parser.add_argument("--list", metavar="FILE", help="only the images that it names")
     add_quiet(parser)
@@ -119,12 +162,16 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def source(args: argparse.Namespace) -> SourceConfig:
     """What the arguments of `add_source` name. ValueError where they name nothing, or two things."""
-    words, overrides = split_overrides([word for word in (args.dataset, *args.overrides) if word])
+    words, overrides = split_overrides(
+        [word for word in (args.dataset, *args.overrides) if word]
+    )
     if bool(words) == bool(args.config) or len(words) > 1 or (overrides and not args.config):
         raise ValueError("name one data set, such as camvid, or a --config with its overrides")
+
     cfg = source_config(args)
     chosen = SourceConfig(dataset=words[0]) if cfg is None else _labelled(cfg, args.stream)
     given = {"root": args.root, "split": args.split, "list": args.list}
+
     return replace(chosen, **{key: value for key, value in given.items() if value is not None})
 
 
@@ -137,7 +184,13 @@ def source_config(args: argparse.Namespace) -> Config | None:
 def _labelled(cfg: Config, stream: str | None) -> SourceConfig:
     """The images and labels of a config's stream: of its first with labels where none is named."""
     item = cfg.data.streams[labelled_stream(cfg, stream)]
-    return SourceConfig(dataset=item.dataset, root=item.root, split=item.split, list=item.list, folder=item.folder)
+    return SourceConfig(
+        dataset=item.dataset,
+        root=item.root,
+        split=item.split,
+        list=item.list,
+        folder=item.folder,
+    )
 
 
 def labelled_stream(cfg: Config, stream: str | None = None) -> str:
@@ -146,7 +199,10 @@ def labelled_stream(cfg: Config, stream: str | None = None) -> str:
     name = stream or next(iter(labelled), None)
     if name not in cfg.data.streams:
         known = ", ".join(cfg.data.streams) or "none"
-        raise ValueError(f"{cfg.name}: data.streams has no {name or 'stream with labels'!r}; streams: {known}")
+        raise ValueError(
+            f"{cfg.name}: data.streams has no {name or 'stream with labels'!r}; streams: {known}"
+        )
+
     return name
 
 

@@ -28,19 +28,28 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return None if self.half_width is None else (self.mean - self.half_width, self.mean + self.half_width)
+        return (
+            None
+            if self.half_width is None
+            else (self.mean - self.half_width, self.mean + self.half_width)
+        )
 
 
-def paired(method: Sequence[float], baseline: Sequence[float], level: float = LEVEL) -> Difference:
+def paired(
+    method: Sequence[float], baseline: Sequence[float], level: float = LEVEL
+) -> Difference:
     """The difference of two methods whose runs are paired by place. ValueError for sequences that cannot be."""
     if len(method) != len(baseline) or not len(method):
-        raise ValueError(f"{len(method)} runs cannot be paired with {len(baseline)}; give the same seeds of both")
+        raise ValueError(
+            f"{len(method)} runs cannot be paired with {len(baseline)}; give the same seeds of both"
+        )
     return of_differences([a - b for a, b in zip(method, baseline, strict=True)], level)
 
 
 def of_differences(values: Sequence[float], level: float = LEVEL) -> Difference:
     """Mean, interval and test of differences, or of the scores themselves."""
-    n, mean = len(values), float(np.mean(values))
+    n = len(values)
+    mean = float(np.mean(values))
     if n == 1:
         return Difference(mean, n)
 
@@ -51,6 +60,7 @@ def of_differences(values: Sequence[float], level: float = LEVEL) -> Difference:
         p = float(2 * stats.t.sf(abs(mean) / error, n - 1))
     else:
         p = 1.0 if mean == 0 else 0.0
+
     return Difference(mean, n, sd, half_width, p)
 
 
@@ -59,9 +69,11 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     known = sorted((p, name) for name, p in p_values.items() if p is not None)
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
+
     for i, (p, name) in enumerate(known):
         highest = max(highest, min(1.0, (len(known) - i) * p))
         adjusted[name] = highest
+
     return adjusted
 
 
@@ -69,7 +81,9 @@ def power(pairs: int, sd: float, effect: float, level: float = LEVEL) -> float:
     """The chance that the two-sided paired t-test finds a mean difference `effect`."""
     critical = stats.t.ppf((1 + level) / 2, pairs - 1)
     shift = effect / sd * math.sqrt(pairs)
-    found = stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(-critical, pairs - 1, shift)
+    found = stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(
+        -critical, pairs - 1, shift
+    )
     return float(found)
 
 
@@ -80,19 +94,27 @@ def pairs_needed(sd: float, effect: float, chance: float = 0.8, level: float = L
     """
     if sd <= 0 or effect <= 0:
         raise ValueError(f"spread {sd} and effect {effect} have to be above 0")
+
     z = stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(chance)
-    n = max(2, int((z * sd / effect) ** 2))  # by the normal distribution, which asks for a little less
+    # by the normal distribution, which asks for a little less
+    n = max(2, int((z * sd / effect) ** 2))
     if n > 1_000_000:
-        raise ValueError(f"an effect of {effect} in a spread of {sd} needs more than a million pairs")
+        raise ValueError(
+            f"an effect of {effect} in a spread of {sd} needs more than a million pairs"
+        )
+
     while power(n, sd, effect, level) < chance:
         n += 1
+
     return n
 
 
 # Scores of confusion matrices ---------------------------------------------------------------------------------------
 
 
-def head_and_tail(matrix: np.ndarray, tail: Sequence[int], convention: Convention = "nan_mean") -> dict[str, float]:
+def head_and_tail(
+    matrix: np.ndarray, tail: Sequence[int], convention: Convention = "nan_mean"
+) -> dict[str, float]:
     """`miou`, `miou_tail` and `miou_head` (the classes that are not of the tail), `macc`, `aacc` of a matrix (K, K).
 
     Fractions; NaN for a group of which no class is defined.
@@ -116,7 +138,10 @@ def _mean(values: np.ndarray) -> float:
 def precision_and_recall(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each class: precision, recall, and predicted over true pixels (K,); NaN where undefined."""
     matrix = np.asarray(matrix, np.float64)
-    hits, truth, predicted = np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+    hits = np.diagonal(matrix)
+    truth = matrix.sum(1)
+    predicted = matrix.sum(0)
+
     with np.errstate(divide="ignore", invalid="ignore"):
         return hits / predicted, hits / truth, np.where(truth > 0, predicted / truth, np.nan)
 
@@ -124,13 +149,17 @@ def precision_and_recall(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 # Words --------------------------------------------------------------------------------------------------------------
 
 
-def verdict(difference: Difference, p: float | None, points: float = 100.0, level: float = LEVEL) -> str:
+def verdict(
+    difference: Difference, p: float | None, points: float = 100.0, level: float = LEVEL
+) -> str:
     """What a difference says, in words. p: adjusted for the other methods. points: how many a score of 1 is."""
     mean = points * difference.mean
     if difference.half_width is None or p is None:
         return f"{mean:+.1f} points in one pair, which says nothing about other seeds"
+
     half = points * difference.half_width
     text = f"{mean:+.1f} ± {half:.1f} points over {difference.n} pairs"
     if p < 1 - level:
         return f"{text}: {'better' if mean > 0 else 'worse'}"
+
     return f"{text}: not told apart"

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-QUIET = "LTS_QUIET"  # an environment variable, so that the ranks that a program starts are quiet too
+# an environment variable, so that the ranks that a program starts are quiet too
+QUIET = "LTS_QUIET"
 PROJECT = ("common", "fully_sup", "semi_sup", "uda", "ltss_benchmark")  # whose log is shown
 
 
@@ -39,10 +40,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def bar(items: Iterable[Any] | None = None, *, what: str, total: int | None = None, unit: str = "image") -> tqdm:
+def bar(
+    items: Iterable[Any] | None = None,
+    *,
+    what: str,
+    total: int | None = None,
+    unit: str = "image",
+) -> tqdm:
     """A progress bar over `items`, or one to `update`: on rank 0, on a terminal, and never in a log file."""
     hidden = True if quiet() or not first_rank() else None  # None: where stderr is no terminal
-    return tqdm(items, desc=what, total=total, unit=unit, mininterval=0.5, leave=False, disable=hidden)
+    return tqdm(
+        items, desc=what, total=total, unit=unit, mininterval=0.5, leave=False, disable=hidden
+    )
 
 
 @contextlib.contextmanager
@@ -51,6 +60,7 @@ def shown() -> Iterator[None]:
     before = sys.stdout, sys.stderr, warnings.showwarning
     sys.stdout, sys.stderr = _Output(sys.stdout), _Output(sys.stderr)
     warnings.showwarning = _one_line_warning
+
     try:
         with _shown_log():
             yield
@@ -94,12 +104,15 @@ def _shown_log() -> Iterator[None]:
     if not first_rank():
         yield
         return
+
     handler = logging.StreamHandler()
     loggers = [logging.getLogger(name) for name in PROJECT]
     before = [logger.level for logger in loggers]
+
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING if quiet() else logging.INFO)
+
     try:
         yield
     finally:

@@ -21,8 +21,10 @@ def start(device: str | None = None) -> torch.device:
     chosen = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+
     return chosen
 
 
@@ -38,9 +40,14 @@ def _device(name: str) -> torch.device:
             f"--device {name}: {world_size()} processes would share this GPU; give --device cuda, one for each process "
             "(CUDA_VISIBLE_DEVICES chooses among them)"
         )
-    number, found = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+
+    number = int(index or os.environ.get("LOCAL_RANK", 0))
+    found = torch.cuda.device_count()
     if number >= found:
-        raise ValueError(f"--device {name}: GPU {number} is asked for, and torch finds {found}; give --device cpu")
+        raise ValueError(
+            f"--device {name}: GPU {number} is asked for, and torch finds {found}; give --device cpu"
+        )
+
     return torch.device(kind, number)
 
 
@@ -55,15 +62,21 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    )
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
     """`module` with gradients averaged over the ranks; its buffers are left to it after the start."""
     wrapper = nn.parallel.DistributedDataParallel
     names = inspect.signature(wrapper).parameters
-    renamed = "forward_sync_buffers" in names  # from torch 2.13 on; the old name gives a warning
-    return wrapper(module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+    renamed = (
+        "forward_sync_buffers" in names
+    )  # from torch 2.13 on; the old name gives a warning
+    return wrapper(
+        module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    )
 
 
 def barrier() -> None:
@@ -106,13 +119,21 @@ def synchronise_batchnorm(module: Network, norm: str, device: torch.device) -> N
     """SyncBN when it is asked for and several GPUs train; the CPU has none, so there ordinary BN stays."""
     if norm != "sync_bn" or world_size() == 1:
         return module
+
     if device.type != "cuda":
         if rank() == 0:
-            warnings.warn("SyncBN needs GPUs: on the CPU each rank normalises with its own batch", stacklevel=2)
+            warnings.warn(
+                "SyncBN needs GPUs: on the CPU each rank normalises with its own batch",
+                stacklevel=2,
+            )
         return module
-    from timm.layers import convert_sync_batchnorm  # here, because programs without networks import this module
 
-    return convert_sync_batchnorm(module)  # torch's own would drop the activation in timm's norms
+    # here, because programs without networks import this module
+    from timm.layers import convert_sync_batchnorm
+
+    return convert_sync_batchnorm(
+        module
+    )  # torch's own would drop the activation in timm's norms
 
 
 @torch.no_grad()
@@ -120,11 +141,18 @@ def average_batchnorm(module: nn.Module) -> None:
     """Make the running statistics of ordinary BN equal on all ranks, so that a checkpoint is one set of files."""
     if world_size() == 1:
         return
+
     plain = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    plain = [m for m in plain if not isinstance(m, nn.SyncBatchNorm) and m.running_mean is not None]
+    plain = [
+        m for m in plain if not isinstance(m, nn.SyncBatchNorm) and m.running_mean is not None
+    ]
     statistics = [s for m in plain for s in (m.running_mean, m.running_var)]
     if not statistics:
         return
+
     flat = all_mean(torch.cat([s.reshape(-1) for s in statistics]))
-    for statistic, values in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+
+    for statistic, values in zip(
+        statistics, flat.split([s.numel() for s in statistics]), strict=True
+    ):
         statistic.copy_(values.view_as(statistic))

@@ -40,11 +40,14 @@ class Experiment:
 
     def __init__(self, cfg: Config, counted: str | None = None, train: bool = True):
         """`counted`: the stream whose labels are counted; None counts nothing. `train`: whether streams are needed."""
-        self.cfg, self.cache = cfg, Path(cfg.data.cache or Path(cfg.output) / ".cache")
+        self.cfg = cfg
+        self.cache = Path(cfg.data.cache or Path(cfg.output) / ".cache")
         self.streams = make_streams(cfg.data, cfg.seed, self.cache) if train else {}
         self.val = SegmentationDataset(cfg.data.val)
+
         for dataset in (*(stream.dataset for stream in self.streams.values()), self.val):
             check(dataset)
+
         self._check_classes()
         groups = groups_config(cfg.data.groups, self.val.row)
 
@@ -55,19 +58,29 @@ class Experiment:
 
     def _count(self, stream: str) -> Counted:
         known = self.streams.get(stream)
-        dataset = SegmentationDataset(self.cfg.data.streams[stream]) if known is None else known.dataset
+        dataset = (
+            SegmentationDataset(self.cfg.data.streams[stream])
+            if known is None
+            else known.dataset
+        )
         return Counted(dataset, class_statistics(dataset, self.cfg.data.workers, self.cache))
 
     @property
     def context(self) -> MethodContext:
         """What the method gets to know of the data. ValueError where no stream was counted."""
         if self.counted is None:
-            raise ValueError(f"{self.cfg.name}: a method needs the class statistics of a labelled stream")
+            raise ValueError(
+                f"{self.cfg.name}: a method needs the class statistics of a labelled stream"
+            )
         return MethodContext(self.counted.statistics, self.counted.dataset.row)
 
     def _check_classes(self) -> None:
-        for name, dataset in (*((n, s.dataset) for n, s in self.streams.items()), ("val", self.val)):
-            known, wanted = dataset.row.num_classes, self.cfg.model.num_classes
+        for name, dataset in (
+            *((n, s.dataset) for n, s in self.streams.items()),
+            ("val", self.val),
+        ):
+            known = dataset.row.num_classes
+            wanted = self.cfg.model.num_classes
             if known != wanted:
                 raise ConfigError(
                     f"{self.cfg.name}: model.num_classes is {wanted}, but data set {dataset.row.name!r} ({name}) has "
@@ -82,32 +95,51 @@ class Experiment:
         if self.counts is not None:
             self.cfg.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.cfg.folder / "statistics.json", self.counts)
-        rank, world = distributed.rank(), distributed.world_size()
-        return make_loaders(self.cfg.data, self.cfg.train, step, rank, world, streams=self.streams)
 
-    def evaluator(self, method: Method, device: torch.device) -> Callable[[int], dict[str, Any]]:
+        rank = distributed.rank()
+        world = distributed.world_size()
+        return make_loaders(
+            self.cfg.data, self.cfg.train, step, rank, world, streams=self.streams
+        )
+
+    def evaluator(
+        self, method: Method, device: torch.device
+    ) -> Callable[[int], dict[str, Any]]:
         """What `fit` calls to validate; the newest result stands in the run's `evaluation.json`."""
 
         def validate(step: int) -> dict[str, Any]:
             folder = self.cfg.folder
-            result = self.score(method, device, panels=folder / "panels", per_image=folder / PER_IMAGE)
+            result = self.score(
+                method, device, panels=folder / "panels", per_image=folder / PER_IMAGE
+            )
             result = {"step": step, **result}
             if distributed.rank() == 0:
                 write_json(self.cfg.folder / "evaluation.json", result)
+
             return result
 
         return validate
 
     def score(
-        self, model: torch.nn.Module, device: torch.device, checkpoint: str | Path | None = None, **options: Any
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        checkpoint: str | Path | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
         """`evaluate` on the validation set, with rare, common and frequent groups where they are known (`group_rule`
         says by what). checkpoint: the model's, which tells the counts of logit adjustment where none were made."""
-        options = {"groups": self.levels(), "rank": distributed.rank(), "world": distributed.world_size(), **options}
+        options = {
+            "groups": self.levels(),
+            "rank": distributed.rank(),
+            "world": distributed.world_size(),
+            **options,
+        }
         cfg = options.pop("cfg", self.cfg.eval)
         counted = None if self.counted is None else self.counted.statistics.pixel_count.tolist()
         offsets = offsets_of(replace(self.cfg, eval=cfg), checkpoint, counted)
         result = evaluate(model, self.val, cfg, device=device, offsets=offsets, **options)
+
         return {**result, "group_rule": self.grouping.rule} if self.grouping else result
 
     def levels(self) -> Mapping[str, Sequence[str]] | None:
@@ -130,12 +162,18 @@ class Experiment:
         """
         if not resume:
             refuse_earlier(self.cfg.folder)
+
         if distributed.rank() != 0:
             return
 
-        there = next(path for path in (self.cfg.folder, *self.cfg.folder.absolute().parents) if path.exists())
+        there = next(
+            path
+            for path in (self.cfg.folder, *self.cfg.folder.absolute().parents)
+            if path.exists()
+        )
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise OSError(f"{there}: no folder to write in; set `output` to another")
+
         if self.counted is not None:
             self.counts = counts_of(*self.counted)
 
@@ -145,6 +183,7 @@ def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str,
     lacks = coverage_warnings(dataset, statistics)
     for lack in lacks:
         warnings.warn(lack, stacklevel=3)
+
     return {
         "class_pixels": statistics.pixel_count.tolist(),
         "class_images": statistics.image_count.tolist(),

@@ -45,6 +45,7 @@ def replacing(path: str | Path, *, sync: bool = True) -> Iterator[Path]:
         yield draft
         if sync:
             _sync_all(draft)
+
         _rename(draft, path)
         if sync:
             _sync_folder(path.parent)
@@ -72,7 +73,9 @@ def refuse_to_overwrite(paths: Iterable[str | Path], force: bool = False) -> Non
     there = [] if force else [str(path) for path in paths if Path(path).exists()]
     if there:
         more = f", and {len(there) - 1} more" if len(there) > 1 else ""
-        raise ValueError(f"{there[0]}: there already{more}; write elsewhere, or replace what is there with --force")
+        raise ValueError(
+            f"{there[0]}: there already{more}; write elsewhere, or replace what is there with --force"
+        )
 
 
 def remove(path: Path) -> None:
@@ -114,6 +117,7 @@ def _sync_all(draft: Path) -> None:
     for path in paths:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
+
     if draft.is_dir():
         _sync_folder(draft)
 
@@ -150,6 +154,7 @@ def _refusal(folder: Path) -> str | None:
             os.fsync(probe.fileno())
     except OSError as error:
         return error.strerror
+
     return None
 
 
@@ -176,10 +181,12 @@ def follow(path: str | Path) -> Path:
 
     with path.open("rb") as file:
         start = file.read(256)
+
     if not start.startswith(LINK.encode()):
         return path
 
     name = start.decode(errors="replace").removeprefix(LINK).strip()
+
     return path.with_name(Path(name).name)
 
 
@@ -196,11 +203,16 @@ def read_artifact(path: str | Path, parse: Callable[[Path], T], remedy: str = ""
     try:
         return parse(path)
     except OSError as error:
-        reason, cause = _spoken(error, path), error
+        reason = _spoken(error, path)
+        cause = error
     except ValueError as error:
-        reason, cause = str(error), error
-    except Exception as error:  # damage surfaces as zlib.error, KeyError, RecursionError, MemoryError, …
-        reason, cause = f"damaged file ({type(error).__name__}: {error})", error
+        reason = str(error)
+        cause = error
+    except (
+        Exception
+    ) as error:  # damage surfaces as zlib.error, KeyError, RecursionError, MemoryError, …
+        reason = f"damaged file ({type(error).__name__}: {error})"
+        cause = error
 
     line = " ".join(reason.split()).removeprefix(f"{path}: ")
     line = line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
@@ -209,7 +221,9 @@ def read_artifact(path: str | Path, parse: Callable[[Path], T], remedy: str = ""
 
 def _spoken(error: OSError, path: Path) -> str:
     """The system's words; with the file's name where it is another than `path`."""
-    reason = "not there" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    reason = (
+        "not there" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    )
     other = error.filename is not None and Path(error.filename) != path
     return f"{error.filename}: {reason}" if other else reason
 
@@ -236,6 +250,7 @@ def load_array(path: Path) -> np.ndarray:
             raise ValueError(f"holds a {type(array).__name__}, not an array")
         if file.read(1):
             raise ValueError(f"has bytes after the array of shape {array.shape}")
+
     return array
 
 
@@ -254,7 +269,9 @@ def damage(folder: Path, names: Sequence[str] = ()) -> str | None:
     def parse(path: Path) -> str | None:
         sums = load_json(path)["files"]
         wrong = [name for name in (*names, *sums) if _sum(folder / name) != sums[name]]
-        return f"{folder / wrong[0]}: size or checksum is not what was written" if wrong else None
+        return (
+            f"{folder / wrong[0]}: size or checksum is not what was written" if wrong else None
+        )
 
     try:
         return read_artifact(folder / MANIFEST, parse)
@@ -268,4 +285,5 @@ def _sum(path: Path) -> list[int]:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
+
     return [path.stat().st_size, value]

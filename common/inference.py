@@ -28,7 +28,12 @@ def whole(model: Any, images: Tensor, size: Size | None = None) -> Tensor:
 
 
 def slide(
-    model: Any, images: Tensor, crop: Size, stride: Size, size: Size | None = None, window_batch: int = 4
+    model: Any,
+    images: Tensor,
+    crop: Size,
+    stride: Size,
+    size: Size | None = None,
+    window_batch: int = 4,
 ) -> Tensor:
     """Mean of the class scores of overlapping windows, then resized to `size` (MMSegmentation's rule).
 
@@ -37,28 +42,38 @@ def slide(
     `window_batch` windows (of any images of the batch) go through the model at once.
     """
     height, width = images.shape[-2:]
-    tall, wide = min(crop[0], height), min(crop[1], width)
-    rows, columns = window_starts(height, crop[0], stride[0]), window_starts(width, crop[1], stride[1])
+    tall = min(crop[0], height)
+    wide = min(crop[1], width)
+    rows = window_starts(height, crop[0], stride[0])
+    columns = window_starts(width, crop[1], stride[1])
     every = list(product(range(len(images)), rows, columns))
     total: Tensor | None = None
+
     for first in range(0, len(every), window_batch):
         places = every[first : first + window_batch]
         windows = torch.stack([images[b, :, y : y + tall, x : x + wide] for b, y, x in places])
         scores = model.predict(windows, None)
         if total is None:
             total = scores.new_zeros((len(images), scores.shape[1], height, width))
+
         for (b, y, x), window in zip(places, scores, strict=True):
             total[b, :, y : y + tall, x : x + wide] += window
+
     assert total is not None, "a batch holds at least one image"
     if len(rows) * len(columns) > 1:
-        total /= _coverage(rows, tall, height, total)[:, None] * _coverage(columns, wide, width, total)
+        total /= _coverage(rows, tall, height, total)[:, None] * _coverage(
+            columns, wide, width, total
+        )
+
     return total if size is None else resize(total, size, network(model).align_corners)
 
 
 def window_starts(length: int, crop: int, stride: int) -> list[int]:
     """Offsets of the windows along one axis, in pixels."""
     if crop < 1 or stride < 1:
-        raise ValueError(f"a window of {crop} pixels with a stride of {stride}: both must be at least 1")
+        raise ValueError(
+            f"a window of {crop} pixels with a stride of {stride}: both must be at least 1"
+        )
     last = max(length - crop, 0)
     return [min(i * stride, last) for i in range(-(-last // stride) + 1)]
 
@@ -68,6 +83,7 @@ def _coverage(starts: Sequence[int], window: int, length: int, like: Tensor) -> 
     counts = torch.zeros(length, dtype=like.dtype)
     for start in starts:
         counts[start : start + window] += 1
+
     return counts.to(like.device)
 
 
@@ -82,6 +98,7 @@ def edge_size(size: Size, short: float, longest: float) -> Size:
     scale = short / min(size)
     if scale * max(size) > longest:
         scale = longest / max(size)
+
     return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
 
@@ -104,6 +121,7 @@ def multi_scale(
     """
     size = size or tuple(images.shape[-2:])
     total: Tensor | None = None
+
     for scale in scales:
         scaled = rescale(images, scale)
         for mirrored in (False, True) if flip else (False,):
@@ -111,10 +129,15 @@ def multi_scale(
             scores = scores.softmax(1) if softmax else scores
             if mirrored:
                 scores = scores.flip(-1)
-                scores = scores if mirrored_classes is None else scores[:, list(mirrored_classes)]
+                scores = (
+                    scores if mirrored_classes is None else scores[:, list(mirrored_classes)]
+                )
+
             total = scores if total is None else total.add_(scores)
+
     if total is None:
         raise ValueError("eval.scales is empty; give at least one scale")
+
     return total / (len(scales) * (2 if flip else 1))
 
 
@@ -129,8 +152,14 @@ def predict_scores(
     predict = _single(model, cfg)
     if not _augmented(cfg):
         return predict(images, size)
+
     softmax = getattr(network(model), "average_softmax", True)
-    options = {"softmax": softmax, "rescale": _rescale(cfg), "mirrored_classes": mirrored_classes}
+    options = {
+        "softmax": softmax,
+        "rescale": _rescale(cfg),
+        "mirrored_classes": mirrored_classes,
+    }
+
     return multi_scale(predict, images, cfg.scales, cfg.flip, size, **options)
 
 
@@ -151,11 +180,17 @@ def predict_labels(
     if _augmented(cfg):
         scores = predict_scores(model, images, cfg, size, mirrored_classes)
         return adjusted(scores, offsets, logits=False).argmax(1)
+
     if cfg.mode == "whole":
-        return model.labels(images, size)[0] if offsets is None else model.labels(images, size, offsets)[0]
+        return (
+            model.labels(images, size)[0]
+            if offsets is None
+            else model.labels(images, size, offsets)[0]
+        )
 
     scores = _single(model, cfg)(images, None)
     logits = getattr(network(model), "average_softmax", True)
+
     return _argmax(adjusted(scores, offsets, logits), size, network(model).align_corners)
 
 
@@ -175,16 +210,20 @@ def _argmax(scores: Tensor, size: Size | None, align_corners: bool) -> Tensor:
     height, width = size = size or tuple(scores.shape[-2:])
     label = torch.empty(batch, height, width, dtype=torch.int64, device=scores.device)
     step = max(BAND // (batch * classes * width), 1)
+
     for start in range(0, height, step):
         rows = (start, min(start + step, height))
         label[:, slice(*rows)] = resize_rows(scores, size, rows, align_corners).argmax(1)
+
     return label
 
 
 def _single(model: Any, cfg: EvalConfig) -> Predict:
     if cfg.mode == "whole":
         return partial(whole, model)
-    crop, stride = cfg.crop, cfg.stride or cfg.crop
+
+    crop = cfg.crop
+    stride = cfg.stride or cfg.crop
     return lambda images, size: slide(model, images, crop, stride, size, cfg.window_batch)
 
 
@@ -201,6 +240,7 @@ def _rescale(cfg: EvalConfig) -> Rescale:
         size = edge_size(tuple(images.shape[-2:]), cfg.short_edge * scale, limit)
         if size == tuple(images.shape[-2:]):
             return images
+
         return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round_()
 
     return to_edge

@@ -34,16 +34,22 @@ def confusion_matrix(pred: Tensor, label: Tensor, num_classes: int) -> Tensor:
     Raises ValueError for another shape or a value outside these ranges.
     """
     if pred.shape != label.shape:
-        raise ValueError(f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape")
+        raise ValueError(
+            f"prediction {tuple(pred.shape)} and label {tuple(label.shape)} differ in shape"
+        )
+
     k = num_classes
     if not pred.numel():
         return torch.zeros(k, k, dtype=torch.int64, device=pred.device)
+
     # Ignored pixels get a row of their own, dropped at the end: cheaper than selecting the others.
     bins = k * (k + 1)
-    dtype = torch.int16 if bins <= torch.iinfo(torch.int16).max else torch.int32  # bandwidth is the cost
+    # bandwidth is the cost
+    dtype = torch.int16 if bins <= torch.iinfo(torch.int16).max else torch.int32
     _check(pred, 0, k, "prediction")
     _check(label, -1, k, "label")
     pair = torch.add(pred.reshape(-1).to(dtype), label.reshape(-1).to(dtype), alpha=k).add_(k)
+
     return torch.bincount(pair, minlength=bins).view(k + 1, k)[1:]
 
 
@@ -51,7 +57,9 @@ def _check(values: Tensor, low: int, high: int, what: str) -> None:
     smallest, largest = torch.stack(values.aminmax()).tolist()
     if smallest < low or largest >= high:
         value = smallest if smallest < low else largest
-        raise ValueError(f"{what} holds the class {value}; {high} classes allow {low} to {high - 1}")
+        raise ValueError(
+            f"{what} holds the class {value}; {high} classes allow {low} to {high - 1}"
+        )
 
 
 class ConfusionMatrix:
@@ -74,6 +82,7 @@ class ConfusionMatrix:
             if dist.get_backend() == "nccl":
                 total = total.cuda()
             dist.all_reduce(total)
+
         return total.cpu()
 
 
@@ -111,14 +120,22 @@ def group_scores(
     """
     counts = _Counts(matrix, convention)
     result: dict[str, dict[str, float]] = {}
+
     for level, names in groups.items():
         names = np.asarray(names)
         if names.shape != counts.iou.shape:
-            raise ValueError(f"{level} level: {len(names)} groups for {len(counts.iou)} classes")
+            raise ValueError(
+                f"{level} level: {len(names)} groups for {len(counts.iou)} classes"
+            )
+
         unknown = set(names.tolist()) - {*GROUPS, ABSENT}
         if unknown:
-            raise ValueError(f"{level} level: {min(unknown)!r} is not one of {', '.join((*GROUPS, ABSENT))}")
+            raise ValueError(
+                f"{level} level: {min(unknown)!r} is not one of {', '.join((*GROUPS, ABSENT))}"
+            )
+
         result[level] = {group: counts.mean_iou(names == group) for group in GROUPS}
+
     return result
 
 
@@ -127,7 +144,10 @@ class _Counts:
 
     def __init__(self, matrix: Tensor | np.ndarray, convention: Convention):
         if convention not in CONVENTIONS:
-            raise ValueError(f"convention {convention!r} is not one of {', '.join(CONVENTIONS)}")
+            raise ValueError(
+                f"convention {convention!r} is not one of {', '.join(CONVENTIONS)}"
+            )
+
         matrix = np.asarray(matrix)
         self.hits = np.diagonal(matrix).astype(np.float64)
         self.truth = matrix.sum(1).astype(np.float64)
@@ -138,7 +158,10 @@ class _Counts:
             self.acc, self.iou = np.nan_to_num(self.acc), np.nan_to_num(self.iou)
         elif convention in ("ltss", "detectron2"):
             self.iou[self.truth == 0] = np.nan
-        self.counted = self.truth + predicted > 0 if convention == "ltss" else np.isfinite(self.iou)
+
+        self.counted = (
+            self.truth + predicted > 0 if convention == "ltss" else np.isfinite(self.iou)
+        )
 
     def mean_iou(self, members: np.ndarray) -> float:
         return _ratio(np.nansum(self.iou[members]), (members & self.counted).sum())

@@ -52,11 +52,13 @@ class _Array:
         if kind.dtype is None:
             self.value = Inert()
             return
+
         if kind.objects:
             flat = np.empty(len(data), object)
             flat[:] = [plain(item) for item in data]
         else:
             flat = _numbers(data, kind)
+
         self.value = flat.reshape(shape, order="F" if fortran else "C")
 
 
@@ -71,7 +73,9 @@ def _scalar(kind: _Dtype, data: Any = b"") -> Any:
 
 
 def _from_buffer(data: bytes, kind: _Dtype, shape: tuple[int, ...], order: str) -> Any:
-    return _numbers(data, kind).reshape(shape, order=order) if kind.dtype is not None else Inert()
+    return (
+        _numbers(data, kind).reshape(shape, order=order) if kind.dtype is not None else Inert()
+    )
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -108,7 +112,8 @@ class _Unpickler(pickle.Unpickler):
         self.known = known
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{'builtins' if module == '__builtin__' else module}.{name}"  # Python 2 called it so
+        # Python 2 called it so
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full not in self.known:
             raise Refused(full)
         return self.known[full]
@@ -126,7 +131,8 @@ def load(data: bytes, known: Mapping[str, Any] = NUMPY) -> Any:
 
 # Before it is unpickled ---------------------------------------------------------------------------------------------
 
-DEEPEST = 100  # tuples within tuples; hashing them recurses in C and overflows the stack at some 100 000
+# tuples within tuples; hashing them recurses in C and overflows the stack at some 100 000
+DEEPEST = 100
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
 _TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
@@ -173,6 +179,7 @@ def _apply(code: pickletools.OpcodeInfo, stack: list[_Depth]) -> None:
 
     inner = max((depth or 0 for depth in taken), default=0)
     depth = 1 + inner if code.name in _TUPLES else 0
+
     for made in code.stack_after:
         stack.append(None if made is pickletools.markobject else depth)
 
@@ -191,6 +198,7 @@ def _plain(value: Any, done: dict[int, Any], open_: set[int]) -> Any:
         return value.value
     if not (isinstance(value, Mapping) or type(value) in (list, tuple)):
         return value
+
     key = id(value)
     if key in open_:
         raise ValueError(f"a {type(value).__name__} that contains itself")
@@ -201,5 +209,7 @@ def _plain(value: Any, done: dict[int, Any], open_: set[int]) -> Any:
             done[key] = {name: _plain(item, done, open_) for name, item in value.items()}
         else:
             done[key] = type(value)(_plain(item, done, open_) for item in value)
+
         open_.remove(key)
+
     return done[key]

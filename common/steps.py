@@ -28,7 +28,8 @@ from common.files import MANIFEST, follow, load_json, write_json
 TRAINING = "checkpoints"
 CONFIGS = (".yaml", ".yml", ".json")
 DIGEST = "sha256:"
-HARMLESS = {  # keys that say where a result lies, how it is shown or how fast it comes, not what it is
+# keys that say where a result lies, how it is shown or how fast it comes, not what it is
+HARMLESS = {
     "name", "output", "runs", "data.workers", "data.cache", "train.threads", "train.log_every", "train.save_every",
     "train.keep", "eval.workers", "eval.window_batch", "eval.panels",
 }  # fmt: skip
@@ -45,13 +46,15 @@ class Step:
     """What `makes` is made from by `command`, now and when it was made."""
 
     def __init__(self, makes: str, command: Sequence[str]):
-        self.makes, self.command = makes, list(command)
+        self.makes = makes
+        self.command = list(command)
         self.cfg = load_config(*named_config(command))
         self.folder = self.cfg.folder
         self.training = makes == TRAINING
 
         end = "" if self.training else f"_{makes}"
-        self.done, self.begun = self.folder / f"done{end}", self.folder / f"begun{end}"
+        self.done = self.folder / f"done{end}"
+        self.begun = self.folder / f"begun{end}"
         self.before = _record(self.begun if self.begun.exists() else self.done)
         self.reads = what_is_read(self.cfg)
         if not self.training:
@@ -59,23 +62,34 @@ class Step:
 
     def _of_the_run(self) -> dict[str, Any]:
         """What a step after the training reads besides the config."""
-        checkpoints = {name: digest_of(self.folder / TRAINING / name) for name in ("last", "best")}
-        words = [word for word in self.command if "=" not in word and Path(word).suffix not in CONFIGS]
+        checkpoints = {
+            name: digest_of(self.folder / TRAINING / name) for name in ("last", "best")
+        }
+        words = [
+            word
+            for word in self.command
+            if "=" not in word and Path(word).suffix not in CONFIGS
+        ]
         return {**checkpoints, "command": words}
 
     def run(self, changed: str) -> int:
         """Exit code of the command, 0 where it need not run. `changed`: keep, anew or "" (say what has changed)."""
         if changed not in ("", "keep", "anew"):
             raise ValueError(f"CHANGED={changed}: give keep or anew")
+
         there = (self.folder / self.makes).exists()
-        complete = there and not self.begun.exists() and (self.done.exists() or not self.training)
+        complete = (
+            there and not self.begun.exists() and (self.done.exists() or not self.training)
+        )
         differences = self.differences()
 
         if complete and not differences:
             return self._say("done already")
+
         if complete and changed == "keep":
             write_json(self.done, self.reads)
             return self._say("taken as it is")
+
         if there and self.training and differences and changed != "keep":
             if not changed:
                 raise ValueError(self._trained_otherwise(differences))
@@ -92,8 +106,12 @@ class Step:
             return code
 
         if not (self.folder / self.makes).exists():
-            raise ValueError(f"{self.folder / self.makes}: not made by {' '.join(self.command)}")
+            raise ValueError(
+                f"{self.folder / self.makes}: not made by {' '.join(self.command)}"
+            )
+
         os.replace(self.begun, self.done)
+
         return 0
 
     def differences(self) -> list[str]:
@@ -107,6 +125,7 @@ class Step:
             known = "holds a training that did not record what it read (of an earlier version, or without main.sh)"
         else:
             known = f"trained from something else: {brief(differences)}"
+
         return (
             f"{self.folder}: {known}; run again with CHANGED=keep before the command to take it as it is, or with "
             "CHANGED=anew to set it aside and train again"
@@ -117,6 +136,7 @@ class Step:
         n = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.old-{n}")).exists():
             n += 1
+
         os.rename(self.folder, aside)
         self._say(f"the earlier run is now {aside}")
 
@@ -159,7 +179,9 @@ def _or_digest(value: Any) -> Any:
     """The digest of what a value names, the value itself where it names no file."""
     if not isinstance(value, str) or not ("/" in value or Path(value).suffix):
         return value
-    folder = value.partition("{")[0]  # of a template of files' names; of another value all of it
+    folder = value.partition("{")[
+        0
+    ]  # of a template of files' names; of another value all of it
     return (digest_of(folder) if folder else None) or value
 
 
@@ -172,17 +194,22 @@ def digest_of(path: str | Path) -> str | None:
     path = Path(path)
     if (path / TRAINING).is_dir():
         path = path / TRAINING / "last"
+
     path = follow(path)
     if path.is_file():
         with path.open("rb") as file:
             return DIGEST + hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
     manifest = path / MANIFEST
     records = [manifest] if manifest.is_file() else sorted(path.glob("*.json"))
     if not records:
         return None
+
     whole = hashlib.sha256()
+
     for record in records:
         whole.update(record.name.encode() + b"\0" + record.read_bytes())
+
     return DIGEST + whole.hexdigest()[:16]
 
 
@@ -197,6 +224,7 @@ def _record(path: Path) -> dict[str, Any] | None:
         record = load_json(path)
     except ValueError:
         return None
+
     return record if isinstance(record, dict) else None
 
 
@@ -228,13 +256,16 @@ def call(command: Sequence[str]) -> int:
     except OSError as error:
         raise ValueError(f"{command[0]}: cannot be run ({error.strerror})") from error
 
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the keyboard it reaches the command itself
+    # from the keyboard it reaches the command itself
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminated = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+
     try:
         code = child.wait()
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, terminated)
+
     return code if code >= 0 else 128 - code
 
 

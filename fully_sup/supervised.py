@@ -15,7 +15,10 @@ from common.losses.cross_entropy import Average
 from common.models import build_model
 
 # A head's logits in the network's output. Those of a cascade (`stages`) are trained one by one.
-HEADS = {"decode": lambda out: out.get("stages") or [out["logits"]], "aux": lambda out: out["aux"]}
+HEADS = {
+    "decode": lambda out: out.get("stages") or [out["logits"]],
+    "aux": lambda out: out["aux"],
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Supervised(Method):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         where = f"{cfg.name}: method.heads"
+
         for name in self.options.heads:
             pick(HEADS, name, where)
 
@@ -53,6 +57,7 @@ class Supervised(Method):
         self.model.check_heads(self.options.heads, where)
         remedied = self._remedied_heads(cfg)
         self.losses = nn.ModuleDict()
+
         for name in self.options.heads:
             section = cfg.remedies if name in remedied else {}
             self.losses[name] = pixel_loss(section, cfg, context, average=self.options.average)
@@ -63,7 +68,10 @@ class Supervised(Method):
         for name in remedied:
             if name not in self.options.heads:
                 known = ", ".join(self.options.heads)
-                raise ConfigError(f"{cfg.name}: remedies.heads: {name!r} is no head of method.heads ({known})")
+                raise ConfigError(
+                    f"{cfg.name}: remedies.heads: {name!r} is no head of method.heads ({known})"
+                )
+
         return remedied
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
@@ -72,12 +80,14 @@ class Supervised(Method):
         out = self.model(batch["image"], batch.get("extent"))
 
         terms: Losses = {}
+
         for name, loss in self.losses.items():
             outputs = HEADS[name](out)
             for i, logits in enumerate(outputs):
                 key = name if len(outputs) == 1 else f"{name}{i}"
                 value = loss(self.upsample(logits, label), label, progress=step / self.steps)
                 terms[key] = self.options.heads[name].weight * value
+
         return {"loss": reduce(operator.add, terms.values())} | terms
 
     def upsample(self, logits: Tensor, label: Tensor) -> Tensor:

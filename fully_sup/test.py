@@ -20,20 +20,31 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("checkpoint")
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
-    parser.add_argument("--tta", action="store_true", help="average six scales, each also mirrored")
+    parser.add_argument(
+        "--tta", action="store_true", help="average six scales, each also mirrored"
+    )
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
-    parser.add_argument("--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument(
+        "--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json"
+    )
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
+    )
     cli.add_force(parser)
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     if args.tta:
-        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True))
+        cfg = dataclasses.replace(
+            cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True)
+        )
+
     experiment = Experiment(cfg, train=False)
     predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)
     refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
@@ -50,6 +61,7 @@ def main() -> None:
         write_test(folder, cfg, result)
     elif distributed.rank() == 0:
         write_scores(Path(args.json), result)
+
     distributed.stop()
 
 

@@ -30,7 +30,9 @@ from ltss_benchmark.matcher import Matcher, Matches, MatchWeights, Targets, find
 
 STRIDE = 4  # of the mask features
 Points = Annotated[int, AtLeast(1), AtMost(1 << 20)]  # of a matched pair
-Oversampling = Annotated[float, AtLeast(1), AtMost(100)]  # candidates for each point that is chosen
+Oversampling = Annotated[
+    float, AtLeast(1), AtMost(100)
+]  # candidates for each point that is chosen
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class CriterionConfig:
     """Defaults are the release's."""
 
     class_loss: Literal["ce", "seesaw"] = "ce"
-    class_weight: NotNegative = 2.0  # weights of the terms, in the loss and in the matching cost
+    class_weight: NotNegative = (
+        2.0  # weights of the terms, in the loss and in the matching cost
+    )
     mask_weight: NotNegative = 5.0
     dice_weight: NotNegative = 5.0
     no_object_weight: Positive = 0.1  # of queries without a class, in the cross-entropy
@@ -47,7 +51,9 @@ class CriterionConfig:
     importance: Share = 0.75
     seesaw_p: NotNegative = 1.2
     seesaw_q: NotNegative = 1.0
-    normalizer: Literal["targets", "pairs"] = "targets"  # mask losses are divided by the classes, or matched pairs
+    normalizer: Literal["targets", "pairs"] = (
+        "targets"  # mask losses are divided by the classes, or matched pairs
+    )
 
 
 def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +65,7 @@ def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
     sigmoid = logits.sigmoid()
     dice = 1 - (2 * (sigmoid * targets).sum(1) + 1) / (sigmoid.sum(1) + targets.sum(1) + 1)
+
     return bce, dice
 
 
@@ -70,14 +77,19 @@ def classification_loss(
     class_weight: (K,), factors of the losses of queries with a class; the mean's divisor does not know them.
     """
     no_object = logits.shape[2] - 1
-    each = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    each = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none"
+    ).view_as(labels)
     weight = torch.where(labels == no_object, no_object_weight, 1.0)
     if class_weight is not None:
         each = each * F.pad(class_weight, (0, 1), value=1.0)[labels]
+
     return (each * weight).sum(1) / weight.sum(1)
 
 
-def adjusted_classes(logits: Tensor, label: Tensor, remedies: PixelLoss, progress: float) -> Tensor:
+def adjusted_classes(
+    logits: Tensor, label: Tensor, remedies: PixelLoss, progress: float
+) -> Tensor:
     """Logits (N, K + 1) of queries with a class, label (N,), as the slot `logits` changes them.
 
     The K classes are adjusted among themselves: their log-sum-exp is brought back to what it was, so that the
@@ -89,7 +101,9 @@ def adjusted_classes(logits: Tensor, label: Tensor, remedies: PixelLoss, progres
     return torch.cat([adjusted + shift, no_object], 1)
 
 
-def adjusted_queries(logits: Tensor, matches: Matches, remedies: PixelLoss, progress: float) -> Tensor:
+def adjusted_queries(
+    logits: Tensor, matches: Matches, remedies: PixelLoss, progress: float
+) -> Tensor:
     """Logits (L, B, Q, K + 1) with those of matched queries as the remedies change them."""
     every = logits.flatten(0, 2)
     matched = adjusted_classes(every[matches.place], matches.label, remedies, progress)
@@ -113,13 +127,19 @@ class SetCriterion(nn.Module):
         remedies: PixelLoss | None = None,
     ):
         super().__init__()
-        self.num_classes, self.options, self.remedies = num_classes, options, remedies
+        self.num_classes = num_classes
+        self.options = options
+        self.remedies = remedies
         weights = MatchWeights(options.class_weight, options.mask_weight, options.dice_weight)
         self.matcher = Matcher(weights, options.points, copies)
         seesaw = options.class_loss == "seesaw"
-        self.seesaw = SeesawLoss(num_classes, options.seesaw_p, options.seesaw_q) if seesaw else None
+        self.seesaw = (
+            SeesawLoss(num_classes, options.seesaw_p, options.seesaw_q) if seesaw else None
+        )
 
-    def forward(self, out: Mapping[str, Any], target: Tensor | Targets, progress: float = 0.0) -> dict[str, Tensor]:
+    def forward(
+        self, out: Mapping[str, Any], target: Tensor | Targets, progress: float = 0.0
+    ) -> dict[str, Tensor]:
         """Losses of the training outputs `out` and label maps (B, H, W), −1 where ignored, or their `find_targets`.
         progress: share of the training that is over.
 
@@ -129,7 +149,9 @@ class SetCriterion(nn.Module):
         and with `_0`, `_1`, … those of the initial queries and of the layers before; each with its weight.
         """
         features = out["mask_features"]
-        targets = target if isinstance(target, Targets) else find_targets(target, self.num_classes)
+        targets = (
+            target if isinstance(target, Targets) else find_targets(target, self.num_classes)
+        )
         targets = targets._replace(label=pad_label(targets.label, size_of(features)))
         layers = [*out["aux"], out]
         logits = torch.stack([layer["pred_logits"] for layer in layers])
@@ -146,7 +168,12 @@ class SetCriterion(nn.Module):
         }
         total = torch.stack(list(terms.values())).sum()
         suffixes = [*(f"_{i}" for i in range(len(layers) - 1)), ""]
-        named = {f"{name}{s}": v for name, values in terms.items() for s, v in zip(suffixes, values, strict=True)}
+        named = {
+            f"{name}{s}": v
+            for name, values in terms.items()
+            for s, v in zip(suffixes, values, strict=True)
+        }
+
         return {"loss": total, **named}
 
     def _classes(self, logits: Tensor, matches: Matches, progress: float) -> Tensor:
@@ -156,38 +183,62 @@ class SetCriterion(nn.Module):
         if self.remedies is not None:
             weight = self.remedies.weight(progress)
             logits = adjusted_queries(logits.float(), matches, self.remedies, progress)
+
         labels = torch.full((layers * batch * queries,), self.num_classes, device=logits.device)
         labels = labels.scatter_(0, matches.place, matches.label).view(layers, batch * queries)
         logits = logits.flatten(1, 2)
         if self.seesaw is None:
             return classification_loss(logits, labels, self.options.no_object_weight, weight)
+
         # The release's order, which its counts depend on: the last prediction first, then the others.
         return self.seesaw(logits.roll(1, 0), labels.roll(1, 0)).roll(-1, 0)
 
-    def _masks(self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches) -> tuple[Tensor, Tensor]:
+    def _masks(
+        self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches
+    ) -> tuple[Tensor, Tensor]:
         """Summed binary cross-entropy and dice losses (L,) over their normaliser."""
         layers = len(embeddings)
         counts = [layers * n for n in matches.per_layer]
         matched = embeddings.flatten(0, 2).index_select(0, matches.place).split(counts)
         bce, dice = embeddings.new_zeros(2, layers, dtype=torch.float32)
-        images = zip(matched, matches.label.split(counts), features, targets.label, matches.per_layer, strict=True)
+        images = zip(
+            matched,
+            matches.label.split(counts),
+            features,
+            targets.label,
+            matches.per_layer,
+            strict=True,
+        )
+
         for embedding, classes, feature, label, pairs in images:
             each = self._pair_losses(masks(embedding[None], feature[None])[0], classes, label)
-            bce, dice = (total + e.view(layers, pairs).sum(1) for total, e in zip((bce, dice), each, strict=True))
+            bce, dice = (
+                total + e.view(layers, pairs).sum(1)
+                for total, e in zip((bce, dice), each, strict=True)
+            )
+
         normalizer = self._normalizer(targets, matches, embeddings.device)
+
         return bce / normalizer, dice / normalizer
 
-    def _pair_losses(self, maps: Tensor, classes: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair_losses(
+        self, maps: Tensor, classes: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Losses (n,) of mask logits (n, h, w) of one image against `classes` (n,) of its label map (H, W)."""
         options = self.options
-        points = uncertain_points(maps, options.points, oversample=options.oversample, importance=options.importance)
+        points = uncertain_points(
+            maps, options.points, oversample=options.oversample, importance=options.importance
+        )
         image = torch.zeros_like(classes)
         truth = class_masks(label.unsqueeze(0), points, classes.unsqueeze(1), image).squeeze(1)
+
         return point_losses(point_sample(maps.unsqueeze(1), points).squeeze(1), truth)
 
     def _normalizer(self, targets: Targets, matches: Matches, device: torch.device) -> Tensor:
         """Classes (or matched pairs) of the whole batch by the number of ranks, at least 1."""
-        count = targets.number if self.options.normalizer == "targets" else sum(matches.per_layer)
+        count = (
+            targets.number if self.options.normalizer == "targets" else sum(matches.per_layer)
+        )
         mean = distributed.all_mean(torch.full((), float(count), device=device))
         return mean.clamp(min=1)
 

@@ -45,5 +45,7 @@ class DeepLabV3PlusMethod(Method):
         fraction = chosen.hardest_fraction
         if fraction is not None:
             return hard_pixel_cross_entropy(logits, label, fraction=fraction, stride=STRIDE)
+
         label = pad_label(label, size_of(logits))
+
         return chosen.upsampled(logits, label, align_corners=False, progress=progress)

@@ -14,7 +14,8 @@ import torch.multiprocessing as multiprocessing
 
 from common import cli
 
-GRACE = 20  # seconds that the other ranks get to end after one has ended; those that were asked to save have done so
+# seconds that the other ranks get to end after one has ended; those that were asked to save have done so
+GRACE = 20
 
 
 def needed(gpus: int, machines: int) -> bool:
@@ -30,9 +31,17 @@ def start(main: Callable[[Any], None], args: Any) -> int:
     """
     address = meeting_point(args)
     received: list[int] = []
-    with _held_back(signal.SIGINT):  # the ranks inherit that, so Ctrl-C is this process's affair
-        context = multiprocessing.start_processes(_rank, (main, args, address), args.num_gpus, join=False)
-        before = {kind: signal.signal(kind, _forward(context, received)) for kind in (signal.SIGTERM, signal.SIGINT)}
+
+    with _held_back(
+        signal.SIGINT
+    ):  # the ranks inherit that, so Ctrl-C is this process's affair
+        context = multiprocessing.start_processes(
+            _rank, (main, args, address), args.num_gpus, join=False
+        )
+        before = {
+            kind: signal.signal(kind, _forward(context, received))
+            for kind in (signal.SIGTERM, signal.SIGINT)
+        }
 
     try:
         while not context.join(grace_period=GRACE):
@@ -44,6 +53,7 @@ def start(main: Callable[[Any], None], args: Any) -> int:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+
     return 0
 
 
@@ -64,8 +74,11 @@ def meeting_point(args: Any) -> tuple[str, int]:
         if url.scheme != "tcp" or not url.hostname or not url.port:
             raise ValueError(f"--dist-url {args.dist_url!r}: expected tcp://HOST:PORT")
         return url.hostname, url.port
+
     if args.num_machines > 1:
-        raise ValueError("--dist-url tcp://HOST:PORT of machine 0 is needed with --num-machines")
+        raise ValueError(
+            "--dist-url tcp://HOST:PORT of machine 0 is needed with --num-machines"
+        )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return "127.0.0.1", free.getsockname()[1]
@@ -75,7 +88,10 @@ def check(args: Any) -> None:
     """Whether the arguments of `start` fit each other and this machine: ValueError, or a warning."""
     if "RANK" in os.environ:
         if args.num_gpus * args.num_machines > 1:
-            warnings.warn("--num-gpus and --num-machines are ignored: torchrun has started the processes", stacklevel=2)
+            warnings.warn(
+                "--num-gpus and --num-machines are ignored: torchrun has started the processes",
+                stacklevel=2,
+            )
         return
 
     if args.num_gpus < 1 or not 0 <= args.machine_rank < args.num_machines:
@@ -92,7 +108,9 @@ def _check_devices(args: Any) -> None:
     """A device for each of several processes: ValueError, or a warning where they are CPU processes."""
     kind, _, index = (args.device or "").partition(":")
     if index:
-        raise ValueError(f"--device {args.device}: {args.num_gpus} processes need one each; give --device {kind}")
+        raise ValueError(
+            f"--device {args.device}: {args.num_gpus} processes need one each; give --device {kind}"
+        )
 
     found = torch.cuda.device_count()
     if kind == "cuda" or (found and not kind):
@@ -121,7 +139,9 @@ def _rank(local: int, main: Callable[[Any], None], args: Any, address: tuple[str
     cli.run(lambda: main(args))
 
 
-def _forward(context: multiprocessing.ProcessContext, received: list[int]) -> Callable[[int, Any], None]:
+def _forward(
+    context: multiprocessing.ProcessContext, received: list[int]
+) -> Callable[[int, Any], None]:
     def handler(number: int, frame: Any) -> None:
         received.append(number)
         for process in context.processes:

@@ -33,7 +33,8 @@ from ltss_benchmark.matcher import find_targets, queries_per_class
 
 logger = logging.getLogger(__name__)
 STREAM = "labeled"
-CLASS_HEADS = {"ce": "softmax", "seesaw": "seesaw"}  # of the network, by the loss that it is trained with
+# of the network, by the loss that it is trained with
+CLASS_HEADS = {"ce": "softmax", "seesaw": "seesaw"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class MatcherConfig:
     mode: Literal["one_to_one", "frequency"] = "one_to_one"
     threshold: NotNegative = 0.0  # T
     scale: Positive = 2.0  # S
-    counts: Literal["dataset", "published"] = "dataset"  # f of the training labels at hand, or of the authors' table
+    counts: Literal["dataset", "published"] = (
+        "dataset"  # f of the training labels at hand, or of the authors' table
+    )
 
 
 @dataclass(frozen=True)
@@ -63,34 +66,50 @@ class Mask2FormerMethod(Method):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, Mask2Former, "mask2former", cfg.name)
-        where, options = f"{cfg.name}: method", self.options
-        head, wanted = cfg.model.options.get("class_head", "softmax"), CLASS_HEADS[options.criterion.class_loss]
+        where = f"{cfg.name}: method"
+        options = self.options
+        head = cfg.model.options.get("class_head", "softmax")
+        wanted = CLASS_HEADS[options.criterion.class_loss]
         if head != wanted:
             raise ConfigError(
                 f"{where}.criterion.class_loss: {options.criterion.class_loss} needs model.options.class_head: "
                 f"{wanted}, not {head}"
             )
+
         copies = query_numbers(options.matcher, cfg, context.statistics, f"{where}.matcher")
         remedies = query_loss(cfg, context, options.criterion.class_loss)
-        self.criterion = SetCriterion(cfg.model.num_classes, options.criterion, copies, remedies)
-        if self.criterion.seesaw is not None and cfg.model.checkpoint and not self.criterion.seesaw.counts.is_meta:
+        self.criterion = SetCriterion(
+            cfg.model.num_classes, options.criterion, copies, remedies
+        )
+        if (
+            self.criterion.seesaw is not None
+            and cfg.model.checkpoint
+            and not self.criterion.seesaw.counts.is_meta
+        ):
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
-        targets = find_targets(batch["label"], self.criterion.num_classes)  # first: later it would wait for the network
+        # first: later it would wait for the network
+        targets = find_targets(batch["label"], self.criterion.num_classes)
         out = self.model(batch["image"], batch.get("extent"))
         return self.criterion(out, targets, progress=step / self.steps)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Those of the config; a rule that finds only constants (the affine of frozen norms) is left out."""
-        trained = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        trained = [
+            name for name, parameter in self.named_parameters() if parameter.requires_grad
+        ]
         constant = [name for name, _ in self.named_buffers()]
 
         def has_work(rule: GroupConfig) -> bool:
-            return any(re.search(rule.match, n) for n in trained) or not any(re.search(rule.match, n) for n in constant)
+            return any(re.search(rule.match, n) for n in trained) or not any(
+                re.search(rule.match, n) for n in constant
+            )
 
-        return parameter_groups(self, replace(self.optim, groups=tuple(filter(has_work, self.optim.groups))))
+        return parameter_groups(
+            self, replace(self.optim, groups=tuple(filter(has_work, self.optim.groups)))
+        )
 
 
 def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLoss | None:
@@ -102,15 +121,20 @@ def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLos
     slots: tuple[Slot, ...] = ("logits", "class_weight")
     why = "it classifies queries, each of which stands for a region, and no pixels"
     if class_loss != "ce":
-        slots, why = (), f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
+        slots = ()
+        why = f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
 
     counts = Counts.from_statistics(context.statistics)
     facts = LossContext(counts._replace(pixels=counts.images), slots=slots, why=why)
     remedies = build_loss(cfg.remedies, facts, f"{cfg.name}: remedies")
-    return remedies if remedies.logits is not None or remedies.class_weight is not None else None
+
+    return (
+        remedies if remedies.logits is not None or remedies.class_weight is not None else None
+    )
 
 
-COUNTERS = {"criterion.seesaw_loss.cum_samples": 1, "criterion.seesaw.counts": 0}  # the release's, ours: further places
+# the release's, ours: further places
+COUNTERS = {"criterion.seesaw_loss.cum_samples": 1, "criterion.seesaw.counts": 0}
 
 
 def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
@@ -123,26 +147,37 @@ def restore_counts(seesaw: SeesawLoss, checkpoint: str | Path) -> None:
     name = next((name for name in COUNTERS if name in state), None)
     if name is None:
         return
+
     counts = state[name].flatten()
     classes = len(seesaw.counts)
     if len(counts) != classes + COUNTERS[name]:
         logger.info("%s: Seesaw's counts are of other classes and start anew", checkpoint)
         return
+
     seesaw.counts.copy_(counts[:classes])
-    logger.info("%s: Seesaw continues from the %d queries counted", checkpoint, int(seesaw.counts.sum()))
+    logger.info(
+        "%s: Seesaw continues from the %d queries counted", checkpoint, int(seesaw.counts.sum())
+    )
 
 
-def query_numbers(options: MatcherConfig, cfg: Config, statistics: Statistics, where: str) -> np.ndarray | None:
+def query_numbers(
+    options: MatcherConfig, cfg: Config, statistics: Statistics, where: str
+) -> np.ndarray | None:
     """Queries (K,) of each class; None for one-to-one matching. Raises ConfigError."""
     if options.mode == "one_to_one":
         return None
     if options.threshold <= 0:
-        raise ConfigError(f"{where}.threshold: {options.threshold} is not positive; set T, a share of the images")
+        raise ConfigError(
+            f"{where}.threshold: {options.threshold} is not positive; set T, a share of the images"
+        )
     if options.counts == "dataset":
-        return queries_per_class(statistics.frequency("image"), options.threshold, options.scale)
+        return queries_per_class(
+            statistics.frequency("image"), options.threshold, options.scale
+        )
 
     row = DATASETS.get(cfg.data.streams[STREAM].dataset)
     if row is None or row.published is None:
         known = ", ".join(name for name, row in DATASETS.items() if row.published is not None)
         raise ConfigError(f"{where}.counts: published: known for {known}; set it to dataset")
+
     return queries_per_class(row.published.frequency, options.threshold, options.scale)

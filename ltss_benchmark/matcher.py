@@ -60,7 +60,10 @@ def find_targets(label: Tensor, num_classes: int) -> Targets:
     present.scatter_(1, flat, True)
     classes = [np.flatnonzero(row).tolist() for row in present[:, 1:].cpu().numpy()]
     width = max(map(len, classes), default=0)
-    padded = torch.tensor([row + [-1] * (width - len(row)) for row in classes], dtype=torch.int64)
+    padded = torch.tensor(
+        [row + [-1] * (width - len(row)) for row in classes], dtype=torch.int64
+    )
+
     return Targets(label, classes, to_device(padded.view(len(classes), width), label.device))
 
 
@@ -75,11 +78,16 @@ def queries_per_class(frequency: ArrayLike, threshold: float, scale: float = 2.0
     seen = shares > 0
     ratio = threshold / np.where(seen, shares, 1.0)
     numbers = np.ceil(np.maximum(1.0, scale * np.sqrt(ratio)))
+
     return np.where(seen, numbers, 1.0).astype(np.int64)
 
 
 def match_costs(
-    probability: Tensor, mask_logits: Tensor, target_masks: Tensor, classes: Tensor, weights: MatchWeights
+    probability: Tensor,
+    mask_logits: Tensor,
+    target_masks: Tensor,
+    classes: Tensor,
+    weights: MatchWeights,
 ) -> Tensor:
     """Costs (B, Q, T) in float32, under autocast too: sums over thousands of points overflow half precision.
 
@@ -88,12 +96,20 @@ def match_costs(
         mask_logits: (B, Q, P) at the points; target_masks (B, T, P) at the same points.
         classes: (B, T) of the targets; any value in columns that are padding.
     """
-    x, t = mask_logits.float(), target_masks.float().transpose(1, 2)
-    of_class = -probability.gather(2, classes.clamp(min=0).unsqueeze(1).expand(-1, probability.shape[1], -1))
+    x = mask_logits.float()
+    t = target_masks.float().transpose(1, 2)
+    of_class = -probability.gather(
+        2, classes.clamp(min=0).unsqueeze(1).expand(-1, probability.shape[1], -1)
+    )
+
     with torch.autocast(x.device.type, enabled=False):
-        cross_entropy = (F.softplus(x).sum(2, keepdim=True) - x @ t) / x.shape[2]  # of each pair: Σ softplus(x) − x·t
+        # of each pair: Σ softplus(x) − x·t
+        cross_entropy = (F.softplus(x).sum(2, keepdim=True) - x @ t) / x.shape[2]
         sigmoid = x.sigmoid()
-        dice = 1 - (2 * (sigmoid @ t) + 1) / (sigmoid.sum(2, keepdim=True) + t.sum(1, keepdim=True) + 1)
+        dice = 1 - (2 * (sigmoid @ t) + 1) / (
+            sigmoid.sum(2, keepdim=True) + t.sum(1, keepdim=True) + 1
+        )
+
     return weights.classes * of_class + weights.mask * cross_entropy + weights.dice * dice
 
 
@@ -111,6 +127,7 @@ def assign(cost: np.ndarray, copies: ArrayLike | None = None) -> tuple[np.ndarra
         number = np.concatenate([np.arange(n) for n in repeats]) if len(repeats) else targets
         targets = np.repeat(targets, repeats)[np.argsort(number, kind="stable")]
         targets = targets[: max(cost.shape)]
+
     query, column = linear_sum_assignment(cost[:, targets])
     return query, targets[column]
 
@@ -124,11 +141,20 @@ class Matcher:
         copies: (K,) queries of each class (`queries_per_class`); None for one-to-one matching.
     """
 
-    def __init__(self, weights: MatchWeights | None = None, points: int = 12544, copies: np.ndarray | None = None):
-        self.weights, self.points, self.copies = weights or MatchWeights(), points, copies
+    def __init__(
+        self,
+        weights: MatchWeights | None = None,
+        points: int = 12544,
+        copies: np.ndarray | None = None,
+    ):
+        self.weights = weights or MatchWeights()
+        self.points = points
+        self.copies = copies
 
     @torch.no_grad()
-    def __call__(self, probability: Tensor, embeddings: Tensor, mask_features: Tensor, targets: Targets) -> Matches:
+    def __call__(
+        self, probability: Tensor, embeddings: Tensor, mask_features: Tensor, targets: Targets
+    ) -> Matches:
         """Match probability (L, B, Q, K) and embeddings (L, B, Q, d) on mask features (B, d, h, w) to `targets`.
 
         Every layer and image has its own points, uniform in the label map. ValueError for costs that are not finite.
@@ -136,10 +162,16 @@ class Matcher:
         if targets.padded.shape[1] == 0:
             none = targets.padded.new_empty(0)
             return Matches(none, none, [0] * len(targets.classes))
-        costs = [self._costs(p, e, mask_features, targets) for p, e in zip(probability, embeddings, strict=True)]
+
+        costs = [
+            self._costs(p, e, mask_features, targets)
+            for p, e in zip(probability, embeddings, strict=True)
+        ]
         return self._assign(torch.stack(costs).cpu().numpy(), targets)
 
-    def _costs(self, probability: Tensor, embedding: Tensor, mask_features: Tensor, targets: Targets) -> Tensor:
+    def _costs(
+        self, probability: Tensor, embedding: Tensor, mask_features: Tensor, targets: Targets
+    ) -> Tensor:
         points = torch.rand(len(embedding), self.points, 2, device=embedding.device)
         logits = point_sample(masks(embedding, mask_features), points)
         truth = class_masks(targets.label, points, targets.padded)
@@ -147,10 +179,14 @@ class Matcher:
 
     def _assign(self, costs: np.ndarray, targets: Targets) -> Matches:
         layers, batch, queries, _ = costs.shape
-        places, labels, per_layer = [], [], []
+        places = []
+        labels = []
+        per_layer = []
+
         for image, present in enumerate(targets.classes):
             classes = np.array(present, dtype=np.int64)
             copies = None if self.copies is None else self.copies[classes]
+
             for layer in range(layers):
                 cost = costs[layer, image, :, : len(classes)]
                 if not np.isfinite(cost).all():
@@ -158,15 +194,23 @@ class Matcher:
                         f"matching cost of image {image}, prediction {layer} is not finite: the network's outputs are "
                         "NaN or infinite, mostly because the learning rate is too high"
                     )
+
                 query, target = assign(cost, copies)
                 places.append((layer * batch + image) * queries + query)
                 labels.append(classes[target])
+
             per_layer.append(len(query))
+
         pairs = torch.from_numpy(np.stack([np.concatenate(places), np.concatenate(labels)]))
         place, label = to_device(pairs, targets.padded.device)
+
         return Matches(place, label, per_layer)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device`; the copy to a GPU does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )

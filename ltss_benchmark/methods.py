@@ -15,7 +15,10 @@ from common.engine.method import Method, MethodContext, make_method
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod
 
-METHODS: dict[str, type[Method]] = {"mask2former": Mask2FormerMethod, "deeplabv3plus": DeepLabV3PlusMethod}
+METHODS: dict[str, type[Method]] = {
+    "mask2former": Mask2FormerMethod,
+    "deeplabv3plus": DeepLabV3PlusMethod,
+}
 
 
 def build_method(cfg: Config, context: MethodContext) -> Method:
@@ -24,6 +27,7 @@ def build_method(cfg: Config, context: MethodContext) -> Method:
     if distributed.rank() == 0:
         for text in ignored(cfg):
             warnings.warn(text, stacklevel=2)
+
     return method
 
 
@@ -34,9 +38,12 @@ def check_options(cfg: Config) -> None:
     """
     if STREAM not in cfg.data.streams:
         raise ConfigError(f"{cfg.name}: data.streams has no {STREAM!r}")
-    stream, classes = cfg.data.streams[STREAM], cfg.model.num_classes
+
+    stream = cfg.data.streams[STREAM]
+    classes = cfg.model.num_classes
     build_transform(stream.augment, f"data.streams.{STREAM}.augment")
     typed(SamplerConfig, stream.sampler, f"data.streams.{STREAM}.sampler")
+
     with torch.device("meta"):
         make_method(METHODS, cfg, MethodContext(placeholder(classes)))
 
@@ -44,7 +51,13 @@ def check_options(cfg: Config) -> None:
 REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others
     ("method.matcher", "mode", "one_to_one", "frequency", ("threshold", "scale", "counts")),
     ("method.criterion", "class_loss", "ce", "seesaw", ("seesaw_p", "seesaw_q")),
-    (f"data.streams.{STREAM}.sampler", "order", "shuffle", "repeat_factor", ("threshold", "level", "mode")),
+    (
+        f"data.streams.{STREAM}.sampler",
+        "order",
+        "shuffle",
+        "repeat_factor",
+        ("threshold", "level", "mode"),
+    ),
     (f"data.streams.{STREAM}.augment", "copy_paste", "none", "random", ("copy_paste_max",)),
     (f"data.streams.{STREAM}.augment", "copy_paste", "none", "rare", ("rare_classes",)),
 )
@@ -52,11 +65,17 @@ REMEDIES = (  # section, option that chooses a remedy, its default, the choice t
 
 def ignored(cfg: Config) -> list[str]:
     """What is set for a remedy that the config does not use, in one line a section."""
-    stream, lines = cfg.data.streams[STREAM], []
+    stream = cfg.data.streams[STREAM]
+    lines = []
+
     for section, option, default, used, others in REMEDIES:
         owner: Mapping[str, Any] = cfg.method if section.startswith("method.") else vars(stream)
         values = owner.get(section.rpartition(".")[2], {})
-        choice, given = values.get(option, default), [name for name in others if name in values]
+        choice = values.get(option, default)
+        given = [name for name in others if name in values]
         if given and choice != used:
-            lines.append(f"{section}: {', '.join(given)}: ignored where {option} is {choice}, not {used}")
+            lines.append(
+                f"{section}: {', '.join(given)}: ignored where {option} is {choice}, not {used}"
+            )
+
     return lines

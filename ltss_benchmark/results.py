@@ -33,6 +33,7 @@ def sections(result: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"sem_seg": overall | each}
     if is_long_tailed(result["convention"]):
         found |= {"Test": overall, "LTSS": group_values(result)}
+
     return found
 
 
@@ -60,11 +61,15 @@ def file_name(convention: str, kind: str) -> str:
     return f"{'lt_' if is_long_tailed(convention) else ''}sem_seg_{kind}.json"
 
 
-def write_results(run: Path, result: Mapping[str, Any], row: Any, groups: Groups, augmented: bool = False) -> None:
+def write_results(
+    run: Path, result: Mapping[str, Any], row: Any, groups: Groups, augmented: bool = False
+) -> None:
     """The file of scores below the run's folder, by rank 0; scores of the other convention stand in it too."""
     if distributed.rank() != 0:
         return
-    suffix, convention = "_TTA" if augmented else "", result["convention"]
+
+    suffix = "_TTA" if augmented else ""
+    convention = result["convention"]
     other = summarise(np.array(result["confusion"]), row, OTHER.get(convention, "ltss"), groups)
     tree: dict[str, Any] = {"dataset": row.name, "convention": convention, "unit": "percent"}
     tree |= {f"{name}{suffix}": values for name, values in sections(result).items()}
@@ -81,7 +86,12 @@ def print_groups(result: Mapping[str, Any]) -> None:
     if distributed.rank() != 0 or not is_long_tailed(result["convention"]):
         return
     values = {"mIoU": percent(result["miou"]), **group_values(result)}
-    print("  ".join(f"{name} {'-' if value is None else f'{value:.2f}'}" for name, value in values.items()))
+    print(
+        "  ".join(
+            f"{name} {'-' if value is None else f'{value:.2f}'}"
+            for name, value in values.items()
+        )
+    )
 
 
 class Predictions:
@@ -100,20 +110,26 @@ class Predictions:
         label = label.cpu().numpy()
         for k, counts in encode_labels(label).items():
             mask = {"size": list(label.shape), "counts": counts}
-            self.file.write(json.dumps({"file_name": name, "category_id": k, "segmentation": mask}) + "\n")
+            self.file.write(
+                json.dumps({"file_name": name, "category_id": k, "segmentation": mask}) + "\n"
+            )
 
     def close(self) -> None:
         self.file.close()
         distributed.barrier()
         if distributed.rank() != 0:
             return
+
         parts = [self._part(rank) for rank in range(distributed.world_size())]
         lines = (line.rstrip("\n") for part in parts for line in part.open())
+
         with replacing(self.path) as draft, draft.open("w") as out:
             out.write("[")
             for number, line in enumerate(lines):
                 out.write((",\n" if number else "") + line)
+
             out.write("]\n")
+
         for part in parts:
             part.unlink()
 

@@ -12,10 +12,15 @@ def encode_labels(label: np.ndarray) -> dict[int, str]:
     flat = np.ascontiguousarray(label.T).ravel()
     if not flat.size:
         return {}
+
     start = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
     stop = np.append(start[1:], flat.size)
     value = flat[start]
-    return {int(k): compress(_counts(start[value == k], stop[value == k], flat.size)) for k in np.unique(value)}
+
+    return {
+        int(k): compress(_counts(start[value == k], stop[value == k], flat.size))
+        for k in np.unique(value)
+    }
 
 
 def _counts(start: np.ndarray, stop: np.ndarray, size: int) -> np.ndarray:
@@ -34,16 +39,21 @@ def compress(counts: np.ndarray) -> str:
     """
     left = np.asarray(counts, dtype=np.int64).copy()
     left[3:] -= np.asarray(counts, dtype=np.int64)[1:-2]
-    position, characters = [], []
+    position = []
+    characters = []
     index = np.arange(len(left))
+
     for group in range(13):  # 64 bits
         bits = left & 31
         left >>= 5
         last = np.where(bits & 16, left == -1, left == 0)
         position.append(index * 13 + group)
         characters.append(bits + 48 + np.where(last, 0, 32))
-        left, index = left[~last], index[~last]
+        left = left[~last]
+        index = index[~last]
         if not len(left):
             break
+
     order = np.argsort(np.concatenate(position), kind="stable")
+
     return np.concatenate(characters)[order].astype(np.uint8).tobytes().decode("ascii")

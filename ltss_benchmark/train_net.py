@@ -34,40 +34,64 @@ def main(words: list[str] | None = None) -> int:
     args = parse(words)
     launch.check(args)
     if launch.needed(args.num_gpus, args.num_machines):
-        ready(open_config(args), args, args.num_gpus * args.num_machines)  # by one process, which also counts labels
+        # by one process, which also counts labels
+        ready(open_config(args), args, args.num_gpus * args.num_machines)
         return launch.start(work, args)
+
     work(args)
+
     return 0
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="CONFIG", help="also relative to this file's folder")
-    parser.add_argument("--resume", action="store_true", help="resume from the run's newest checkpoint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        metavar="CONFIG",
+        help="also relative to this file's folder",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the run's newest checkpoint"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument("--save-predictions", action="store_true", help="with --eval-only: masks as COCO's RLE, too")
+    parser.add_argument(
+        "--save-predictions",
+        action="store_true",
+        help="with --eval-only: masks as COCO's RLE, too",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
+    )
     parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE", help="or key=value")
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args(words)
     if args.save_predictions and not args.eval_only:
-        parser.error("--save-predictions belongs to --eval-only: training writes no predictions")
+        parser.error(
+            "--save-predictions belongs to --eval-only: training writes no predictions"
+        )
+
     return args
 
 
 def open_config(args: argparse.Namespace) -> Config:
     path = Path(args.config_file)
     beside = HERE / path
-    cfg = read_config(beside if beside.is_file() and not path.exists() else path, args.opts, check_options)
+    cfg = read_config(
+        beside if beside.is_file() and not path.exists() else path, args.opts, check_options
+    )
     if args.eval_only and cfg.model.reset_classifier:
         raise ConfigError(
             f"{cfg.name}: model.reset_classifier: --eval-only cannot score a new classifier; set it to false, and "
             "give a checkpoint with the config's classes"
         )
+
     return cfg
 
 
@@ -95,9 +119,11 @@ def open_experiment(cfg: Config, eval_only: bool) -> Experiment:
     """The data. Training labels are counted for training, and for groups that the data set itself does not define."""
     if not eval_only:
         return Experiment(cfg, counted=STREAM)
+
     experiment = Experiment(cfg, train=False)
     if experiment.levels() is None and results.is_long_tailed(cfg.eval.convention):
         return Experiment(cfg, counted=STREAM, train=False)
+
     return experiment
 
 
@@ -128,13 +154,21 @@ def divided(cfg: Config, world: int) -> Config:
 
     The other number changes batch norm and the normaliser of the mask losses, so it is said. Raises ConfigError.
     """
-    batch, stated = cfg.data.streams[STREAM].batch_size, cfg.train.devices
+    batch = cfg.data.streams[STREAM].batch_size
+    stated = cfg.train.devices
     fitting = [n for n in range(1, max(stated, world) + 1) if batch % n == 0 and n % world == 0]
     if not fitting:
-        raise ConfigError(f"{cfg.name}: {batch} images per step cannot be divided over {world} processes")
+        raise ConfigError(
+            f"{cfg.name}: {batch} images per step cannot be divided over {world} processes"
+        )
+
     devices = fitting[-1]
     if devices != stated and distributed.rank() == 0:
-        warnings.warn(f"train.devices: {devices} in place of {stated}, to divide {batch} images", stacklevel=2)
+        warnings.warn(
+            f"train.devices: {devices} in place of {stated}, to divide {batch} images",
+            stacklevel=2,
+        )
+
     return replace(cfg, train=replace(cfg.train, devices=devices))
 
 
@@ -148,6 +182,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
     model = load_model(cfg.model, weights).to(device)
     single = plain(cfg.eval)
+
     for options in [single] if single == cfg.eval else [single, cfg.eval]:
         augmented = options is not single
         tested = replace(cfg, eval=options)
@@ -156,14 +191,19 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
         inference = results.inference_folder(cfg.folder, augmented)
         keep = results.Predictions(inference / name) if args.save_predictions else None
 
-        result = experiment.score(model, device, weights, cfg=options, keep=keep, panels=folder / "panels")
+        result = experiment.score(
+            model, device, weights, cfg=options, keep=keep, panels=folder / "panels"
+        )
         result |= {"checkpoint": str(weights)}
         if keep is not None:
             keep.close()
+
         print_result(result)
         results.print_groups(result)
         write_test(folder, tested, result)
-        results.write_results(cfg.folder, result, experiment.val.row, experiment.levels(), augmented)
+        results.write_results(
+            cfg.folder, result, experiment.val.row, experiment.levels(), augmented
+        )
 
 
 def weights_of(cfg: Config, resume: bool) -> Path:
@@ -173,7 +213,10 @@ def weights_of(cfg: Config, resume: bool) -> Path:
         return newest
     if cfg.model.checkpoint:
         return Path(cfg.model.checkpoint)
-    raise ConfigError(f"{cfg.name}: --eval-only needs MODEL.WEIGHTS FILE, or --resume and a run in {cfg.folder}")
+
+    raise ConfigError(
+        f"{cfg.name}: --eval-only needs MODEL.WEIGHTS FILE, or --resume and a run in {cfg.folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,16 +30,26 @@ def pixel_cells(size: int, cells: int) -> np.ndarray:
 def cell_classes(label: np.ndarray, grid: tuple[int, int], release: bool = False) -> np.ndarray:
     """Class of each cell, int16 (h, w), of a label (H, W); IGNORE in void and padding."""
     if release:
-        rows, columns = (nearest_index(n, size, 0, n) for n, size in zip(grid, label.shape, strict=True))
+        rows, columns = (
+            nearest_index(n, size, 0, n) for n, size in zip(grid, label.shape, strict=True)
+        )
         return label[np.ix_(rows, columns)]
+
     rows, columns = (cell_pixels(size, n) for n, size in zip(grid, label.shape, strict=True))
     classes = label[np.ix_(rows, columns)]
-    classes[rows < 0], classes[:, columns < 0] = IGNORE, IGNORE
+    classes[rows < 0] = IGNORE
+    classes[:, columns < 0] = IGNORE
+
     return classes
 
 
 def pixel_subclasses(
-    label: np.ndarray, cells: np.ndarray, subclasses: np.ndarray, offsets: np.ndarray, features, centres: dict
+    label: np.ndarray,
+    cells: np.ndarray,
+    subclasses: np.ndarray,
+    offsets: np.ndarray,
+    features,
+    centres: dict,
 ) -> np.ndarray:
     """Subclass of every pixel, uint8 (H, W), 255 where `label` (H, W) is void.
 
@@ -49,12 +59,15 @@ def pixel_subclasses(
     """
     out = np.full(label.shape, VOID, np.uint8)
     to_cell = [pixel_cells(size, n) for size, n in zip(label.shape, cells.shape, strict=True)]
+
     for c in np.unique(label[label != IGNORE]):
         at = np.nonzero(label == c)
         if c not in centres:
             out[at] = offsets[c]
             continue
-        own, where = cells == c, tuple(index[position] for index, position in zip(to_cell, at, strict=True))
+
+        own = cells == c
+        where = tuple(index[position] for index, position in zip(to_cell, at, strict=True))
         if own.any():
             nearest = distance_transform_edt(~own, return_distances=False, return_indices=True)
             out[at] = subclasses[tuple(nearest)][where]
@@ -62,11 +75,14 @@ def pixel_subclasses(
             x = features[where].astype(np.float32)
             distance = np.square(centres[c]).sum(1) - 2 * x @ centres[c].T
             out[at] = offsets[c] + distance.argmin(1)
+
     return out
 
 
 def blocky_subclasses(subclasses: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The release's form: cells (h, w) enlarged to `size` by the nearest rule, whatever the class of a pixel is."""
-    rows, columns = (nearest_index(s, n, 0, s) for s, n in zip(size, subclasses.shape, strict=True))
+    rows, columns = (
+        nearest_index(s, n, 0, s) for s, n in zip(size, subclasses.shape, strict=True)
+    )
     values = subclasses[np.ix_(rows, columns)]
     return np.where(values == IGNORE, VOID, values).astype(np.uint8)

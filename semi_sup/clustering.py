@@ -44,11 +44,19 @@ class ClassReport:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-c", "--config", required=True, help="the baseline's config")
-    parser.add_argument("-ca", "--clustering_algorithm", choices=ALGORITHMS, default=ALGORITHMS[0])
-    parser.add_argument("--release-labels", action="store_true", help="blocky labels that ignore class borders")
-    parser.add_argument("--allow-empty", action="store_true", help="accept classes without labelled pixels")
+    parser.add_argument(
+        "-ca", "--clustering_algorithm", choices=ALGORITHMS, default=ALGORITHMS[0]
+    )
+    parser.add_argument(
+        "--release-labels", action="store_true", help="blocky labels that ignore class borders"
+    )
+    parser.add_argument(
+        "--allow-empty", action="store_true", help="accept classes without labelled pixels"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     overrides, words = take_overrides(sys.argv[1:])
     cli.add_quiet(parser)
@@ -56,6 +64,7 @@ def main() -> None:
     cfg = load_config(args.config, overrides)
     if cfg.train.threads is not None:
         torch.set_num_threads(cfg.train.threads)
+
     dataset = SegmentationDataset(labelled_source(cfg))
     folder = cfg.folder / "features"
     adopt(folder, dataset)
@@ -84,6 +93,7 @@ def numbers(cfg: Config, pixels: np.ndarray) -> tuple[int, ...]:
     where = f"{cfg.name}: method: subclasses"
     if choice != "rule":
         return chosen_counts(choice, cfg.model.num_classes, where)
+
     try:
         return check_counts(subclass_counts(pixels), cfg.model.num_classes)
     except ValueError as error:
@@ -104,13 +114,23 @@ def check_classes(pixels: np.ndarray, classes: Sequence[str], images: int, allow
 class Clustering:
     """Clusters of the labelled cells, class by class, and the labels that they give."""
 
-    def __init__(self, features: Features, dataset: SegmentationDataset, counts: Sequence[int], release: bool):
-        self.features, self.dataset, self.counts, self.release = features, dataset, counts, release
+    def __init__(
+        self,
+        features: Features,
+        dataset: SegmentationDataset,
+        counts: Sequence[int],
+        release: bool,
+    ):
+        self.features = features
+        self.dataset = dataset
+        self.counts = counts
+        self.release = release
         self.offsets = offsets(counts).numpy()
         self.place = {name: i for i, name in enumerate(features.names)}
         self.classes = np.full(len(features.rows), IGNORE, np.int16)  # of every cell
         self.subclasses = np.full(len(features.rows), IGNORE, np.int16)
         self.centres: dict[int, np.ndarray] = {}  # class → (k, D), where k > 1
+
         for index in range(len(dataset)):
             at, shape = self._cells(index)
             self.classes[at] = cell_classes(self._label(index), shape, release).ravel()
@@ -122,60 +142,84 @@ class Clustering:
         return slice(starts[place], starts[place + 1]), grid(self.features.sizes[place])
 
     def _label(self, index: int) -> np.ndarray:
-        label, name = self.dataset.label(index), self.dataset.names[index]
+        label = self.dataset.label(index)
+        name = self.dataset.names[index]
         size = self.features.sizes[self.place[name]]
         if label.shape != size:
-            raise ValueError(f"{name}: label of {label.shape}, but the features are of an image of {size} pixels")
+            raise ValueError(
+                f"{name}: label of {label.shape}, but the features are of an image of {size} pixels"
+            )
+
         return label
 
-    def fit(self, algorithm: str, seed: int, device: str, pixels: np.ndarray) -> list[ClassReport]:
+    def fit(
+        self, algorithm: str, seed: int, device: str, pixels: np.ndarray
+    ) -> list[ClassReport]:
         """Cluster every class; `pixels` (C,) are its labelled pixels, for the report."""
         reports = []
         for c, k in enumerate(console.bar(self.counts, what=algorithm, unit="class")):
-            start, rows = time.monotonic(), np.flatnonzero(self.classes == c)
+            start = time.monotonic()
+            rows = np.flatnonzero(self.classes == c)
             if k == 1 or not len(rows):
                 cluster = np.zeros(len(rows), np.int64)
             else:
                 fit = balanced if algorithm == "balanced_kmeans" else normal
-                cluster, self.centres[c] = fit(self.features.rows, rows, min(k, len(rows)), seed, device)
+                cluster, self.centres[c] = fit(
+                    self.features.rows, rows, min(k, len(rows)), seed, device
+                )
+
             self.subclasses[rows] = self.offsets[c] + cluster
             sizes = np.bincount(cluster, minlength=k)
             seconds = round(time.monotonic() - start, 2)
-            name, ends = self.dataset.row.classes[c], (int(sizes.min()), int(sizes.max()))
+            name = self.dataset.row.classes[c]
+            ends = (int(sizes.min()), int(sizes.max()))
             reports.append(ClassReport(name, int(pixels[c]), len(rows), k, *ends, seconds))
+
         return reports
 
     def write(self, folder: Path) -> None:
         """One PNG an image, at its size; `subclasses.json` of an earlier run is gone first."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / NUMBERS).unlink(missing_ok=True)
+
         for index, name in enumerate(console.bar(self.dataset.names, what="subclass labels")):
             at, shape = self._cells(index)
-            classes, subclasses = self.classes[at].reshape(shape), self.subclasses[at].reshape(shape)
+            classes = self.classes[at].reshape(shape)
+            subclasses = self.subclasses[at].reshape(shape)
             label = self._label(index)
             if self.release:
                 values = blocky_subclasses(subclasses, label.shape)
             else:
                 features = self.features.image(self.place[name])
-                values = pixel_subclasses(label, classes, subclasses, self.offsets, features, self.centres)
+                values = pixel_subclasses(
+                    label, classes, subclasses, self.offsets, features, self.centres
+                )
+
             with replacing(folder / f"{name}.png", sync=False) as draft:
                 Image.fromarray(values).save(draft)
 
 
-def balanced(data: np.ndarray, rows: np.ndarray, k: int, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+def balanced(
+    data: np.ndarray, rows: np.ndarray, k: int, seed: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Cluster (n,) and centres (k, D) of the rows (n,) of `data`; sizes ⌊n/k⌋ to ⌈n/k⌉."""
     found = balanced_kmeans(data, k, rows=rows, seed=seed, device=device)
     return found.labels.numpy(), found.centres.numpy()
 
 
-def normal(data: np.ndarray, rows: np.ndarray, k: int, seed: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+def normal(
+    data: np.ndarray, rows: np.ndarray, k: int, seed: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
     """The same by mini-batch k-means, fitted on at most `SAMPLE` of the rows; sizes as they come out."""
     from sklearn.cluster import MiniBatchKMeans  # here, since it takes a second to import
 
     chosen = np.sort(np.random.default_rng(seed).permutation(rows)[:SAMPLE])
     means = MiniBatchKMeans(k, random_state=seed, n_init=3).fit(data[chosen].astype(np.float32))
     blocks = [rows[start : start + SAMPLE] for start in range(0, len(rows), SAMPLE)]
-    return np.concatenate([means.predict(data[block].astype(np.float32)) for block in blocks]), means.cluster_centers_
+
+    return np.concatenate(
+        [means.predict(data[block].astype(np.float32)) for block in blocks]
+    ), means.cluster_centers_
 
 
 def table(reports: Sequence[ClassReport]) -> str:
@@ -183,9 +227,11 @@ def table(reports: Sequence[ClassReport]) -> str:
     total = max(sum(report.pixels for report in reports), 1)
     wide = max(len(report.name) for report in reports)
     lines = [f"{'class':<{wide}}   % pixels     cells    k   cluster sizes"]
+
     for r in reports:
         share = f"{100 * r.pixels / total:10.3f} {r.cells:9d} {r.subclasses:4d}"
         lines.append(f"{r.name:<{wide}} {share}   {r.smallest}–{r.largest}")
+
     return "\n".join(lines)
 
 

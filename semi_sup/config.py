@@ -24,7 +24,8 @@ METHODS: dict[str, type[Method]] = {
     "unimatch_v2": UniMatchV2,
 }
 SUB_LABEL = "sub_label"  # sample key, and map of the labelled stream
-NUMBERS = "subclasses.json"  # in the folder of subclass labels: their numbers, and of which images they are
+# in the folder of subclass labels: their numbers, and of which images they are
+NUMBERS = "subclasses.json"
 
 
 def build_method(cfg: Config, context: MethodContext) -> Method:
@@ -48,10 +49,16 @@ def resolve(cfg: Config) -> Config:
     method = method_class(METHODS, cfg)
     if method is Baseline:
         return cfg
+
     cfg = _with_refresh(cfg)
     if method is USRN and cfg.method.get("branch", True):
         return _with_subclasses(cfg)
-    streams = {key: replace(s, maps={k: v for k, v in s.maps.items() if k != SUB_LABEL}) for key, s in _streams(cfg)}
+
+    streams = {
+        key: replace(s, maps={k: v for k, v in s.maps.items() if k != SUB_LABEL})
+        for key, s in _streams(cfg)
+    }
+
     return replace(cfg, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams))
 
 
@@ -74,26 +81,37 @@ def _with_refresh(cfg: Config) -> Config:
     counts = cfg.remedies.get("counts", {})
     if not cfg.remedies or "refresh" in counts:
         return cfg
+
     unlabeled = dict(_streams(cfg))["unlabeled"]
     images = SegmentationDataset(replace(unlabeled, labels=False))
     steps = ceil(len(images) / unlabeled.batch_size)
+
     return replace(cfg, remedies={**cfg.remedies, "counts": {**counts, "refresh": steps}})
 
 
 def _with_subclasses(cfg: Config) -> Config:
     labeled = cfg.data.streams.get("labeled")
     if labeled is None or SUB_LABEL not in labeled.maps:
-        raise ConfigError(f"{cfg.name}: data.streams.labeled.maps has no {SUB_LABEL!r}: the folder of subclass labels")
+        raise ConfigError(
+            f"{cfg.name}: data.streams.labeled.maps has no {SUB_LABEL!r}: the folder of subclass labels"
+        )
+
     names = SegmentationDataset(labelled_source(cfg)).names
     counts = read_numbers(Path(labeled.maps[SUB_LABEL]), names, cfg.model.num_classes)
     chosen = cfg.method.get("subclasses", "rule")
-    if chosen != "rule" and chosen_counts(chosen, cfg.model.num_classes, f"{cfg.name}: method: subclasses") != counts:
+    if (
+        chosen != "rule"
+        and chosen_counts(chosen, cfg.model.num_classes, f"{cfg.name}: method: subclasses")
+        != counts
+    ):
         raise ValueError(
             f"{labeled.maps[SUB_LABEL]}: made with {_text(counts)} subclasses, {cfg.name} wants {_text(chosen)}; "
             "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
         )
+
     k = cfg.model.options.get("subclasses", 0) or sum(counts)
     model = replace(cfg.model, name="usrn", options={**cfg.model.options, "subclasses": k})
+
     return replace(cfg, model=model, method={**cfg.method, "subclasses": list(counts)})
 
 
@@ -112,14 +130,21 @@ def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[
 
     def parse(path: Path) -> tuple[tuple[int, ...], str | None, int | None]:
         record = load_json(path)
-        return check_counts(record["counts"], num_classes), record.get("list"), record.get("images")
+        return (
+            check_counts(record["counts"], num_classes),
+            record.get("list"),
+            record.get("images"),
+        )
 
-    counts, made_for, images = read_artifact(path, parse, "not the numbers of subclasses; run clustering.py again")
+    counts, made_for, images = read_artifact(
+        path, parse, "not the numbers of subclasses; run clustering.py again"
+    )
     if made_for not in (None, digest(names)):
         raise ValueError(
             f"{path}: made for {images} other images than the {len(names)} of data.streams.labeled; "
             "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
         )
+
     return counts
 
 

@@ -50,6 +50,7 @@ def in_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
     row, column = (torch.arange(side, device=boxes.device) for side in size)
     down = (row >= top) & (row < bottom)
     across = (column >= left) & (column < right)
+
     return down[:, :, None] & across[:, None, :]
 
 
@@ -64,7 +65,9 @@ def paste_labels(labels: PseudoLabels, partner: PseudoLabels, inside: Tensor) ->
     return PseudoLabels(*(torch.where(inside, theirs, ours) for ours, theirs in pairs))
 
 
-def confident_loss(logits: Tensor, labels: PseudoLabels, threshold: float, total: Total = cross_entropy_sum) -> Tensor:
+def confident_loss(
+    logits: Tensor, labels: PseudoLabels, threshold: float, total: Total = cross_entropy_sum
+) -> Tensor:
     """Loss of logits (B, K, h, w), enlarged with aligned corners, against confident labels: their sum by `total`,
     divided by the number of pixels that show the image; 0 where none does."""
     loss = upsampled_sum(logits, labels.confident(threshold), total, align_corners=True)
@@ -90,4 +93,5 @@ def complementary_masks(pairs: int, channels: int, like: Tensor) -> Tensor:
     first = 2 * torch.bernoulli(half((pairs, channels, 1, 1), 0.5))
     whole = torch.randperm(pairs, device=like.device)[: pairs // 2]
     first[whole] = 1
+
     return torch.cat((first, 2 - first))

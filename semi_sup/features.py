@@ -25,7 +25,8 @@ from common.data.loading import batches, only
 from common.files import load_array, load_json, read_artifact, write_json
 
 STRIDE = 8
-ROWS, INDEX = "features.npy", "index.json"
+ROWS = "features.npy"
+INDEX = "index.json"
 REMEDY = "main.py --save_feature --resume <the baseline's checkpoint> writes them"
 
 
@@ -49,7 +50,9 @@ class Features:
 
     def image(self, index: int) -> np.ndarray:
         """(h, w, D) of one image."""
-        return self.rows[self.starts[index] : self.starts[index + 1]].reshape(*grid(self.sizes[index]), -1)
+        return self.rows[self.starts[index] : self.starts[index + 1]].reshape(
+            *grid(self.sizes[index]), -1
+        )
 
 
 def starts_of(sizes: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -86,17 +89,27 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)  # what lies there is no longer whole
     sizes = [dataset.open(i)["image"].size for i in range(len(dataset))]
-    starts, rows = starts_of(sizes), None
+    starts = starts_of(sizes)
+    rows = None
     images = batches(_Images(dataset), only, min(workers, len(dataset)))
+
     for i, image in enumerate(console.bar(images, what="features", total=len(dataset))):
         cells = cell_features(model, image[None].to(device))
         if not torch.isfinite(cells).all():
-            raise ValueError(f"{dataset.names[i]}: features beyond half precision; is the checkpoint sound?")
+            raise ValueError(
+                f"{dataset.names[i]}: features beyond half precision; is the checkpoint sound?"
+            )
+
         if rows is None:
             shape = (int(starts[-1]), cells.shape[1])
-            rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=np.float16, shape=shape)
+            rows = np.lib.format.open_memmap(
+                folder / ROWS, mode="w+", dtype=np.float16, shape=shape
+            )
+
         rows[starts[i] : starts[i + 1]] = cells.cpu().numpy()
+
     rows.flush()
+
     return _finish(folder, dataset.names, sizes, source)
 
 
@@ -108,8 +121,15 @@ def cell_features(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     return halved[0].flatten(1).T.half()
 
 
-def _finish(folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], source: Any) -> Features:
-    index = {"stride": STRIDE, "source": source, "names": list(names), "sizes": [list(size) for size in sizes]}
+def _finish(
+    folder: Path, names: Sequence[str], sizes: Sequence[tuple[int, int]], source: Any
+) -> Features:
+    index = {
+        "stride": STRIDE,
+        "source": source,
+        "names": list(names),
+        "sizes": [list(size) for size in sizes],
+    }
     write_json(folder / INDEX, index)
     return open_features(folder, names)
 
@@ -118,6 +138,7 @@ def open_features(folder: Path, names: Sequence[str]) -> Features:
     """The features of exactly the images `names`. ValueError where they are missing or of another list."""
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: no features there; {REMEDY}")
+
     stored, sizes = read_artifact(folder / INDEX, _index, REMEDY)
     if sorted(stored) != sorted(names):
         raise ValueError(
@@ -126,17 +147,20 @@ def open_features(folder: Path, names: Sequence[str]) -> Features:
 
     starts = starts_of(sizes)
     rows = read_artifact(folder / ROWS, partial(_rows, cells=int(starts[-1])), REMEDY)
+
     return Features(rows, stored, sizes, starts)
 
 
 def _index(path: Path) -> tuple[list[str], list[tuple[int, int]]]:
     """Names and sizes of the images."""
     index = load_json(path)
-    names, sizes = index["names"], [(int(height), int(width)) for height, width in index["sizes"]]
+    names = index["names"]
+    sizes = [(int(height), int(width)) for height, width in index["sizes"]]
     if len(names) != len(sizes) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{len(names)} names of images for {len(sizes)} sizes")
     if min(map(min, sizes), default=1) < 1:
         raise ValueError("an image without pixels")
+
     return names, sizes
 
 
@@ -155,15 +179,21 @@ def adopt(folder: Path, dataset: SegmentationDataset) -> bool:
     paths = [folder / f"{name}.npy" for name in dataset.names]
     if (folder / INDEX).exists() or not paths or not all(path.is_file() for path in paths):
         return False
+
     sizes = [dataset.open(i)["image"].size for i in range(len(dataset))]
     starts = starts_of(sizes)
     shape = (int(starts[-1]), len(np.load(paths[0], mmap_mode="r")))
     rows = np.lib.format.open_memmap(folder / ROWS, mode="w+", dtype=np.float16, shape=shape)
+
     for i, path in enumerate(paths):
         cells = read_artifact(path, load_array, REMEDY)
         if cells.shape != (shape[1], *grid(sizes[i])):
-            raise ValueError(f"{path}: features {cells.shape}, expected {(shape[1], *grid(sizes[i]))}; {REMEDY}")
+            raise ValueError(
+                f"{path}: features {cells.shape}, expected {(shape[1], *grid(sizes[i]))}; {REMEDY}"
+            )
         rows[starts[i] : starts[i + 1]] = cells.reshape(shape[1], -1).T
+
     rows.flush()
     _finish(folder, dataset.names, sizes, "files of the release's layout")
+
     return True

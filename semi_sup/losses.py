@@ -47,7 +47,9 @@ def confident_labels(logits: Tensor, threshold: float) -> Tensor:
     return torch.where(confidence > threshold, label, IGNORE)
 
 
-def gated_labels(logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float) -> Tensor:
+def gated_labels(
+    logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float
+) -> Tensor:
     """Class labels (B, …) of the weak view after the entropy gate, −1 where there is none.
 
     logits: (B, C, …); sub_logits: (B, K, …); parents: class of each subclass, int64 (K,).
@@ -56,18 +58,22 @@ def gated_labels(logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold:
     """
     if threshold < 0.5:
         return gated_labels_by_product(logits, sub_logits, parents, threshold)
+
     label = confident_labels(logits, threshold)
     agrees = parents[sub_logits.argmax(1)] == label
     return torch.where(agrees | (entropy(sub_logits) > entropy(logits)), label, IGNORE)
 
 
-def gated_labels_by_product(logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float) -> Tensor:
+def gated_labels_by_product(
+    logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float
+) -> Tensor:
     """The same by the definition, for any threshold: p̃ is made and its maximum taken."""
     p = logits.float().softmax(1)
     parent = parents[sub_logits.argmax(1)]
     free = (entropy(sub_logits) > entropy(logits))[:, None]
     only = torch.zeros_like(p).scatter_(1, parent[:, None], 1.0)
     confidence, label = torch.where(free, p, p * only).max(1)
+
     return torch.where(confidence > threshold, label, IGNORE)
 
 
@@ -101,12 +107,17 @@ def unlabelled_losses(
     Gradients flow to the strong view only. Without `gate` every confident class label is kept. total: how the losses
     of pixels with a class label are summed (`PixelLoss.total`); subclasses keep cross-entropy.
     """
-    weak, weak_sub = weak.detach(), weak_sub.detach()
+    weak = weak.detach()
+    weak_sub = weak_sub.detach()
     confident = confident_labels(weak, threshold)
     label = gated_labels(weak, weak_sub, parents, threshold) if gate else confident
     inside = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
     label = torch.where(inside, label, IGNORE)
-    kept, before = (((each != IGNORE) & inside).sum() / inside.sum().clamp(min=1) for each in (label, confident))
+    kept, before = (
+        ((each != IGNORE) & inside).sum() / inside.sum().clamp(min=1)
+        for each in (label, confident)
+    )
+
     return UnlabelledLosses(
         classes=pseudo_label_loss(strong, label, valid, total),
         subclasses=pseudo_label_loss(strong_sub, confident_labels(weak_sub, threshold), valid),

@@ -29,7 +29,13 @@ from common.models import load_model
 from common.models.pretrained.containers import weight_file
 from common.report import RunFolder, write_report
 from common.steps import digest_of
-from semi_sup.config import build_method, labelled_source, resolve, single_branch, take_overrides
+from semi_sup.config import (
+    build_method,
+    labelled_source,
+    resolve,
+    single_branch,
+    take_overrides,
+)
 from semi_sup.features import export
 
 NEWEST = "newest"
@@ -41,23 +47,41 @@ def main() -> None:
     cfg = open_config(args, overrides)
     if args.test and args.save_feature:
         raise ValueError("--test and --save_feature are two runs")
+
     if args.test or args.save_feature:
         args.resume = chosen(cfg, args.resume)
         (test if args.test else save_features)(cfg, args)
     else:
         train(cfg, args)
+
     distributed.stop()
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     switch = {"nargs": "?", "const": True, "default": False, "type": truth}
-    parser.add_argument("-c", "--config", help="JSON or YAML; needed without a checkpoint of ours")
-    parser.add_argument("-r", "--resume", nargs="?", const=NEWEST, metavar="CKPT", help="checkpoint or run folder")
-    parser.add_argument("-t", "--test", **switch, help="evaluate (also --test True, --test False)")
+    parser.add_argument(
+        "-c", "--config", help="JSON or YAML; needed without a checkpoint of ours"
+    )
+    parser.add_argument(
+        "-r",
+        "--resume",
+        nargs="?",
+        const=NEWEST,
+        metavar="CKPT",
+        help="checkpoint or run folder",
+    )
+    parser.add_argument(
+        "-t", "--test", **switch, help="evaluate (also --test True, --test False)"
+    )
     parser.add_argument("-sf", "--save_feature", **switch, help="export features")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
+    )
     cli.add_quiet(parser)
+
     return parser.parse_args(words)
 
 
@@ -75,15 +99,21 @@ def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
         return load_config(args.config, overrides)
     if args.resume in (None, NEWEST):
         raise ValueError("--config is needed, or --resume with a checkpoint of ours")
+
     file = weight_file(args.resume)
     if not file.is_file():
         raise ValueError(f"{args.resume}: no such checkpoint")
     if file.suffix != ".safetensors":
-        raise ValueError(f"{args.resume}: an official checkpoint has no config inside; give --config")
+        raise ValueError(
+            f"{args.resume}: an official checkpoint has no config inside; give --config"
+        )
+
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get("config")
+
     if text is None:
         raise ValueError(f"{file}: no config inside; give --config")
+
     return config_of(json.loads(text), overrides, str(file))
 
 
@@ -91,9 +121,13 @@ def chosen(cfg: Config, resume: str | None) -> str:
     """The checkpoint that --resume names, else the best one of the config's run."""
     if resume not in (None, NEWEST):
         return resume
+
     best = follow(cfg.folder / "checkpoints" / "best")
     if not best.exists():
-        raise ValueError(f"{best}: no checkpoint there; train {cfg.name} first, or name a checkpoint: --resume CKPT")
+        raise ValueError(
+            f"{best}: no checkpoint there; train {cfg.name} first, or name a checkpoint: --resume CKPT"
+        )
+
     return str(best)
 
 
@@ -103,6 +137,7 @@ def chosen(cfg: Config, resume: str | None) -> str:
 def train(cfg: Config, args: argparse.Namespace) -> None:
     if args.resume not in (None, NEWEST):
         check_resumed(cfg, Path(args.resume))
+
     cfg = spread(resolve(cfg))
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
@@ -144,6 +179,7 @@ def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module
     model = load_model(single_branch(cfg).model, args.resume)
     if cfg.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
+
     return model.to(device), device
 
 
@@ -154,11 +190,14 @@ def test(cfg: Config, args: argparse.Namespace) -> None:
 
     folder = folder_of_test(cfg, experiment.val, args.resume)
     outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
-    result = experiment.score(model, device, args.resume, **outputs) | {"checkpoint": str(args.resume)}
+    result = experiment.score(model, device, args.resume, **outputs) | {
+        "checkpoint": str(args.resume)
+    }
     print_result(result)
     write_test(folder, cfg, result)
     if distributed.rank() == 0:
         report(cfg, folder)
+
     distributed.barrier()
 
 

@@ -34,9 +34,12 @@ def subclass_counts(pixels: Sequence[int] | np.ndarray, limit: int = LIMIT) -> t
     """
     pixels = np.asarray(pixels, dtype=np.float64)
     if len(pixels) > limit:
-        raise ValueError(f"{len(pixels)} classes cannot have subclasses of their own: the limit is {limit} in all")
+        raise ValueError(
+            f"{len(pixels)} classes cannot have subclasses of their own: the limit is {limit} in all"
+        )
     if not (pixels > 0).any():
         raise ValueError("no labelled pixel of any class: subclasses need labelled images")
+
     unit = float(np.median(pixels[pixels > 0]))
     counts = _counts(pixels, unit)
     if counts.sum() > limit:
@@ -44,15 +47,23 @@ def subclass_counts(pixels: Sequence[int] | np.ndarray, limit: int = LIMIT) -> t
         units = np.unique(pixels[:, None] / np.arange(1, limit + 1))
         units = units[units > unit]
         low, high = 0, len(units) - 1  # the largest unit leaves every class whole
+
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if _counts(pixels, units[middle]).sum() <= limit else (middle + 1, high)
+            low, high = (
+                (low, middle)
+                if _counts(pixels, units[middle]).sum() <= limit
+                else (middle + 1, high)
+            )
+
         counts = _counts(pixels, units[low])
+
     return tuple(int(count) for count in counts)
 
 
 def _counts(pixels: np.ndarray, unit: float) -> np.ndarray:
-    whole = np.array([ceil(n / unit - 1e-9) for n in pixels])  # n / (n / 3) may be 3.0000000000000004
+    # n / (n / 3) may be 3.0000000000000004
+    whole = np.array([ceil(n / unit - 1e-9) for n in pixels])
     return np.maximum(whole, 1)
 
 
@@ -62,16 +73,21 @@ def check_counts(counts: Sequence[int], num_classes: int) -> tuple[int, ...]:
     if len(counts) != num_classes:
         raise ValueError(f"{len(counts)} numbers of subclasses for {num_classes} classes")
     if min(counts) < 1:
-        raise ValueError(f"class {counts.index(min(counts))} has {min(counts)} subclasses; the least is 1")
+        raise ValueError(
+            f"class {counts.index(min(counts))} has {min(counts)} subclasses; the least is 1"
+        )
     if sum(counts) > LIMIT:
         raise ValueError(f"{sum(counts)} subclasses in all; 8-bit labels allow {LIMIT}")
+
     return counts
 
 
 def chosen_counts(choice: str | Sequence[int], num_classes: int, where: str) -> tuple[int, ...]:
     """The numbers of subclasses that a config gives: the name of a preset, or numbers. Raises ConfigError."""
     if isinstance(choice, str) and choice not in PRESETS:
-        raise ConfigError(f"{where}: {choice!r} is no preset; {nearest(choice, PRESETS)}; or give the numbers")
+        raise ConfigError(
+            f"{where}: {choice!r} is no preset; {nearest(choice, PRESETS)}; or give the numbers"
+        )
     try:
         return check_counts(PRESETS[choice] if isinstance(choice, str) else choice, num_classes)
     except ValueError as error:
@@ -86,4 +102,6 @@ def offsets(counts: Sequence[int]) -> Tensor:
 
 def parents(counts: Sequence[int]) -> Tensor:
     """Class of each subclass, int64 (K,)."""
-    return torch.tensor([c for c, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+    return torch.tensor(
+        [c for c, count in enumerate(counts) for _ in range(count)], dtype=torch.int64
+    )

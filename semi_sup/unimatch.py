@@ -28,7 +28,14 @@ from common.config.bounds import NotNegative, Share
 from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
 from common.models import EncoderDecoder, build_network
 from semi_sup import consistency
-from semi_sup.consistency import PseudoLabels, confident_loss, in_boxes, paste, paste_labels, pseudo_labels
+from semi_sup.consistency import (
+    PseudoLabels,
+    confident_loss,
+    in_boxes,
+    paste,
+    paste_labels,
+    pseudo_labels,
+)
 
 PERTURBED = 0.5  # weight of L_fp among the unlabelled losses; the strong views share the rest
 
@@ -65,7 +72,9 @@ class Consistency(Method):
         fitting = "deeplabv3plus_unimatch or dpt"
         # An abstract class will do: it is only asked whether the network is one.
         self.model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
-        self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels")
+        self.loss = pixel_loss(
+            cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels"
+        )
 
     def labelled_loss(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
         """L_x of the labelled crops' logits at the network's stride."""
@@ -77,16 +86,23 @@ class Consistency(Method):
         total = partial(self.loss.total, progress=progress)
         return confident_loss(logits, labels, self.options.threshold, total)
 
-    def strong_losses(self, batch: Batch, weak: PseudoLabels, partner: PseudoLabels, progress: float) -> list[Tensor]:
+    def strong_losses(
+        self, batch: Batch, weak: PseudoLabels, partner: PseudoLabels, progress: float
+    ) -> list[Tensor]:
         """L_s1, L_s2 of one pass over the strong views, with what their boxes take from the partner."""
-        images, labels = [], []
+        images = []
+        labels = []
+
         for view in range(1, self.options.views + 1):
             inside = in_boxes(batch[f"box{view}"], weak.label.shape[-2:])
             images.append(paste(batch[f"strong{view}"], self.partner_view(batch, view), inside))
             labels.append(paste_labels(weak, partner, inside))
 
         logits = self.strong_logits(torch.cat(images)).chunk(len(images))
-        return [self.unlabelled_loss(z, y, progress) for z, y in zip(logits, labels, strict=True)]
+
+        return [
+            self.unlabelled_loss(z, y, progress) for z, y in zip(logits, labels, strict=True)
+        ]
 
     def partner_view(self, batch: Batch, view: int) -> Tensor:
         """The strong view that is pasted from."""
@@ -119,18 +135,28 @@ class UniMatch(Consistency):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """Labelled crops, weak and perturbed views; then the strong views."""
-        o, progress = self.options, step / self.steps
-        labeled, unlabeled = streams["labeled"], streams["unlabeled"]
+        o = self.options
+        progress = step / self.steps
+        labeled = streams["labeled"]
+        unlabeled = streams["unlabeled"]
         partner = self.label_partner(unlabeled) if o.partner == "same" else None
 
         labelled, weak_logits, perturbed = self.look(labeled["image"], unlabeled["weak"])
         weak = pseudo_labels(weak_logits, unlabeled["shown"])
         self.count(weak)
         supervised = self.labelled_loss(labelled, labeled, progress)
-        terms = {"loss": o.supervised * supervised / 2, "Lx": supervised, "kept": weak.kept(o.threshold)}
+        terms = {
+            "loss": o.supervised * supervised / 2,
+            "Lx": supervised,
+            "kept": weak.kept(o.threshold),
+        }
         if perturbed is not None:
             loss = self.unlabelled_loss(perturbed, weak, progress)
-            terms |= {"loss": terms["loss"] + o.unsupervised * PERTURBED * loss / 2, "Lfp": loss}
+            terms |= {
+                "loss": terms["loss"] + o.unsupervised * PERTURBED * loss / 2,
+                "Lfp": loss,
+            }
+
         del labelled, perturbed  # so that their graph is gone before the next one is built
         yield terms
 
@@ -145,10 +171,12 @@ class UniMatch(Consistency):
                 "data.streams.unlabeled.augment.partner: method.partner is 'same', which pastes from a second crop; "
                 "set it to true, or method.partner=batch"
             )
+
         training = self.model.training
         self.model.eval()
         logits = self.model.decode(self.encode(batch["partner_weak"]))
         self.model.train(training)
+
         return pseudo_labels(logits, batch["partner_shown"])
 
     def partner_view(self, batch: Batch, view: int) -> Tensor:
@@ -159,7 +187,10 @@ class UniMatch(Consistency):
     def look(self, images: Tensor, weak: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits of labelled crops, of weak views, and of weak views with dropped channels, of one pass."""
         if images.shape[1:] != weak.shape[1:]:
-            raise ValueError("data.streams: UniMatch runs labelled and unlabelled crops as one batch; give one `crop`")
+            raise ValueError(
+                "data.streams: UniMatch runs labelled and unlabelled crops as one batch; give one `crop`"
+            )
+
         count = len(images)
         maps = self.encode(torch.cat((images, weak)))
         if not self.options.perturb:
@@ -167,5 +198,8 @@ class UniMatch(Consistency):
             return clean[:count], clean[count:], None
 
         dropped = consistency.channel_dropout(maps)
-        clean, perturbed = self.model.decode(tuple(map(torch.cat, zip(maps, dropped, strict=True)))).chunk(2)
+        clean, perturbed = self.model.decode(
+            tuple(map(torch.cat, zip(maps, dropped, strict=True)))
+        ).chunk(2)
+
         return clean[:count], clean[count:], perturbed[count:]

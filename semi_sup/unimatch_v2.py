@@ -46,22 +46,30 @@ class UniMatchV2(Consistency):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
-        if self.options.complementary and len({*getattr(self.model.backbone, "channels", ())}) != 1:
+        if (
+            self.options.complementary
+            and len({*getattr(self.model.backbone, "channels", ())}) != 1
+        ):
             raise ConfigError(
                 f"{cfg.name}: method.complementary: {cfg.model.name!r} has maps of several widths, which no one mask "
                 "fits; set model.name to dpt, or it to false"
             )
+
         self.teacher = deepcopy(self.model).requires_grad_(False)
         self.predict_prefix = "teacher." if self.options.predicts == "teacher" else "model."
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """The labelled crops, then the strong views."""
-        o, progress = self.options, step / self.steps
-        labeled, unlabeled = streams["labeled"], streams["unlabeled"]
+        o = self.options
+        progress = step / self.steps
+        labeled = streams["labeled"]
+        unlabeled = streams["unlabeled"]
         weak = self.label(unlabeled)
         self.count(weak)
 
-        loss = self.labelled_loss(self.model.decode(self.encode(labeled["image"])), labeled, progress)
+        loss = self.labelled_loss(
+            self.model.decode(self.encode(labeled["image"])), labeled, progress
+        )
         yield {"loss": o.supervised * loss / 2, "Lx": loss, "kept": weak.kept(o.threshold)}
 
         yield self.strong_terms(self.strong_losses(unlabeled, weak, weak.flip(), progress))
@@ -70,7 +78,9 @@ class UniMatchV2(Consistency):
     def label(self, batch: Batch) -> PseudoLabels:
         """The teacher's labels of the weak view."""
         net = self.teacher.eval()
-        return pseudo_labels(net.decode(net.encode(net.normalise(batch["weak"]))), batch["shown"])
+        return pseudo_labels(
+            net.decode(net.encode(net.normalise(batch["weak"]))), batch["shown"]
+        )
 
     def strong_logits(self, images: Tensor) -> Tensor:
         maps = self.encode(images)
@@ -78,6 +88,7 @@ class UniMatchV2(Consistency):
             first = maps[0]
             masks = consistency.complementary_masks(len(first) // 2, first.shape[1], first)
             maps = tuple(x * masks for x in maps)
+
         return self.model.decode(maps)
 
     def after_step(self, step: int) -> None:

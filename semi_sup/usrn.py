@@ -52,7 +52,9 @@ CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled lo
 class BaselineConfig:
     """The `method:` section of the supervised baseline."""
 
-    subclasses: str | tuple[Count, ...] = "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
+    subclasses: str | tuple[Count, ...] = (
+        "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
+    )
     supervised: NotNegative = 1.0  # weight of the terms on labelled images
 
 
@@ -67,7 +69,9 @@ class SelfTrainingConfig(BaselineConfig):
 
     unsupervised: NotNegative = 1.0  # weight of the terms on unlabelled images
     threshold: Rate = 0.75  # τ, which a pseudo-label's probability has to exceed
-    teacher: Literal["none", "ema"] = "ema"  # who labels the weak view: the net itself, or its moving average
+    teacher: Literal["none", "ema"] = (
+        "ema"  # who labels the weak view: the net itself, or its moving average
+    )
     momentum: Share = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "student"
     mask_borders: bool = True  # release: False, padding of unlabelled crops takes part
@@ -97,7 +101,9 @@ class Scores(NamedTuple):
 
     def split(self, sizes: list[int]) -> list["Scores"]:
         classes = self.classes.split(sizes)
-        subclasses = [None] * len(sizes) if self.subclasses is None else self.subclasses.split(sizes)
+        subclasses = (
+            [None] * len(sizes) if self.subclasses is None else self.subclasses.split(sizes)
+        )
         return [Scores(*pair) for pair in zip(classes, subclasses, strict=True)]
 
 
@@ -116,6 +122,7 @@ class Baseline(Method):
             raise ConfigError(
                 f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
             )
+
         facts = {"pseudo_labels": self.pseudo_labels, "full_size": False}
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
 
@@ -135,7 +142,9 @@ class Baseline(Method):
     def labelled_terms(self, scores: Scores, batch: Batch, progress: float) -> Losses:
         """L_s of the labelled crops."""
         label = self.model.pad_label(batch["label"])
-        loss = self.loss.upsampled(scores.classes, label, align_corners=self.model.align_corners, progress=progress)
+        loss = self.loss.upsampled(
+            scores.classes, label, align_corners=self.model.align_corners, progress=progress
+        )
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
     def after_step(self, step: int) -> None:
@@ -153,10 +162,22 @@ class SelfTraining(Baseline):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         o = self.options
-        self.teacher = deepcopy(self.model).requires_grad_(False) if o.teacher == "ema" else None
-        if self.teacher is None and o.predicts == "teacher" or self.teacher is not None and o.passes == 1:
-            wrong = "predicts: teacher needs teacher: ema" if o.passes > 1 else "passes: 1 runs no teacher"
+        self.teacher = (
+            deepcopy(self.model).requires_grad_(False) if o.teacher == "ema" else None
+        )
+        if (
+            self.teacher is None
+            and o.predicts == "teacher"
+            or self.teacher is not None
+            and o.passes == 1
+        ):
+            wrong = (
+                "predicts: teacher needs teacher: ema"
+                if o.passes > 1
+                else "passes: 1 runs no teacher"
+            )
             raise ConfigError(f"{cfg.name}: method: {wrong}")
+
         self.predict_prefix = "teacher." if o.predicts == "teacher" else "model."
         self.backwards = 2 if o.passes == 3 else 1
 
@@ -164,12 +185,15 @@ class SelfTraining(Baseline):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """The labelled part, then the unlabelled one; back-propagated one by one if their passes are."""
-        labeled, unlabeled, progress = streams["labeled"], streams["unlabeled"], step / self.steps
+        labeled = streams["labeled"]
+        unlabeled = streams["unlabeled"]
+        progress = step / self.steps
         if self.options.passes == 3:
             yield self.labelled_terms(self.classify(labeled["image"]), labeled, progress)
             strong = self.classify_cells(self.model, unlabeled["strong"])
             weak = self.label(unlabeled["weak"])
             yield self.unlabelled_terms(strong, weak, unlabeled, progress)
+
             return
 
         labelled, strong, weak = self.classify_jointly(labeled["image"], unlabeled)
@@ -184,40 +208,61 @@ class SelfTraining(Baseline):
     @torch.no_grad()
     def label(self, images: Tensor) -> Scores:
         """Scores of the weak view at stride 8, by the teacher if there is one."""
-        return self.classify_cells(self.model if self.teacher is None else self.teacher.eval(), images)
+        return self.classify_cells(
+            self.model if self.teacher is None else self.teacher.eval(), images
+        )
 
-    def classify_jointly(self, images: Tensor, unlabeled: Batch) -> tuple[Scores, Scores, Scores]:
+    def classify_jointly(
+        self, images: Tensor, unlabeled: Batch
+    ) -> tuple[Scores, Scores, Scores]:
         """Scores of labelled images, strong and weak view, of one batch (or of two, the weak view apart)."""
         views = [unlabeled["strong"]]
         if self.options.passes == 1:
             views.append(unlabeled["weak"])
+
         if any(view.shape[1:] != images.shape[1:] for view in views):
-            raise ValueError("method.passes: one batch of labelled and unlabelled crops needs crops of one size")
+            raise ValueError(
+                "method.passes: one batch of labelled and unlabelled crops needs crops of one size"
+            )
 
         sizes = [len(view) for view in views]
-        out = self.model(torch.cat([images, *views]), subclasses=self.branches, pooled=sum(sizes))
+        out = self.model(
+            torch.cat([images, *views]), subclasses=self.branches, pooled=sum(sizes)
+        )
         strong, *rest = Scores.of(out, "pooled_").split(sizes)
+
         return Scores.of(out), strong, rest[0] if rest else self.label(unlabeled["weak"])
 
-    def unlabelled_terms(self, strong: Scores, weak: Scores, batch: Batch, progress: float) -> Losses:
+    def unlabelled_terms(
+        self, strong: Scores, weak: Scores, batch: Batch, progress: float
+    ) -> Losses:
         """The loss of the strong view against confident labels of the weak one."""
         valid = self.valid(batch, strong.classes)
         label = confident_labels(weak.classes.detach(), self.options.threshold)
         label = label if valid is None else torch.where(valid, label, IGNORE)
-        loss = pseudo_label_loss(strong.classes, label, valid, partial(self.loss.total, progress=progress))
+        loss = pseudo_label_loss(
+            strong.classes, label, valid, partial(self.loss.total, progress=progress)
+        )
         self.count(label, batch)
-        return {"loss": self.options.unsupervised * loss, "Lu": loss, "kept": share(label, valid)}
+
+        return {
+            "loss": self.options.unsupervised * loss,
+            "Lu": loss,
+            "kept": share(label, valid),
+        }
 
     def valid(self, batch: Batch, logits: Tensor) -> Tensor | None:
         """Which cells of the logits' grid count, bool (B, h, w): those that show the image; None: all.
 
         Without `mask_borders` the crop's own padding counts too. The network's padding, to a multiple of 8, never does.
         """
-        crop, grid = size_of(batch["weak"]), size_of(logits)
+        crop = size_of(batch["weak"])
+        grid = size_of(logits)
         if self.options.mask_borders:
             return inside(batch["geometry"], crop, grid)
         if any(side % CELL for side in crop):
             return within(crop, grid, len(logits), logits.device)
+
         return None
 
     def count(self, label: Tensor, batch: Batch) -> None:
@@ -226,7 +271,9 @@ class SelfTraining(Baseline):
     def after_step(self, step: int) -> None:
         super().after_step(step)
         if self.teacher is not None:
-            move_average(self.teacher, self.model, min(1 - 1 / (step + 1), self.options.momentum))
+            move_average(
+                self.teacher, self.model, min(1 - 1 / (step + 1), self.options.momentum)
+            )
 
 
 class USRN(SelfTraining):
@@ -239,7 +286,11 @@ class USRN(SelfTraining):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         if self.branches:
-            numbers = chosen_counts(self.options.subclasses, cfg.model.num_classes, f"{cfg.name}: method: subclasses")
+            numbers = chosen_counts(
+                self.options.subclasses,
+                cfg.model.num_classes,
+                f"{cfg.name}: method: subclasses",
+            )
             if sum(numbers) != self.model.subclasses:
                 raise ConfigError(
                     f"{cfg.name}: model.options.subclasses: {self.model.subclasses} for {sum(numbers)} subclasses of "
@@ -258,11 +309,16 @@ class USRN(SelfTraining):
             return terms
 
         label = self.model.pad_label(batch["sub_label"])
-        loss = upsampled_cross_entropy(scores.subclasses, label, align_corners=self.model.align_corners)
+        loss = upsampled_cross_entropy(
+            scores.subclasses, label, align_corners=self.model.align_corners
+        )
         weight = self.options.supervised * self.options.subclass
+
         return {**terms, "loss": terms["loss"] + weight * loss, "Ls_sub": loss}
 
-    def unlabelled_terms(self, strong: Scores, weak: Scores, batch: Batch, progress: float) -> Losses:
+    def unlabelled_terms(
+        self, strong: Scores, weak: Scores, batch: Batch, progress: float
+    ) -> Losses:
         """L_u_reg + L_u_sub."""
         o = self.options
         if strong.subclasses is None or weak.subclasses is None:
@@ -281,13 +337,21 @@ class USRN(SelfTraining):
         )
         self.count(found.label, batch)
         loss = o.unsupervised * (found.classes + o.subclass * found.subclasses)
-        terms = {"Lu_sub": found.subclasses, "Lu_reg": found.classes, "kept": found.kept, "vetoed": found.vetoed}
+        terms = {
+            "Lu_sub": found.subclasses,
+            "Lu_reg": found.classes,
+            "kept": found.kept,
+            "vetoed": found.vetoed,
+        }
+
         return {"loss": loss, **terms}
 
 
 def share(label: Tensor, valid: Tensor | None) -> Tensor:
     """Labelled cells among those that count."""
-    return (label != IGNORE).sum() / (label.numel() if valid is None else valid.sum().clamp(min=1))
+    return (label != IGNORE).sum() / (
+        label.numel() if valid is None else valid.sum().clamp(min=1)
+    )
 
 
 def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:
@@ -302,12 +366,19 @@ def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:
     mirrored = torch.where(flip > 0, crop[1] - columns, columns)
     down = rows < height - y
     across = mirrored < width - x
-    return down[:, :, None] & across[:, None, :] & within(crop, grid, len(geometry), geometry.device)
+
+    return (
+        down[:, :, None]
+        & across[:, None, :]
+        & within(crop, grid, len(geometry), geometry.device)
+    )
 
 
 def within(crop: Size, grid: Size, batch: int, device: torch.device) -> Tensor:
     """Whether the centre of a cell lies in the crop of `crop` pixels, bool (batch, *grid)."""
-    down, across = (centres(cells, device) < side for cells, side in zip(grid, crop, strict=True))
+    down, across = (
+        centres(cells, device) < side for cells, side in zip(grid, crop, strict=True)
+    )
     return (down[:, None] & across).expand(batch, *grid)
 
 

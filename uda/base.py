@@ -59,8 +59,10 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch as ever in training, but its running statistics stay."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [m.momentum for m in norms]
+
     for m in norms:
         m.momentum = 0.0
+
     try:
         yield
     finally:
@@ -81,21 +83,29 @@ class Stage(Method):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, DeepLabV2, "deeplabv2", cfg.name)
-        self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", pseudo_labels=self.pseudo_labels)
+        self.loss = pixel_loss(
+            cfg.remedies, cfg, context, average="valid", pseudo_labels=self.pseudo_labels
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return groups_of(self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult)
+        return groups_of(
+            self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult
+        )
 
     def upsampled(self, images: Tensor) -> Tensor:
         """The student's logits at the size of the images."""
         logits = self.model(images)["logits"]
-        return F.interpolate(logits, size_of(images), mode="bilinear", align_corners=self.model.align_corners)
+        return F.interpolate(
+            logits, size_of(images), mode="bilinear", align_corners=self.model.align_corners
+        )
 
     def source_terms(self, source: Batch, progress: float) -> Losses:
         loss = self.loss(self.upsampled(source["image"]), source["label"], progress=progress)
         return {"loss": loss, "source_ce": loss}
 
-    def symmetric_loss(self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float) -> Tensor:
+    def symmetric_loss(
+        self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float
+    ) -> Tensor:
         """Symmetric cross-entropy with the factors `rce` of its terms, of logits (B, K, h, w) and label (B, h, w).
 
         Both terms see the logits that the remedies have changed; class weights and focus act on the first alone.
@@ -108,7 +118,9 @@ class Stage(Method):
             reverse = reverse_cross_entropy(adjusted, label)
             if self.loss.average == "all":
                 reverse = reverse * (label != IGNORE).float().mean()
+
             total = total + beta * reverse
+
         return total + self.loss.set_terms(logits, label) if self.loss.sets else total
 
     @torch.no_grad()
@@ -116,7 +128,9 @@ class Stage(Method):
         self.loss.after_step(step)
 
 
-def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float) -> list[dict[str, Any]]:
+def groups_of(
+    model: nn.Module, optim: OptimConfig, backbone_mult: float, head_mult: float
+) -> list[dict[str, Any]]:
     """Backbone and head (with the extra norm) at multiples of `optim.lr`. ConfigError for rules in `optim.groups`.
 
     The release's optimiser visits most backbone tensors three times a step, so its nominal rate acts threefold; the
@@ -127,19 +141,28 @@ def groups_of(model: nn.Module, optim: OptimConfig, backbone_mult: float, head_m
             f"optim.groups: {optim.groups[0].match!r}: the groups of domain adaptation are fixed; set "
             "method.backbone_lr_mult and method.head_lr_mult instead"
         )
+
     head = re.compile(r"^(layer5|bn_pretrain)\.")
     rest: list[nn.Parameter] = []
     chosen: list[nn.Parameter] = []
+
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (chosen if head.search(name) else rest).append(parameter)
+
     common: dict[str, Any] = {"optimizer": optim.name, "weight_decay": optim.weight_decay}
     if optim.name == "sgd":
         common |= {"momentum": optim.momentum, "nesterov": optim.nesterov}
     else:
         common |= {"betas": optim.betas}
+
     parts = (("backbone", rest, backbone_mult), ("head", chosen, head_mult))
-    return [{"params": p, "name": name, "lr": optim.lr * mult, **common} for name, p, mult in parts if p]
+
+    return [
+        {"params": p, "name": name, "lr": optim.lr * mult, **common}
+        for name, p, mult in parts
+        if p
+    ]
 
 
 def network_of(config: ModelConfig, path: str | Path, prefix: str | None = None) -> nn.Module:
@@ -156,7 +179,9 @@ def network_of(config: ModelConfig, path: str | Path, prefix: str | None = None)
 def read_prototypes(path: str, classes: int) -> Tensor:
     """Prototypes float32 (C, D) of calc_prototype.py: torch-saved tensor, or .npy. ValueError names the fix."""
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no prototypes there; {command('calc_prototype.py', path)} makes them")
+        raise ValueError(
+            f"{path}: no prototypes there; {command('calc_prototype.py', path)} makes them"
+        )
 
     def parse(file: Path) -> Tensor:
         value = load_tensor(file)
@@ -179,7 +204,10 @@ def known_prototypes(path: str, classes: int) -> Prototypes:
     start = read_prototypes(path, classes)
     known = start.any(1).nonzero().flatten()
     if not len(known):
-        raise ValueError(f"{path}: no class has a prototype, all of them are 0; {command('calc_prototype.py', path)}")
+        raise ValueError(
+            f"{path}: no class has a prototype, all of them are 0; {command('calc_prototype.py', path)}"
+        )
+
     return Prototypes(known, start[known])
 
 
@@ -192,6 +220,7 @@ def rectified(warm: Tensor, evidence: Tensor, known: Tensor) -> Tensor:
     """
     if len(known) == warm.shape[1]:
         return evidence.softmax(1).mul_(warm)
+
     ours = warm.index_select(1, known)
     shares = (evidence + ours.clamp(min=torch.finfo(ours.dtype).tiny).log()).softmax(1)
     return warm.index_copy(1, known, shares * ours.sum(1, keepdim=True))
@@ -208,7 +237,10 @@ def read_distribution(path: str, classes: int) -> Tensor:
         if value.shape != (classes,):
             raise ValueError(f"{value.numel()} class shares for {classes} classes")
         if value.min() < 0 or abs(value.sum() - 1) > 1e-3:
-            raise ValueError(f"class shares must be at least 0 and sum to 1, the sum is {value.sum():.4f}")
+            raise ValueError(
+                f"class shares must be at least 0 and sum to 1, the sum is {value.sum():.4f}"
+            )
+
         return (value / value.sum()).float()
 
     return read_artifact(path, parse, "run generate_class_distribution.py again")

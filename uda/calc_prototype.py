@@ -15,11 +15,15 @@ def main() -> None:
     cfg = stage_config(args)
     data = TargetImages(cfg)
     device = distributed.start(args.device)
-    result = prototypes(open_network(cfg, args.checkpoint, device), data, cfg.data.workers, device)
+    result = prototypes(
+        open_network(cfg, args.checkpoint, device), data, cfg.data.workers, device
+    )
     path = cfg.folder / PROTOTYPES
     path.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(path) as draft:
         torch.save(result, draft)
+
     print(f"prototypes {tuple(result.shape)} of {len(data)} images in {path}")
 
 

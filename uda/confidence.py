@@ -35,7 +35,9 @@ def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     return label, (probability >= threshold).float().mean()
 
 
-def valid_pixels(target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins) -> Tensor:
+def valid_pixels(
+    target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins
+) -> Tensor:
     """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W)."""
     if margins.of == "image":
         return image_margins(target["geometry"], size, margins)
@@ -44,8 +46,11 @@ def valid_pixels(target: Mapping[str, Tensor], size: tuple[int, int], margins: M
     extent = target.get("extent")
     if extent is None:
         return inside
+
     rows, columns = (torch.arange(side, device=inside.device) for side in size)
-    down, across = rows < extent[:, :1], columns < extent[:, 1:]
+    down = rows < extent[:, :1]
+    across = columns < extent[:, 1:]
+
     return inside * down[:, :, None] * across[:, None]
 
 
@@ -67,10 +72,13 @@ def image_margins(geometry: Tensor, size: tuple[int, int], margins: Margins) -> 
 
     shown = torch.minimum(width - x, torch.full_like(width, size[1]))
     columns = torch.where(flip > 0, shown - 1 - columns, columns)
-    row, column = rows + y, columns + x
+    row = rows + y
+    column = columns + x
     inside = ((row < height)[:, :, None]) & ((columns >= 0) & (column < width))[:, None]
 
-    row, column = row * height0 // height, column * width0 // width
+    row = row * height0 // height
+    column = column * width0 // width
     down = (row >= margins.top) & (row < height0 - margins.bottom)
     across = (column >= margins.left) & (column < width0 - margins.right)
+
     return (inside & down[:, :, None] & across[:, None]).float()

@@ -83,18 +83,29 @@ class CPSLConfig:
     sinkhorn_iterations: Annotated[int, AtLeast(0), AtMost(1000)] = 3
     normalise_bank: bool = True  # release: False, scores of the bank use raw prototypes
     cutmix: Share = 0.5  # probability
-    cutmix_labels: Literal["source", "target"] = "source"  # release before September 2022: target
-    teacher_mode: Literal["eval", "train"] = "eval"  # release: train, with dropout and batch statistics
-    strong_statistics: bool = True  # False: the strong view does not move batch norm's running statistics
+    cutmix_labels: Literal["source", "target"] = (
+        "source"  # release before September 2022: target
+    )
+    teacher_mode: Literal["eval", "train"] = (
+        "eval"  # release: train, with dropout and batch statistics
+    )
+    strong_statistics: bool = (
+        True  # False: the strong view does not move batch norm's running statistics
+    )
     head_lr_mult: NotNegative = 5.0  # of the head and the prototypes
-    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = (
+        3.0  # release: its optimiser lists each backbone tensor three times
+    )
 
     def __post_init__(self):
         if self.bank_labels == "first" and self.sampling != "uniform":
-            raise ValueError(f"bank_labels: first is for sampling: uniform, not {self.sampling}; set both")
+            raise ValueError(
+                f"bank_labels: first is for sampling: uniform, not {self.sampling}; set both"
+            )
 
 
-Sampled = tuple[Tensor, Tensor, Tensor]  # unit features (B, n, D), unit logits (B, n, K), labels (B, n)
+# unit features (B, n, D), unit logits (B, n, K), labels (B, n)
+Sampled = tuple[Tensor, Tensor, Tensor]
 
 
 class CPSL(Stage):
@@ -109,7 +120,8 @@ class CPSL(Stage):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
-        o, classes = self.options, cfg.model.num_classes
+        o = self.options
+        classes = cfg.model.num_classes
         self.teacher = deepcopy(self.model).requires_grad_(False)
         start = known_prototypes(o.prototypes, classes)
         self.register_buffer("known", start.known, persistent=False)
@@ -117,7 +129,10 @@ class CPSL(Stage):
         self.register_buffer("prototypes_ema", F.normalize(start.rows, dim=1))
         self.register_buffer("distribution", read_distribution(o.class_distribution, classes))
         if not self.distribution[start.known].sum() > 0:
-            raise ConfigError(f"{o.class_distribution}: no share for the classes of {o.prototypes}; make both again")
+            raise ConfigError(
+                f"{o.class_distribution}: no share for the classes of {o.prototypes}; make both again"
+            )
+
         self.features = RingBank(o.bank, start.rows.shape[1])
         self.scores = RingBank(o.bank, len(start.known))
         self.bank_labels = RingBank(o.bank, dtype=torch.int64)
@@ -131,7 +146,9 @@ class CPSL(Stage):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """Three parts, back-propagated one by one: source, weak target view, strong target view."""
-        source, target, progress = streams["source"], streams["target"], step / self.steps
+        source = streams["source"]
+        target = streams["target"]
+        progress = step / self.steps
         yield self.source_terms(source, progress)
         similarity, label, changed, sampled = self.label_target(target)
         yield self.weak_terms(source, target, label, sampled, progress) | {"changed": changed}
@@ -146,11 +163,14 @@ class CPSL(Stage):
         grid = onto_crop(out["features"], target)
         similarity = self.similarity(out["features"], grid)
         label, changed = self.rectify(similarity, target)
+
         return similarity, label, changed, self.sample(label, out, grid)
 
     def similarity(self, features: Tensor, grid: Resampling) -> Tensor:
         """n(z)·n(c'_k) of features (B, D, h, w) brought to a grid (H, W): (B, K, H, W)."""
-        dots, squares = resampled_products(features, F.normalize(self.prototypes_ema, dim=1), *grid)
+        dots, squares = resampled_products(
+            features, F.normalize(self.prototypes_ema, dim=1), *grid
+        )
         return dots / squares.clamp(min=1e-24).sqrt()[:, None]
 
     @torch.no_grad()
@@ -168,19 +188,27 @@ class CPSL(Stage):
 
         if self.options.threshold > 0:
             if self.options.threshold_on == "pseudo":
-                best, probabilities = pseudo, warm
+                best = pseudo
+                probabilities = warm
+
             unsure = best < self.options.threshold * probabilities.sum(1)
             label = label.masked_fill(unsure, IGNORE)
+
         return label, changed
 
     # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
 
-    def weak_terms(self, source: Batch, target: Batch, label: Tensor, sampled: Sampled, progress: float) -> Losses:
-        o, images, mixed = self.options, target["weak"], label
+    def weak_terms(
+        self, source: Batch, target: Batch, label: Tensor, sampled: Sampled, progress: float
+    ) -> Losses:
+        o = self.options
+        images = target["weak"]
+        mixed = label
         box = draw_box(size_of(images), o.cutmix)
         if box is not None:
             images = paste(images, source["image"], box)
             mixed = self.mixed_labels(label, source["label"], box)
+
         out = self.model(images)
         self.loss.count(label)
         ce = self.symmetric_loss(to_grid(out["logits"], size_of(label)), mixed, o.rce, progress)
@@ -189,8 +217,11 @@ class CPSL(Stage):
         total = ce + o.self_label * (first + second)
         if o.contrastive > 0:
             whole = size_of(target["soft"])
-            terms["contrastive"] = self.contrast(out["features"], label, whole, mixed=box is not None)
+            terms["contrastive"] = self.contrast(
+                out["features"], label, whole, mixed=box is not None
+            )
             total = total + o.contrastive * terms["contrastive"]
+
         return {"loss": total, **terms, "bank_fill": ce.new_tensor(self.features.fill)}
 
     def mixed_labels(self, label: Tensor, source_label: Tensor, box: Box) -> Tensor:
@@ -204,12 +235,19 @@ class CPSL(Stage):
         logits = out["logits"].index_select(1, self.known)
         if self.options.bank_labels == "first":
             return self.sample_whole(label, out["features"], logits)
-        flat, n = label.flatten(1), min(self.options.samples, label[0].numel())
+
+        flat = label.flatten(1)
+        n = min(self.options.samples, label[0].numel())
         if self.options.sampling == "uniform":
             index = uniform(flat, n)
         else:
             index = class_balanced(flat, self.distribution, n)
-        return unit_rows(out["features"], grid, index), unit_rows(logits, grid, index), flat.gather(1, index)
+
+        return (
+            unit_rows(out["features"], grid, index),
+            unit_rows(logits, grid, index),
+            flat.gather(1, index),
+        )
 
     def sample_whole(self, label: Tensor, features: Tensor, logits: Tensor) -> Sampled:
         """The release's draw: cells of the whole image's own grid, the same in every image. The labels are not theirs:
@@ -219,29 +257,38 @@ class CPSL(Stage):
         index = uniform(labels[:1], n).expand(len(labels), n)
         return unit_cells(features, index), unit_cells(logits, index), labels[:, :n]
 
-    def self_label(self, features: Tensor, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def self_label(
+        self, features: Tensor, logits: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """L_SL from features (B, n, D), logits (B, n, K): image by image, so each sees the earlier ones in the bank."""
         prototypes = F.normalize(self.prototypes, dim=1)
         basis = (prototypes if self.options.normalise_bank else self.prototypes).detach()
-        bank = (basis @ self.features.rows.T).T  # kept up to date below, as images enter the bank
+        bank = (
+            basis @ self.features.rows.T
+        ).T  # kept up to date below, as images enter the bank
         losses: tuple[list[Tensor], list[Tensor]] = ([], [])
+
         for z, o, y in zip(features, logits, labels, strict=True):
             scores = z @ prototypes.T
             assigned = self.assign(bank, scores.detach()), self.assign(self.scores.rows, o)
+
             for terms, q in zip(losses, assigned, strict=True):
                 terms.append(assignment_cross_entropy(scores, q, self.options.temperature))
+
             everywhere = gather_rows(z)
             write(bank, self.features.slots(len(everywhere)), everywhere @ basis.T)
             self.features.push(everywhere, gather=False)
             self.scores.push(o)
             self.bank_labels.push(y)
+
         return torch.stack(losses[0]).mean(), torch.stack(losses[1]).mean()
 
     def assign(self, bank: Tensor, scores: Tensor) -> Tensor:
         """Sinkhorn assignment (n, K) of the newest rows, together with the bank once that is full."""
         o = self.options
         marginal = None if o.marginal == "uniform" else self.class_shares()
-        rows = torch.cat((bank.T, scores.T), 1).T if self.features.full else scores  # a class is contiguous
+        # a class is contiguous
+        rows = torch.cat((bank.T, scores.T), 1).T if self.features.full else scores
         return sinkhorn(rows, marginal, o.epsilon, o.sinkhorn_iterations, keep=len(scores))
 
     def class_shares(self) -> Tensor:
@@ -259,6 +306,7 @@ class CPSL(Stage):
         """
         if mixed or not self.features.full:
             return features.sum() * 0
+
         if self.options.bank_labels == "first":
             labels = stretched(label, whole).flatten(1)
             cells = labels[:, : features[0, 0].numel()]
@@ -268,8 +316,10 @@ class CPSL(Stage):
             labels = label.flatten(1)
             index = uniform(labels, min(self.options.samples, labels.shape[1]))
             anchors = unit_rows(features, onto_grid(features, size_of(label)), index)
+
         bank = self.features.rows, self.bank_labels.rows, self.options.temperature
         pairs = zip(anchors, labels.gather(1, index), strict=True)
+
         return torch.stack([pixel_contrast(a, y, *bank) for a, y in pairs]).mean()
 
     # Strong view ----------------------------------------------------------------------------------------------------
@@ -278,17 +328,27 @@ class CPSL(Stage):
         """Consistency with the teacher's similarities. Classifier and prototypes get a gradient of 0 here: under DDP
         the last part has to reach every parameter."""
         crop = size_of(target["weak"])
-        with nullcontext() if self.options.strong_statistics else running_statistics_kept(self.model):
+        with (
+            nullcontext()
+            if self.options.strong_statistics
+            else running_statistics_kept(self.model)
+        ):
             out = self.model(target["strong"])
+
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
-        student = self.similarity(out["features"], onto_grid(out["features"], size_of(similarity)))
+        student = self.similarity(
+            out["features"], onto_grid(out["features"], size_of(similarity))
+        )
         term = consistency(student, teacher, mask, self.options.temperature)
         untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum())
+
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        statistics: Literal["averaged", "copied"] = "averaged" if self.options.teacher_mode == "eval" else "copied"
+        statistics: Literal["averaged", "copied"] = (
+            "averaged" if self.options.teacher_mode == "eval" else "copied"
+        )
         move_average(self.teacher, self.model, self.options.momentum, statistics)
         self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
         super().after_step(step)

@@ -51,9 +51,13 @@ class DAFormerConfig:
     """The `method:` section of DAFormer. Defaults are the paper's."""
 
     adapt: bool = True  # False: source only
-    momentum: Share = 0.999  # of θ', which it reaches at step 1000: (t + 1) / (t + 2) after step t
+    momentum: Share = (
+        0.999  # of θ', which it reaches at step 1000: (t + 1) / (t + 2) after step t
+    )
     threshold: Share = 0.968  # τ
-    teacher_mode: Literal["train", "eval"] = "train"  # train: batch statistics of the target crops, without dropout
+    teacher_mode: Literal["train", "eval"] = (
+        "train"  # train: batch statistics of the target crops, without dropout
+    )
     margins: Margins = Margins()
     jitter: Share = 0.8  # probability; the release's 0.2 is that of no jitter
     jitter_strength: Share = 0.2
@@ -94,11 +98,17 @@ class DAFormer(Method):
         self.model = build_network(cfg.model, self.Network, self.fitting, cfg.name)
         self.model.check_heads(("decode",), f"{cfg.name}: model")
         pseudo_labels = self.pseudo_labels if self.options.adapt else None
-        self.loss = pixel_loss(cfg.remedies, cfg, context, average="all", pseudo_labels=pseudo_labels)
+        self.loss = pixel_loss(
+            cfg.remedies, cfg, context, average="all", pseudo_labels=pseudo_labels
+        )
 
-        self.imagenet = self._imagenet_backbone(cfg) if self.options.feature_distance.weight else None
+        self.imagenet = (
+            self._imagenet_backbone(cfg) if self.options.feature_distance.weight else None
+        )
         self.register_buffer("things", self._things(cfg, context), persistent=False)
-        self.teacher = deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
+        self.teacher = (
+            deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
+        )
         if not self.options.adapt:
             self.backwards = 1
 
@@ -108,13 +118,20 @@ class DAFormer(Method):
         if context.row is None or chosen.weight == 0 or chosen.cells == "all":
             return None
 
-        classes, where = context.row.classes, f"{cfg.name}: method.feature_distance.classes"
+        classes = context.row.classes
+        where = f"{cfg.name}: method.feature_distance.classes"
         unknown = [name for name in chosen.classes if name not in classes]
         if unknown:
-            raise ConfigError(f"{where}: {unknown[0]!r} is no class of {context.row.name}: {', '.join(classes)}")
+            raise ConfigError(
+                f"{where}: {unknown[0]!r} is no class of {context.row.name}: {', '.join(classes)}"
+            )
+
         ids = [classes.index(name) for name in chosen.classes] or list(context.row.things)
         if not ids:
-            raise ConfigError(f"{where}: {context.row.name} names no things; list classes, or set cells: all")
+            raise ConfigError(
+                f"{where}: {context.row.name} names no things; list classes, or set cells: all"
+            )
+
         return torch.tensor([k in ids for k in range(len(classes))])
 
     def _imagenet_backbone(self, cfg: Config) -> Frozen:
@@ -123,9 +140,13 @@ class DAFormer(Method):
             raise ConfigError(
                 f"{cfg.name}: method.feature_distance needs ImageNet weights; set model.pretrained, or its weight to 0"
             )
+
         model = self.model
         if cfg.model.checkpoint:
-            model = build_network(replace(cfg.model, checkpoint=None), self.Network, self.fitting, cfg.name)
+            model = build_network(
+                replace(cfg.model, checkpoint=None), self.Network, self.fitting, cfg.name
+            )
+
         return Frozen(deepcopy(model.backbone))
 
     # One step ---------------------------------------------------------------------------------------------------
@@ -144,10 +165,13 @@ class DAFormer(Method):
                 f"ClassMix: source crops {tuple(source.image.shape)} and target crops {tuple(target.image.shape)} "
                 "differ; give both streams the same batch_size and crop"
             )
+
         pseudo = self.look(target, streams["target"])
         yield from self.target_parts(source, target, pseudo, progress)
 
-    def target_parts(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Iterator[Losses]:
+    def target_parts(
+        self, source: View, target: View, pseudo: Pseudo, progress: float
+    ) -> Iterator[Losses]:
         """What a step learns from target images."""
         yield self.mixed_terms(source, target, pseudo, progress)
 
@@ -156,16 +180,23 @@ class DAFormer(Method):
         label = self.model.pad_label(batch["label"]).long() if labelled else None
         return View(image, label)
 
-    def student(self, view: View, progress: float, weight: Tensor | None = None) -> tuple[Losses, Tensor]:
+    def student(
+        self, view: View, progress: float, weight: Tensor | None = None
+    ) -> tuple[Losses, Tensor]:
         """The loss `ce` of a view, with what it is made of, and the backbone's last map. weight: (B, H, W)."""
         out = self.model.segment(view.image)
-        return {"ce": self.cross_entropy(out["logits"], view.label, progress, weight)}, out["features"][-1]
+        return {"ce": self.cross_entropy(out["logits"], view.label, progress, weight)}, out[
+            "features"
+        ][-1]
 
-    def cross_entropy(self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None) -> Tensor:
+    def cross_entropy(
+        self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None
+    ) -> Tensor:
         """The loss, with its remedies, of logits at the network's stride."""
         corners = self.model.align_corners
         if weight is None:
             return self.loss.upsampled(logits, label, align_corners=corners, progress=progress)
+
         large = resize(logits.float(), tuple(label.shape[-2:]), corners)
         return self.loss(large, label, progress=progress, pixel_weight=weight)
 
@@ -181,6 +212,7 @@ class DAFormer(Method):
 
         distance = self.distance(features, source)
         loss = terms["loss"] + self.options.feature_distance.weight * distance
+
         return {**terms, "loss": loss, "feature_distance": distance}
 
     def distance(self, features: Tensor, source: View) -> Tensor:
@@ -191,9 +223,14 @@ class DAFormer(Method):
             if chosen.cells == "all":
                 where = torch.ones_like(frozen[:, 0], dtype=torch.bool)
             elif self.things is None:
-                raise ValueError("feature distance: no data set row says which classes are things; set cells: all")
+                raise ValueError(
+                    "feature distance: no data set row says which classes are things; set cells: all"
+                )
             else:
-                where = cells_of(source.label, tuple(features.shape[-2:]), self.things, chosen.share)
+                where = cells_of(
+                    source.label, tuple(features.shape[-2:]), self.things, chosen.share
+                )
+
         return feature_distance(features, frozen, where)
 
     @torch.no_grad()
@@ -201,20 +238,26 @@ class DAFormer(Method):
         """What the teacher says of the target crops."""
         set_teacher_mode(self.teacher, self.options.teacher_mode)
         size = tuple(target.image.shape[-2:])
-        logits = resize(self.teacher.segment(target.image)["logits"], size, self.model.align_corners)
+        logits = resize(
+            self.teacher.segment(target.image)["logits"], size, self.model.align_corners
+        )
 
         label, share = pseudo_labels(logits, self.options.threshold)
         valid = valid_pixels(batch, size, self.options.margins).expand(label.shape)
         self.loss.count(label.masked_fill(valid == 0, IGNORE))
+
         return Pseudo(label, share * valid)
 
-    def mixed_terms(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Losses:
+    def mixed_terms(
+        self, source: View, target: View, pseudo: Pseudo, progress: float
+    ) -> Losses:
         mask = class_mask(source.label, choose_classes(source.label, self.model.num_classes))
         image = self.distorted(paste(mask, source.image, target.image))
         label = paste(mask, source.label, pseudo.label)
         weight = paste(mask, torch.ones_like(pseudo.weight), pseudo.weight)
 
         losses, _ = self.student(View(image, label), progress, weight)
+
         return {**named("mixed", losses), "confident": pseudo.weight.amax()}
 
     @torch.no_grad()
@@ -229,9 +272,13 @@ class DAFormer(Method):
             factors = draw_jitter(len(image), self.options.jitter_strength, image.device)
             rgb = (image * self.model.std + self.model.mean) / 255
             image = (255 * jitter(rgb, factors, order) - self.model.mean) / self.model.std
+
         if strength < self.options.blur:
             low, high = SIGMA
-            image = blur(image, low + (high - low) * torch.rand(len(image), device=image.device))
+            image = blur(
+                image, low + (high - low) * torch.rand(len(image), device=image.device)
+            )
+
         return image
 
     @torch.no_grad()

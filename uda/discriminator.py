@@ -22,7 +22,8 @@ class Discriminator(nn.Module):
         self.num_classes = num_classes
         channels = (num_classes, width, 2 * width, 4 * width, 8 * width)
         self.convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, 2, 1) for before, after in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(before, after, 3, 2, 1)
+            for before, after in zip(channels, channels[1:], strict=False)
         )
         self.classifier = nn.Conv2d(8 * width, 1, 1)
 
@@ -30,6 +31,7 @@ class Discriminator(nn.Module):
         x = probabilities
         for conv in self.convs[:-1]:
             x = F.relu(conv(x), inplace=True)
+
         return self.classifier(F.leaky_relu(self.convs[-1](x), 0.2, inplace=True))
 
     def constant(self, probabilities: Tensor) -> Tensor:
@@ -38,11 +40,17 @@ class Discriminator(nn.Module):
         return functional_call(self, weights, (probabilities,))
 
 
-def adversarial_loss(scores: Tensor, domain: float, criterion: Literal["LS", "Vanilla"] = "LS") -> Tensor:
+def adversarial_loss(
+    scores: Tensor, domain: float, criterion: Literal["LS", "Vanilla"] = "LS"
+) -> Tensor:
     """Mean over all scores of (s − domain)² (LS) or of the binary cross-entropy with logits (Vanilla).
 
     domain: SOURCE or TARGET, the answer that the loss asks for.
     """
     scores = scores.float()
     goal = torch.full_like(scores, domain)
-    return F.mse_loss(scores, goal) if criterion == "LS" else F.binary_cross_entropy_with_logits(scores, goal)
+    return (
+        F.mse_loss(scores, goal)
+        if criterion == "LS"
+        else F.binary_cross_entropy_with_logits(scores, goal)
+    )

@@ -31,9 +31,13 @@ class DistillConfig:
     teacher: str  # checkpoint of the previous stage, ours or the release's
     threshold: Rate = 0.95  # confidence that a pseudo-label has to exceed
     distillation: NotNegative = 1.0
-    kd_loss: Literal["kl", "inner_product"] = "kl"  # release: inner_product, a KL whose logarithm is missing
+    kd_loss: Literal["kl", "inner_product"] = (
+        "kl"  # release: inner_product, a KL whose logarithm is missing
+    )
     head_lr_mult: NotNegative = 10.0
-    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = (
+        3.0  # release: its optimiser lists each backbone tensor three times
+    )
 
 
 class Distill(Stage):
@@ -61,9 +65,12 @@ class Distill(Stage):
         terms = {"target_ce": ce, "labelled": (label != IGNORE).float().mean()}
         if self.options.distillation == 0:
             return {"loss": ce, **terms}
+
         with torch.no_grad():
             teacher = to_grid(self.teacher.eval()(target["strong"])["logits"], size_of(label))
+
         kd = distillation(student, teacher, self.options.kd_loss)
+
         return {"loss": ce + self.options.distillation * kd, **terms, "kd": kd}
 
     @torch.no_grad()
@@ -73,8 +80,11 @@ class Distill(Stage):
         8-bit confidence counts 254ths, rounded down, so the threshold never lets more through than it says; that of
         the release's files is a float.
         """
-        label, confidence = (target[key][:, ::STRIDE, ::STRIDE] for key in ("pseudo", "confidence"))
+        label, confidence = (
+            target[key][:, ::STRIDE, ::STRIDE] for key in ("pseudo", "confidence")
+        )
         scale = 1 if confidence.is_floating_point() else CONFIDENCE_STEPS
         label = torch.where(confidence.float() > self.options.threshold * scale, label, IGNORE)
         crop = size_of(target["strong"])
+
         return warp_labels(label, target["warp"], crop, target["cutout"])

@@ -18,7 +18,11 @@ def main() -> None:
     parser.add_argument("--soft", action="store_true")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--checkpoint", help="default: the stage's newest")
-    parser.add_argument("--force", action="store_true", help="replace files that do not say what they were made from")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace files that do not say what they were made from",
+    )
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
 
@@ -35,10 +39,12 @@ def main() -> None:
         model = open_network(cfg, args.checkpoint, device)
         if not keep:
             renew(folder, record)
+
         if args.soft:
             write_soft(model, data, folder, cfg.data.workers, device)
         else:
             write_hard(model, data, folder, cfg.data.workers, device, args.flip)
+
     print(f"{len(data.dataset)} pseudo-labels in {folder} ({len(data)} new)")
 
 

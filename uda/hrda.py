@@ -33,15 +33,20 @@ class HRDA(DAFormer):
     Network = HRDANetwork
     fitting = "hrda"
 
-    def student(self, view: View, progress: float, weight: Tensor | None = None) -> tuple[Losses, Tensor]:
+    def student(
+        self, view: View, progress: float, weight: Tensor | None = None
+    ) -> tuple[Losses, Tensor]:
         box = self.model.draw_box(tuple(view.image.shape[-2:]))
         out = self.model.segment_crop(view.image, box)
         fused = self.cross_entropy(out["logits"], view.label, progress, weight)
 
         label = box.of(view.label)
-        detail = self.cross_entropy(out["detail"], label, progress, None if weight is None else box.of(weight))
+        detail = self.cross_entropy(
+            out["detail"], label, progress, None if weight is None else box.of(weight)
+        )
         share = self.options.detail_weight
         losses = {"ce": (1 - share) * fused + share * detail, "fused": fused, "detail": detail}
+
         return losses, out["features"][-1]
 
     def seen_by_backbone(self, image: Tensor) -> Tensor:

@@ -41,5 +41,6 @@ def renew(folder: Path, record: Mapping[str, Any]) -> None:
     """Empty `folder`, and record what it is going to hold."""
     if folder.is_dir():
         shutil.rmtree(folder)
+
     folder.mkdir(parents=True)
     write_json(folder / RECORD, record)

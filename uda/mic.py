@@ -40,27 +40,37 @@ class MIC(DAFormer):
     Options = MICConfig
     backwards = 3
 
-    def target_parts(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Iterator[Losses]:
+    def target_parts(
+        self, source: View, target: View, pseudo: Pseudo, progress: float
+    ) -> Iterator[Losses]:
         yield from super().target_parts(source, target, pseudo, progress)
         yield self.masked_terms(source, target, pseudo, progress)
 
-    def masked_terms(self, source: View, target: View, pseudo: Pseudo, progress: float) -> Losses:
+    def masked_terms(
+        self, source: View, target: View, pseudo: Pseudo, progress: float
+    ) -> Losses:
         image, label, weight = self.to_mask(source, target, pseudo)
         losses, _ = self.student(View(self.hidden(image), label), progress, weight)
         terms = named("masked", losses)
         return {**terms, "loss": self.options.mask_weight * terms["loss"]}
 
-    def to_mask(self, source: View, target: View, pseudo: Pseudo) -> tuple[Tensor, Tensor, Tensor]:
+    def to_mask(
+        self, source: View, target: View, pseudo: Pseudo
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Image, label and pixel weight of what is to be masked."""
         if self.options.masked == "target":
             return self.distorted(target.image), pseudo.label, pseudo.weight
 
         half = len(target.image) // 2
         if half == 0:
-            raise ValueError("method.masked: separate takes half of each batch; set batch_size to 2 or more a process")
+            raise ValueError(
+                "method.masked: separate takes half of each batch; set batch_size to 2 or more a process"
+            )
+
         image = torch.cat((source.image[:half], target.image[:half]))
         label = torch.cat((source.label[:half], pseudo.label[:half]))
         weight = torch.cat((torch.ones_like(pseudo.weight[:half]), pseudo.weight[:half]))
+
         return image, label, weight
 
     def hidden(self, image: Tensor) -> Tensor:

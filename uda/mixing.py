@@ -25,9 +25,13 @@ def draw_box(crop: tuple[int, int], probability: float) -> Box | None:
     chance, u, v, w = torch.rand(4, dtype=torch.float64, device="cpu").tolist()
     if chance >= probability:
         return None
+
     share = 0.5**u
-    height, width = round(crop[0] * share), round(crop[1] * 0.5 / share)
-    y, x = round((crop[0] - height) * v), round((crop[1] - width) * w)
+    height = round(crop[0] * share)
+    width = round(crop[1] * 0.5 / share)
+    y = round((crop[0] - height) * v)
+    x = round((crop[1] - width) * w)
+
     return Box(y, y + height, x, x + width)
 
 
@@ -38,9 +42,11 @@ def paste(target: Tensor, source: Tensor, box: Box) -> Tensor:
             f"CutMix: source crops {tuple(source.shape)} and target crops {tuple(target.shape)} differ; give both "
             "streams the same batch_size and crop, or set method.cutmix=0"
         )
+
     mixed = target.clone()
     inside = (..., slice(box.y0, box.y1), slice(box.x0, box.x1))
     mixed[inside] = source[inside]
+
     return mixed
 
 
@@ -49,7 +55,9 @@ def paste_labels(label: Tensor, source: Tensor, box: Box) -> Tensor:
 
     Grid cell i shows pixel 4i, which is what resizing by nearest to the full size, pasting, and back gives.
     """
-    rows, columns = (slice(-(-a // STRIDE), -(-b // STRIDE)) for a, b in ((box.y0, box.y1), (box.x0, box.x1)))
+    rows, columns = (
+        slice(-(-a // STRIDE), -(-b // STRIDE)) for a, b in ((box.y0, box.y1), (box.x0, box.x1))
+    )
     mixed = label.clone()
     mixed[:, rows, columns] = source[:, ::STRIDE, ::STRIDE][:, rows, columns].to(label.dtype)
     return mixed

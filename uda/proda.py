@@ -21,7 +21,16 @@ from common.ops.resize import size_of
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
-from uda.base import STRIDE, Resampling, Stage, known_prototypes, onto_crop, onto_grid, rectified, to_grid
+from uda.base import (
+    STRIDE,
+    Resampling,
+    Stage,
+    known_prototypes,
+    onto_crop,
+    onto_grid,
+    rectified,
+    to_grid,
+)
 from uda.pseudo_labels import class_sums, enough
 
 
@@ -34,7 +43,9 @@ class ProDAConfig:
     prototype_momentum: Share = 1e-4
     rce: tuple[NotNegative, NotNegative] = (0.1, 1.0)
     consistency: NotNegative = 10.0
-    regulariser: NotNegative = 0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
+    regulariser: NotNegative = (
+        0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
+    )
     head_lr_mult: NotNegative = 1.0
     backbone_lr_mult: NotNegative = 1.0
 
@@ -54,17 +65,23 @@ class ProDA(Stage):
         start = known_prototypes(self.options.prototypes, cfg.model.num_classes)
         self.register_buffer("known", start.known, persistent=False)
         self.register_buffer("prototypes", start.rows)
-        self._seen: list[tuple[Tensor, Tensor]] = []  # class sums of each image of this step, used after the update
+        # class sums of each image of this step, used after the update
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
-        target, progress = streams["target"], step / self.steps
+        target = streams["target"]
+        progress = step / self.steps
         yield self.source_terms(streams["source"], progress)
         closeness, label = self.label_target(target)
         self.loss.count(label)
         logits = to_grid(self.model(target["weak"])["logits"], size_of(label))
         sce = self.symmetric_loss(logits, label, self.options.rce, progress)
         pull = -logits.float().log_softmax(1).mean()
-        yield {"loss": sce + self.options.regulariser * pull, "target_sce": sce, "regulariser": pull}
+        yield {
+            "loss": sce + self.options.regulariser * pull,
+            "target_sce": sce,
+            "regulariser": pull,
+        }
         del logits
         yield self.strong_terms(target, closeness)
 
@@ -72,10 +89,13 @@ class ProDA(Stage):
     def label_target(self, target: Batch) -> tuple[Tensor, Tensor]:
         """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w)."""
         out = self.teacher.eval()(target["full"])
-        self._seen += [class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)]
+        self._seen += [
+            class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)
+        ]
         crop = size_of(target["weak"])
         closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
+
         return closeness, rectified(warm, closeness, self.known).argmax(1)
 
     def closeness(self, features: Tensor, grid: Resampling) -> Tensor:
@@ -89,18 +109,25 @@ class ProDA(Stage):
         out = self.model(target["strong"])
         crop = size_of(target["weak"])
         teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
-        student = self.closeness(out["features"], onto_grid(out["features"], size_of(closeness)))
+        student = self.closeness(
+            out["features"], onto_grid(out["features"], size_of(closeness))
+        )
         term = consistency(student, teacher, mask, temperature=1.0)
         untouched = 0.0 * out["logits"].sum()  # the last part has to reach every parameter
+
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         move_average(self.teacher, self.model, self.options.momentum)
-        sums, counts = (gather_rows(torch.stack(values)) for values in zip(*self._seen, strict=True))
+        sums, counts = (
+            gather_rows(torch.stack(values)) for values in zip(*self._seen, strict=True)
+        )
+
         for total, count in zip(sums, counts, strict=True):
             means = total / count.clamp(min=1)[:, None]
             share = (enough(count) * self.options.prototype_momentum)[:, None]
             self.prototypes += share[self.known] * (means[self.known] - self.prototypes)
+
         self._seen = []
         super().after_step(step)

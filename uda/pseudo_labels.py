@@ -22,20 +22,30 @@ from common.ops.resize import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
 from uda.config import command
 
-FEWEST = 10 / (129 * 257)  # share of an image that a class needs for its mean feature to count (release: 10 cells)
-MEMORY = 3000  # image-level vectors after which a prototype's running mean becomes a moving average
+# share of an image that a class needs for its mean feature to count (release: 10 cells)
+FEWEST = 10 / (129 * 257)
+MEMORY = (
+    3000  # image-level vectors after which a prototype's running mean becomes a moving average
+)
 
 
 class TargetImages(Dataset):
     """Whole target training images, without labels and without augmentation."""
 
-    def __init__(self, cfg: Config, stream: str = "target", skip: Callable[[str], bool] = lambda name: False):
+    def __init__(
+        self,
+        cfg: Config,
+        stream: str = "target",
+        skip: Callable[[str], bool] = lambda name: False,
+    ):
         if stream not in cfg.data.streams:
             raise ConfigError(f"{cfg.name}: data.streams has no {stream!r}")
+
         source = replace(cfg.data.streams[stream], labels=False, maps={})
         self.dataset = SegmentationDataset(source)
         if not len(self.dataset):
             raise ValueError(f"{self.dataset.root}: no target images in split {source.split!r}")
+
         self.indices = [i for i, name in enumerate(self.dataset.names) if not skip(name)]
 
     def __len__(self) -> int:
@@ -43,18 +53,24 @@ class TargetImages(Dataset):
 
     def __getitem__(self, position: int) -> tuple[str, Tensor]:
         sample = self.dataset.load(self.indices[position])
-        return sample["name"], torch.from_numpy(np.ascontiguousarray(sample["image"].transpose(2, 0, 1)))
+        return sample["name"], torch.from_numpy(
+            np.ascontiguousarray(sample["image"].transpose(2, 0, 1))
+        )
 
 
 def checkpoint_of(cfg: Config, chosen: str | None) -> Path:
     """The checkpoint that is chosen, else the newest of the stage's run. ValueError where it is not there."""
     path = Path(chosen) if chosen else follow(cfg.folder / "checkpoints" / "last")
     if not path.exists():
-        raise ValueError(f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint")
+        raise ValueError(
+            f"{path}: no checkpoint there; {command('train.py', path)} makes it, or give --checkpoint"
+        )
     return path
 
 
-def open_network(cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None) -> nn.Module:
+def open_network(
+    cfg: Config, checkpoint: str | None, device: torch.device, prefix: str | None = None
+) -> nn.Module:
     """The stage's network in evaluation mode, from `checkpoint` or the newest of the stage's run.
 
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
@@ -62,7 +78,9 @@ def open_network(cfg: Config, checkpoint: str | None, device: torch.device, pref
     return network_of(cfg.model, checkpoint_of(cfg, checkpoint), prefix).to(device).eval()
 
 
-def images(data: TargetImages, workers: int, device: torch.device, what: str) -> Iterator[tuple[str, Tensor]]:
+def images(
+    data: TargetImages, workers: int, device: torch.device, what: str
+) -> Iterator[tuple[str, Tensor]]:
     """Name and image (1, 3, H, W) on the device, one by one, under a progress bar."""
     loaded = batches(data, only, min(workers, len(data)))
     for name, image in console.bar(loaded, what=what, total=len(data)):
@@ -70,7 +88,9 @@ def images(data: TargetImages, workers: int, device: torch.device, what: str) ->
 
 
 @torch.no_grad()
-def write_soft(model: nn.Module, data: TargetImages, folder: Path, workers: int, device: torch.device) -> None:
+def write_soft(
+    model: nn.Module, data: TargetImages, folder: Path, workers: int, device: torch.device
+) -> None:
     """Class probabilities float16 (C, h, w) at the network's stride, `<name>.npy`."""
     for name, image in images(data, workers, device, "soft pseudo-labels"):
         probabilities = model(image)["logits"].float().softmax(1)[0]
@@ -80,7 +100,12 @@ def write_soft(model: nn.Module, data: TargetImages, folder: Path, workers: int,
 
 @torch.no_grad()
 def write_hard(
-    model: nn.Module, data: TargetImages, folder: Path, workers: int, device: torch.device, flip: bool = True
+    model: nn.Module,
+    data: TargetImages,
+    folder: Path,
+    workers: int,
+    device: torch.device,
+    flip: bool = True,
 ) -> None:
     """`<name>.png` with class ids and `<name>_conf.png` with the confidence in 254ths, rounded down, at image size.
 
@@ -88,29 +113,43 @@ def write_hard(
     """
     for name, image in images(data, workers, device, "hard pseudo-labels"):
         probabilities = model(image)["logits"].float().softmax(1)
-        if flip:  # mirroring commutes with the resize, so the mean is taken at the network's stride
-            probabilities = (probabilities + model(image.flip(3))["logits"].float().softmax(1).flip(3)) / 2
+        if (
+            flip
+        ):  # mirroring commutes with the resize, so the mean is taken at the network's stride
+            probabilities = (
+                probabilities + model(image.flip(3))["logits"].float().softmax(1).flip(3)
+            ) / 2
+
         label, confidence = best_class(probabilities, tuple(image.shape[-2:]))
         values = (confidence * CONFIDENCE_STEPS).floor().clamp(max=CONFIDENCE_STEPS)
-        for end, value in (("_conf.png", values), (".png", label)):  # the label last: it marks the pair as complete
+
+        # the label last: it marks the pair as complete
+        for end, value in (("_conf.png", values), (".png", label)):
             picture = Image.fromarray(value.byte().cpu().numpy())
             with whole(folder / f"{name}{end}") as draft:
                 picture.save(draft)
 
 
-def best_class(probabilities: Tensor, size: tuple[int, int], rows: int = 128) -> tuple[Tensor, Tensor]:
+def best_class(
+    probabilities: Tensor, size: tuple[int, int], rows: int = 128
+) -> tuple[Tensor, Tensor]:
     """Class and its probability (H, W) after a bilinear resize of (1, C, h, w), made in bands of rows."""
-    label, confidence = [], []
+    label = []
+    confidence = []
+
     for start in range(0, size[0], rows):
         band = resize_rows(probabilities, size, (start, min(start + rows, size[0])), True)[0]
         best = band.max(0)
         confidence.append(best.values)
         label.append(best.indices)
+
     return torch.cat(label), torch.cat(confidence)
 
 
 @torch.no_grad()
-def prototypes(model: nn.Module, data: TargetImages, workers: int, device: torch.device, epochs: int = 4) -> Tensor:
+def prototypes(
+    model: nn.Module, data: TargetImages, workers: int, device: torch.device, epochs: int = 4
+) -> Tensor:
     """Mean feature of each class (C, D): a running mean over image-level means, every image alike whatever its area.
 
     An image's mean of a class is taken over the pixels predicted as it, if there are enough. The release runs
@@ -123,20 +162,27 @@ def prototypes(model: nn.Module, data: TargetImages, workers: int, device: torch
     means = sums / counts.clamp(min=1)[..., None]
     shown = enough(counts)
     if not shown.any(0).all():
-        missing = [data.dataset.row.classes[k] for k in torch.nonzero(~shown.any(0)).flatten().tolist()]
+        missing = [
+            data.dataset.row.classes[k] for k in torch.nonzero(~shown.any(0)).flatten().tolist()
+        ]
         warn_absent(missing)
-    result, seen = torch.zeros_like(means[0]), torch.zeros(means.shape[1], dtype=torch.float64)
+
+    result = torch.zeros_like(means[0])
+    seen = torch.zeros(means.shape[1], dtype=torch.float64)
+
     for _ in range(epochs):
         for mean, here in zip(means, shown, strict=True):
             share = (here / (seen + 1))[:, None]
             result += share * (mean - result)
             seen = (seen + here.double()).clamp(max=MEMORY)
+
     return result.float()
 
 
 def class_sums(logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the features (C, D) and number (C,) of the pixels predicted as each class, of one image (C|D, h, w)."""
-    logits, features = logits.flatten(1), features.flatten(1)
+    logits = logits.flatten(1)
+    features = features.flatten(1)
     onehot = F.one_hot(logits.argmax(0), len(logits)).to(features.dtype)
     return (features @ onehot).T, onehot.sum(0)
 
@@ -158,12 +204,15 @@ def warn_absent(classes: list[str]) -> None:
 
 
 @torch.no_grad()
-def class_distribution(model: nn.Module, data: TargetImages, workers: int, device: torch.device) -> Tensor:
+def class_distribution(
+    model: nn.Module, data: TargetImages, workers: int, device: torch.device
+) -> Tensor:
     """Share of each class among the predicted pixels at the network's stride, float64 (C,)."""
     counts = torch.zeros(model.num_classes, dtype=torch.float64)
     for _, image in images(data, workers, device, "class distribution"):
         label = model(image)["logits"].argmax(1).flatten()
         counts += torch.bincount(label, minlength=len(counts)).cpu()
+
     return counts / counts.sum()
 
 
@@ -173,6 +222,7 @@ def distribution_of_soft(folder: Path, names: list[str], classes: int) -> Tensor
     for name in console.bar(names, what="class distribution"):
         best = read_artifact(folder / f"{name}.npy", load_array).argmax(0)
         counts += np.bincount(best.ravel(), minlength=classes)
+
     return torch.from_numpy(counts / counts.sum())
 
 

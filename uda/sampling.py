@@ -12,7 +12,9 @@ def uniform(labels: Tensor, n: int) -> Tensor:
 
 def stretched(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """A label map (B, h, w) on another grid (B, H, W), nearest: what the release does to pair labels with pixels."""
-    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].to(labels.dtype)
+    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].to(
+        labels.dtype
+    )
 
 
 def class_balanced(labels: Tensor, distribution: Tensor, n: int) -> Tensor:
@@ -37,4 +39,5 @@ def class_balanced(labels: Tensor, distribution: Tensor, n: int) -> Tensor:
     priority = (rank + noise) / share.double()[ordered]
     priority = torch.where((rank == 0) & (ordered < classes), -1.0, priority)
     chosen = priority.topk(n, dim=1, largest=False).indices
+
     return order.gather(1, chosen)

@@ -23,18 +23,30 @@ SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
 
 def main() -> None:
     parser = stage_parser(__doc__, stage="stage3")
-    parser.add_argument("--checkpoint", "--resume_path", "--resume", help="default: the stage's newest")
-    parser.add_argument("--eval", choices=("student", "teacher"), default="student", help="stage 1: which network")
+    parser.add_argument(
+        "--checkpoint", "--resume_path", "--resume", help="default: the stage's newest"
+    )
+    parser.add_argument(
+        "--eval",
+        choices=("student", "teacher"),
+        default="student",
+        help="stage 1: which network",
+    )
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
-    parser.add_argument("--history", action="store_true", help="print the stored results of all stages, no more")
+    parser.add_argument(
+        "--history", action="store_true", help="print the stored results of all stages, no more"
+    )
     cli.add_force(parser)
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
     if args.history:
         print_history(cfg)
         return
+
     experiment = Experiment(cfg, train=False)  # inference needs no source data
-    refuse_to_overwrite(prediction_files(args.save_predictions, experiment.val, cfg.eval), args.force)
+    refuse_to_overwrite(
+        prediction_files(args.save_predictions, experiment.val, cfg.eval), args.force
+    )
     device = distributed.start(args.device)
     teacher = args.eval == "teacher"
     model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)
@@ -56,17 +68,24 @@ def subset_means(result: dict) -> dict[str, float]:
     """
     iou = {item["name"]: item["iou"] for item in result["per_class"]}
     means = {}
+
     for key, row in SUBSETS.items():
         names = DATASETS[row].classes
         defined = [iou[name] for name in names if iou.get(name) is not None]
         if set(names) <= iou.keys() and defined:
             means[key] = sum(defined) / len(defined)
+
     return means
 
 
 def print_lines(result: dict) -> None:
     """The lines of the release's log, which users' scripts read: fractions."""
-    for name, key in (("Overall Acc", "aacc"), ("Mean Acc ", "macc"), ("FreqW Acc ", "fwiou"), ("Mean IoU ", "miou")):
+    for name, key in (
+        ("Overall Acc", "aacc"),
+        ("Mean Acc ", "macc"),
+        ("FreqW Acc ", "fwiou"),
+        ("Mean IoU ", "miou"),
+    ):
         print(f"{name}: \t: {result[key]}")
     for key in SUBSETS:
         if key in result:
@@ -78,11 +97,17 @@ def print_history(cfg: Config) -> None:
 
     A stage that the variant does not have is the plain one. ValueError where there is none.
     """
-    found = [path for path in (evaluation_of(cfg, stage) for stage in STAGES) if path is not None]
+    found = [
+        path for path in (evaluation_of(cfg, stage) for stage in STAGES) if path is not None
+    ]
     if not found:
-        raise ValueError(f"{cfg.output}: no stage has been evaluated there; main.sh or train.py runs them")
+        raise ValueError(
+            f"{cfg.output}: no stage has been evaluated there; main.sh or train.py runs them"
+        )
     for path in found:
-        print(f"{path.parent.name:<14} target mIoU {100 * read_artifact(path, stored_miou):.2f}")
+        print(
+            f"{path.parent.name:<14} target mIoU {100 * read_artifact(path, stored_miou):.2f}"
+        )
 
 
 def stored_miou(path: Path) -> float:

@@ -44,13 +44,20 @@ def require_earlier_steps(cfg: Config) -> None:
     for path in (cfg.model.checkpoint, cfg.model.pretrained, cfg.method.get("teacher")):
         if isinstance(path, str) and not _is_there(path):
             raise ValueError(f"{path}: not there; {command('train.py', path)} makes it")
-    for key, path in cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ():
+
+    for key, path in (
+        cfg.data.streams["target"].maps.items() if "target" in cfg.data.streams else ()
+    ):
         folder = Path(path).parent if "{name}" in path else Path(path)
         if not folder.is_dir():
-            program = command("generate_pseudo_label.py", folder) + (" --soft" if key == "soft" else "")
+            program = command("generate_pseudo_label.py", folder) + (
+                " --soft" if key == "soft" else ""
+            )
             raise ValueError(f"{folder}: no pseudo-labels there; {program} makes them")
+
     if "prototypes" in cfg.method:
         read_prototypes(cfg.method["prototypes"], cfg.model.num_classes)
+
     if "class_distribution" in cfg.method:
         read_distribution(cfg.method["class_distribution"], cfg.model.num_classes)
 
@@ -70,25 +77,38 @@ def _is_there(source: str) -> bool:
         find_weights(source)
     except FileNotFoundError:
         return False
+
     return True
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("--resume", action="store_true", help="resume from the stage's newest checkpoint")
-    parser.add_argument("--check", action="store_true", help="only check the weights that no step makes")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the stage's newest checkpoint"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only check the weights that no step makes"
+    )
     args = parser.parse_intermixed_args()
     cfg = stage_config(args)
     if args.check:
         require_initial_weights(cfg)
         return
+
     require_earlier_steps(cfg)
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="source")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
     experiment.begin(args.resume)
     method = prepare(cfg, build_method, experiment.context, device)
-    fit(cfg, method, experiment.open, experiment.evaluator(method, device), device=device, resume=args.resume)
+    fit(
+        cfg,
+        method,
+        experiment.open,
+        experiment.evaluator(method, device),
+        device=device,
+        resume=args.resume,
+    )
     print_result(experiment.last_result())
     experiment.finish()
     distributed.stop()

@@ -27,7 +27,9 @@ class WarmUpConfig:
     discriminator_lr: NotNegative = 1e-4
     discriminator_width: Width = 64
     head_lr_mult: NotNegative = 10.0
-    backbone_lr_mult: NotNegative = 3.0  # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = (
+        3.0  # release: its optimiser lists each backbone tensor three times
+    )
 
 
 class WarmUp(Stage):
@@ -41,14 +43,29 @@ class WarmUp(Stage):
         super().__init__(cfg, context)
         self.discriminator = None
         if self.options.adversarial > 0:
-            self.discriminator = Discriminator(cfg.model.num_classes, self.options.discriminator_width)
+            self.discriminator = Discriminator(
+                cfg.model.num_classes, self.options.discriminator_width
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
         if self.discriminator is None:
             return groups
-        adversary = {"params": list(self.discriminator.parameters()), "name": "discriminator", "optimizer": "adam"}
-        return [*groups, {**adversary, "lr": self.options.discriminator_lr, "betas": (0.9, 0.99), "weight_decay": 0.0}]
+
+        adversary = {
+            "params": list(self.discriminator.parameters()),
+            "name": "discriminator",
+            "optimizer": "adam",
+        }
+        return [
+            *groups,
+            {
+                **adversary,
+                "lr": self.options.discriminator_lr,
+                "betas": (0.9, 0.99),
+                "weight_decay": 0.0,
+            },
+        ]
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         source = streams["source"]
@@ -56,15 +73,19 @@ class WarmUp(Stage):
         ce = self.loss(logits, source["label"], progress=step / self.steps)
         if self.discriminator is None:
             return {"loss": ce, "source_ce": ce}
+
         target = self.upsampled(streams["target"]["image"]).softmax(1)
         gan = self.options.gan
 
         generator_loss = adversarial_loss(self.discriminator.constant(target), SOURCE, gan)
-        on_source = adversarial_loss(self.discriminator(logits.detach().softmax(1)), SOURCE, gan)
+        on_source = adversarial_loss(
+            self.discriminator(logits.detach().softmax(1)), SOURCE, gan
+        )
         on_target = adversarial_loss(self.discriminator(target.detach()), TARGET, gan)
         discriminator_loss = on_source + on_target
 
         loss = ce + self.options.adversarial * generator_loss + discriminator_loss
+
         return {
             "loss": loss,
             "source_ce": ce,

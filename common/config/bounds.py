@@ -89,6 +89,7 @@ class Pattern:
             re.compile(value)
         except re.error as error:
             return f"is no regular expression ({error})"
+
         return None
 
 

@@ -26,16 +26,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     config = config_of(read_tree(path), overrides, path.name, path)
-    return config if config.name else dataclasses.replace(config, name=config.runs.get(path.stem, path.stem))
+    return (
+        config
+        if config.name
+        else dataclasses.replace(config, name=config.runs.get(path.stem, path.stem))
+    )
 
 
-def config_of(tree: dict[str, Any], overrides: Sequence[str], where: str, file: Path | None = None) -> Config:
+def config_of(
+    tree: dict[str, Any], overrides: Sequence[str], where: str, file: Path | None = None
+) -> Config:
     """The config of a nested mapping, e.g. of a resolved one that a checkpoint carries; `where` begins the errors.
 
     file: where it was read, which says what its references to other steps mean.
     """
     for override in overrides:
         _override(tree, override)
+
     config = typed_section(Config, tree, where, prefix=f"{where}: ")
     config = _with_paths(config, where, file)
     return dataclasses.replace(config, data=_inherit(config.data))
@@ -58,8 +65,10 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = _resolved(path)
     if path in seen:
         raise ConfigError(f"{path}: `base` leads back to itself")
+
     text = _read(path, f"{seen[-1]}: base: " if seen else "")
     kind = "JSON" if path.suffix == ".json" else "YAML"
+
     try:
         tree = parse(text, kind)
     except ConfigError as error:
@@ -67,11 +76,15 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a mapping, not {type(tree).__name__}")
+
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{path}: base: expected the name of a config file, got {shown(base)}")
+        raise ConfigError(
+            f"{path}: base: expected the name of a config file, got {shown(base)}"
+        )
+
     return _merge(read_tree(path.parent / base, (*seen, path)), tree)
 
 
@@ -79,17 +92,23 @@ def _resolved(path: Path) -> Path:
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
-        raise ConfigError(f"{str(path)[:300]}: cannot read the config ({error.__class__.__name__})") from error
+        raise ConfigError(
+            f"{str(path)[:300]}: cannot read the config ({error.__class__.__name__})"
+        ) from error
 
 
 def _read(path: Path, named_by: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{named_by}{str(path)[:300]}: cannot read the config ({error.strerror})") from error
+        raise ConfigError(
+            f"{named_by}{str(path)[:300]}: cannot read the config ({error.strerror})"
+        ) from error
     except UnicodeDecodeError as error:
         place = f"byte {error.start} is 0x{error.object[error.start]:02x}"
-        raise ConfigError(f"{named_by}{path}: the config is not UTF-8 text ({place}); save it as UTF-8") from error
+        raise ConfigError(
+            f"{named_by}{path}: the config is not UTF-8 text ({place}); save it as UTF-8"
+        ) from error
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +117,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
+
     return merged
 
 
@@ -106,11 +126,16 @@ def _override(tree: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ConfigError(f"override {shown(override)} is not of the form section.key=value")
+
     *sections, last = key.split(".")
+
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {shown(override)}: {shown(section)} holds a value, not a section")
+            raise ConfigError(
+                f"override {shown(override)}: {shown(section)} holds a value, not a section"
+            )
+
     try:
         value = parse(text) if text else None
     except ConfigError as error:
@@ -118,6 +143,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
     if isinstance(value, dict) and isinstance(tree.get(last), dict):
         value = _merge(tree[last], value)
+
     tree[last] = value
 
 
@@ -128,7 +154,9 @@ def _inherit(data: DataConfig) -> DataConfig:
         if source.dataset:
             return source
         root = data.root if source.root is None else source.root
-        return dataclasses.replace(source, dataset=data.dataset, root=root, folder=source.folder or data.folder)
+        return dataclasses.replace(
+            source, dataset=data.dataset, root=root, folder=source.folder or data.folder
+        )
 
     streams = {name: complete(stream) for name, stream in data.streams.items()}
     return dataclasses.replace(data, streams=streams, val=complete(data.val))

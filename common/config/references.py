@@ -19,6 +19,7 @@ def run_of(step: str, file: Path | None, names: Mapping[str, str]) -> str:
     own = f"{step}_{variant}"
     if file is not None and variant and file.with_name(f"{own}{file.suffix}").is_file():
         step = own
+
     return names.get(step, step)
 
 
@@ -29,6 +30,7 @@ def variant_of(file: Path) -> str:
         plain = "_".join(words[:n])
         if file.with_name(f"{plain}{file.suffix}").is_file():
             return "_".join(words[n:])
+
     return ""
 
 
@@ -39,13 +41,18 @@ def resolved(value: Any, folder: Callable[[str], Path]) -> Any:
     """
     if isinstance(value, str):
         return _path(value, folder) if value.startswith(PREFIX) else value
+
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: resolved(getattr(value, f.name), folder) for f in dataclasses.fields(value)}
+        fields = {
+            f.name: resolved(getattr(value, f.name), folder) for f in dataclasses.fields(value)
+        }
         return dataclasses.replace(value, **fields)
+
     if isinstance(value, Mapping):
         return {key: resolved(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(resolved(item, folder) for item in value)
+
     return value
 
 

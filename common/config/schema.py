@@ -33,11 +33,15 @@ class SourceConfig:
     """Where samples come from. Empty fields of a stream are inherited from `data`."""
 
     dataset: str = ""  # a row of common.data.DATASETS, or "folder"
-    root: str | None = None  # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
+    root: str | None = (
+        None  # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
+    )
     split: str = "train"
     list: str | None = None  # file with one image name per line; restricts the split
     labels: bool = True  # False: no label file is opened or needed
-    maps: Mapping[str, str] = field(default_factory=dict)  # sample key -> folder with an earlier step's files
+    maps: Mapping[str, str] = field(
+        default_factory=dict
+    )  # sample key -> folder with an earlier step's files
     folder: Mapping[str, Any] | None = None  # the whole description when dataset is "folder"
 
 
@@ -45,7 +49,9 @@ class SourceConfig:
 class StreamConfig(SourceConfig):
     """One named stream of training samples."""
 
-    batch_size: Count = 2  # images an optimiser step, over all ranks and accumulated micro-batches
+    batch_size: Count = (
+        2  # images an optimiser step, over all ranks and accumulated micro-batches
+    )
     augment: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)
 
@@ -58,7 +64,9 @@ class DataConfig(SourceConfig):
     val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
     workers: Processes = 2  # loader processes per stream
     cache: str | None = None  # folder of dataset statistics; None: <output>/.cache
-    groups: Mapping[str, Any] | None = None  # rare, common, frequent: thresholds or lists, see common.data.groups
+    groups: Mapping[str, Any] | None = (
+        None  # rare, common, frequent: thresholds or lists, see common.data.groups
+    )
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,15 @@ class ModelConfig:
     name: str
     num_classes: Classes
     backbone: str = ""  # a row of common.models.BACKBONES, or timm:NAME
-    pretrained: bool | str = False  # True: timm's ImageNet weights; a file, or an installed package that holds one
+    pretrained: bool | str = (
+        False  # True: timm's ImageNet weights; a file, or an installed package that holds one
+    )
     checkpoint: str | None = None  # weights of the whole model, loaded before training
     reset_classifier: bool = False  # `checkpoint` was trained on other classes
     norm: Literal["bn", "sync_bn"] = "sync_bn"
-    mean: tuple[float, float, float] | None = None  # RGB, 0–255; None: the backbone's own, for most ImageNet's
+    mean: tuple[float, float, float] | None = (
+        None  # RGB, 0–255; None: the backbone's own, for most ImageNet's
+    )
     std: tuple[Positive, Positive, Positive] | None = None
     align_corners: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +113,9 @@ class OptimConfig:
     schedule: Literal["poly", "step", "constant"] = "poly"
     power: NotNegative = 0.9
     floor: NotNegative = 0.0  # poly: the same absolute lowest lr for every group
-    milestones: tuple[Whole, ...] = ()  # step: 0-based steps at which the lr is multiplied by gamma
+    milestones: tuple[
+        Whole, ...
+    ] = ()  # step: 0-based steps at which the lr is multiplied by gamma
     gamma: NotNegative = 0.1
     warmup: Whole = 0  # steps
     warmup_ratio: Share = 1e-6
@@ -113,7 +127,9 @@ class OptimConfig:
             raise ValueError("nesterov: true needs a momentum above 0")
 
 
-Interval = Annotated[int, AtLeast(1, "for the end of the run alone give the number of train.steps")]
+Interval = Annotated[
+    int, AtLeast(1, "for the end of the run alone give the number of train.steps")
+]
 Devices = Annotated[int, AtLeast(1, "give 1 to leave the batch whole")]
 
 
@@ -122,12 +138,16 @@ class TrainConfig:
     """The loop."""
 
     steps: Count = 1000
-    devices: Devices = 1  # the batch is stated for this many processes; fewer accumulate the rest
+    devices: Devices = (
+        1  # the batch is stated for this many processes; fewer accumulate the rest
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False  # on CUDA; the CPU always is
-    threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = None  # CPU threads; None: torch's default
+    threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = (
+        None  # CPU threads; None: torch's default
+    )
     log_every: Interval = 50
     save_every: Interval = 1000
     keep: Count = 2  # newest checkpoints; the best one stays as well
@@ -142,16 +162,26 @@ class EvalConfig:
     crop: Size | None = None  # slide: window height, width
     stride: Size | None = None  # of the windows; None: their size
     window_batch: Count = 4
-    short_edge: Side | None = None  # shorter side of the net's input; None: the image's own size
-    max_edge: Side | None = None  # with short_edge: the longer side's limit, which shortens both
+    short_edge: Side | None = (
+        None  # shorter side of the net's input; None: the image's own size
+    )
+    max_edge: Side | None = (
+        None  # with short_edge: the longer side's limit, which shortens both
+    )
     scales: Annotated[tuple[Scale, ...], Length(1, 100)] = (1.0,)
-    scaled_max_edge: Side | None = None  # with short_edge: that limit for scaled images; None: max_edge times the scale
+    scaled_max_edge: Side | None = (
+        None  # with short_edge: that limit for scaled images; None: max_edge times the scale
+    )
     flip: bool = False
-    logit_adjustment: NotNegative = 0.0  # post hoc: this times −ln π of the training pixels is added to the logits
+    logit_adjustment: NotNegative = (
+        0.0  # post hoc: this times −ln π of the training pixels is added to the logits
+    )
     batch_size: Count = 1
     workers: Processes = 2
     convention: Literal["nan_mean", "absent_zero", "ltss", "detectron2"] = "nan_mean"
-    best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = "miou"  # its highest value marks `best`
+    best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = (
+        "miou"  # its highest value marks `best`
+    )
     panels: Whole = 4  # images kept for the report
     max_images: Count | None = None
     per_image: bool = False  # keep the confusion matrix of every image: RUN/per_image.npz
@@ -159,12 +189,22 @@ class EvalConfig:
     def __post_init__(self):
         if self.mode == "slide" and self.crop is None:
             raise ValueError("mode: slide needs crop: [height, width]")
-        if self.mode == "slide" and self.crop and self.stride and _exceeds(self.stride, self.crop):
+        if (
+            self.mode == "slide"
+            and self.crop
+            and self.stride
+            and _exceeds(self.stride, self.crop)
+        ):
             text = "pixels between the windows would have no score"
-            raise ValueError(f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}")
+            raise ValueError(
+                f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}"
+            )
+
         for name in ("max_edge", "scaled_max_edge"):
             if getattr(self, name) is not None and self.short_edge is None:
-                raise ValueError(f"{name}: {getattr(self, name)} has no effect without short_edge; set that too")
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} has no effect without short_edge; set that too"
+                )
 
 
 def _exceeds(size: tuple[int, int], limit: tuple[int, int]) -> bool:
@@ -178,13 +218,17 @@ class Config:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     method: Mapping[str, Any] = field(default_factory=dict)
-    remedies: Mapping[str, Any] = field(default_factory=dict)  # of the loss of class logits: common/losses/build.py
+    remedies: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of the loss of class logits: common/losses/build.py
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     name: str = ""  # the run's folder is <output>/<name>; empty: the config file's stem
     output: str = "runs"
-    runs: Mapping[str, str] = field(default_factory=dict)  # step -> name of its run, where that is not the step's own
+    runs: Mapping[str, str] = field(
+        default_factory=dict
+    )  # step -> name of its run, where that is not the step's own
     seed: Whole = 0
 
     @property

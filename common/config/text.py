@@ -13,7 +13,8 @@ import yaml
 from common.config.errors import LARGEST, ConfigError, shown
 
 LONGEST = 1 << 20  # characters of a config
-MOST_VALUES = 300_000  # in a config, those that aliases repeat included: a palette of 32768 classes has 160 000
+# in a config, those that aliases repeat included: a palette of 32768 classes has 160 000
+MOST_VALUES = 300_000
 DEEPEST = 50  # levels of nesting
 
 _TAG = "tag:yaml.org,2002:"
@@ -25,6 +26,7 @@ def parse(text: str, kind: str = "YAML") -> Any:
     """The tree of a text; `kind`: YAML or JSON. Keys become strings. Raises ConfigError, with the line if known."""
     if len(text) > LONGEST:
         raise ConfigError(f"{len(text)} characters; a config has at most {LONGEST}")
+
     tree = _parse_json(text) if kind == "JSON" else _parse_yaml(text)
     _check(tree)
     return tree
@@ -33,7 +35,8 @@ def parse(text: str, kind: str = "YAML") -> Any:
 # YAML -----------------------------------------------------------------------------------------------------------------
 
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without the parser in C
+# PyYAML may be built without the parser in C
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_SafeLoader):
@@ -55,12 +58,17 @@ def _parse_yaml(text: str) -> Any:
     try:
         _check_depth(text)  # the parser in C would follow any depth, and fall
         loader = _Loader(text)
+
         try:
             node = loader.get_single_node()
             return None if node is None else _Tree(loader).value(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a ValueError: \UFFFFFFFF is no character
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+    ) as error:  # a ValueError: \UFFFFFFFF is no character
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"not valid YAML: {_one_line(error)}") from error
@@ -80,26 +88,33 @@ class _Tree:
     """Builds the tree of YAML's nodes. What an alias names is built anew, so that no two places share a mapping."""
 
     def __init__(self, loader: _Loader):
-        self.loader, self.left = loader, MOST_VALUES
+        self.loader = loader
+        self.left = MOST_VALUES
 
     def value(self, node: yaml.Node, depth: int = 0) -> Any:
         line = node.start_mark.line + 1
         self.left -= 1
         if self.left < 0:
-            raise ConfigError(f"line {line}: more than {MOST_VALUES} values, with those that aliases repeat")
+            raise ConfigError(
+                f"line {line}: more than {MOST_VALUES} values, with those that aliases repeat"
+            )
         if depth > DEEPEST:
-            raise ConfigError(f"line {line}: nested more than {DEEPEST} levels deep, or an alias inside what it names")
+            raise ConfigError(
+                f"line {line}: nested more than {DEEPEST} levels deep, or an alias inside what it names"
+            )
 
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self.mapping(node, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
             return [self.value(item, depth + 1) for item in node.value]
+
         return self.scalar(node)
 
     def mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
         lines: dict[str, int] = {}
         own: dict[str, Any] = {}
         merged: dict[str, Any] = {}
+
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             key = self.key(key_node)
@@ -112,6 +127,7 @@ class _Tree:
                 merged = _merge_of(value, line)
             else:
                 own[key] = value
+
         return merged | own
 
     def key(self, node: yaml.Node) -> str:
@@ -123,11 +139,14 @@ class _Tree:
             raise ConfigError(f"line {line}: a key is no plain value")
         if node.tag not in _PLAIN or not isinstance(node, yaml.ScalarNode):
             raise ConfigError(f"line {line}: unknown tag {shown(node.tag)}")
+
         try:
             return self.loader.construct_object(node)
         except (ValueError, LookupError) as error:  # `!!bool zz`, an integer of 5000 digits
             kind = node.tag.removeprefix(_TAG)
-            raise ConfigError(f"line {line}: {shown(node.value)} cannot be read as {kind}") from error
+            raise ConfigError(
+                f"line {line}: {shown(node.value)} cannot be read as {kind}"
+            ) from error
 
 
 def _merge_of(value: Any, line: int) -> dict[str, Any]:
@@ -137,6 +156,7 @@ def _merge_of(value: Any, line: int) -> dict[str, Any]:
         if not isinstance(part, dict):
             raise ConfigError(f"line {line}: `<<` takes a mapping, not {shown(part)}")
         result |= part
+
     return result
 
 
@@ -152,26 +172,39 @@ def _parse_json(text: str) -> Any:
         raise ConfigError(f"nested more than {DEEPEST} levels deep") from error
     except ValueError as error:  # JSONDecodeError, or an integer of 5000 digits
         raise ConfigError(f"not valid JSON: {_one_line(error)}") from error
+
     _check_json_keys(text)
     return tree
 
 
 def _check_json_keys(text: str) -> None:
     """ConfigError where two keys of one object are equal: `json` keeps the last. The text is valid JSON."""
-    objects: list[dict[str, int] | None] = []  # the open ones: where each key stands; None for a list
+    # the open ones: where each key stands; None for a list
+    objects: list[dict[str, int] | None] = []
     previous = ""
+
     for token in _JSON_TOKEN.finditer(text):
         word = token.group()
         if word in "{[":
             objects.append({} if word == "{" else None)
         elif word in "}]":
             objects.pop()
-        elif word.startswith('"') and previous in ("{", ",") and objects and objects[-1] is not None:
-            key, places = json.loads(word), objects[-1]
+        elif (
+            word.startswith('"')
+            and previous in ("{", ",")
+            and objects
+            and objects[-1] is not None
+        ):
+            key = json.loads(word)
+            places = objects[-1]
             if key in places:
-                lines = (text.count("\n", 0, place) + 1 for place in (places[key], token.start()))
+                lines = (
+                    text.count("\n", 0, place) + 1 for place in (places[key], token.start())
+                )
                 raise ConfigError(_repeated(key, *lines))
+
             places[key] = token.start()
+
         previous = word
 
 
@@ -210,5 +243,6 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{shown(text)} holds half a character (a lone surrogate)") from error
+
     if "\0" in text:
         raise ConfigError(f"{shown(text)} holds a NUL character")

@@ -6,7 +6,17 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from common.config.errors import LARGEST, ConfigError, OutOfBounds, nearest, shown
 
@@ -32,18 +42,25 @@ def typed_section(cls: type[T], mapping: Mapping[str, Any], where: str, prefix: 
     fields = {field.name: field for field in dataclasses.fields(cls)}
     _refuse_unknown(mapping, fields, where)
 
-    missing = [name for name, field in fields.items() if name not in mapping and _required(field)]
+    missing = [
+        name for name, field in fields.items() if name not in mapping and _required(field)
+    ]
     if missing:
         raise ConfigError(f"{where}: missing key {missing[0]!r}")
 
-    values = {key: convert(hints[key], value, f"{prefix}{key}") for key, value in mapping.items()}
+    values = {
+        key: convert(hints[key], value, f"{prefix}{key}") for key, value in mapping.items()
+    }
+
     try:
         return cls(**values)
     except ValueError as error:  # of `__post_init__`, which begins with the key
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def typed_keywords(function: Callable, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+def typed_keywords(
+    function: Callable, mapping: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     """`mapping` as the keyword-only arguments of a function or class, by the same rules as `typed`."""
     _require_mapping(mapping, where)
     inner = function.func if isinstance(function, functools.partial) else function
@@ -51,8 +68,11 @@ def typed_keywords(function: Callable, mapping: Mapping[str, Any], where: str) -
     annotated = inner.__init__ if isinstance(inner, type) else inner  # type: ignore[misc]
     hints = get_type_hints(annotated, include_extras=True)
     parameters = inspect.signature(inner).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    known = [
+        parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    ]
     _refuse_unknown(mapping, known, where)
+
     return {key: convert(hints[key], value, f"{where}.{key}") for key, value in mapping.items()}
 
 
@@ -64,7 +84,9 @@ def _require_mapping(mapping: Any, where: str) -> None:
 def _refuse_unknown(mapping: Mapping[str, Any], known: Any, where: str) -> None:
     for key in mapping:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {shown(key)}; {nearest(str(key)[:100], known)}")
+            raise ConfigError(
+                f"{where}: unknown key {shown(key)}; {nearest(str(key)[:100], known)}"
+            )
 
 
 def _required(field: dataclasses.Field) -> bool:
@@ -73,7 +95,8 @@ def _required(field: dataclasses.Field) -> bool:
 
 def convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotation `hint` wants it, or a ConfigError that begins with `where`."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if hint is Any:
         return value
     if origin is Annotated:
@@ -86,15 +109,20 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, hint) else typed(hint, value, where)
     if origin is tuple:
         return _convert_tuple(args, value, where)
+
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {shown(value)}")
         return {
-            convert(args[0], str(key), where): convert(args[1], item, f"{where}.{str(key)[:60]}")
+            convert(args[0], str(key), where): convert(
+                args[1], item, f"{where}.{str(key)[:60]}"
+            )
             for key, item in value.items()
         }
+
     if origin is not None and issubclass(origin, Sequence):
         return _convert_tuple((args[0], ...), value, where)
+
     return _convert_scalar(hint, value, where)
 
 
@@ -104,6 +132,7 @@ def _convert_bounded(hint: Any, bounds: Sequence[Any], value: Any, where: str) -
         complaint = bound.complaint(value)
         if complaint is not None:
             raise OutOfBounds(f"{where}: {shown(value)} {complaint}")
+
     return value
 
 
@@ -123,23 +152,29 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: expected {hint.__name__}, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise OutOfBounds(f"{where}: {value} is not finite")
+
     return value
 
 
 def _convert_tuple(args: Sequence[Any], value: Any, where: str) -> tuple:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where}: expected a list, got {shown(value)}")
+
     hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
         raise ConfigError(f"{where}: expected {len(hints)} values, got {shown(value)}")
+
     pairs = zip(hints, value, strict=True)
+
     return tuple(convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(pairs))
 
 
 def _convert_union(args: Sequence[Any], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
+
     members = [arg for arg in args if arg is not type(None)]
+
     for arg in members:
         try:
             return convert(arg, value, where)
@@ -148,17 +183,20 @@ def _convert_union(args: Sequence[Any], value: Any, where: str) -> Any:
         except ConfigError:
             if len(members) == 1:
                 raise
+
     names = " or ".join(_name(arg) for arg in members)
     raise ConfigError(f"{where}: expected {names}, got {shown(value)}")
 
 
 def _name(hint: Any) -> str:
     """An annotation as a message says it."""
-    origin, args = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    args = get_args(hint)
     if origin is Annotated:
         return _name(args[0])
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is tuple:
         return "a list"
+
     return hint.__name__

@@ -9,7 +9,9 @@ from torchvision.transforms import functional
 _ROWS = 64  # rows at a time in the HSV round trip
 
 
-def photometric_distortion(image: torch.Tensor, rng: np.random.Generator, hue_high: int = 17) -> torch.Tensor:
+def photometric_distortion(
+    image: torch.Tensor, rng: np.random.Generator, hue_high: int = 17
+) -> torch.Tensor:
     """Brightness, contrast, saturation and hue, each with probability 0.5; contrast before or after the other two.
 
     image: uint8 (3, H, W), RGB; a new tensor is returned. Brightness adds U(-32, 32); contrast multiplies by
@@ -20,16 +22,21 @@ def photometric_distortion(image: torch.Tensor, rng: np.random.Generator, hue_hi
     table = np.arange(256, dtype=np.uint8)
     if rng.integers(2):
         table = _truncate(table + np.float32(rng.uniform(-32, 32)))
+
     contrast_first = bool(rng.integers(2))
     if contrast_first:
         table = _contrast(table, rng)
+
     image = _look_up(image, table)
     if rng.integers(2):
         image = shift_hsv(image, saturation=float(rng.uniform(0.5, 1.5)))
+
     if rng.integers(2):
         image = shift_hsv(image, hue=int(rng.integers(-18, hue_high + 1)))
+
     if not contrast_first:
         image = _look_up(image, _contrast(np.arange(256, dtype=np.uint8), rng))
+
     return image
 
 
@@ -56,7 +63,9 @@ def shift_hsv(image: torch.Tensor, saturation: float = 1.0, hue: int = 0) -> tor
         h, s, v = rgb_to_hsv(image[:, rows].float())
         if saturation != 1.0:
             s = s.mul_(saturation).clamp_(0, 255).floor_()
+
         result[:, rows] = hsv_to_rgb(h.add_(hue), s, v)
+
     return result
 
 
@@ -67,25 +76,35 @@ def rgb_to_hsv(rgb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     value = torch.maximum(torch.maximum(r, g), b)
     span = value - torch.minimum(torch.minimum(r, g), b)
     scale = 30 / span.clamp(min=1)
-    red, green, blue = (g - b).mul_(scale), (b - r).mul_(scale).add_(60), (r - g).mul_(scale).add_(120)
+    red = (g - b).mul_(scale)
+    green = (b - r).mul_(scale).add_(60)
+    blue = (r - g).mul_(scale).add_(120)
     # torch.where and == are several times slower than this: 1 where the channel is the largest, else 0
     is_red, is_green = ((channel - value).add_(1).clamp_(min=0) for channel in (r, g))
     hue = blue.lerp_(green, is_green).lerp_(red, is_red).round_()
+
     return hue, span.mul_(255).div_(value.clamp(min=1)).round_(), value
 
 
-def hsv_to_rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def hsv_to_rgb(
+    hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
     """The inverse: float H (degrees/2, -60 … 180), S, V → uint8 (3, h, w), truncated as OpenCV does.
 
     Channel c is V·(1 - S·clamp(2 - d, 0, 1)), d the distance on the circle of six sectors from the hue h' opposite to
     c. Without a modulo: clamp(2 - d, 0, 1) = clamp(||h - h'| - 3|, 1, 2) - 1.
     """
-    sector, drop = hue / 30, (value * saturation).mul_(-1 / 255)
+    sector = hue / 30
+    drop = (value * saturation).mul_(-1 / 255)
     base = (value - drop).add_(1e-4)  # whole numbers must survive the truncation
     result = torch.empty((3, *hue.shape), dtype=torch.uint8)
+
     for channel, opposite in enumerate((3, 5, 1)):
         share = (sector - opposite).abs_().sub_(3).abs_().clamp_(1, 2)
-        result[channel] = torch.addcmul(base, share, drop).int()  # float → uint8 at once is slower
+        result[channel] = torch.addcmul(
+            base, share, drop
+        ).int()  # float → uint8 at once is slower
+
     return result
 
 
@@ -99,7 +118,9 @@ def from_pillow(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def colour_jitter(image: Image.Image, rng: np.random.Generator, strength: float, hue: float) -> Image.Image:
+def colour_jitter(
+    image: Image.Image, rng: np.random.Generator, strength: float, hue: float
+) -> Image.Image:
     """Brightness, contrast and saturation by factors U(1 - strength, 1 + strength), hue by U(-hue, hue), in random
     order: torchvision's ColorJitter on Pillow images."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
@@ -110,8 +131,10 @@ def colour_jitter(image: Image.Image, rng: np.random.Generator, strength: float,
         lambda x: functional.adjust_hue(x, shift),
     )
     shift = rng.uniform(-hue, hue)
+
     for k in rng.permutation(4):
         image = steps[k](image)
+
     return image
 
 
@@ -123,9 +146,11 @@ def binomial_blur(image: torch.Tensor) -> torch.Tensor:
     for axis in (1, 2):
         if image.dtype == torch.uint8:
             image = image.to(torch.int32)
+
         n = image.shape[axis]
         index = torch.arange(-2, n + 2).abs()
         padded = image.index_select(axis, torch.where(index >= n, 2 * (n - 1) - index, index))
         a, b, c, d, e = (padded.narrow(axis, k, n) for k in range(5))
         image = a + e + 4 * (b + d) + 6 * c
+
     return (image + 128 >> 8).to(torch.uint8)

@@ -8,12 +8,23 @@ import torch
 from common.data.images import Picture
 
 # sRGB under D65 with the 2° observer
-_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+_TO_XYZ = (
+    (0.412453, 0.357580, 0.180423),
+    (0.212671, 0.715160, 0.072169),
+    (0.019334, 0.119193, 0.950227),
+)
 _WHITE = (0.95047, 1.0, 1.08883)
-_FORWARD = torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]
+_FORWARD = (
+    torch.tensor(_TO_XYZ, dtype=torch.float64)
+    / torch.tensor(_WHITE, dtype=torch.float64)[:, None]
+)
 _INVERSE = torch.linalg.inv(_FORWARD)
 _LEVELS = torch.arange(256, dtype=torch.float64) / 255
-_LINEAR = torch.where(_LEVELS > 0.04045, ((_LEVELS + 0.055) / 1.055) ** 2.4, _LEVELS / 12.92).float().numpy()
+_LINEAR = (
+    torch.where(_LEVELS > 0.04045, ((_LEVELS + 0.055) / 1.055) ** 2.4, _LEVELS / 12.92)
+    .float()
+    .numpy()
+)
 
 
 class ColourStatistics(NamedTuple):
@@ -27,7 +38,9 @@ def rgb_to_lab(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) → float32 (3, H, W): L in 0–100, a, b."""
     linear = torch.from_numpy(np.take(_LINEAR, np.ascontiguousarray(pixels.transpose(2, 0, 1))))
     xyz = (_FORWARD.float() @ linear.flatten(1)).view_as(linear)
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = torch.where(
+        xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116
+    )
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)))
 
 
@@ -39,6 +52,7 @@ def lab_to_rgb(lab: torch.Tensor) -> np.ndarray:
     linear = (_INVERSE.float() @ xyz.flatten(1)).view_as(xyz)
     curve = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
     rgb = torch.where(linear > 0.0031308, curve, 12.92 * linear).clamp_(0, 1)
+
     return (rgb * 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
@@ -62,7 +76,8 @@ class Recoloured(Picture):
         gain = torch.where(own.std > 0, colours.std / own.std.clamp(min=1e-12), 0)
         self._gain = gain.float()[:, None, None]
         self._offset = (colours.mean - own.mean * gain).float()[:, None, None]
-        self.path, (self.height, self.width) = picture.path, picture.size
+        self.path = picture.path
+        (self.height, self.width) = picture.size
 
     def window(self, rows: slice, columns: slice) -> np.ndarray:
         return lab_to_rgb(self._lab[:, rows, columns] * self._gain + self._offset)

@@ -27,16 +27,25 @@ def coverage_warnings(dataset: SegmentationDataset, statistics: Statistics) -> l
             return [f"{lack}, {_remedy(dataset, absent, *ignored)}"]
 
     they, their, them = ("it", "its", "it") if len(absent) == 1 else ("they", "their", "them")
-    return [f"{lack}: {they} cannot be learnt and {their} IoU says nothing; add images that show {them}"]
+
+    return [
+        f"{lack}: {they} cannot be learnt and {their} IoU says nothing; add images that show {them}"
+    ]
 
 
 def _classes(dataset: SegmentationDataset, absent: list[int]) -> str:
     names = [f"{k} ({dataset.row.classes[k]})" for k in absent[:_NAMED]]
     more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
-    return f"class {names[0]} has" if len(absent) == 1 else f"classes {', '.join(names)}{more} have"
+    return (
+        f"class {names[0]} has"
+        if len(absent) == 1
+        else f"classes {', '.join(names)}{more} have"
+    )
 
 
-def _most_ignored(dataset: SegmentationDataset, statistics: Statistics) -> tuple[int, float] | None:
+def _most_ignored(
+    dataset: SegmentationDataset, statistics: Statistics
+) -> tuple[int, float] | None:
     """The stored value that most ignored pixels have, by at most LOOKED_AT labels, and its share of all pixels."""
     some = np.flatnonzero(statistics.ignored)
     if not len(some):
@@ -44,6 +53,7 @@ def _most_ignored(dataset: SegmentationDataset, statistics: Statistics) -> tuple
 
     chosen = some[np.linspace(0, len(some) - 1, min(len(some), LOOKED_AT)).astype(int)]
     found: Counter[int] = Counter()
+
     for index in chosen:
         path = dataset.records[index].label
         table = dataset.row.label_table(path)
@@ -54,6 +64,7 @@ def _most_ignored(dataset: SegmentationDataset, statistics: Statistics) -> tuple
     value = max(found, key=found.__getitem__)
     ignored = statistics.ignored.sum(dtype=np.int64)
     of_all = ignored / (ignored + statistics.pixel_count.sum())
+
     return value, found[value] / found.total() * float(of_all)
 
 
@@ -61,13 +72,19 @@ def _remedy(dataset: SegmentationDataset, absent: list[int], value: int, share: 
     """What to write where the ignored value is a class after all."""
     row = dataset.row
     table = row.label_table(dataset.records[0].label)
-    shown = f"while {100 * share:.1f} % of their pixels are ignored with {table.describe(value)}"
+    shown = (
+        f"while {100 * share:.1f} % of their pixels are ignored with {table.describe(value)}"
+    )
     if row.encoding == "rgb":
         return f"{shown}: if that is one of them, give it this colour in data.folder.palette"
 
     k = absent[0]
     entries = {v: c for v, c in table.entries.items() if c not in (IGNORE, k)} | {value: k}
     if len(absent) > 1 or len(entries) > 8:
-        return f"{shown}: if that is one of them, give its id to {value} in data.folder.label_map"
+        return (
+            f"{shown}: if that is one of them, give its id to {value} in data.folder.label_map"
+        )
+
     mapping = ", ".join(f"{v}: {c}" for v, c in sorted(entries.items()))
+
     return f"{shown}: if that is {row.classes[k]!r}, set data.folder.label_map: {{{mapping}}}"

@@ -18,7 +18,9 @@ from common.data.images import Picture
 from common.data.labels import IGNORE, MOST_CLASSES, read_index
 from common.files import load_array, read_artifact
 
-Transform = Callable[[dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]]
+Transform = Callable[
+    [dict[str, Any], np.random.Generator, "SegmentationDataset", int], dict[str, Any]
+]
 
 
 class SegmentationDataset:
@@ -60,8 +62,10 @@ class SegmentationDataset:
         sample = {"image": Picture(record.image), "name": record.name, "index": index}
         if self.source.labels:
             sample["label"] = self._label(record, sample["image"].size)
+
         for key, folder in self.source.maps.items():
             sample[key] = self._map(map_path(folder, record.name), record, sample["image"].size)
+
         return sample
 
     def load(self, index: int) -> dict[str, Any]:
@@ -74,7 +78,9 @@ class SegmentationDataset:
         record = self.records[index]
         return self.row.label_table(record.label).read(record.label)
 
-    def sample(self, index: int, rng: np.random.Generator, focus: Focus | None = None) -> dict[str, Any]:
+    def sample(
+        self, index: int, rng: np.random.Generator, focus: Focus | None = None
+    ) -> dict[str, Any]:
         """The sample as training sees it: `image` uint8 (3, H, W), `label` int16 (H, W), maps, `name`, `index`,
         `geometry` int32 (7,) = original height, width, resized height, width, crop row, column, mirrored.
 
@@ -82,28 +88,41 @@ class SegmentationDataset:
         """
         if self.transform is not None:
             opened = self.open(index)
-            return self.transform(opened if focus is None else {**opened, "focus": focus}, rng, self, index)
+            return self.transform(
+                opened if focus is None else {**opened, "focus": focus}, rng, self, index
+            )
+
         sample = self.load(index)
         height, width = sample["image"].shape[:2]
         sample["geometry"] = np.array([height, width, height, width, 0, 0, 0], np.int32)
+
         return tensors(sample)
 
     def _label(self, record: Record, size: tuple[int, int]) -> np.ndarray:
         label = self.row.label_table(record.label).read(record.label)
         if label.shape != size:
             if self.row.resize_labels:
-                return label[_nearest(size[0], label.shape[0])][:, _nearest(size[1], label.shape[1])]
+                return label[_nearest(size[0], label.shape[0])][
+                    :, _nearest(size[1], label.shape[1])
+                ]
             raise ValueError(_mismatch(record.label, label.shape, record.image, size))
+
         return label
 
     def _map(self, path: Path, record: Record, size: tuple[int, int]) -> np.ndarray:
         if path.suffix != ".png":
-            return read_artifact(path, load_array, f"run the step that writes the array of {record.name} again")
+            return read_artifact(
+                path, load_array, f"run the step that writes the array of {record.name} again"
+            )
         if not path.is_file():
-            raise ValueError(f"{path}: no such map for {record.image}; run the step that writes it first")
+            raise ValueError(
+                f"{path}: no such map for {record.image}; run the step that writes it first"
+            )
+
         raw = read_index(path)
         if raw.shape != size:
             raise ValueError(_mismatch(path, raw.shape, record.image, size))
+
         return _ids(raw, path)
 
 
@@ -126,7 +145,10 @@ def _ids(raw: np.ndarray, path: Path) -> np.ndarray:
     label = np.where(raw == 65535, IGNORE, raw.astype(np.int32))
     highest = label.max(initial=0)
     if highest >= MOST_CLASSES:
-        raise ValueError(f"{path}: value {highest} is no label; give {MOST_CLASSES - 1} at most, or 65535 for none")
+        raise ValueError(
+            f"{path}: value {highest} is no label; give {MOST_CLASSES - 1} at most, or 65535 for none"
+        )
+
     return label.astype(np.int16)
 
 
@@ -140,7 +162,10 @@ def _mismatch(path: Path, shape: tuple[int, ...], image: Path, size: tuple[int, 
 
 def tensors(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A raw sample with its arrays as tensors; the image becomes (3, H, W)."""
-    result = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in sample.items()}
+    result = {
+        key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+        for key, v in sample.items()
+    }
     result["image"] = result["image"].permute(2, 0, 1).contiguous()
     return result
 
@@ -152,8 +177,10 @@ def check(dataset: SegmentationDataset, workers: int = 8) -> None:
         paths.append(record.image)
         paths += [record.label] if dataset.source.labels else []
         paths += [map_path(folder, record.name) for folder in dataset.source.maps.values()]
+
     with ThreadPoolExecutor(max(1, workers)) as pool:
         sizes = list(pool.map(_size, paths, chunksize=256))
+
     for path, size in zip(paths, sizes, strict=True):
         if not size:
             raise ValueError(f"{path}: {'the file is empty' if size == 0 else 'no such file'}")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-MOST_PIXELS = 178_956_970  # Pillow's own bound: what is larger may be a small file that fills the memory
+# Pillow's own bound: what is larger may be a small file that fills the memory
+MOST_PIXELS = 178_956_970
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"
@@ -31,8 +32,11 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise ValueError(f"{path}: no such file") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot read the {what} ({error.strerror})") from error
+
     if not data:
-        raise ValueError(f"{path}: cannot decode the {what} (the file is empty); the file is damaged")
+        raise ValueError(
+            f"{path}: cannot decode the {what} (the file is empty); the file is damaged"
+        )
     return data
 
 
@@ -44,11 +48,19 @@ def decoding(path: Path, what: str) -> Iterator[None]:
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: the {what} has more than the {MOST_PIXELS} pixels that are read; cut it") from error
+        raise ValueError(
+            f"{path}: the {what} has more than the {MOST_PIXELS} pixels that are read; cut it"
+        ) from error
     except MemoryError as error:
-        raise ValueError(f"{path}: cannot decode the {what}, the memory does not suffice") from error
-    except Exception as error:  # of damaged bytes: OSError, SyntaxError, IndexError, KeyError, struct.error, …
-        raise ValueError(f"{path}: cannot decode the {what} ({_reason(error)}); the file is damaged") from error
+        raise ValueError(
+            f"{path}: cannot decode the {what}, the memory does not suffice"
+        ) from error
+    except (
+        Exception
+    ) as error:  # of damaged bytes: OSError, SyntaxError, IndexError, KeyError, struct.error, …
+        raise ValueError(
+            f"{path}: cannot decode the {what} ({_reason(error)}); the file is damaged"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -64,7 +76,9 @@ def check_png(data: bytes) -> None:
     if data[12:16] != b"IHDR":
         raise ValueError("it has no header")
 
-    view, start = memoryview(data), len(PNG)
+    view = memoryview(data)
+    start = len(PNG)
+
     while start + 12 <= len(data):
         length = int.from_bytes(view[start : start + 4], "big")
         kind = view[start + 4 : start + 8]
@@ -77,6 +91,7 @@ def check_png(data: bytes) -> None:
             raise ValueError(f"wrong checksum of the part at byte {start}")
         if kind == b"IEND":
             return
+
         start = end + 4
 
     raise ValueError("the file breaks off")
@@ -84,7 +99,8 @@ def check_png(data: bytes) -> None:
 
 def png_size(data: bytes) -> tuple[int, int]:
     """Height and width of a PNG whose checksums are right."""
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    width = int.from_bytes(data[16:20], "big")
+    height = int.from_bytes(data[20:24], "big")
     check_size(height, width)
     return height, width
 
@@ -92,7 +108,9 @@ def png_size(data: bytes) -> tuple[int, int]:
 def check_size(height: int, width: int) -> None:
     """Refuse what is larger than MOST_PIXELS, before any memory is taken."""
     if height * width > MOST_PIXELS:
-        raise Refused(f"{width}×{height} pixels are more than the {MOST_PIXELS} that are read; cut it into tiles")
+        raise Refused(
+            f"{width}×{height} pixels are more than the {MOST_PIXELS} that are read; cut it into tiles"
+        )
 
 
 @contextlib.contextmanager

@@ -54,4 +54,5 @@ def draw_until_shown(
         if shown > focus.least(crop):
             break
         g = draw()
+
     return g

@@ -43,12 +43,16 @@ class GroupsConfig:
     def __post_init__(self):
         lists = isinstance(self.rare, tuple)
         if self.common is not None and isinstance(self.common, tuple) != lists:
-            raise ValueError("common: is of another kind than rare; give two numbers or two lists of classes")
+            raise ValueError(
+                "common: is of another kind than rare; give two numbers or two lists of classes"
+            )
         if lists:
             return
 
         if self.frequent is not None:
-            raise ValueError("frequent: is what has more than `common`; leave it out, or give lists of classes")
+            raise ValueError(
+                "frequent: is what has more than `common`; leave it out, or give lists of classes"
+            )
         if self.common is not None and not 0 <= self.rare <= self.common:
             raise ValueError(f"common: {self.common:g} is less than rare: {self.rare:g}")
 
@@ -57,13 +61,17 @@ def groups_config(options: Mapping[str, Any] | None, row: DatasetRow) -> GroupsC
     """The typed `groups` section. ConfigError also for names that are none of the row's classes."""
     if options is None:
         return None
+
     config = typed(GroupsConfig, options, WHERE)
     if isinstance(config.rare, tuple):
         _listed(config, row)
+
     return config
 
 
-def grouping(config: GroupsConfig | None, row: DatasetRow, statistics: Statistics | None) -> Grouping | None:
+def grouping(
+    config: GroupsConfig | None, row: DatasetRow, statistics: Statistics | None
+) -> Grouping | None:
     """The groups that the config gives, else the row's published ones, else those of the counted labels by rank.
 
     None where nothing says what is rare: no counts, or a rule that does not tell these classes apart.
@@ -74,6 +82,7 @@ def grouping(config: GroupsConfig | None, row: DatasetRow, statistics: Statistic
         return None if statistics is None else _by_threshold(config, statistics)
     if row.groups is not None:
         return Grouping("by training counts, as published with the data set (LTSS)", row.groups)
+
     return None if statistics is None else by_rank(statistics)
 
 
@@ -88,6 +97,7 @@ def by_rank(statistics: Statistics) -> Grouping | None:
     absent = len(statistics.image_count) - occurring
     missing = f" ({absent} do not)" if absent else ""
     rule = f"by rank among the {occurring} classes that occur in training{missing}: the lowest fifth is rare, the next"
+
     return Grouping(f"{rule} common (LTSS)", levels)
 
 
@@ -110,6 +120,7 @@ def _by_threshold(config: GroupsConfig, statistics: Statistics) -> Grouping:
 
     unit = "training images" if config.level == "image" else "images' areas"
     rule = f"at most {config.rare:g} {unit} is rare, at most {common:g} common ({WHERE})"
+
     return Grouping(rule, {config.level: named(rank)})
 
 
@@ -119,11 +130,18 @@ def _listed(config: GroupsConfig, row: DatasetRow) -> list[str]:
     for group in GROUPS:
         for name in getattr(config, group) or ():
             if name not in row.classes:
-                raise ConfigError(f"{WHERE}.{group}: {name!r} is none of the classes of data set {row.name!r}")
+                raise ConfigError(
+                    f"{WHERE}.{group}: {name!r} is none of the classes of data set {row.name!r}"
+                )
             if group_of.setdefault(name, group) != group:
-                raise ConfigError(f"{WHERE}.{group}: {name!r} is in {group_of[name]} too; a class has one group")
+                raise ConfigError(
+                    f"{WHERE}.{group}: {name!r} is in {group_of[name]} too; a class has one group"
+                )
 
     left = [name for name in row.classes if name not in group_of]
     if left and config.frequent is not None:
-        raise ConfigError(f"{WHERE}: {left[0]!r} is in no list; add it, or leave `frequent` out: it takes all others")
+        raise ConfigError(
+            f"{WHERE}: {left[0]!r} is in no list; add it, or leave `frequent` out: it takes all others"
+        )
+
     return [group_of.get(name, "frequent") for name in row.classes]

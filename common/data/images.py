@@ -13,7 +13,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.data.decoding import JPEG, PNG, Refused, bits, check_png, decoding, opened, png_size, read_bytes
+from common.data.decoding import (
+    JPEG,
+    PNG,
+    Refused,
+    bits,
+    check_png,
+    decoding,
+    opened,
+    png_size,
+    read_bytes,
+)
 
 
 class Picture:
@@ -38,8 +48,11 @@ class Picture:
     def of(cls, pixels: np.ndarray) -> "Picture":
         """A picture whose pixels uint8 (H, W, 3) are already at hand."""
         picture = cls.__new__(cls)
-        picture.path, picture._data, picture._pixels = Path(), b"", pixels
+        picture.path = Path()
+        picture._data = b""
+        picture._pixels = pixels
         picture.height, picture.width = pixels.shape[:2]
+
         return picture
 
     @property
@@ -64,6 +77,7 @@ class Picture:
         if self._pixels is None and early and plain:
             with decoding(self.path, "image"):
                 return _decode_window(self._data, rows, columns)
+
         return self.pixels()[rows, columns]
 
 
@@ -73,7 +87,10 @@ def _decode_window(data: bytes, rows: slice, columns: slice) -> np.ndarray:
             image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows.stop))]
             image._size = (image.width, rows.stop)
         part = image.crop((columns.start, rows.start, columns.stop, rows.stop))
-    return np.frombuffer(part.tobytes("raw", "RGBX"), np.uint8).reshape(part.height, part.width, 4)
+
+    return np.frombuffer(part.tobytes("raw", "RGBX"), np.uint8).reshape(
+        part.height, part.width, 4
+    )
 
 
 def _decode(data: bytes) -> np.ndarray:
@@ -84,8 +101,10 @@ def _decode(data: bytes) -> np.ndarray:
         if image.mode.startswith("I"):
             return _grey(_from_range(image, bits(image, data)))
 
-        rgb = image if image.mode == "RGB" else image.convert("RGB")  # of 16 bits a channel Pillow keeps the upper 8
+        # of 16 bits a channel Pillow keeps the upper 8
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
         turn = TURNS.get(_orientation(image)) if data.startswith(JPEG) else None
+
         return np.array(rgb if turn is None else rgb.transpose(turn))
 
 
@@ -114,9 +133,13 @@ def _grey(levels: np.ndarray) -> np.ndarray:
 
 def _from_unit(values: np.ndarray) -> np.ndarray:
     """Floats of 0–1 to 0–255."""
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     if not (low >= 0 and high <= 1):  # so also NaN
-        raise Refused(f"float values from {low:g} to {high:g}, only 0 to 1 is read; store it with 8 or 16 bits")
+        raise Refused(
+            f"float values from {low:g} to {high:g}, only 0 to 1 is read; store it with 8 or 16 bits"
+        )
+
     return values * 255 + 0.5
 
 
@@ -128,12 +151,16 @@ def _from_range(image: Image.Image, depth: int) -> np.ndarray:
         values = values.view(np.uint32)
 
     if values.min() < 0:
-        raise Refused(f"holds negative values ({values.min()}); store it with 8 or 16 bits, 0 as black")
+        raise Refused(
+            f"holds negative values ({values.min()}); store it with 8 or 16 bits, 0 as black"
+        )
+
     levels = values >> (depth - signed - 8)
     if depth == 32 and values.any() and not levels.any():
         raise Refused(
             f"its {depth}-bit values end at {values.max()}, so that all would be black; store it with 8 or 16 bits"
         )
+
     return levels
 
 

@@ -16,6 +16,7 @@ def gini(counts: np.ndarray) -> float:
     n = len(cumulative)
     if n == 0 or cumulative[-1] <= 0:
         raise ValueError("the Gini coefficient needs at least one class that occurs")
+
     return float((n + 1 - 2 * cumulative.sum() / cumulative[-1]) / n)
 
 
@@ -33,4 +34,5 @@ def groups(counts: np.ndarray) -> np.ndarray:
 
     thresholds = occurring[[n * 2 // 10, n * 4 // 10]]
     rank = np.searchsorted(thresholds, counts, side="right")
+
     return np.where(counts > 0, rank, -1)

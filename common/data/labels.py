@@ -43,17 +43,22 @@ def read_colours(path: Path) -> np.ndarray:
         with opened(data) as image:
             _require_exact(image, data)
             if bits(image, data) > 8:
-                raise Refused(f"a colour label of {bits(image, data)} bits a channel; store it with 8")
+                raise Refused(
+                    f"a colour label of {bits(image, data)} bits a channel; store it with 8"
+                )
             rgb = np.array(image.convert("RGB")).astype(np.int32)
+
     return (rgb[..., 0] << 16) | (rgb[..., 1] << 8) | rgb[..., 2]
 
 
-_EXACT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L")  # modes that keep stored values
+# modes that keep stored values
+_EXACT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L")
 
 
 def _require_exact(image: Image.Image, data: bytes) -> None:
     """Refuse what may have changed values since they were drawn, or changes them when read."""
-    kind, how = image.format, image.info.get("compression")
+    kind = image.format
+    how = image.info.get("compression")
     advice = "store the label as PNG, made anew from where it was drawn"
 
     if kind == "WEBP":
@@ -62,20 +67,28 @@ def _require_exact(image: Image.Image, data: bytes) -> None:
         exact = how not in ("jpeg", "tiff_jpeg", "webp")
     else:
         exact = kind in ("PNG", "BMP")
+
     if not exact:
         name = f"{kind} ({how})" if kind == "TIFF" else kind
-        raise Refused(f"is {name}, a lossy format, so that values at class borders are wrong; {advice}")
+        raise Refused(
+            f"is {name}, a lossy format, so that values at class borders are wrong; {advice}"
+        )
 
     if image.mode not in _EXACT:
         kind_of_values = "float" if image.mode == "F" else image.mode
-        raise Refused(f"label values are {kind_of_values}, expected whole numbers, one channel or RGB; {advice}")
-    if kind == "TIFF" and image.tag_v2.get(262) == 0:  # PhotometricInterpretation: Pillow inverts the values
+        raise Refused(
+            f"label values are {kind_of_values}, expected whole numbers, one channel or RGB; {advice}"
+        )
+
+    # PhotometricInterpretation: Pillow inverts the values
+    if kind == "TIFF" and image.tag_v2.get(262) == 0:
         raise Refused(f"a TIFF whose value 0 is white, which is read inverted; {advice}")
 
 
 def _index(image: Image.Image, data: bytes) -> np.ndarray:
     _require_exact(image, data)
-    depth, channels = bits(image, data), len(image.getbands())
+    depth = bits(image, data)
+    channels = len(image.getbands())
     if depth == 16 and channels > 1:
         if image.format == "PNG" and image.mode == "RGB":
             return _red(data)
@@ -87,8 +100,10 @@ def _index(image: Image.Image, data: bytes) -> np.ndarray:
     raw = np.array(image)
     if raw.dtype == bool:
         return raw.astype(np.uint8)
+
     if depth in (2, 4) and image.mode == "L":  # Pillow stretches grey of few bits to 0–255
         raw = raw // (255 // (2**depth - 1))
+
     return raw[..., 0] if raw.ndim == 3 else raw
 
 
@@ -97,7 +112,8 @@ def _red(data: bytes) -> np.ndarray:
 
     Pillow keeps one byte of each value: the upper one, or the lower one if it takes the file for little-endian.
     """
-    upper, lower = _bytes(data, "RGB;16B"), _bytes(data, "RGB;16L")
+    upper = _bytes(data, "RGB;16B")
+    lower = _bytes(data, "RGB;16L")
     return upper.astype(np.uint16) << 8 | lower
 
 
@@ -123,26 +139,37 @@ class LabelTable:
         encoding: Literal["index", "rgb"] = "index",
     ):
         if num_classes > MOST_CLASSES:
-            raise ValueError(f"{num_classes} classes are more than a label holds; give {MOST_CLASSES} at most")
+            raise ValueError(
+                f"{num_classes} classes are more than a label holds; give {MOST_CLASSES} at most"
+            )
+
         self.num_classes = num_classes
         self.encoding = encoding
         self.entries = {**dict.fromkeys(ignore, IGNORE), **mapping}
         self.unlisted = unlisted
         self._tables: dict[int, np.ndarray] = {}
+
         for value, index in mapping.items():
             if not IGNORE <= index < num_classes:
-                raise ValueError(f"label map sends value {value} to class {index}, but there are {num_classes} classes")
+                raise ValueError(
+                    f"label map sends value {value} to class {index}, but there are {num_classes} classes"
+                )
 
     def __getstate__(self):
-        return {**self.__dict__, "_tables": {}}  # a table of 2^24 entries is rebuilt faster than it is sent
+        # a table of 2^24 entries is rebuilt faster than it is sent
+        return {**self.__dict__, "_tables": {}}
 
     def _table(self, bits: int) -> np.ndarray:
         if bits not in self._tables:
-            table = np.full(1 << bits, IGNORE if self.unlisted == "ignore" else _UNKNOWN, np.int16)
+            table = np.full(
+                1 << bits, IGNORE if self.unlisted == "ignore" else _UNKNOWN, np.int16
+            )
             for value, index in self.entries.items():
                 if 0 <= value < 1 << bits:
                     table[value] = index
+
             self._tables[bits] = table
+
         return self._tables[bits]
 
     def read(self, path: Path) -> np.ndarray:
@@ -157,19 +184,30 @@ class LabelTable:
         """The label (H, W) of the stored values of the file `path`."""
         bits = 24 if self.encoding == "rgb" else 8 if raw.dtype == np.uint8 else 16
         if raw.dtype.itemsize > 2 and raw.size and not 0 <= raw.min() <= raw.max() < 1 << bits:
-            raise ValueError(f"{path}: label value {raw.max() if raw.max() >= 1 << bits else raw.min()} is no class id")
+            raise ValueError(
+                f"{path}: label value {raw.max() if raw.max() >= 1 << bits else raw.min()} is no class id"
+            )
+
         if bits == 8 and self.num_classes < 127:  # a table of bytes is the fastest
             table = self._table(8).astype(np.int8).tobytes()
-            label = np.frombuffer(raw.tobytes().translate(table), np.int8).reshape(raw.shape).astype(np.int16)
+            label = (
+                np.frombuffer(raw.tobytes().translate(table), np.int8)
+                .reshape(raw.shape)
+                .astype(np.int16)
+            )
         else:
             label = np.take(self._table(bits), raw)
+
         if label.size and label.min() == _UNKNOWN:
             raise ValueError(self._complaint(raw, label, path))
+
         return label
 
     def _complaint(self, raw: np.ndarray, label: np.ndarray, path: Path) -> str:
         value = int(raw[label == _UNKNOWN][0])
-        keys = ("palette", "ignore_colours") if self.encoding == "rgb" else ("label_map", "ignore")
+        keys = (
+            ("palette", "ignore_colours") if self.encoding == "rgb" else ("label_map", "ignore")
+        )
         return (
             f"{path}: label {self.describe(value)} is none of the {self.num_classes} classes; add it to the label map "
             f"or to the ignored values (`{keys[0]}` or `{keys[1]}` of a folder), or check the number of classes"

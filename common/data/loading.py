@@ -55,6 +55,7 @@ def batches(
         multiprocessing_context=_PROCESSES if workers else None,
         generator=torch.Generator(),  # else making an iterator would advance torch's global generator
     )
+
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
@@ -111,12 +112,16 @@ def as_value(error: Exception) -> Exception:
         return ValueError(str(error))
     if multiprocessing.parent_process() is None:
         return error
+
     note = "in a loader process:\n" + "".join(traceback.format_exception(error))
+
     try:
         value = pickle.loads(pickle.dumps(error))
     except Exception:  # whatever an exception's own pickling may raise
         value = RuntimeError(f"{type(error).__name__}: {error}")
+
     value.add_note(note)
+
     return value
 
 
@@ -138,9 +143,11 @@ def _watch(main_process: int) -> None:
         if not hasattr(signal, "sigtimedwait"):  # macOS
             time.sleep(1)
             continue
+
         sent = signal.sigtimedwait({signal.SIGTERM}, 1)
         if sent is not None and sent.si_pid == main_process:
             os._exit(0)  # an end by a signal would be reported as a worker's failure
+
     os._exit(1)
 
 
@@ -158,17 +165,25 @@ class _Worker(_METHOD.Process):
                 started.kill()
 
         started.terminate = terminate
+
         return started
 
 
 class _Results(queues.Queue):
     """A queue that sends, for what cannot be sent, the reason: by default the item would silently be dropped."""
 
-    def _on_queue_feeder_error(self, error: Exception, item: tuple[int, Any]) -> None:  # item: batch number, batch
+    def _on_queue_feeder_error(
+        self, error: Exception, item: tuple[int, Any]
+    ) -> None:  # item: batch number, batch
         number, _ = item
         reason = " ".join(str(error).split())
         advice = "enlarge /dev/shm (docker run --shm-size) or the limit on open files, or lower data.workers"
-        self.put((number, ValueError(f"a loader process cannot hand over its batch ({reason}); {advice}")))
+        self.put(
+            (
+                number,
+                ValueError(f"a loader process cannot hand over its batch ({reason}); {advice}"),
+            )
+        )
 
 
 class _Context(type(_METHOD)):
@@ -183,7 +198,9 @@ class _Context(type(_METHOD)):
 _PROCESSES = _Context()
 
 
-def parallel(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+def parallel(
+    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int
+) -> Iterator[Any]:
     """`function(job)` of every job in order, in `workers` processes; with less than 2 in this one.
 
     The first error ends it, and so does the death of a process (`multiprocessing.Pool` would wait for its job).

@@ -24,14 +24,19 @@ MIN_SHARE = 0.0057  # of the pixels: what DAFormer asks of a crop, 1500 of 512²
 
 def generator(seed: int, stream: str, purpose: str, number: int) -> np.random.Generator:
     """The random generator of one purpose: `number` is a draw or an epoch."""
-    return np.random.default_rng((seed, zlib.crc32(stream.encode()), zlib.crc32(purpose.encode()), number))
+    return np.random.default_rng(
+        (seed, zlib.crc32(stream.encode()), zlib.crc32(purpose.encode()), number)
+    )
 
 
 class Order:
     """draw → index of the dataset. Epoch e is a permutation of the whole set, or the set in order."""
 
     def __init__(self, size: int, seed: int, stream: str, shuffle: bool = True):
-        self.size, self.seed, self.stream, self.shuffle = size, seed, stream, shuffle
+        self.size = size
+        self.seed = seed
+        self.stream = stream
+        self.shuffle = shuffle
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def index(self, draw: int) -> int:
@@ -39,6 +44,7 @@ class Order:
         epoch, position = self.locate(draw)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._indices(epoch))
+
         return int(self._epoch[1][position])
 
     def focus(self, draw: int) -> Focus | None:
@@ -67,16 +73,22 @@ class RepeatOrder(Order):
         self.fraction = np.asarray(factors, np.float64) - self.whole
         if not factors.sum() > 0:
             raise ValueError(f"stream {stream!r}: the repeat factors of all images are 0")
+
         self._starts = [0]  # first draw of each epoch
 
     def locate(self, draw: int) -> tuple[int, int]:
         while self._starts[-1] <= draw:
-            self._starts.append(self._starts[-1] + int(self._repeats(len(self._starts) - 1).sum()))
+            self._starts.append(
+                self._starts[-1] + int(self._repeats(len(self._starts) - 1).sum())
+            )
+
         epoch = int(np.searchsorted(self._starts, draw, side="right")) - 1
         return epoch, draw - self._starts[epoch]
 
     def _repeats(self, epoch: int) -> np.ndarray:
-        extra = generator(self.seed, self.stream, "repeat", epoch).random(self.size) < self.fraction
+        extra = (
+            generator(self.seed, self.stream, "repeat", epoch).random(self.size) < self.fraction
+        )
         return self.whole + extra
 
     def _indices(self, epoch: int) -> np.ndarray:
@@ -102,8 +114,10 @@ class RareClassOrder(Order):
         share: float = 0,
     ):
         super().__init__(len(probabilities), seed, stream)
-        self.probabilities, self.images = probabilities, images
-        self.pixels, self.share = pixels, share
+        self.probabilities = probabilities
+        self.images = images
+        self.pixels = pixels
+        self.share = share
 
     def index(self, draw: int) -> int:
         return self._drawn(draw)[1]
@@ -128,7 +142,8 @@ class ClassUniformOrder(Order):
 
     def __init__(self, presence: np.ndarray, pixels: ClassPixels, seed: int, stream: str):
         super().__init__(len(presence), seed, stream)
-        self.presence, self.pixels = presence, pixels
+        self.presence = presence
+        self.pixels = pixels
         self.lots = Order(int(presence.any(0).sum()), seed, f"{stream}: classes")
         self.classes = np.flatnonzero(presence.any(0))
 
@@ -148,6 +163,7 @@ class ClassUniformOrder(Order):
         class_id = int(self.classes[self.lots.index(draw // 2)])
         index = int(rng.choice(np.flatnonzero(self.presence[:, class_id])))
         row, column = rng.choice(self.pixels.of(index, class_id))
+
         return index, class_id, (float(row), float(column))
 
 
@@ -164,7 +180,9 @@ class SamplerConfig:
     and min_crop_ratio 0.5; without either, min_share is MIN_SHARE.
     """
 
-    order: Literal["shuffle", "sequential", "repeat_factor", "rare_class", "class_uniform"] = "shuffle"
+    order: Literal["shuffle", "sequential", "repeat_factor", "rare_class", "class_uniform"] = (
+        "shuffle"
+    )
     threshold: Positive = 0.001
     level: Literal["image", "pixel"] = "image"
     mode: Literal["max", "mean", "sum"] = "max"
@@ -175,7 +193,9 @@ class SamplerConfig:
 
     def __post_init__(self):
         if self.min_share is not None and self.min_pixels is not None:
-            raise ValueError(f"min_pixels: {self.min_pixels} beside min_share: {self.min_share}; remove one of them")
+            raise ValueError(
+                f"min_pixels: {self.min_pixels} beside min_share: {self.min_share}; remove one of them"
+            )
 
     @property
     def share(self) -> float:
@@ -202,26 +222,40 @@ def make_order(
 
     where = f"data.streams.{stream}.sampler"
     if sampler.order != "repeat_factor" and not dataset.source.labels:
-        raise ConfigError(f"{where}.order: {sampler.order} needs labels, but the stream has `labels: false`")
+        raise ConfigError(
+            f"{where}.order: {sampler.order} needs labels, but the stream has `labels: false`"
+        )
+
     statistics = class_statistics(dataset, workers, cache)
 
     if sampler.order == "repeat_factor":
         factors = repeat_factors(statistics, sampler.threshold, sampler.level, sampler.mode)
         if (factors == factors[0]).all():
             text = f"every image has the repeat factor {factors[0]:g}, none is shown more often than another"
-            warnings.warn(f"{where}.order: repeat_factor changes nothing here: {text}", stacklevel=3)
+            warnings.warn(
+                f"{where}.order: repeat_factor changes nothing here: {text}", stacklevel=3
+            )
+
         return RepeatOrder(factors, seed, stream)
 
     if not statistics.presence.any():
-        raise ValueError(f"{where}.order: {sampler.order}: the labels show no class; correct the labels")
+        raise ValueError(
+            f"{where}.order: {sampler.order}: the labels show no class; correct the labels"
+        )
+
     if sampler.order == "class_uniform":
         pixels = class_pixels(dataset, statistics, workers, cache)
         return ClassUniformOrder(statistics.presence, pixels, seed, stream)
+
     return _rare_class_order(sampler, dataset, statistics, seed, stream)
 
 
 def _rare_class_order(
-    sampler: SamplerConfig, dataset: SegmentationDataset, statistics: Statistics, seed: int, stream: str
+    sampler: SamplerConfig,
+    dataset: SegmentationDataset,
+    statistics: Statistics,
+    seed: int,
+    stream: str,
 ) -> RareClassOrder:
     """ValueError where a class that may be drawn has no image to show."""
     probabilities = rare_class_probabilities(statistics.pixel_count, sampler.temperature)
@@ -229,14 +263,25 @@ def _rare_class_order(
 
     empty = [k for k in np.flatnonzero(probabilities) if not len(images[k])]
     if empty:
-        given = f"min_pixels: {sampler.min_pixels}" if sampler.min_pixels else f"min_share: {sampler.share:g}"
+        given = (
+            f"min_pixels: {sampler.min_pixels}"
+            if sampler.min_pixels
+            else f"min_share: {sampler.share:g}"
+        )
         raise ValueError(
             f"data.streams.{stream}.sampler.{given}: no image shows that much of class {empty[0]} "
             f"({dataset.row.classes[empty[0]]}); lower it"
         )
+
     ratio = sampler.min_crop_ratio
+
     return RareClassOrder(
-        probabilities, images, seed, stream, pixels=ratio * (sampler.min_pixels or 0), share=ratio * sampler.share
+        probabilities,
+        images,
+        seed,
+        stream,
+        pixels=ratio * (sampler.min_pixels or 0),
+        share=ratio * sampler.share,
     )
 
 
@@ -246,6 +291,7 @@ def rare_class_probabilities(pixels: np.ndarray, temperature: float) -> np.ndarr
     frequency = pixels / pixels.sum()
     scores = np.where(pixels > 0, (1 - frequency) / temperature, -np.inf)
     weights = np.exp(scores - scores.max())
+
     return weights / weights.sum()
 
 
@@ -255,4 +301,5 @@ def images_of_classes(statistics: Statistics, sampler: SamplerConfig) -> list[np
     total = pixels.sum(1, dtype=np.int64) + statistics.ignored
     least = np.maximum(sampler.min_pixels or 0, sampler.share * total)
     enough = pixels > least[:, None]
+
     return [np.flatnonzero(enough[:, k]) for k in range(pixels.shape[1])]

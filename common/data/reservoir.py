@@ -36,28 +36,42 @@ class ClassPixels:
 
 
 def class_pixels(
-    dataset: SegmentationDataset, statistics: Statistics, workers: int = 0, cache: str | Path | None = None
+    dataset: SegmentationDataset,
+    statistics: Statistics,
+    workers: int = 0,
+    cache: str | Path | None = None,
 ) -> ClassPixels:
     """The pixels of a dataset's labels, the same for the same files; kept in `cache` as its `statistics` are."""
     expected = int(np.minimum(statistics.pixels, PIXELS).sum(dtype=np.int64))
-    path = Path(cache) / f"pixels-{dataset.row.name}-{labels_key(dataset)}.npy" if cache is not None else None
+    path = (
+        Path(cache) / f"pixels-{dataset.row.name}-{labels_key(dataset)}.npy"
+        if cache is not None
+        else None
+    )
     if path is not None and path.is_file():
         try:
-            return ClassPixels(read_artifact(path, partial(_parse, count=expected)), statistics.pixels)
+            return ClassPixels(
+                read_artifact(path, partial(_parse, count=expected)), statistics.pixels
+            )
         except ValueError as error:
-            warnings.warn(f"the cached pixels cannot be read, drawing them again ({error})", stacklevel=2)
+            warnings.warn(
+                f"the cached pixels cannot be read, drawing them again ({error})", stacklevel=2
+            )
 
     drawn: list[np.ndarray] = []
+
     with console.bar(what=f"drawing pixels of {dataset.row.name}", total=len(dataset)) as bar:
         for batch in batches(_Drawn(dataset), list, workers, batch_size=8):
             drawn += batch
             bar.update(len(batch))
+
     pixels = np.concatenate(drawn)
 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as draft, draft.open("wb") as file:
             np.save(file, pixels)
+
     return ClassPixels(pixels, statistics.pixels)
 
 
@@ -81,17 +95,21 @@ def draw_pixels(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ends = [*starts[1:], label.size]
 
     chosen = [np.empty(0, np.int64)]
+
     for class_id, start, end in zip(classes.tolist(), starts, ends, strict=True):
         if class_id != IGNORE:
             chosen.append(rng.choice(order[start:end], min(end - start, PIXELS), replace=False))
 
     rows, columns = np.divmod(np.concatenate(chosen), label.shape[1])
     shares = np.stack([(rows + 0.5) / label.shape[0], (columns + 0.5) / label.shape[1]], axis=1)
+
     return shares.astype(np.float32)
 
 
 def _parse(path: Path, count: int) -> np.ndarray:
     pixels = np.load(path, allow_pickle=False)
     if pixels.shape != (count, 2) or pixels.dtype != np.float32:
-        raise ValueError(f"{pixels.dtype} {pixels.shape}, expected positions float32 {(count, 2)}")
+        raise ValueError(
+            f"{pixels.dtype} {pixels.shape}, expected positions float32 {(count, 2)}"
+        )
     return pixels

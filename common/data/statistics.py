@@ -70,14 +70,20 @@ def placeholder(classes: int) -> Statistics:
     return Statistics(np.ones((1, classes), np.int32), np.zeros(1, np.int32))
 
 
-def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str | Path | None = None) -> Statistics:
+def class_statistics(
+    dataset: SegmentationDataset, workers: int = 0, cache: str | Path | None = None
+) -> Statistics:
     """Count the labels of a dataset (un-augmented), in `workers` processes; a progress bar runs on a terminal.
 
     With a `cache` folder the result is kept in a file named after everything it depends on: the label files, their
     sizes and dates, the label map and the classes. Two processes may count at the same time; the file is written whole
     or not at all.
     """
-    path = Path(cache) / f"statistics-{dataset.row.name}-{labels_key(dataset)}.npz" if cache is not None else None
+    path = (
+        Path(cache) / f"statistics-{dataset.row.name}-{labels_key(dataset)}.npz"
+        if cache is not None
+        else None
+    )
     if path is not None:
         remove_drafts(path.parent, idle=60)
         stored = _load(path, dataset)
@@ -85,14 +91,17 @@ def class_statistics(dataset: SegmentationDataset, workers: int = 0, cache: str 
             return stored
 
     rows: list[np.ndarray] = []
+
     with console.bar(what=f"counting {dataset.row.name}", total=len(dataset)) as bar:
         for batch in batches(_Counts(dataset), list, workers, batch_size=8):
             rows += batch
             bar.update(len(batch))
+
     counts = np.stack(rows).astype(np.int32)
     statistics = Statistics(counts[:, 1:], counts[:, 0])
     if path is not None:
         _save(path, statistics)
+
     return statistics
 
 
@@ -114,11 +123,19 @@ def labels_key(dataset: SegmentationDataset) -> str:
     """A name for all that figures of the labels depend on: the files, their sizes and dates, label map and classes."""
     digest = hashlib.sha256()
     digest.update(json.dumps([_VERSION, *dataset.row.meaning]).encode())
+
     for record in dataset.records:
         if record.label is None:
-            raise ValueError(f"{record.image}: no label file for this image; class statistics need labels")
+            raise ValueError(
+                f"{record.image}: no label file for this image; class statistics need labels"
+            )
         stat = os.stat(record.label)
-        digest.update(f"{record.label.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(
+            f"{record.label.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode(
+                errors="surrogateescape"
+            )
+        )
+
     return digest.hexdigest()[:16]
 
 
@@ -126,19 +143,28 @@ def _load(path: Path, dataset: SegmentationDataset) -> Statistics | None:
     if not path.is_file():
         return None
     shape = (len(dataset), dataset.row.num_classes)
+
     try:
         return read_artifact(path, partial(_parse, shape=shape))
     except ValueError as error:
-        warnings.warn(f"the cached class statistics cannot be read, counting again ({error})", stacklevel=3)
+        warnings.warn(
+            f"the cached class statistics cannot be read, counting again ({error})",
+            stacklevel=3,
+        )
         return None
 
 
 def _parse(path: Path, shape: tuple[int, int]) -> Statistics:
     with np.load(path, allow_pickle=False) as data:
-        pixels, ignored = data["pixels"], data["ignored"]
+        pixels = data["pixels"]
+        ignored = data["ignored"]
+
     for name, array, expected in (("pixels", pixels, shape), ("ignored", ignored, shape[:1])):
         if array.shape != expected or array.dtype != np.int32 or array.min(initial=0) < 0:
-            raise ValueError(f"{name}: {array.dtype} {array.shape}, expected counts int32 {expected}")
+            raise ValueError(
+                f"{name}: {array.dtype} {array.shape}, expected counts int32 {expected}"
+            )
+
     return Statistics(pixels, ignored)
 
 
@@ -148,7 +174,9 @@ def _save(path: Path, statistics: Statistics) -> None:
         np.savez_compressed(draft, pixels=statistics.pixels, ignored=statistics.ignored)
 
 
-def repeat_factors(statistics: Statistics, threshold: float, level: Level = "image", mode: Mode = "max") -> np.ndarray:
+def repeat_factors(
+    statistics: Statistics, threshold: float, level: Level = "image", mode: Mode = "max"
+) -> np.ndarray:
     """Repeat factor of each image, float32 (N,): the max, mean or sum of r_c over the classes that it shows.
 
     r_c = max(1, sqrt(threshold / f_c)), f_c the class's frequency at the level. An image without labels has factor 1
@@ -157,7 +185,9 @@ def repeat_factors(statistics: Statistics, threshold: float, level: Level = "ima
     return image_factors(statistics.presence, statistics.frequency(level), threshold, mode)
 
 
-def image_factors(presence: np.ndarray, frequency: np.ndarray, threshold: float, mode: Mode) -> np.ndarray:
+def image_factors(
+    presence: np.ndarray, frequency: np.ndarray, threshold: float, mode: Mode
+) -> np.ndarray:
     """`repeat_factors` of a presence matrix (N, K) and class frequencies (K,)."""
     factors = np.sqrt(threshold / np.maximum(frequency, np.finfo(np.float64).tiny)).clip(min=1)
     factors = np.where(frequency > 0, factors, 1.0)  # shown by no image
@@ -168,4 +198,5 @@ def image_factors(presence: np.ndarray, frequency: np.ndarray, threshold: float,
         if mode == "mean":
             shown = presence.sum(1)
             result = np.where(shown > 0, result / np.maximum(shown, 1), 1.0)
+
     return result.astype(np.float32)

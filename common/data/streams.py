@@ -22,10 +22,21 @@ from common.data.recipes.build import build_transform
 class Stream:
     """A dataset, its order and its batch size. `sample(draw)` is a pure function."""
 
-    def __init__(self, name: str, dataset: SegmentationDataset, batch_size: int, seed: int, order: Order | None = None):
+    def __init__(
+        self,
+        name: str,
+        dataset: SegmentationDataset,
+        batch_size: int,
+        seed: int,
+        order: Order | None = None,
+    ):
         if batch_size < 1:
             raise ValueError(f"stream {name!r}: batch_size {batch_size} must be at least 1")
-        self.name, self.dataset, self.batch_size, self.seed = name, dataset, batch_size, seed
+
+        self.name = name
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
         self.order = Order(len(dataset), seed, name) if order is None else order
 
     def sample(self, draw: int, index: int | None = None) -> dict[str, Any]:
@@ -47,7 +58,9 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
     rare classes)."""
     if not data.streams:
         raise ValueError("data.streams names no training stream")
+
     streams = {}
+
     for name, config in data.streams.items():
         where = f"data.streams.{name}.augment"
         transform = build_transform(config.augment, where)
@@ -57,6 +70,7 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
         sampler = typed(SamplerConfig, config.sampler, f"data.streams.{name}.sampler")
         order = make_order(sampler, dataset, seed, name, data.workers, cache)
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
+
     return streams
 
 
@@ -83,9 +97,13 @@ def make_loaders(
     slots = range(rank, train.devices, world)
     on_gpu = torch.cuda.is_available()
     loaders = {}
+
     for name, stream in streams.items():
         schedule = _Schedule(stream, start_step, slots, train.devices)
-        loaders[name] = batches(_Samples(stream), collate, data.workers, schedule=schedule, pin_memory=on_gpu)
+        loaders[name] = batches(
+            _Samples(stream), collate, data.workers, schedule=schedule, pin_memory=on_gpu
+        )
+
     return loaders
 
 
@@ -104,7 +122,10 @@ class _Schedule:
     """The (draw, index) pairs of each micro-batch of this rank, endless."""
 
     def __init__(self, stream: Stream, start_step: int, slots: range, count: int):
-        self.stream, self.step, self.slots, self.count = stream, start_step, slots, count
+        self.stream = stream
+        self.step = start_step
+        self.slots = slots
+        self.count = count
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         step = self.step
@@ -136,19 +157,24 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key in samples[0]:
         values = [sample[key] for sample in samples]
-        if isinstance(values[0], torch.Tensor) and all(v.shape == values[0].shape for v in values):
+        if isinstance(values[0], torch.Tensor) and all(
+            v.shape == values[0].shape for v in values
+        ):
             batch[key] = torch.stack(values)
         elif key in WHOLE:
             raise _unequal(key, samples)
         else:
             batch[key] = torch.tensor(values) if isinstance(values[0], int) else values
+
     return batch
 
 
 def _unequal(key: str, samples: list[dict[str, Any]]) -> ValueError:
     first = samples[0]
     other = next(sample for sample in samples if sample[key].shape != first[key].shape)
-    shapes = " and ".join("×".join(map(str, sample[key].shape[-2:])) for sample in (first, other))
+    shapes = " and ".join(
+        "×".join(map(str, sample[key].shape[-2:])) for sample in (first, other)
+    )
     return ValueError(
         f"{first['name']} and {other['name']}: `{key}`, which no crop brings to one size, is {shapes}; "
         "set train.devices to the stream's batch_size, so that images of several sizes are taken one by one"

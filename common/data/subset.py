@@ -35,13 +35,19 @@ def presence_weights(statistics: Statistics, level: Level) -> sparse.csr_array:
     if level == "image":
         pixels.data[:] = 1
         return pixels
+
     total = statistics.pixels.sum(1, dtype=np.int64) + statistics.ignored
     pixels.data /= np.repeat(np.maximum(total, 1), np.diff(pixels.indptr))
+
     return pixels
 
 
 def greedy_subset(
-    weights: sparse.csr_array, *, images: int | None = None, goal: float | None = None, seed: int = 0
+    weights: sparse.csr_array,
+    *,
+    images: int | None = None,
+    goal: float | None = None,
+    seed: int = 0,
 ) -> Subset:
     """Remove images until `images` of them remain, or the Gini coefficient has reached `goal`; with both, the number
     is exact and the coefficient follows a straight line to the goal, which it meets within TOLERANCE.
@@ -56,31 +62,42 @@ def greedy_subset(
         raise ValueError("give a number of images, a Gini coefficient, or both")
     if images is not None and not 0 < images <= n:
         raise ValueError(f"{images} images of {n}: take between 1 and {n}")
+
     order = np.random.default_rng(seed).permutation(n)
     state = _Removal(sparse.csr_array(weights[order]))
     if images is not None and goal is not None and goal < state.gini - TOLERANCE:
         raise ValueError(
             f"a Gini coefficient of {goal}: the whole set already has {state.gini:.4f}, and it never falls"
         )
-    path, removed = [state.gini], []
+
+    path = [state.gini]
+    removed = []
+
     while (len(removed) < n - images) if images is not None else (state.gini < goal):
         aim = np.inf
         if images is not None and goal is not None:
             aim = state.gini + max(goal - state.gini, 0) / (n - images - len(removed))
+
         image = state.step(aim)
         if image is None:
             raise ValueError(_stuck(n - len(removed), state.gini, images, goal))
+
         removed.append(image)
         path.append(state.gini)
+
     if images is not None and goal is not None and abs(state.gini - goal) > TOLERANCE:
         raise ValueError(_stuck(images, state.gini, images, goal))
-    return Subset(np.sort(order[state.alive]), order[np.array(removed, np.int64)], np.array(path))
+
+    return Subset(
+        np.sort(order[state.alive]), order[np.array(removed, np.int64)], np.array(path)
+    )
 
 
 def _stuck(remaining: int, reached: float, images: int | None, goal: float | None) -> str:
     """Why a goal is out of reach, in one line."""
     asked = " and ".join(
-        [f"{images} images"] * (images is not None) + [f"a Gini coefficient of {goal}"] * (goal is not None)
+        [f"{images} images"] * (images is not None)
+        + [f"a Gini coefficient of {goal}"] * (goal is not None)
     )
     if remaining == images:
         return f"{asked} cannot be reached: with {images} images the coefficient is {reached:.4f}; change one of them"
@@ -98,7 +115,8 @@ class _Removal:
     """
 
     def __init__(self, weights: sparse.csr_array):
-        self.rows, self.columns = weights, sparse.csc_array(weights)
+        self.rows = weights
+        self.columns = sparse.csc_array(weights)
         self.x = weights.sum(0)
         self.count = np.bincount(weights.indices[weights.data > 0], minlength=weights.shape[1])
         self.gini = gini(self.x)
@@ -115,10 +133,13 @@ class _Removal:
             after = self._exact(candidates)
             allowed = after >= self.gini
             if allowed.any():
-                score = np.where(allowed, after if target == np.inf else -np.abs(after - target), -np.inf)
+                score = np.where(
+                    allowed, after if target == np.inf else -np.abs(after - target), -np.inf
+                )
                 best = int(score.argmax())
                 self._remove(candidates[best], after[best])
                 return int(candidates[best])
+
         return None
 
     def _shortlist(self, aim: float) -> np.ndarray:
@@ -130,10 +151,12 @@ class _Removal:
         score = (first - self.loss) / np.maximum(total - self.size, np.finfo(float).tiny)
         if aim != np.inf:
             score = -np.abs(score - (aim * n + n + 1) / 2)
+
         if len(score) > SHORTLIST:
             chosen = np.sort(np.argpartition(score, -SHORTLIST)[-SHORTLIST:])
         else:
             chosen = np.arange(len(score))
+
         return chosen[np.isfinite(self.loss[chosen])]
 
     def _exact(self, candidates: np.ndarray) -> np.ndarray:
@@ -147,7 +170,9 @@ class _Removal:
         classes = self.rows.indices[row]
         self.x[classes] -= self.rows.data[row]
         self.count[classes] -= 1
-        self.alive[image], self.loss[image], self.gini = False, np.inf, float(after)
+        self.alive[image] = False
+        self.loss[image] = np.inf
+        self.gini = float(after)
         self._lock(classes[self.count[classes] == 1])
         rank = self._ranks()
         changed = np.flatnonzero(rank != self.rank)

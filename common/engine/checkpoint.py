@@ -18,7 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common.files import damage, link, load_json, read_artifact, remove_drafts, replacing, seal, write_json
+from common.files import (
+    damage,
+    link,
+    load_json,
+    read_artifact,
+    remove_drafts,
+    replacing,
+    seal,
+    write_json,
+)
 
 WEIGHTS, STATE = FILES = ("model.safetensors", "state.pt")
 SCORES = "scores.json"
@@ -26,22 +35,37 @@ SCORES = "scores.json"
 Scores = dict[int, float | None]  # by step; None where the score is undefined
 
 
-def save(folder: Path, step: int, method: nn.Module, state: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    method: nn.Module,
+    state: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> Path:
     """Write the checkpoint of `step` below `folder` and return its path; an OSError leaves nothing half written."""
     if not folder.parent.is_dir():
-        raise OSError(f"{folder.parent}: the run's folder is gone, the checkpoint of step {step} cannot be saved")
+        raise OSError(
+            f"{folder.parent}: the run's folder is gone, the checkpoint of step {step} cannot be saved"
+        )
+
     folder.mkdir(exist_ok=True)
     final = path_of(folder, step)
 
     if damage(final, FILES) is not None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in method.state_dict().items()}
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in method.state_dict().items()
+        }
         with replacing(final) as draft:
             draft.mkdir()
-            save_file(_unshared(tensors), draft / WEIGHTS, metadata={**metadata, "step": str(step)})
+            save_file(
+                _unshared(tensors), draft / WEIGHTS, metadata={**metadata, "step": str(step)}
+            )
             torch.save({"step": step, **state}, draft / STATE)
             seal(draft, {"step": step})
 
     link(folder / "last", final)
+
     return final
 
 
@@ -52,6 +76,7 @@ def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if tensor.data_ptr() in seen and tensor.numel():
             tensors[name] = tensor.clone()
         seen.add(tensor.data_ptr())
+
     return tensors
 
 
@@ -70,6 +95,7 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
     for path in steps(folder)[: -max(keep, 1)]:
         if path != spared:
             shutil.rmtree(path)
+
     remove_drafts(folder)
 
 
@@ -101,6 +127,7 @@ def newest(folder: Path) -> Path | None:
             f"{folder}: no checkpoint to resume from, all are damaged: {names}; put back a copy of one, or remove "
             f"{folder.parent} to start anew"
         )
+
     return None
 
 
@@ -109,7 +136,8 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
 
     Raises ValueError, naming the first few keys, where the checkpoint is of another method, model or class count.
     """
-    tensors, own = read_artifact(path / WEIGHTS, load_file), method.state_dict()
+    tensors = read_artifact(path / WEIGHTS, load_file)
+    own = method.state_dict()
     state = read_artifact(path / STATE, _load_state)
 
     wrong = sorted(set(tensors) ^ set(own)) + sorted(
@@ -117,8 +145,12 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
     )
     if wrong:
         names = ", ".join(wrong[:4])
-        raise ValueError(f"{path}: not a checkpoint of this config, {len(wrong)} tensors differ: {names}")
+        raise ValueError(
+            f"{path}: not a checkpoint of this config, {len(wrong)} tensors differ: {names}"
+        )
+
     method.load_state_dict(tensors)
+
     return state
 
 
@@ -147,12 +179,17 @@ def read_scores(folder: Path, until: int) -> Scores:
         wrong = [score for score in scores.values() if not (score is None or is_score(score))]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is no score")
+
         return scores
 
     path = folder / SCORES
     if not path.exists():
         return {}
-    scores = read_artifact(path, parse, "remove it to choose the best checkpoint among later ones")
+
+    scores = read_artifact(
+        path, parse, "remove it to choose the best checkpoint among later ones"
+    )
+
     return {step: score for step, score in scores.items() if step <= until}
 
 

@@ -41,6 +41,7 @@ def _processor() -> str:
                 return line.partition(":")[2].strip()
     except OSError:
         pass
+
     return platform.processor() or platform.machine()
 
 
@@ -48,10 +49,15 @@ def commit() -> str | None:
     """The repository's commit, marked when files differ from it; None outside a repository."""
     here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
+
     return head.stdout.strip()[:12] + ("+changes" if changed.stdout.strip() else "")
 
 
@@ -59,13 +65,18 @@ class RunLog:
     """The log of one run; on ranks other than 0 every call does nothing."""
 
     def __init__(self, cfg: Config, start_step: int):
-        self.cfg, self.active = cfg, distributed.rank() == 0
+        self.cfg = cfg
+        self.active = distributed.rank() == 0
         self.record: dict[str, Any] = {}  # what run.json holds
-        self.started, self.start_step = time.monotonic(), start_step
+        self.started = time.monotonic()
+        self.start_step = start_step
         self.images = sum(stream.batch_size for stream in cfg.data.streams.values())
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter  # here, since it takes a second to import
+
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # here, since it takes a second to import
 
         self.folder = cfg.folder
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +93,9 @@ class RunLog:
             "command": shlex.join(["python", *sys.argv]) if sys.argv[0] else None,
             "commit": commit() if minutes is None else self.record["commit"],
             "seed": self.cfg.seed,
-            "started": time.strftime("%Y-%m-%d %H:%M") if minutes is None else self.record["started"],
+            "started": time.strftime("%Y-%m-%d %H:%M")
+            if minutes is None
+            else self.record["started"],
             "minutes": minutes,
             "machine": describe_machine(),
         }
@@ -90,7 +103,11 @@ class RunLog:
         write_json(self.folder / "run.json", record)
 
     def train(
-        self, step: int, scalars: Mapping[str, float], rates: Mapping[str, float], costs: Mapping[str, float]
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        rates: Mapping[str, float],
+        costs: Mapping[str, float],
     ) -> None:
         """Record the step that was just done (1-based count `step`) and print one progress line.
 
@@ -98,14 +115,27 @@ class RunLog:
         """
         if not self.active:
             return
+
         seconds = time.monotonic() - self.started
         pace = seconds / max(step - self.start_step, 1)
         rate = next(iter(rates.values()))
-        self._write({"kind": "train", "step": step, **scalars, "lr": rate, **costs, "minutes": self.minutes})
+        self._write(
+            {
+                "kind": "train",
+                "step": step,
+                **scalars,
+                "lr": rate,
+                **costs,
+                "minutes": self.minutes,
+            }
+        )
+
         for name, value in scalars.items():
             self.board.add_scalar(f"train/{name}", value, step)
+
         for name, value in rates.items():
             self.board.add_scalar(f"lr/{name}", value, step)
+
         for name, value in costs.items():
             self.board.add_scalar(f"cost/{name}", value, step)
 
@@ -120,18 +150,29 @@ class RunLog:
         """Record validation metrics; per-class values go to TensorBoard."""
         if not self.active:
             return
+
         scalars = {k: v for k, v in result.items() if isinstance(v, int | float)}
-        self._write({"kind": "eval", "step": step, "convention": result.get("convention"), **scalars})
+        self._write(
+            {"kind": "eval", "step": step, "convention": result.get("convention"), **scalars}
+        )
+
         for name, value in scalars.items():
             self.board.add_scalar(f"val/{name}", value, step)
+
         for item in result.get("per_class", ()):
             if item["iou"] is not None:
                 self.board.add_scalar(f"val_iou/{item['name']}", item["iou"], step)
+
         for path in sorted((self.folder / "panels").glob("*_prediction.png")):
             picture = np.asarray(Image.open(path).convert("RGB"))
-            self.board.add_image(f"prediction/{path.stem.partition('_')[0]}", picture, step, dataformats="HWC")
+            self.board.add_image(
+                f"prediction/{path.stem.partition('_')[0]}", picture, step, dataformats="HWC"
+            )
+
         shown = {"mIoU": result.get("miou"), "mIoU(tail)": result.get("miou_tail")}
-        text = "  ".join(f"{name} {100 * value:.2f}" for name, value in shown.items() if value is not None)
+        text = "  ".join(
+            f"{name} {100 * value:.2f}" for name, value in shown.items() if value is not None
+        )
         self.message(f"step {step}  {text}")
 
     def message(self, text: str) -> None:
@@ -145,7 +186,9 @@ class RunLog:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if not self.folder.is_dir():
-            raise OSError(f"{self.folder}: the run's folder is gone; it was removed while the run was writing to it")
+            raise OSError(
+                f"{self.folder}: the run's folder is gone; it was removed while the run was writing to it"
+            )
         self.file.write(json.dumps(record) + "\n")
 
     def __enter__(self) -> "RunLog":
@@ -174,6 +217,7 @@ def _record(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
+
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
@@ -181,12 +225,17 @@ def _truncate(path: Path, step: int) -> float:
     """Drop records after `step`, which a resumed run writes again; returns the minutes spent until there."""
     if not path.exists():
         return 0.0
-    kept, minutes = [], 0.0
+
+    kept = []
+    minutes = 0.0
+
     for line in path.read_text(errors="replace").splitlines():
         record = _record(line)
         if record is not None and record["step"] <= step and step > 0:
             kept.append(line)
             minutes = record.get("minutes", minutes)
+
     with replacing(path) as draft:
         draft.write_text("".join(line + "\n" for line in kept))
+
     return minutes

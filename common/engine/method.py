@@ -47,8 +47,10 @@ class Method(nn.Module, ABC):
         super().__init__()
         section = {key: value for key, value in cfg.method.items() if key != "name"}
         self.options = typed(self.Options, section, f"{cfg.name}: method")
-        self.optim, self.steps = cfg.optim, cfg.train.steps
-        self.class_pixels = context.statistics.pixel_count.tolist()  # of the training labels; checkpoints tell them
+        self.optim = cfg.optim
+        self.steps = cfg.train.steps
+        # of the training labels; checkpoints tell them
+        self.class_pixels = context.statistics.pixel_count.tolist()
 
     @abstractmethod
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses | Iterator[Losses]:
@@ -78,7 +80,9 @@ class Method(nn.Module, ABC):
         return parameter_groups(self, self.optim)
 
 
-def pixel_loss(section: Mapping[str, Any], cfg: Config, context: MethodContext, **facts: Any) -> PixelLoss:
+def pixel_loss(
+    section: Mapping[str, Any], cfg: Config, context: MethodContext, **facts: Any
+) -> PixelLoss:
     """The loss of class logits that `section`, the config's `remedies`, describes.
 
     facts: what the method says of itself, further fields of `LossContext`.
@@ -88,13 +92,18 @@ def pixel_loss(section: Mapping[str, Any], cfg: Config, context: MethodContext, 
 
 
 def make_method(
-    methods: Mapping[str, type[Method]], cfg: Config, context: MethodContext, default: str | None = None
+    methods: Mapping[str, type[Method]],
+    cfg: Config,
+    context: MethodContext,
+    default: str | None = None,
 ) -> Method:
     """The method of a sub-project's table that `method.name` names. ConfigError where it names none."""
     return method_class(methods, cfg, default)(cfg, context)
 
 
-def method_class(methods: Mapping[str, type[Method]], cfg: Config, default: str | None = None) -> type[Method]:
+def method_class(
+    methods: Mapping[str, type[Method]], cfg: Config, default: str | None = None
+) -> type[Method]:
     """The class that `method.name` names in a sub-project's table. ConfigError where it names none."""
     return pick(methods, cfg.method.get("name", default), f"{cfg.name}: method.name")
 
@@ -118,6 +127,7 @@ class Parts(nn.Module):
         part = next(self._parts, None)
         if part is None:
             raise self._miscounted("fewer")
+
         return part
 
     def finish(self) -> None:
@@ -126,8 +136,11 @@ class Parts(nn.Module):
             raise self._miscounted("more")
 
     def _miscounted(self, how: str) -> RuntimeError:
-        name, count = type(self.method).__name__, self.method.backwards
-        return RuntimeError(f"method {name}: forward gave {how} parts than its backwards = {count}; make them equal")
+        name = type(self.method).__name__
+        count = self.method.backwards
+        return RuntimeError(
+            f"method {name}: forward gave {how} parts than its backwards = {count}; make them equal"
+        )
 
 
 @torch.no_grad()

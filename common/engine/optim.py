@@ -19,17 +19,24 @@ def parameter_groups(module: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]
     """
     chosen: list[list[nn.Parameter]] = [[] for _ in range(len(cfg.groups) + 1)]
     patterns = [re.compile(group.match) for group in cfg.groups]
+
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            index = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), len(patterns))
+            index = next(
+                (i for i, pattern in enumerate(patterns) if pattern.search(name)), len(patterns)
+            )
             chosen[index].append(parameter)
+
     groups = []
+
     for rule, parameters in zip((*cfg.groups, None), chosen, strict=True):
         if not parameters:
             if rule is not None:
                 raise ConfigError(f"optim.groups: no parameter's name matches {rule.match!r}")
             continue
+
         groups.append(_group(parameters, cfg, rule))
+
     return groups
 
 
@@ -44,6 +51,7 @@ def _group(parameters: list[nn.Parameter], cfg: OptimConfig, rule: Any) -> dict[
     }
     if cfg.name == "sgd":
         return group | {"momentum": cfg.momentum, "nesterov": cfg.nesterov}
+
     return group | {"betas": cfg.betas}
 
 
@@ -55,16 +63,25 @@ def build_optimizers(groups: Iterable[dict[str, Any]]) -> dict[str, torch.optim.
     by_name: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
         group = dict(group)
-        by_name.setdefault(group.pop("optimizer"), []).append(group | {"initial_lr": group["lr"]})
-    return {name: OPTIMIZERS[name](members, lr=members[0]["lr"]) for name, members in by_name.items()}
+        by_name.setdefault(group.pop("optimizer"), []).append(
+            group | {"initial_lr": group["lr"]}
+        )
+
+    return {
+        name: OPTIMIZERS[name](members, lr=members[0]["lr"])
+        for name, members in by_name.items()
+    }
 
 
-def restore(optimizers: dict[str, torch.optim.Optimizer], saved: Mapping[str, Any], where: Path) -> None:
+def restore(
+    optimizers: dict[str, torch.optim.Optimizer], saved: Mapping[str, Any], where: Path
+) -> None:
     """Load the state dicts `saved` by `where`, but keep the rates, decay and momentum of this run's config.
 
     Raises ValueError where the optimisers or their groups are others.
     """
-    theirs, ours = _layout(saved), _layout({name: o.state_dict() for name, o in optimizers.items()})
+    theirs = _layout(saved)
+    ours = _layout({name: o.state_dict() for name, o in optimizers.items()})
     if theirs != ours:
         raise ValueError(
             f"{where}: its optimisers are {theirs}, this config makes {ours} (group, tensors); resume with the "
@@ -72,8 +89,12 @@ def restore(optimizers: dict[str, torch.optim.Optimizer], saved: Mapping[str, An
         )
 
     for name, optimizer in optimizers.items():
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        settings = [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ]
         optimizer.load_state_dict(saved[name])
+
         for group, configured in zip(optimizer.param_groups, settings, strict=True):
             group.update(configured)
 
@@ -91,14 +112,22 @@ def learning_rate(initial: float, step: int, cfg: OptimConfig, steps: int) -> fl
     if cfg.schedule == "poly":
         rate = (initial - cfg.floor) * (1 - step / steps) ** cfg.power + cfg.floor
     else:
-        passed = sum(step >= milestone for milestone in cfg.milestones) if cfg.schedule == "step" else 0
+        passed = (
+            sum(step >= milestone for milestone in cfg.milestones)
+            if cfg.schedule == "step"
+            else 0
+        )
         rate = initial * cfg.gamma**passed
+
     if step < cfg.warmup:
         rate *= 1 - (1 - step / cfg.warmup) * (1 - cfg.warmup_ratio)
+
     return rate
 
 
-def set_learning_rates(optimizers: dict[str, torch.optim.Optimizer], step: int, cfg: OptimConfig, steps: int) -> None:
+def set_learning_rates(
+    optimizers: dict[str, torch.optim.Optimizer], step: int, cfg: OptimConfig, steps: int
+) -> None:
     """Give every group the rate of `step`."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
@@ -107,7 +136,11 @@ def set_learning_rates(optimizers: dict[str, torch.optim.Optimizer], step: int, 
 
 def rates(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
     """Current rates by optimiser and group name, for the log."""
-    return {f"{key}/{group['name']}": group["lr"] for key, opt in optimizers.items() for group in opt.param_groups}
+    return {
+        f"{key}/{group['name']}": group["lr"]
+        for key, opt in optimizers.items()
+        for group in opt.param_groups
+    }
 
 
 def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Tensor:
@@ -129,4 +162,5 @@ def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Te
     if cfg.clip is not None:
         scale = (cfg.clip / (remaining + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale)
+
     return before

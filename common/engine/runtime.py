@@ -24,6 +24,7 @@ def configure(cfg: TrainConfig, device: torch.device) -> None:
     """Set CPU threads and deterministic algorithms: on the CPU always, on CUDA where `deterministic` asks for it."""
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
+
     exact = device.type == "cpu" or cfg.deterministic
     torch.use_deterministic_algorithms(exact, warn_only=device.type != "cpu")
     # It costs a pass over every empty tensor. (A property of the module's class, which no checker sees.)
@@ -39,14 +40,21 @@ def seed_step(seed: int, slot: int, step: int) -> None:
 
 def accumulation(cfg: Config) -> int:
     """Micro-batches a step: the batch is stated for `train.devices` processes, and fewer take turns."""
-    world, devices = distributed.world_size(), cfg.train.devices
+    world = distributed.world_size()
+    devices = cfg.train.devices
     if devices % world and world % devices:
-        raise ValueError(f"train.devices: {devices} is not a multiple of the {world} processes started")
+        raise ValueError(
+            f"train.devices: {devices} is not a multiple of the {world} processes started"
+        )
+
     return max(devices // world, 1)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
+        for k, v in batch.items()
+    }
 
 
 class Costs:
@@ -72,14 +80,19 @@ class Costs:
         """`data_seconds` that a step waited for its batches, the mean since the last call, and `memory_gib`, the peak
         of the run so far: what torch allocated on this rank's GPU or, on the CPU, what this process held."""
         seconds = self._waited / max(self._steps, 1)
-        self._waited, self._steps = 0.0, 0
-        return {"data_seconds": round(seconds, 5), "memory_gib": round(_peak_memory(self.device) / 2**30, 3)}
+        self._waited = 0.0
+        self._steps = 0
+        return {
+            "data_seconds": round(seconds, 5),
+            "memory_gib": round(_peak_memory(self.device) / 2**30, 3),
+        }
 
 
 def _peak_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+
     import resource  # here, since Windows has none
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -91,7 +104,10 @@ def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGINT in a list in place of dying in the middle of a step."""
     received: list[int] = []
     kinds = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds]
+    before = [
+        signal.signal(kind, lambda number, frame: received.append(number)) for kind in kinds
+    ]
+
     try:
         yield received
     finally:
@@ -115,7 +131,9 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
 
     if cfg.train.compile and not method.compiles:
         name = type(method).__name__
-        raise ConfigError(f"{cfg.name}: train.compile: {name} runs the network in parts, set it to false")
+        raise ConfigError(
+            f"{cfg.name}: train.compile: {name} runs the network in parts, set it to false"
+        )
 
 
 def _require_weights(cfg: ModelConfig) -> None:
@@ -129,7 +147,10 @@ def _require_weights(cfg: ModelConfig) -> None:
 
 
 def prepare(
-    cfg: Config, build: Callable[[Config, MethodContext], Method], context: MethodContext, device: torch.device
+    cfg: Config,
+    build: Callable[[Config, MethodContext], Method],
+    context: MethodContext,
+    device: torch.device,
 ) -> Method:
     """The method on its device: weights seeded, BN synchronised over GPUs, memory format and compilation as asked for.
 
@@ -140,13 +161,17 @@ def prepare(
     method = distributed.synchronise_batchnorm(method, cfg.model.norm, device).to(device)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)
+
     if cfg.train.compile:
         for network in trained_networks(method):
             network.compile()
+
     return method
 
 
 def trained_networks(method: Method) -> list[SegmentationModel]:
     """The method's networks that learn: not its teachers, though one of them may be what predicts."""
     networks = [part for part in method.children() if isinstance(part, SegmentationModel)]
-    return [network for network in networks if any(p.requires_grad for p in network.parameters())]
+    return [
+        network for network in networks if any(p.requires_grad for p in network.parameters())
+    ]

@@ -40,7 +40,12 @@ def fit(
             trainer.record(result, step, log)
             trainer.agree(received)
 
-        if evaluate is not None and step > 0 and trainer.due(step) and step not in trainer.scores:
+        if (
+            evaluate is not None
+            and step > 0
+            and trainer.due(step)
+            and step not in trainer.scores
+        ):
             validate()  # the run ended between this step's checkpoint and its evaluation
 
         while step < cfg.train.steps:
@@ -52,12 +57,17 @@ def fit(
             if step % cfg.train.log_every == 0 or last:
                 means = distributed.mean_scalars(scalars)
                 log.train(step, means, optim.rates(trainer.optimizers), trainer.costs.read())
+
             if due or last or trainer.stop or step % cfg.train.save_every == 0:
                 trainer.save(step)  # before the evaluation, whose failure then costs nothing
+
             if due:
                 validate()
 
             if trainer.stop and not last:
-                log.message(f"stopped by {signal.Signals(trainer.stop).name} at step {step}; continue with --resume")
+                log.message(
+                    f"stopped by {signal.Signals(trainer.stop).name} at step {step}; continue with --resume"
+                )
                 raise SystemExit(128 + trainer.stop)
+
     return step

@@ -30,13 +30,19 @@ class Trainer:
     """The method with its optimisers: what one step does, and what a checkpoint holds besides weights."""
 
     def __init__(self, cfg: Config, method: Method, device: torch.device):
-        self.cfg, self.method, self.device = cfg, method.train(), device  # `train` is where frozen norms are frozen
+        # `train` is where frozen norms are frozen
+        self.cfg = cfg
+        self.method = method.train()
+        self.device = device
         self.optimizers = optim.build_optimizers(method.parameter_groups())
-        self.parameters = [p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]]
+        self.parameters = [
+            p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]
+        ]
         self.source = Parts(method)
         self.parts: nn.Module = self.source
         if distributed.world_size() > 1:
             self.parts = distributed.data_parallel(self.source)
+
         self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16")
         self.accumulate = runtime.accumulation(cfg)
         self.costs = runtime.Costs(device)
@@ -50,22 +56,33 @@ class Trainer:
         """
         optim.set_learning_rates(self.optimizers, step, self.cfg.optim, self.cfg.train.steps)
         total: dict[str, torch.Tensor] = {}
+
         for micro in range(self.accumulate):
             batch = self.costs.load(streams)
-            runtime.seed_step(self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step)
-            for name, value in self._backward(batch, step, micro == self.accumulate - 1).items():
+            runtime.seed_step(
+                self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step
+            )
+
+            for name, value in self._backward(
+                batch, step, micro == self.accumulate - 1
+            ).items():
                 total[name] = total.get(name, 0) + value / self.accumulate
+
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
+
         total["grad_norm"] = optim.clip_gradients(self.parameters, self.cfg.optim)
         self._check(total, step, received)
+
         for optimizer in self.optimizers.values():
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
+
         self.scaler.update()
         distributed.average_batchnorm(self.method)
         self.method.after_step(step)
         self.costs.step()
+
         return total
 
     def _backward(self, batch: Mapping[str, Batch], step: int, last_micro: bool) -> Losses:
@@ -73,15 +90,19 @@ class Trainer:
         merged: Losses = {}
         dtype = DTYPES[self.cfg.train.precision]
         precision = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
         for part in range(self.method.backwards):
             last = last_micro and part == self.method.backwards - 1
             with self._synchronised(last):
                 with precision:
                     losses = self.parts(batch if part == 0 else None, step)
                 self.scaler.scale(losses["loss"] / self.accumulate).backward()
+
             for name, value in losses.items():
                 merged[name] = merged.get(name, 0) + value.detach()
+
         self.source.finish()
+
         return merged
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -93,9 +114,16 @@ class Trainer:
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
         finite = torch.isfinite(total["loss"])
-        if not self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips those steps itself
+        # fp16 overflows now and then; the scaler skips those steps itself
+        if not self.scaler.is_enabled():
             finite = finite & torch.isfinite(total["grad_norm"])
-        flags = torch.stack([(~finite).float(), torch.full_like(total["loss"], max(received, default=0)).float()])
+
+        flags = torch.stack(
+            [
+                (~finite).float(),
+                torch.full_like(total["loss"], max(received, default=0)).float(),
+            ]
+        )
         broken, stop = distributed.all_max(flags).tolist()
         self.stop = int(stop)
         if broken:
@@ -112,6 +140,7 @@ class Trainer:
         """Log an evaluation of the checkpoint of `step` and record its score; `best` points at the highest one's."""
         if result is None:
             return
+
         log.evaluation(step, result)
         score = result[self.cfg.eval.best]
         self.scores[step] = score if checkpoint.is_score(score) else None
@@ -119,7 +148,9 @@ class Trainer:
         if distributed.rank() == 0:
             checkpoint.write_scores(self.folder, self.scores)
             checkpoint.link_best(self.folder, self.scores)
-            checkpoint.prune(self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores))
+            checkpoint.prune(
+                self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores)
+            )
 
     def agree(self, received: list[int]) -> None:
         """Learn whether any rank was asked to stop while no step was done, as in an evaluation."""
@@ -146,7 +177,10 @@ class Trainer:
                 "class_pixels": json.dumps(self.method.class_pixels),
             }
             checkpoint.save(self.folder, step, self.method, state, metadata)
-            checkpoint.prune(self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores))
+            checkpoint.prune(
+                self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores)
+            )
+
         distributed.barrier()
 
     def begin(self) -> int:
@@ -163,15 +197,19 @@ class Trainer:
         path = checkpoint.newest(self.folder)
         if path is None:
             return 0
+
         state = checkpoint.restore(path, self.method)
         optim.restore(self.optimizers, state["optimizers"], path)
         self._restore_scaler(state["scaler"], path)
 
         step = state["step"]
         self.scores = checkpoint.read_scores(self.folder, until=step)
-        if distributed.rank() == 0:  # a kill may have come between a checkpoint and the links to it
+        if (
+            distributed.rank() == 0
+        ):  # a kill may have come between a checkpoint and the links to it
             link(self.folder / "last", path)
             checkpoint.link_best(self.folder, self.scores)
+
         return step
 
     def _restore_scaler(self, state: Mapping[str, Any], path: Path) -> None:
@@ -179,5 +217,9 @@ class Trainer:
         if bool(state) == self.scaler.is_enabled():
             self.scaler.load_state_dict(dict(state))
         elif distributed.rank() == 0:
-            what = "has no loss scale, fp16 starts with a fresh one" if not state else "its loss scale is left out"
+            what = (
+                "has no loss scale, fp16 starts with a fresh one"
+                if not state
+                else "its loss scale is left out"
+            )
             warnings.warn(f"{path}: saved with another train.precision: {what}", stacklevel=2)

@@ -17,7 +17,9 @@ IN_TRAINING = ("logit_adjustment", "balanced_softmax")
 COUNTS = "class_pixels"  # in a checkpoint's metadata, and in a run's statistics.json
 
 
-def offsets_of(cfg: Config, checkpoint: str | Path | None = None, pixels: Sequence[int] | None = None) -> Tensor | None:
+def offsets_of(
+    cfg: Config, checkpoint: str | Path | None = None, pixels: Sequence[int] | None = None
+) -> Tensor | None:
     """What `eval.logit_adjustment` adds to the logits, float32 (K,); None where it is 0.
 
     pixels: (K,), of each class in the training labels; without, those that the checkpoint tells, else the run's
@@ -26,23 +28,30 @@ def offsets_of(cfg: Config, checkpoint: str | Path | None = None, pixels: Sequen
     tau = cfg.eval.logit_adjustment
     if not tau:
         return None
+
     where = f"{cfg.name}: eval.logit_adjustment: {tau:g}"
     trained = (cfg.remedies.get("logits") or {}).get("name")
     if trained in IN_TRAINING:
         warnings.warn(
-            f"{where}: remedies.logits {trained} has adjusted the network in training: both add up", stacklevel=2
+            f"{where}: remedies.logits {trained} has adjusted the network in training: both add up",
+            stacklevel=2,
         )
 
     if pixels is None:
         pixels = _of_checkpoint(checkpoint) or _of_run(cfg.folder / "statistics.json")
+
     if pixels is None:
         raise ConfigError(
             f"{where}: neither the checkpoint nor {cfg.folder / 'statistics.json'} tells the pixels of each class in "
             "the training labels; give a checkpoint of a run, or set it to 0"
         )
+
     if len(pixels) != cfg.model.num_classes:
         text = f"the training labels were counted by {len(pixels)} classes, the network has {cfg.model.num_classes}"
-        raise ConfigError(f"{where}: {text}; give the checkpoint of a run on these classes, or set it to 0")
+        raise ConfigError(
+            f"{where}: {text}; give the checkpoint of a run on these classes, or set it to 0"
+        )
+
     return post_hoc_offsets(pixels, tau)
 
 

@@ -25,7 +25,9 @@ FOLDER = "test"  # of all tests, in the run's
 KIND = "test"  # in the run.json of one
 
 
-def folder_of_test(cfg: Config, dataset: Any, checkpoint: str | Path, network: str = "") -> Path:
+def folder_of_test(
+    cfg: Config, dataset: Any, checkpoint: str | Path, network: str = ""
+) -> Path:
     """Where the test of `checkpoint` (a run, folder or file) on `dataset` by `cfg.eval` belongs; nothing is written.
 
     The same weights, images and settings give the same folder. network: which of the checkpoint's networks is tested,
@@ -39,6 +41,7 @@ def folder_of_test(cfg: Config, dataset: Any, checkpoint: str | Path, network: s
     words = [_name(file)]
     words += [network] if network else []
     words += ["tta"] if cfg.eval.flip or tuple(cfg.eval.scales) != (1.0,) else []
+
     return cfg.folder / FOLDER / f"{'_'.join(words)}-{digest}"
 
 
@@ -56,6 +59,7 @@ def write_test(folder: Path, cfg: Config, result: Mapping[str, Any]) -> None:
     """Leave the result of a test in its folder (rank 0), with the config and how it was made."""
     if distributed.rank() != 0:
         return
+
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, folder / "config.yaml")
     write_json(folder / "evaluation.json", result)

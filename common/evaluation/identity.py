@@ -8,9 +8,11 @@ from typing import Any
 
 from common.config import EvalConfig
 
-PROOF = ("files", "labels")  # hashes; where both sides have them, names and numbers prove nothing more
+# hashes; where both sides have them, names and numbers prove nothing more
+PROOF = ("files", "labels")
 NAMES = ("dataset", "split", "images")
-LEGACY = ("dataset", "images", "convention", "scales", "flip")  # what results without an identity may say of it
+# what results without an identity may say of it
+LEGACY = ("dataset", "images", "convention", "scales", "flip")
 
 
 def identity(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> dict[str, Any]:
@@ -34,7 +36,9 @@ def identity(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> dict[str,
 def _files(dataset: Any, indices: Sequence[int]) -> str:
     """Whatever folder the files lie in, and whatever their order."""
     records = [dataset.records[index] for index in indices]
-    return _hash("\n".join(sorted(f"{record.name} {_size(record.label)}" for record in records)))
+    return _hash(
+        "\n".join(sorted(f"{record.name} {_size(record.label)}" for record in records))
+    )
 
 
 def _size(path: str | os.PathLike | None) -> int:
@@ -69,18 +73,23 @@ def has_identity(result: Mapping[str, Any]) -> bool:
 
 def differences(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """In what two evaluations differ, as far as both say; [] where their scores compare."""
-    mine, theirs = _known(result), _known(other)
+    mine = _known(result)
+    theirs = _known(other)
     proven = all(key in side for side in (mine, theirs) for key in PROOF)
     skipped = NAMES if proven else ()
 
     found = []
+
     for key in mine:
         if key in theirs and key not in skipped and mine[key] != theirs[key]:
             found.append(_difference(key, mine, theirs))
+
     return found
 
 
-def other_means(classes: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> set[str]:
+def other_means(
+    classes: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> set[str]:
     """The means over some classes that two evaluations take over different ones: "tail", and levels of grouping.
 
     classes, others: their `per_class`. Groups follow the training labels, so equal evaluations may differ in them.

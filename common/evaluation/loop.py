@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,36 +52,66 @@ def evaluate(
     for data without labels or classes that do not fit.
     """
     _check(dataset, cfg, offsets)
-    row = dataset.row
     chosen = chosen_images(dataset, cfg)
     mine = chosen[rank::world]
     shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
 
-    matrix = ConfusionMatrix(len(row.classes), device)
+    matrix = ConfusionMatrix(len(dataset.row.classes), device)
     single = PerImage(dataset, chosen, device) if per_image and cfg.per_image else None
-    mirrored = mirrored_classes(row)
     start = time.monotonic()
-    with torch.no_grad(), evaluation_mode(model), console.bar(what="evaluating", total=len(mine)) as bar:
-        for samples in sample_batches(dataset, mine, cfg):
-            for sample, pred in zip(samples, _predict(model, samples, cfg, device, mirrored, offsets), strict=True):
-                counted = matrix.update(pred, sample["label"].to(device))
-                if single is not None:
-                    single.add(sample["index"], counted)
-                if keep is not None:
-                    keep(sample["name"], pred)
-                _save_pictures(sample, pred, row, save_predictions, panels if sample["index"] in shown else None)
-            bar.update(len(samples))
-        total = matrix.reduce()
+
+    predictions = _predictions(model, dataset, mine, cfg, device, offsets)
+    with contextlib.closing(predictions):
+        for sample, pred in predictions:
+            counted = matrix.update(pred, sample["label"].to(device))
+            if single is not None:
+                single.add(sample["index"], counted)
+            if keep is not None:
+                keep(sample["name"], pred)
+            panel = panels if sample["index"] in shown else None
+            _save_pictures(sample, pred, dataset.row, save_predictions, panel)
+
+    total = matrix.reduce()
     seconds = time.monotonic() - start
     if single is not None:
         single.write(Path(per_image))
+    return _scores(total, dataset, chosen, cfg, groups) | _times(seconds, len(mine))
 
-    times = {"seconds": round(seconds, 3), "ms_per_image": round(1000 * seconds / max(len(mine), 1), 3)}
-    return _scores(total, dataset, chosen, cfg, groups) | times
+
+def _times(seconds: float, images: int) -> dict[str, float]:
+    """How long this rank took for its images."""
+    pace = 1000 * seconds / max(images, 1)
+    return {"seconds": round(seconds, 3), "ms_per_image": round(pace, 3)}
+
+
+def _predictions(
+    model: nn.Module,
+    dataset: Any,
+    indices: Sequence[int],
+    cfg: EvalConfig,
+    device: torch.device | str,
+    offsets: Tensor | None,
+) -> Generator[tuple[dict[str, Any], Tensor], None, None]:
+    """Each sample with its predicted classes (H, W), under a bar; the model is in evaluation mode until the end."""
+    mirrored = mirrored_classes(dataset.row)
+
+    with (
+        torch.no_grad(),
+        evaluation_mode(model),
+        console.bar(what="evaluating", total=len(indices)) as bar,
+    ):
+        for samples in sample_batches(dataset, indices, cfg):
+            predicted = _predict(model, samples, cfg, device, mirrored, offsets)
+            yield from zip(samples, predicted, strict=True)
+            bar.update(len(samples))
 
 
 def _save_pictures(
-    sample: dict[str, Any], pred: Tensor, row: Any, predictions: str | Path | None, panels: str | Path | None
+    sample: dict[str, Any],
+    pred: Tensor,
+    row: Any,
+    predictions: str | Path | None,
+    panels: str | Path | None,
 ) -> None:
     """The PNG files of one image, in the folders that are given."""
     if predictions:
@@ -91,7 +121,11 @@ def _save_pictures(
 
 
 def _scores(
-    matrix: Tensor, dataset: Any, chosen: Sequence[int], cfg: EvalConfig, groups: Mapping[str, Sequence[str]] | None
+    matrix: Tensor,
+    dataset: Any,
+    chosen: Sequence[int],
+    cfg: EvalConfig,
+    groups: Mapping[str, Sequence[str]] | None,
 ) -> dict[str, Any]:
     """What an evaluation says, its times apart."""
     return {
@@ -104,7 +138,9 @@ def _scores(
 
 def _check(dataset: Any, cfg: EvalConfig, offsets: Tensor | None) -> None:
     if cfg.logit_adjustment and offsets is None:
-        raise ValueError(f"eval.logit_adjustment: {cfg.logit_adjustment:g} needs the offsets that it stands for")
+        raise ValueError(
+            f"eval.logit_adjustment: {cfg.logit_adjustment:g} needs the offsets that it stands for"
+        )
     if not len(dataset):
         raise ValueError(f"{dataset.row.name}: nothing to evaluate, the split is empty")
 
@@ -114,6 +150,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode; afterwards each is as it was (a frozen teacher stays frozen)."""
     training = [module for module in model.modules() if module.training]
     model.eval()
+
     try:
         yield
     finally:
@@ -125,9 +162,13 @@ def mirrored_classes(row: Any) -> list[int] | None:
     """The class that each one is in a mirrored image; None where left and right are not told apart."""
     if not row.flip_pairs:
         return None
+
     classes = list(range(len(row.classes)))
+
     for left, right in row.flip_pairs:
-        classes[left], classes[right] = right, left
+        classes[left] = right
+        classes[right] = left
+
     return classes
 
 
@@ -143,8 +184,10 @@ def _predict(
     together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
     batches = [samples] if together else [[sample] for sample in samples]
     result: list[Tensor] = []
+
     for batch in batches:
         images = torch.stack([sample["image"] for sample in batch]).to(device)
         size = tuple(batch[0]["label"].shape)
         result += predict_labels(model, images, cfg, size, mirrored, offsets).unbind()
+
     return result

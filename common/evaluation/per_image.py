@@ -20,9 +20,13 @@ class PerImage:
     """The matrices of the images `chosen` of a data set, of which this rank adds its own; int64 (N, K, K)."""
 
     def __init__(self, dataset: Any, chosen: Sequence[int], device: torch.device | str):
-        count, classes = len(chosen), len(dataset.row.classes)
+        count = len(chosen)
+        classes = len(dataset.row.classes)
         if count * classes**2 > LARGEST:
-            raise ValueError(f"eval.per_image: {count} images × {classes}² numbers are too many; set it to false")
+            raise ValueError(
+                f"eval.per_image: {count} images × {classes}² numbers are too many; set it to false"
+            )
+
         self.names = [dataset.records[index].name for index in chosen]
         self.places = {index: place for place, index in enumerate(chosen)}
         self.matrices = torch.zeros(count, classes, classes, dtype=torch.int64, device=device)
@@ -36,7 +40,9 @@ class PerImage:
         total = distributed.all_sum(self.matrices).cpu().numpy()
         if distributed.rank() != 0:
             return
+
         path.parent.mkdir(parents=True, exist_ok=True)
+
         with replacing(path) as draft:
             np.savez_compressed(draft, names=np.array(self.names), matrices=total)
 
@@ -54,8 +60,14 @@ def read_per_image(path: str | Path) -> Matrices:
 
     def parse(path: Path) -> Matrices:
         with np.load(path, allow_pickle=False) as file:
-            names, matrices = file["names"].tolist(), file["matrices"]
-        if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or len(names) != len(matrices):
+            names = file["names"].tolist()
+            matrices = file["matrices"]
+
+        if (
+            matrices.ndim != 3
+            or matrices.shape[1] != matrices.shape[2]
+            or len(names) != len(matrices)
+        ):
             raise ValueError(f"{len(names)} names and matrices of shape {matrices.shape}")
         return Matrices(names, matrices)
 

@@ -35,14 +35,17 @@ def stored_values(row: Any) -> np.ndarray:
     ids = np.arange(len(row.classes))
     if not row.label_maps or row.encoding == "rgb":
         return ids
+
     _, mapping = row.label_maps[-1]  # the last entry is the files' general form
     lowest = {k: value for value, k in sorted(mapping.items(), reverse=True)}
+
     return np.array([lowest[k] for k in ids]) if set(ids.tolist()) <= lowest.keys() else ids
 
 
 def save_panel(folder: Path, sample: dict[str, Any], pred: Tensor, row: Any) -> None:
     """`<index>_{image,truth,prediction}.png`; labels as class ids, 255 (65535 in 16 bits) where ignored."""
-    stem, colours = f"{sample['index']:05d}", dict(enumerate(row.palette))
+    stem = f"{sample['index']:05d}"
+    colours = dict(enumerate(row.palette))
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(folder / f"{stem}_image.png")
     write_label(folder / f"{stem}_truth.png", sample["label"].numpy(), colours)
@@ -63,4 +66,5 @@ def write_label(path: Path, values: np.ndarray, colours: Mapping[int, Sequence[i
         palette[255] = 255
         palette[list(colours)] = list(colours.values())
         image.putpalette(palette.tobytes())
+
     image.save(path)

@@ -31,7 +31,9 @@ def network_input(image: np.ndarray, cfg: EvalConfig) -> Tensor:
     gives `short_edge`, resized by `edge_size` with Pillow, as detectron2 does."""
     if cfg.short_edge is not None:
         height, width = edge_size(image.shape[:2], cfg.short_edge, cfg.max_edge or math.inf)
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        image = np.asarray(
+            Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        )
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
@@ -39,7 +41,9 @@ class _Samples(Dataset):
     """The chosen images as tensors, ready for the device."""
 
     def __init__(self, dataset: Any, indices: Sequence[int], cfg: EvalConfig):
-        self.dataset, self.indices, self.cfg = dataset, indices, cfg
+        self.dataset = dataset
+        self.indices = indices
+        self.cfg = cfg
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -48,7 +52,10 @@ class _Samples(Dataset):
         index = self.indices[position]
         sample = self.dataset.load(index)
         if sample.get("label") is None:
-            raise ValueError(f"{sample['name']}: evaluation needs labels; set `labels: true` for this split")
+            raise ValueError(
+                f"{sample['name']}: evaluation needs labels; set `labels: true` for this split"
+            )
+
         return {
             "image": network_input(sample["image"], self.cfg),
             "label": torch.from_numpy(sample["label"]),
@@ -57,7 +64,9 @@ class _Samples(Dataset):
         }
 
 
-def sample_batches(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> Iterator[list[dict[str, Any]]]:
+def sample_batches(
+    dataset: Any, indices: Sequence[int], cfg: EvalConfig
+) -> Iterator[list[dict[str, Any]]]:
     """Lists of the samples of the images `indices`. ValueError for one that cannot be read."""
     workers = min(cfg.workers, len(indices))
     return batches(_Samples(dataset, indices, cfg), list, workers, batch_size=cfg.batch_size)

@@ -12,10 +12,14 @@ from common.metrics import group_scores, scores, tail_miou
 
 
 def summarise(
-    matrix: Tensor | np.ndarray, row: Any, convention: str, groups: Mapping[str, Sequence[str]] | None = None
+    matrix: Tensor | np.ndarray,
+    row: Any,
+    convention: str,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """What `evaluate` returns about a confusion matrix (K, K) of the data set `row`."""
-    got, counts = scores(matrix, convention), np.asarray(matrix)
+    got = scores(matrix, convention)
+    counts = np.asarray(matrix)
     pixels = counts.sum(1)
     per_class = [
         {
@@ -32,6 +36,7 @@ def summarise(
         for k, name in enumerate(row.classes)
     ]
     means = group_scores(matrix, groups, convention) if groups else {}
+
     return {
         "dataset": row.name,
         "convention": convention,
@@ -40,7 +45,9 @@ def summarise(
         "macc": _number(got["macc"]),
         "aacc": _number(got["aacc"]),
         "fwiou": _number(got["fwiou"]),
-        "groups": {level: {k: _number(v) for k, v in values.items()} for level, values in means.items()},
+        "groups": {
+            level: {k: _number(v) for k, v in values.items()} for level, values in means.items()
+        },
         "per_class": per_class,
         "confusion": counts.tolist(),
     }
@@ -67,4 +74,5 @@ def rescore(result: dict[str, Any], convention: str) -> dict[str, Any]:
     again["per_class"] = [{**old, "iou": new["iou"], "acc": new["acc"]} for old, new in pairs]
     if result.get("identity"):
         again["identity"] = {**result["identity"], "convention": convention}
+
     return {**result, **again}

@@ -52,7 +52,9 @@ class Jobs:
     label: str = "{name}_{seed}"  # the name of a run's folder in `output`
     threads: Count = 1
     folder: str = "."  # where commands run
-    prepare: tuple[str, ...] = ()  # commands that come first, and leave what is there already as it is
+    prepare: tuple[
+        str, ...
+    ] = ()  # commands that come first, and leave what is there already as it is
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Run:
     seed: int
     label: str
     command: tuple[str, ...]
-    lasting: tuple[str, ...]  # the command without what is to change no result: device and threads
+    lasting: tuple[
+        str, ...
+    ]  # the command without what is to change no result: device and threads
     environment: Mapping[str, str]
     lasting_environment: Mapping[str, str]
     cwd: Path
@@ -100,7 +104,9 @@ def plan_of(
     threads: int | None = None, only: Sequence[str] = (),
 ) -> list[Run]:  # fmt: skip
     """`plan` of jobs that were not read from a file; `where` begins the errors."""
-    entries = {name: _entry(value, f"{where}: runs.{name}") for name, value in jobs.runs.items()}
+    entries = {
+        name: _entry(value, f"{where}: runs.{name}") for name, value in jobs.runs.items()
+    }
     _check_names(where, entries, only)
 
     chosen = [name for name in entries if not only or name in only]
@@ -113,7 +119,10 @@ def plan_of(
     titles = [run.title for run in runs]
     twice = next((title for title in titles if titles.count(title) > 1), None)
     if twice:
-        raise ConfigError(f"{where}: two runs are {twice}; name them by {{name}} and {{seed}}, seeds once")
+        raise ConfigError(
+            f"{where}: two runs are {twice}; name them by {{name}} and {{seed}}, seeds once"
+        )
+
     return runs
 
 
@@ -129,24 +138,33 @@ def _check_names(where: str, entries: Mapping[str, Entry], only: Sequence[str]) 
     for name in only:
         if name not in entries:
             raise ConfigError(f"{where}: has no run {shown(name)}; {nearest(name, entries)}")
+
     for name, entry in entries.items():
         if entry.after and entry.after not in list(entries)[: list(entries).index(name)]:
-            raise ConfigError(f"{where}: runs.{name}.after: {shown(entry.after)} is no run above this one")
+            raise ConfigError(
+                f"{where}: runs.{name}.after: {shown(entry.after)} is no run above this one"
+            )
 
 
-def _run(file: str, jobs: Jobs, name: str, entry: Entry, seed: int, device: str | None, threads: int) -> Run:
+def _run(
+    file: str, jobs: Jobs, name: str, entry: Entry, seed: int, device: str | None, threads: int
+) -> Run:
     """One named run of one seed."""
     where = f"{file}: runs.{name}"
     _check_device(jobs, entry, device, where)
     facts = _facts(jobs, name, entry, seed, where)
     after = _filled(jobs.label, {**facts, "name": entry.after}, where) if entry.after else ""
+
     return Run(
         name=name,
         seed=seed,
         label=facts["label"],
         command=_command(jobs, entry, facts, device, threads, where),
         lasting=_command(jobs, entry, facts, None, 1, where),
-        environment={**_environment(jobs, entry, facts, device, threads, where), "OMP_NUM_THREADS": str(threads)},
+        environment={
+            **_environment(jobs, entry, facts, device, threads, where),
+            "OMP_NUM_THREADS": str(threads),
+        },
         lasting_environment=_environment(jobs, entry, facts, None, 1, where),
         cwd=(ROOT / jobs.folder).resolve(),
         output=Path(facts["output"]),
@@ -156,9 +174,15 @@ def _run(file: str, jobs: Jobs, name: str, entry: Entry, seed: int, device: str 
 
 
 def _check_device(jobs: Jobs, entry: Entry, device: str | None, where: str) -> None:
-    texts = [entry.command or jobs.command, *jobs.environment.values(), *entry.environment.values()]
+    texts = [
+        entry.command or jobs.command,
+        *jobs.environment.values(),
+        *entry.environment.values(),
+    ]
     if device and not any("{device}" in text for text in texts):
-        raise ConfigError(f"{where}: --device {device} has no place in its command; put {{device}} into `command`")
+        raise ConfigError(
+            f"{where}: --device {device} has no place in its command; put {{device}} into `command`"
+        )
 
 
 def _facts(jobs: Jobs, name: str, entry: Entry, seed: int, where: str) -> dict[str, Any]:
@@ -167,43 +191,66 @@ def _facts(jobs: Jobs, name: str, entry: Entry, seed: int, where: str) -> dict[s
     facts["output"] = _filled(jobs.output, facts, f"{where}: output")
     facts["label"] = _filled(jobs.label, facts, f"{where}: label")
     facts["config"] = _filled(entry.config or jobs.config, facts, f"{where}: config")
+
     return facts
 
 
 def _command(
-    jobs: Jobs, entry: Entry, facts: Mapping[str, Any], device: str | None, threads: int, where: str
+    jobs: Jobs,
+    entry: Entry,
+    facts: Mapping[str, Any],
+    device: str | None,
+    threads: int,
+    where: str,
 ) -> tuple[str, ...]:
-    own = [_filled(text, facts, f"{where}: settings") for text in (*jobs.settings, *entry.settings)]
+    own = [
+        _filled(text, facts, f"{where}: settings") for text in (*jobs.settings, *entry.settings)
+    ]
     place = [f"seed={facts['seed']}", f"output={facts['output']}", f"name={facts['label']}"]
     lists = {
         "{settings}": [*own, *place, f"train.threads={threads}"],
         "{device}": ["--device", device] if device else [],
     }
-    return _words(entry.command or jobs.command, lists, {**facts, "threads": threads}, f"{where}: command")
+    return _words(
+        entry.command or jobs.command, lists, {**facts, "threads": threads}, f"{where}: command"
+    )
 
 
 def _environment(
-    jobs: Jobs, entry: Entry, facts: Mapping[str, Any], device: str | None, threads: int, where: str
+    jobs: Jobs,
+    entry: Entry,
+    facts: Mapping[str, Any],
+    device: str | None,
+    threads: int,
+    where: str,
 ) -> dict[str, str]:
     texts = {**jobs.environment, **entry.environment}
     known = {**facts, "threads": threads, "device": f"--device {device}" if device else ""}
-    return {key: _filled(text, known, f"{where}: environment.{key}") for key, text in texts.items()}
+    return {
+        key: _filled(text, known, f"{where}: environment.{key}") for key, text in texts.items()
+    }
 
 
-def _words(text: str, lists: Mapping[str, Sequence[str]], facts: Mapping[str, Any], where: str) -> tuple[str, ...]:
+def _words(
+    text: str, lists: Mapping[str, Sequence[str]], facts: Mapping[str, Any], where: str
+) -> tuple[str, ...]:
     """The words of a command; a word of `lists` becomes several, and `python` is the one that runs."""
     try:
         parts = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"{where}: {shown(text)}: {error}") from error
+
     if not parts:
         raise ConfigError(f"{where}: is empty")
 
     found: list[str] = []
+
     for part in parts:
         found += lists[part] if part in lists else [_filled(part, facts, where)]
+
     if found[0] == "python":
         found[0] = sys.executable
+
     return tuple(found)
 
 
@@ -213,4 +260,6 @@ def _filled(text: str, facts: Mapping[str, Any], where: str) -> str:
         return text.format_map(facts)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         known = ", ".join(f"{{{key}}}" for key in facts)
-        raise ConfigError(f"{where}: {shown(text)}: unknown words in braces ({error}); known here: {known}") from error
+        raise ConfigError(
+            f"{where}: {shown(text)}: unknown words in braces ({error}); known here: {known}"
+        ) from error

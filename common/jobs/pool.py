@@ -31,7 +31,9 @@ class Ended:
     signal: int = 0
 
 
-def run_all(runs: Sequence[Run], at_once: int = 1, minutes: float | None = None, show: bool = False) -> Ended:
+def run_all(
+    runs: Sequence[Run], at_once: int = 1, minutes: float | None = None, show: bool = False
+) -> Ended:
     """Run what is not finished, `at_once` at a time, in order; a failed run stops no other, but those `after` it.
 
     minutes: then, or at SIGTERM or Ctrl-C, every command gets SIGTERM, and PATIENCE to save and end. show: commands
@@ -45,6 +47,7 @@ def run_all(runs: Sequence[Run], at_once: int = 1, minutes: float | None = None,
 
     _prepare(waiting)
     deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+
     with stop_signals() as received:
         active: list[_Active] = []
         try:
@@ -53,11 +56,14 @@ def run_all(runs: Sequence[Run], at_once: int = 1, minutes: float | None = None,
                 _start_next(waiting, active, ended, runs, at_once, show)
                 if not active:
                     break  # all is done, or waits for runs that failed
+
                 time.sleep(PAUSE)
         finally:
             _stop(active, ended, len(runs))
+
     ended.unfinished += waiting
     ended.signal = received[0] if received else 0
+
     return ended
 
 
@@ -78,32 +84,45 @@ def _python_path() -> str:
 
 
 def _start_next(
-    waiting: list[Run], active: list["_Active"], ended: Ended, runs: Sequence[Run], at_once: int, show: bool
+    waiting: list[Run],
+    active: list["_Active"],
+    ended: Ended,
+    runs: Sequence[Run],
+    at_once: int,
+    show: bool,
 ) -> None:
     """Start runs out of `waiting` until `at_once` are active."""
     while len(active) < at_once and (run := _next(waiting, ended, runs)):
         try:
             item = _start(run, show)
-        except (OSError, ValueError) as error:  # its config or files have changed meanwhile, or no such program
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # its config or files have changed meanwhile, or no such program
             console.say(f"{run.title}: cannot be run: {error}")
             ended.failed.append(run)
             continue
+
         if item is None:
             console.say(f"{run.title}: another process runs it; left alone")
             ended.unfinished.append(run)
             continue
+
         console.say(f"{run.title}: started" + ("" if show else f", log: {run.folder / LOG}"))
         active.append(item)
 
 
 def _next(waiting: list[Run], ended: Ended, runs: Sequence[Run]) -> Run | None:
     """Take the first run out of `waiting` that need not wait for another."""
-    done, planned = {run.folder for run in ended.done}, {run.folder for run in runs}
+    done = {run.folder for run in ended.done}
+    planned = {run.folder for run in runs}
+
     for run in waiting:
         first = run.folder.parent / run.after
         if not run.after or first in done or first not in planned:
             waiting.remove(run)
             return run
+
     return None
 
 
@@ -129,6 +148,7 @@ def _start(run: Run, show: bool) -> _Active | None:
     """Start a run's command; None where another process runs it. Raises OSError or ValueError where it cannot be."""
     before = mark_of(run).get("minutes", 0.0)
     run.folder.mkdir(parents=True, exist_ok=True)
+
     with (run.folder / LOG).open("ab") as log:
         if not _lock(log.fileno()):
             return None
@@ -136,6 +156,7 @@ def _start(run: Run, show: bool) -> _Active | None:
         read = reads(run)
         write_mark(run, "running", read, before)
         output = None if show else log
+
         try:
             process = subprocess.Popen(
                 run.command, cwd=run.cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -145,6 +166,7 @@ def _start(run: Run, show: bool) -> _Active | None:
             log.write(f"{run.command[0]}: {error.strerror}\n".encode())
             write_mark(run, "failed", read, before, NO_PROGRAM)
             raise
+
     return _Active(run, process, read, time.monotonic(), before)
 
 
@@ -157,6 +179,7 @@ def _lock(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+
     return True
 
 
@@ -170,26 +193,33 @@ def _collect(active: list[_Active], ended: Ended, total: int, stopping: bool = F
 
         lists = {"done": ended.done, "failed": ended.failed, "stopped": ended.unfinished}
         lists[state].append(item.run)
-        console.say(f"[{len(ended.done)}/{total}] {item.run.title}: {state} after {item.minutes:.1f} minutes")
+        console.say(
+            f"[{len(ended.done)}/{total}] {item.run.title}: {state} after {item.minutes:.1f} minutes"
+        )
 
 
 def _state(code: int, stopping: bool) -> State:
     """What an exit code means; `stopping`: the command had been asked to end."""
     if not code:
         return "done"
-    return "stopped" if stopping or code in (128 + signal.SIGTERM, -signal.SIGTERM) else "failed"
+    return (
+        "stopped" if stopping or code in (128 + signal.SIGTERM, -signal.SIGTERM) else "failed"
+    )
 
 
 def _stop(active: list[_Active], ended: Ended, total: int) -> None:
     """Ask what still runs to save and end, and wait for it; who does not listen is killed."""
     for item in active:
         _signal(item, signal.SIGTERM)
+
     until = time.monotonic() + PATIENCE
+
     while active:
         _collect(active, ended, total, stopping=True)
         if time.monotonic() > until:
             for item in active:
                 _signal(item, signal.SIGKILL)
+
         time.sleep(PAUSE)
 
 

@@ -11,7 +11,8 @@ from common.files import load_json, write_json
 from common.jobs.plan import Run
 from common.steps import CONFIGS, TRAINING, brief, differences, named_config, what_is_read
 
-MARK, LOG = "job.json", "job.log"
+MARK = "job.json"
+LOG = "job.log"
 State = Literal["new", "running", "stopped", "failed", "done"]
 LEFT: Mapping[str, str] = {  # what a state means for the next call
     "new": "not begun",
@@ -28,6 +29,7 @@ def mark_of(run: Run) -> dict[str, Any]:
         mark = load_json(run.folder / MARK)
     except (OSError, ValueError):
         return {}
+
     return mark if isinstance(mark, dict) else {}
 
 
@@ -35,7 +37,9 @@ def state_of(run: Run) -> State:
     return mark_of(run).get("state", "new")
 
 
-def write_mark(run: Run, state: State, read: Mapping[str, Any], minutes: float, code: int | None = None) -> None:
+def write_mark(
+    run: Run, state: State, read: Mapping[str, Any], minutes: float, code: int | None = None
+) -> None:
     """Leave a mark. read: `reads(run)` when the command began. minutes: of all calls together."""
     mark = {
         "state": state,
@@ -61,15 +65,21 @@ def reads(run: Run) -> dict[str, Any]:
 
     with contextlib.chdir(run.cwd):
         values = what_is_read(load_config(*named_config(words)))
+
     others = [word for word in words if "=" not in word and word not in configs]
+
     return {"command": others, **environment, **values}
 
 
 def refuse_others(runs: Sequence[Run]) -> None:
     """Raise ValueError where a run that is finished, or begun, is not the one that would be run now."""
     for run in runs:
-        now, mark = reads(run), mark_of(run)
-        begun = mark.get("state") in ("done", "stopped", "running") or (run.folder / TRAINING).exists()
+        now = reads(run)
+        mark = mark_of(run)
+        begun = (
+            mark.get("state") in ("done", "stopped", "running")
+            or (run.folder / TRAINING).exists()
+        )
         changed = differences(mark["reads"], now) if mark and begun else []
         if changed:
             was = "is finished" if mark["state"] == "done" else "was begun"
@@ -83,15 +93,20 @@ def table(runs: Sequence[Run]) -> str:
     """State, name, minutes and remark of every run, a line each."""
     rows = [("state", "run", "minutes", "")]
     for run in runs:
-        mark, state = mark_of(run), state_of(run)
+        mark = mark_of(run)
+        state = state_of(run)
         minutes = f"{mark['minutes']:.1f}" if mark else ""
-        remark = f"exit code {mark['code']}: {last_line(run)}" if state == "failed" else LEFT[state]
+        remark = (
+            f"exit code {mark['code']}: {last_line(run)}" if state == "failed" else LEFT[state]
+        )
         rows.append((state, run.title, minutes, remark))
+
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = [
         f"{state:<{widths[0]}}  {name:<{widths[1]}}  {minutes:>{widths[2]}}  {remark}".rstrip()
         for state, name, minutes, remark in rows
     ]
+
     return "\n".join(lines)
 
 
@@ -101,5 +116,6 @@ def last_line(run: Run, most: int = 160) -> str:
         text = (run.folder / LOG).read_text(errors="replace")
     except OSError:
         return "no log"
+
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:most] if lines else "the log is empty"

@@ -33,7 +33,9 @@ class AUC:
         # With d = f_i − γ·1[x ∈ i] a pair's term is ½ (d(x) − d(x'))², which splits into sums over single pixels.
         d = f - self.gamma * truth
         other = (1 - truth) * valid
-        share = (other * (truth.T @ (1 / n.clamp(min=1)))).float()  # 1/n_y of the pixel's own class
+        share = (
+            other * (truth.T @ (1 / n.clamp(min=1)))
+        ).float()  # 1/n_y of the pixel's own class
         own_mean = (d * truth).sum(1) / n.clamp(min=1)
         other_sum = (d * share).sum(1)
         squares = (d.square() * share).sum(1)
@@ -41,4 +43,5 @@ class AUC:
 
         of_class = 0.5 * (squares + own_squares) - own_mean * other_sum
         pairs = (classes * (classes - 1)).clamp(min=1)
+
         return (of_class * present).sum() / pairs * (classes > 1)

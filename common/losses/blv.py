@@ -44,7 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore") -> Tensor:
+def variation_weights(
+    counts: Sequence[float] | Tensor, coefficient: str = "paper", absent: str = "ignore"
+) -> Tensor:
     """w_k in [0, 1], float32 (K,), computed in float64; no host sync.
 
     absent: what a class without a pixel is (see `BLV`). Its own weight is 1 either way, unless no class is rarer
@@ -53,14 +55,17 @@ def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "pape
     q = torch.as_tensor(counts, dtype=torch.float64)
     if coefficient == "none":
         return torch.ones_like(q, dtype=torch.float32)
+
     if absent == "floor":
         q = q.clamp(min=1)
 
     present = q > 0
     reference = q.sum() if coefficient == "paper" else q.max()
-    c = torch.log(reference / torch.where(present, q, reference))  # 0 where absent, which is no maximum
+    # 0 where absent, which is no maximum
+    c = torch.log(reference / torch.where(present, q, reference))
     largest = c.max()
     weight = torch.where(largest > 0, c / largest.clamp(min=1e-300), torch.zeros_like(c))
+
     return torch.where(present, weight, torch.ones_like(weight)).float()
 
 
@@ -68,19 +73,29 @@ def variation_weights(counts: Sequence[float] | Tensor, coefficient: str = "pape
 class BLV:
     """The slot `logits` of a loss (a row of LOSSES in build.py): z to z'. Defaults are the paper's (preset `paper`)."""
 
-    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"  # of whom, or one number per class
-    coefficient: Literal["paper", "max", "none"] = "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = (
+        "dataset"  # of whom, or one number per class
+    )
+    coefficient: Literal["paper", "max", "none"] = (
+        "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    )
     # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
     # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.
     absent: Literal["ignore", "floor"] = "ignore"
     noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
     sigma: Positive = 6.0  # of the Gaussian
-    limit: Literal["positive", "folded", "signed", "none"] = "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
+    limit: Literal["positive", "folded", "signed", "none"] = (
+        "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
+    )
     sign: Literal[1, -1] = 1
-    amplitude: NotNegative = 1.0  # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
+    amplitude: NotNegative = (
+        1.0  # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
+    )
     centre: bool = False  # subtract the mean of the limited draw
     average: Average | None = None  # None: as the method averages
-    schedule: Literal["constant", "rise_fall"] = "constant"  # σ rises linearly to mid-training, then falls to 0
+    schedule: Literal["constant", "rise_fall"] = (
+        "constant"  # σ rises linearly to mid-training, then falls to 0
+    )
 
     def __post_init__(self):
         if not isinstance(self.counts, str) and not any(self.counts):
@@ -97,16 +112,22 @@ class BLV:
         """The training labels' counts, or those that the options give in their place."""
         if self.counts == "dataset":
             return counts
+
         given = RELEASED_COUNTS if self.counts == "released" else self.counts
         if len(given) != len(counts.pixels):
-            raise ConfigError(f"BLV counts: {len(given)} given for {len(counts.pixels)} classes")
+            raise ConfigError(
+                f"BLV counts: {len(given)} given for {len(counts.pixels)} classes"
+            )
+
         return counts._replace(pixels=torch.tensor(given, dtype=torch.float64, device="cpu"))
 
     def vector(self, counts: Counts) -> Tensor:
         """w_k (K,)."""
         return variation_weights(counts.pixels, self.coefficient, self.absent)
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float = 0.0) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float = 0.0
+    ) -> Tensor:
         """z' in float32 of logits (B, K, …); the label plays no part. progress: share of the training that is over."""
         weight = vector.view(1, -1, *[1] * (logits.dim() - 2))
         variation = self.draw(logits, progress).mul_(weight)
@@ -123,6 +144,7 @@ class BLV:
         elif self.limit in ("folded", "signed"):
             e.clamp_(-1, 1)
             e = e.abs_() if self.limit == "folded" else e
+
         return e.sub_(draw_mean(self, scale)) if self.centre else e
 
     def _unlimited(self, e: Tensor, scale: float) -> Tensor:
@@ -135,6 +157,7 @@ class BLV:
             return torch.rand_like(e).mul_(math.pi / 2).sin_().square_().mul_(scale)
         if self.noise == "exponential":
             return torch.rand_like(e).neg_().log1p_().mul_(-scale)
+
         return torch.full_like(e, scale)
 
 
@@ -144,10 +167,14 @@ def draw_mean(options: BLV, scale: float = 1.0) -> float:
     if options.noise == "gaussian":
         if options.limit in ("signed", "none") or scale == 0:
             return 0.0
+
         s = options.sigma * scale
         above = 0.5 * math.erfc(1 / (s * math.sqrt(2)))  # P(e > 1)
         density = (1 - math.exp(-0.5 / s**2)) / math.sqrt(2 * math.pi)  # φ(0) − φ(1/σ)
+
         return (above + s * density) * (2 if options.limit == "folded" else 1)
+
     if options.noise == "exponential":
         return scale if unlimited else scale * (1 - math.exp(-1 / scale)) if scale > 0 else 0.0
+
     return scale if options.noise == "constant" else scale / 2

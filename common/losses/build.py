@@ -86,7 +86,9 @@ class Remedies:
     focus: Mapping[str, Any] | None = None
     sets: tuple[Mapping[str, Any], ...] = ()
     counts: CountsConfig = CountsConfig()
-    heads: tuple[str, ...] = ("decode",)  # of a network with several; the others keep cross-entropy
+    heads: tuple[str, ...] = (
+        "decode",
+    )  # of a network with several; the others keep cross-entropy
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class LossContext:
     cosine: float | None = None
 
 
-def build_loss(section: Mapping[str, Any], context: LossContext, where: str = "remedies") -> PixelLoss:
+def build_loss(
+    section: Mapping[str, Any], context: LossContext, where: str = "remedies"
+) -> PixelLoss:
     """The loss that the section `remedies` describes. ConfigError (one line) for what is unknown or does not fit.
 
     where: begins the messages, e.g. "run: remedies".
@@ -120,20 +124,28 @@ def build_loss(section: Mapping[str, Any], context: LossContext, where: str = "r
         "sets": [_remedy(item, "sets", context, where) for item in remedies.sets],
     }
     _check(remedies, chosen, context, where)
-    labelled, average = context.counts, context.average
+    labelled = context.counts
+    average = context.average
     if isinstance(chosen["logits"], BLV):
         labelled = chosen["logits"].counted(labelled)
         average = chosen["logits"].average or average
-    counts = RefreshedCounts(labelled, remedies.counts.refresh, context.pseudo_labels or "pixels")
+
+    counts = RefreshedCounts(
+        labelled, remedies.counts.refresh, context.pseudo_labels or "pixels"
+    )
     loss = PixelLoss(counts, average, **chosen)
     _warn(remedies, loss, where)
+
     return loss
 
 
-def _remedy(section: Mapping[str, Any] | None, slot: Slot, context: LossContext, where: str) -> Any:
+def _remedy(
+    section: Mapping[str, Any] | None, slot: Slot, context: LossContext, where: str
+) -> Any:
     """The dataclass of one remedy; None where the slot is empty."""
     if section is None:
         return None
+
     where = f"{where}.{slot}"
     if slot not in context.slots:
         why = f" ({context.why})" if context.why else ""
@@ -146,18 +158,25 @@ def _remedy(section: Mapping[str, Any] | None, slot: Slot, context: LossContext,
     row = pick(known, name, f"{where}.name")
     both = sorted(row.fixed.keys() & options.keys())
     if both:
-        raise ConfigError(f"{where}.{both[0]}: {name} fixes it to {row.fixed[both[0]]!r}; remove the key")
+        raise ConfigError(
+            f"{where}.{both[0]}: {name} fixes it to {row.fixed[both[0]]!r}; remove the key"
+        )
+
     make = getattr(row.remedy, "from_section", None)
     options = {**row.fixed, **options}
+
     return make(options, where) if make else typed(row.remedy, options, where)
 
 
-def _check(remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, where: str) -> None:
+def _check(
+    remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, where: str
+) -> None:
     """ConfigError for what the method or the network cannot do."""
     if remedies.counts.refresh and context.pseudo_labels is None:
         raise ConfigError(
             f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
         )
+
     needs_cosine = getattr(chosen["logits"], "needs_cosine", False)
     if remedies.logits is not None and needs_cosine and context.cosine is None:
         raise ConfigError(
@@ -167,10 +186,15 @@ def _check(remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, 
     if context.full_size:
         return
     if isinstance(chosen["focus"], HardPixels):
-        raise ConfigError(f"{where}.focus: hard_pixels needs the losses of a whole batch, which this method never has")
+        raise ConfigError(
+            f"{where}.focus: hard_pixels needs the losses of a whole batch, which this method never has"
+        )
+
     for i, term in enumerate(chosen["sets"]):
         if term.at != "network":
-            raise ConfigError(f"{where}.sets[{i}].at: {term.at!r} is not to be had in this method; set it to network")
+            raise ConfigError(
+                f"{where}.sets[{i}].at: {term.at!r} is not to be had in this method; set it to network"
+            )
 
 
 def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
@@ -179,6 +203,7 @@ def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
         name = remedies.class_weight["name"]
         text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"
         warnings.warn(text, stacklevel=3)
+
     if isinstance(loss.logits, LogitAdjustment) and loss.class_weight is not None:
         text = f"{where}: logits and class_weight both correct for class frequency: rare classes gain twice"
         warnings.warn(text, stacklevel=3)

@@ -37,6 +37,7 @@ class ClassWeights:
             raw = raw / (counts.prior() * raw).sum().clamp(min=1e-300)
         elif self.normalise == "mean":
             raw = raw * present.sum() / raw.sum().clamp(min=1e-300)
+
         return where_present(raw, counts.pixels, 1.0)
 
 
@@ -77,5 +78,9 @@ class EffectiveNumber(ClassWeights):
 
     def raw(self, counts: Counts) -> Tensor:
         n = counts.of(self.of)
-        beta = 1 - 1 / n.sum().clamp(min=2) if self.beta is None else torch.full_like(n.sum(), self.beta)
+        beta = (
+            1 - 1 / n.sum().clamp(min=2)
+            if self.beta is None
+            else torch.full_like(n.sum(), self.beta)
+        )
         return (1 - beta) / (1 - beta ** n.clamp(min=1))

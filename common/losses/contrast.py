@@ -3,13 +3,19 @@
 from torch import Tensor
 
 
-def assignment_cross_entropy(scores: Tensor, assignment: Tensor, temperature: float = 0.08) -> Tensor:
+def assignment_cross_entropy(
+    scores: Tensor, assignment: Tensor, temperature: float = 0.08
+) -> Tensor:
     """−mean_n Σ_k Q_nk log softmax_k(scores_n / τ): scores and Q are (N, C), Q takes no gradient (SwAV, CPSL)."""
     return -(assignment.detach() * (scores.float() / temperature).log_softmax(1)).sum(1).mean()
 
 
 def pixel_contrast(
-    anchors: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, temperature: float = 0.08
+    anchors: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    temperature: float = 0.08,
 ) -> Tensor:
     """Supervised contrast of anchors (N, D) with a bank (M, D), rows of unit length, labels (N,) and (M,).
 
@@ -23,4 +29,5 @@ def pixel_contrast(
     e = similarity.exp()
     negatives = e.masked_fill(same, 0).sum(1, keepdim=True)
     terms = (similarity - (e + negatives).log()).masked_fill(~same, 0)
+
     return -(terms.sum(1) / (same.sum(1) + 1e-5)).mean()

@@ -44,7 +44,9 @@ class Counts(NamedTuple):
 
 def where_present(value: Tensor, counts: Tensor, absent: float | Tensor) -> Tensor:
     """`value` (K,) of classes that occur, `absent` elsewhere: one without labels must not set the scale of others."""
-    return torch.where(counts > 0, value, torch.as_tensor(absent, dtype=value.dtype, device=value.device))
+    return torch.where(
+        counts > 0, value, torch.as_tensor(absent, dtype=value.dtype, device=value.device)
+    )
 
 
 class RefreshedCounts(nn.Module):
@@ -66,7 +68,9 @@ class RefreshedCounts(nn.Module):
 
     def __init__(self, labelled: Counts, every: int = 0, unit: PseudoUnit = "pixels"):
         super().__init__()
-        self.every, self.unit, self.num_images = every, unit, labelled.num_images
+        self.every = every
+        self.unit = unit
+        self.num_images = labelled.num_images
         self.register_buffer("pixels", labelled.pixels.clone(), persistent=False)
         self.register_buffer("images", labelled.images.clone(), persistent=False)
 
@@ -82,6 +86,7 @@ class RefreshedCounts(nn.Module):
         pseudo = self.pseudo
         if self.unit == "shares":
             pseudo = pseudo * (self.pixels.sum() / pseudo.sum().clamp(min=1))
+
         return Counts(self.pixels + pseudo, self.images, self.num_images)
 
     @torch.no_grad()
@@ -89,6 +94,7 @@ class RefreshedCounts(nn.Module):
         """Add pseudo-labels (any shape, −1 ignored), each for `area` pixels, on all ranks the same."""
         if not self.every:
             return
+
         classes = label.reshape(-1).long() + 1
         counts = self.running.new_zeros(len(self.running) + 1)
         counts.index_add_(0, classes, torch.ones_like(classes, dtype=counts.dtype))
@@ -99,6 +105,7 @@ class RefreshedCounts(nn.Module):
         """Put in force what was counted, after every `every` steps; whether that was now."""
         if not self.every or (step + 1) % self.every:
             return False
+
         self.pseudo.copy_(self.running)
         self.running.zero_()
         return True

@@ -16,7 +16,11 @@ def cross_entropy_sum(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def pixel_cross_entropy(
-    logits: Tensor, label: Tensor, *, pixel_weight: Tensor | None = None, average: Average = "valid"
+    logits: Tensor,
+    label: Tensor,
+    *,
+    pixel_weight: Tensor | None = None,
+    average: Average = "valid",
 ) -> Tensor:
     """Mean of −log softmax(z)_y over pixels, in float32; 0 with zero gradients where every pixel is ignored.
 
@@ -29,8 +33,11 @@ def pixel_cross_entropy(
     if pixel_weight is None:
         total = cross_entropy_sum(logits, label)
     else:
-        each = F.cross_entropy(logits.float(), label.long(), ignore_index=IGNORE, reduction="none")
+        each = F.cross_entropy(
+            logits.float(), label.long(), ignore_index=IGNORE, reduction="none"
+        )
         total = (each * pixel_weight).sum()
+
     if average == "all":
         return total / label.numel()
     return total / (label != IGNORE).sum().clamp(min=1)

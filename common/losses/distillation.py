@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def consistency(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 0.08) -> Tensor:
+def consistency(
+    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 0.08
+) -> Tensor:
     """Σ m·KL(softmax(t/τ) ‖ softmax(s/τ)) / (C·Σ m): student s and teacher t (B, C, H, W), mask m (B, H, W).
 
     The factor 1/C is CPSL's, whose mean runs over pixels and classes. The teacher takes no gradient.
@@ -17,7 +19,9 @@ def consistency(student: Tensor, teacher: Tensor, mask: Tensor, temperature: flo
     return (divergence * mask).sum() / (mask.sum() * student.shape[1]).clamp(min=1)
 
 
-def distillation(student: Tensor, teacher: Tensor, form: Literal["kl", "inner_product"] = "kl") -> Tensor:
+def distillation(
+    student: Tensor, teacher: Tensor, form: Literal["kl", "inner_product"] = "kl"
+) -> Tensor:
     """Knowledge distillation from teacher to student logits, both (B, C, H, W), averaged over pixels and classes.
 
     kl: KL(t ‖ p) / C with t, p the probabilities. inner_product: t·(ln t − p) as CPSL and ProDA released it, where

@@ -29,9 +29,12 @@ class Equalization:
         rare = torch.zeros_like(share).scatter_(0, order, below.to(share.dtype))
         return rare * (counts.pixels > 0)
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
+    ) -> Tensor:
         rare = vector.view(1, -1, *[1] * (logits.dim() - 2)) > 0
         classes = torch.arange(logits.shape[1], device=logits.device).view_as(rare)
         other = classes != label.unsqueeze(1)
         spared = torch.rand_like(logits, dtype=torch.float32) < self.gamma
+
         return logits.float().masked_fill(rare & other & spared, float("-inf"))

@@ -28,13 +28,22 @@ def cells_of(label: Tensor, size: tuple[int, int], classes: Tensor, ratio: float
 def main_class(label: Tensor, size: tuple[int, int], num_classes: int, ratio: float) -> Tensor:
     """The class that `ratio` or more of a cell's pixels show, int64 (B, h, w); −1 where there is none, or ignored."""
     h, w = size
-    down, across = label.shape[1] // h, label.shape[2] // w
-    cells = label[:, : h * down, : w * across].long().unflatten(2, (w, across)).unflatten(1, (h, down))
+    down = label.shape[1] // h
+    across = label.shape[2] // w
+    cells = (
+        label[:, : h * down, : w * across]
+        .long()
+        .unflatten(2, (w, across))
+        .unflatten(1, (h, down))
+    )
     pixels = cells.transpose(2, 3).flatten(3)  # (B, h, w, pixels of a cell)
 
     pixels = torch.where(pixels < 0, num_classes, pixels)
-    counts = torch.zeros(*pixels.shape[:3], num_classes + 1, dtype=torch.int64, device=label.device)
+    counts = torch.zeros(
+        *pixels.shape[:3], num_classes + 1, dtype=torch.int64, device=label.device
+    )
     counts.scatter_add_(3, pixels, torch.ones_like(pixels))
     most, majority = counts.max(3)
     known = (majority < num_classes) & (most >= ratio * down * across)
+
     return torch.where(known, majority, -1)

@@ -38,11 +38,17 @@ class HardPixels:
         least = flat.detach().topk(kept).values[-1]
         chosen = (flat > -math.log(self.threshold)) | (flat >= least)
         chosen = chosen & (flat > 0)  # ignored pixels have no loss
+
         return (flat * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def hard_pixel_cross_entropy(
-    logits: Tensor, label: Tensor, *, fraction: float = 0.2, stride: int = 4, align_corners: bool = False
+    logits: Tensor,
+    label: Tensor,
+    *,
+    fraction: float = 0.2,
+    stride: int = 4,
+    align_corners: bool = False,
 ) -> Tensor:
     """Mean cross-entropy of the hardest pixels of a batch, of logits enlarged `stride` times.
 
@@ -59,6 +65,7 @@ def hard_pixel_cross_entropy(
     pixels = losses.flatten().topk(count, sorted=False).indices
     chosen = _interpolate(logits, pixels, size_of(label), stride, align_corners)
     label = label.flatten()[pixels].long()
+
     return F.cross_entropy(chosen.float(), label, ignore_index=IGNORE, reduction="sum") / count
 
 
@@ -69,17 +76,26 @@ def _pixel_losses(logits: Tensor, label: Tensor, stride: int, align_corners: boo
     size = (stride * height, stride * width)
     step = max(BAND // (batch * classes * size[1]), 1)
     bands = []
+
     for start in range(0, label.shape[1], step):
         rows = (start, min(start + step, label.shape[1]))
         band = resize_rows(logits, size, rows, align_corners)[..., : label.shape[2]].float()
-        bands.append(F.cross_entropy(band, label[:, slice(*rows)].long(), ignore_index=IGNORE, reduction="none"))
+        bands.append(
+            F.cross_entropy(
+                band, label[:, slice(*rows)].long(), ignore_index=IGNORE, reduction="none"
+            )
+        )
+
     return torch.cat(bands, 1)
 
 
-def _interpolate(logits: Tensor, pixels: Tensor, size: Size, stride: int, align_corners: bool) -> Tensor:
+def _interpolate(
+    logits: Tensor, pixels: Tensor, size: Size, stride: int, align_corners: bool
+) -> Tensor:
     """Bilinear logits (n, K) at flat pixel numbers of the batch's label maps of `size`."""
     batch, classes, height, width = logits.shape
-    column, row = pixels % size[1], pixels // size[1] % size[0]
+    column = pixels % size[1]
+    row = pixels // size[1] % size[0]
     first = pixels // (size[0] * size[1]) * (height * width)
 
     def taps(place: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +103,26 @@ def _interpolate(logits: Tensor, pixels: Tensor, size: Size, stride: int, align_
             source = place * ((length - 1) / max(stride * length - 1, 1))
         else:
             source = ((place + 0.5) / stride - 0.5).clamp(min=0)
+
         low = source.floor().long()
         return low, (low + 1).clamp(max=length - 1), source - low
 
-    (top, bottom, y), (left, right, x) = taps(row, height), taps(column, width)
-    corners = torch.stack([top * width + left, top * width + right, bottom * width + left, bottom * width + right], 1)
-    weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 1).to(logits.dtype)
+    (top, bottom, y) = taps(row, height)
+    (left, right, x) = taps(column, width)
+    corners = torch.stack(
+        [
+            top * width + left,
+            top * width + right,
+            bottom * width + left,
+            bottom * width + right,
+        ],
+        1,
+    )
+    weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], 1).to(
+        logits.dtype
+    )
     table = logits.permute(0, 2, 3, 1).reshape(-1, classes)
-    return F.embedding_bag(corners + first.unsqueeze(1), table, per_sample_weights=weights, mode="sum")
+
+    return F.embedding_bag(
+        corners + first.unsqueeze(1), table, per_sample_weights=weights, mode="sum"
+    )

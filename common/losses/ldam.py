@@ -29,7 +29,9 @@ class LDAM:
         margins = where_present(counts.pixels.clamp(min=1).pow(-0.25), counts.pixels, 0.0)
         return self.scale * self.margin * margins / margins.max().clamp(min=1e-300)
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
+    ) -> Tensor:
         index = label.long().clamp(min=0).unsqueeze(1)
         own = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, index, 1.0)
         return logits.float() - own * vector.view(1, -1, *[1] * (logits.dim() - 2))

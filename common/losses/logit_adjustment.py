@@ -30,7 +30,9 @@ class LogitAdjustment:
         offsets = self.tau * prior.clamp(min=1e-300).log()
         return where_present(offsets, prior, self.tau * prior.max().log())
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
+    ) -> Tensor:
         return logits.float() + vector.view(1, -1, *[1] * (logits.dim() - 2))
 
 

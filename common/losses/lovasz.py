@@ -25,7 +25,9 @@ class Lovasz:
     def __call__(self, logits: Tensor, label: Tensor) -> Tensor:
         """Scalar of logits (B, K, H, W) and label (B, H, W), −1 where ignored; 0 where no pixel is labelled."""
         if self.per_image:
-            terms = [lovasz_softmax(z[None], y[None]) for z, y in zip(logits, label, strict=True)]
+            terms = [
+                lovasz_softmax(z[None], y[None]) for z, y in zip(logits, label, strict=True)
+            ]
             return torch.stack(terms).mean()
         return lovasz_softmax(logits, label)
 
@@ -47,4 +49,5 @@ def lovasz_softmax(logits: Tensor, label: Tensor) -> Tensor:
 
     present = (total > 0).squeeze(1)
     of_class = (ordered.clamp(min=0) * steps).sum(1)
+
     return (of_class * present).sum() / present.sum().clamp(min=1)

@@ -40,6 +40,7 @@ class Tversky:
         counted = truth.sum(1) > 0
         if self.absent == "include":
             counted = counted | valid.any()
+
         return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 

@@ -28,7 +28,9 @@ class LogitsRemedy(Protocol):
 
     def vector(self, counts: Counts) -> Tensor: ...
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor: ...
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
+    ) -> Tensor: ...
 
 
 class ClassWeightRemedy(Protocol):
@@ -71,8 +73,12 @@ class PixelLoss(nn.Module):
         sets: Sequence[SetRemedy] = (),
     ):
         super().__init__()
-        self.counts, self.average = counts, average
-        self.logits, self.class_weight, self.focus, self.sets = logits, class_weight, focus, tuple(sets)
+        self.counts = counts
+        self.average = average
+        self.logits = logits
+        self.class_weight = class_weight
+        self.focus = focus
+        self.sets = tuple(sets)
         current = counts.current()
         self.register_buffer("offsets", self._vector(logits, current), persistent=False)
         self.register_buffer("weights", self._vector(class_weight, current), persistent=False)
@@ -91,7 +97,12 @@ class PixelLoss(nn.Module):
     # The loss, and what it is made of --------------------------------------------------------------------------------
 
     def forward(
-        self, logits: Tensor, label: Tensor, *, progress: float = 0.0, pixel_weight: Tensor | None = None
+        self,
+        logits: Tensor,
+        label: Tensor,
+        *,
+        progress: float = 0.0,
+        pixel_weight: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss of logits (B, K, H, W) at the label's size and label (B, H, W), −1 where ignored.
 
@@ -101,24 +112,36 @@ class PixelLoss(nn.Module):
         loss = self.mean_of(adjusted, label, progress, pixel_weight)
         return loss + self.set_terms(logits, label) if self.sets else loss
 
-    def upsampled(self, logits: Tensor, label: Tensor, *, align_corners: bool, progress: float = 0.0) -> Tensor:
+    def upsampled(
+        self, logits: Tensor, label: Tensor, *, align_corners: bool, progress: float = 0.0
+    ) -> Tensor:
         """The same of logits (B, K, h, w) at the network's stride, enlarged to the label one image at a time.
 
         No map of the whole batch at full size is kept, where the remedies allow it; terms over regions see the logits
         as they are, and the label thinned out, if they are `at: network`.
         """
         if self.needs_whole_batch:
-            large = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners)
+            large = F.interpolate(
+                logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners
+            )
             return self(large, label, progress=progress)
 
         total = partial(self.total, progress=progress)
-        loss = upsampled_sum(logits, label, total, align_corners=align_corners) / self.divisor(label)
-        return loss + self.set_terms(logits, thinned(label, size_of(logits))) if self.sets else loss
+        loss = upsampled_sum(logits, label, total, align_corners=align_corners) / self.divisor(
+            label
+        )
+        return (
+            loss + self.set_terms(logits, thinned(label, size_of(logits)))
+            if self.sets
+            else loss
+        )
 
     @property
     def needs_whole_batch(self) -> bool:
         """Whether the loss can only be made of the logits of all images at label size."""
-        return isinstance(self.focus, HardPixels) or any(term.at == "label" for term in self.sets)
+        return isinstance(self.focus, HardPixels) or any(
+            term.at == "label" for term in self.sets
+        )
 
     @property
     def hardest_fraction(self) -> float | None:
@@ -128,35 +151,58 @@ class PixelLoss(nn.Module):
             return None
         if not isinstance(self.focus, HardPixels) or self.focus.threshold is not None:
             return None
+
         return self.focus.fraction
 
     def total(self, logits: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:
         """Sum of the pixels' losses."""
         return self.total_of(self.adjust(logits, label, progress), label, progress)
 
-    def mean_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+    def mean_of(
+        self,
+        adjusted: Tensor,
+        label: Tensor,
+        progress: float,
+        pixel_weight: Tensor | None = None,
+    ) -> Tensor:
         """The pixel loss of logits that `adjust` has been through."""
         if isinstance(self.focus, HardPixels):
             return self.focus.mean(self.each_of(adjusted, label, progress, pixel_weight))
         return self.total_of(adjusted, label, progress, pixel_weight) / self.divisor(label)
 
-    def total_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+    def total_of(
+        self,
+        adjusted: Tensor,
+        label: Tensor,
+        progress: float,
+        pixel_weight: Tensor | None = None,
+    ) -> Tensor:
         """The sum of `each_of`."""
         if self.focus is not None or pixel_weight is not None:
             return self.each_of(adjusted, label, progress, pixel_weight).sum()
         weight = self.weight(progress)
-        return F.cross_entropy(adjusted, label.long(), weight, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(
+            adjusted, label.long(), weight, ignore_index=IGNORE, reduction="sum"
+        )
 
-    def each_of(self, adjusted: Tensor, label: Tensor, progress: float, pixel_weight: Tensor | None = None) -> Tensor:
+    def each_of(
+        self,
+        adjusted: Tensor,
+        label: Tensor,
+        progress: float,
+        pixel_weight: Tensor | None = None,
+    ) -> Tensor:
         """Losses of the pixels, (B, H, W); 0 where ignored."""
         label = label.long()
         loss = F.cross_entropy(adjusted, label, ignore_index=IGNORE, reduction="none")
 
         if self.focus is not None and not isinstance(self.focus, HardPixels):
             loss = self.focus(loss, adjusted, label)
+
         weight = self.weight(progress)
         if weight is not None:
             loss = loss * weight[label.clamp(min=0)]
+
         return loss if pixel_weight is None else loss * pixel_weight
 
     def adjust(self, logits: Tensor, label: Tensor, progress: float = 0.0) -> Tensor:

@@ -29,7 +29,9 @@ class PixelSeesaw:
         logs = counts.pixels.clamp(min=1).log()
         return where_present(logs, counts.pixels, logs.max())
 
-    def __call__(self, logits: Tensor, label: Tensor, vector: Tensor, progress: float) -> Tensor:
+    def __call__(
+        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
+    ) -> Tensor:
         logits = logits.float()
         index = label.long().clamp(min=0).unsqueeze(1)
 
@@ -42,4 +44,5 @@ class PixelSeesaw:
             score = logits.log_softmax(1)
             own = score.gather(1, index).exp().clamp(min=self.eps).log()
             compensation = (self.q * (score - own)).clamp_(min=0).scatter_(1, index, 0.0)
+
         return logits + mitigation + compensation

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from common.data import IGNORE
 
-At = Literal["label", "network"]  # where a term over regions is made: at the label's size, or at the network's stride
+# where a term over regions is made: at the label's size, or at the network's stride
+At = Literal["label", "network"]
 
 
 def one_hot(label: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,10 @@ class SeesawLoss(nn.Module):
 
     def __init__(self, num_classes: int, p: float = 1.2, q: float = 1.0, eps: float = 0.01):
         super().__init__()
-        self.num_classes, self.p, self.q, self.eps = num_classes, p, q, eps
+        self.num_classes = num_classes
+        self.p = p
+        self.q = q
+        self.eps = eps
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -40,10 +43,17 @@ class SeesawLoss(nn.Module):
         classes, objectness = logits.split([self.num_classes, 2], -1)
         found = labels < self.num_classes
         label = labels.clamp(max=self.num_classes - 1)
-        shifted = classes + self._log_factor(classes.detach(), label, self._counts_of_calls(labels))
-        each = F.cross_entropy(shifted.flatten(0, 1), label.flatten(), reduction="none").view_as(label)
+        shifted = classes + self._log_factor(
+            classes.detach(), label, self._counts_of_calls(labels)
+        )
+        each = F.cross_entropy(
+            shifted.flatten(0, 1), label.flatten(), reduction="none"
+        ).view_as(label)
         of_classes = (each * found).sum(1) / found.sum(1).clamp(min=1)
-        objects = F.cross_entropy(objectness.flatten(0, 1), (~found).long().flatten(), reduction="none")
+        objects = F.cross_entropy(
+            objectness.flatten(0, 1), (~found).long().flatten(), reduction="none"
+        )
+
         return of_classes + objects.view_as(each).mean(1)
 
     def _log_factor(self, classes: Tensor, label: Tensor, counts: Tensor) -> Tensor:
@@ -54,6 +64,7 @@ class SeesawLoss(nn.Module):
         own = score.gather(2, label.unsqueeze(2)).exp().clamp(min=self.eps).log()
         own_position = label.unsqueeze(2) == torch.arange(self.num_classes, device=label.device)
         compensation = (self.q * (score - own)).clamp_(min=0).masked_fill_(own_position, 0)
+
         return mitigation.clamp_(max=0) + compensation
 
     @torch.no_grad()
@@ -61,10 +72,13 @@ class SeesawLoss(nn.Module):
         """(N, K) counts that each call sees; the last row is kept."""
         if not self.training:
             return self.counts.expand(len(labels), -1)
+
         index = torch.arange(self.num_classes, device=labels.device)
         new = (labels.unsqueeze(2) == index).sum(1)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(new)
+
         counts = self.counts + new.cumsum(0)
         self.counts.copy_(counts[-1])
+
         return counts

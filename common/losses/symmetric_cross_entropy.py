@@ -11,7 +11,9 @@ FLOOR = 1e-7  # of the probabilities in the reverse cross-entropy
 WRONG = 1e-4  # what the label's distribution gives to a wrong class, instead of 0
 
 
-def symmetric_cross_entropy(logits: Tensor, label: Tensor, alpha: float = 0.1, beta: float = 1.0) -> Tensor:
+def symmetric_cross_entropy(
+    logits: Tensor, label: Tensor, alpha: float = 0.1, beta: float = 1.0
+) -> Tensor:
     """α·CE + β·RCE over pixels that are not ignored (Wang et al., ICCV 2019, with CPSL's clamps and means).
 
         CE = −log p_y       RCE = −Σ_k p_k log ȳ_k = −log(1e-4) · Σ_{k≠y} p_k

@@ -19,7 +19,9 @@ def upsampled_cross_entropy(logits: Tensor, label: Tensor, *, align_corners: boo
     return total / (label != IGNORE).sum().clamp(min=1)
 
 
-def upsampled_sum(logits: Tensor, label: Tensor, total: Total, *, align_corners: bool) -> Tensor:
+def upsampled_sum(
+    logits: Tensor, label: Tensor, total: Total, *, align_corners: bool
+) -> Tensor:
     """Sum over images of total(ẑ, y), ẑ the logits resized bilinearly to the label.
 
     logits: (B, K, h, w); label: integers (B, H, W); total: a scalar of one image's logits (1, K, H, W), float32, and
@@ -43,14 +45,19 @@ class _Sum(torch.autograd.Function):
             for i in range(len(logits)):
                 with torch.set_grad_enabled(wanted):
                     z = logits[i : i + 1].detach().float().requires_grad_(wanted)
-                    large = F.interpolate(z, label.shape[-2:], mode="bilinear", align_corners=align_corners)
+                    large = F.interpolate(
+                        z, label.shape[-2:], mode="bilinear", align_corners=align_corners
+                    )
                     loss = total(large, label[i : i + 1])
+
                 if gradient is not None:
                     gradient[i : i + 1] = torch.autograd.grad(loss, z)[0]
+
                 result += loss.detach()
 
         ctx.save_for_backward(gradient)
         ctx.kind = logits.dtype
+
         return result
 
     @staticmethod

@@ -10,7 +10,13 @@ from torch import nn
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Count, Length, Rate, Side, Size, Width
-from common.models.backbones import build_backbone, build_pyramid, is_timm, pixel_statistics, require_stride_4
+from common.models.backbones import (
+    build_backbone,
+    build_pyramid,
+    is_timm,
+    pixel_statistics,
+    require_stride_4,
+)
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
@@ -61,7 +67,9 @@ class KNetOptions(PyramidOptions):
 
     def __post_init__(self):
         if self.channels % HEADS:
-            raise ValueError(f"channels: {self.channels} is no multiple of K-Net's {HEADS} attention heads")
+            raise ValueError(
+                f"channels: {self.channels} is no multiple of K-Net's {HEADS} attention heads"
+            )
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,9 @@ class HRDAOptions(DAFormerOptions):
     """Options of HRDA: the head that both scales share, and the detail crops."""
 
     head: Literal["daformer", "deeplabv2_reduced"] = "daformer"
-    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] | None = None  # None: the head's own
+    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] | None = (
+        None  # None: the head's own
+    )
     crop: Size = (512, 512)  # of the detail: height, width
     overlap: bool = True  # windows of inference step by half a crop
     window_batch: Count = 9  # of them in one batch, in evaluation mode
@@ -106,7 +116,9 @@ class HRDAOptions(DAFormerOptions):
     def __post_init__(self):
         multiple = 2 * SHRINK * (4 if self.head == "daformer" else 8)
         if any(side % multiple for side in self.crop):
-            raise ValueError(f"crop: {list(self.crop)}: sides must be multiples of {multiple} for head: {self.head}")
+            raise ValueError(
+                f"crop: {list(self.crop)}: sides must be multiples of {multiple} for head: {self.head}"
+            )
 
 
 @dataclass(frozen=True)
@@ -121,29 +133,51 @@ def upernet(config: ModelConfig) -> Segmentor:
     """UPerNet: logits at stride 4."""
     options = typed(UPerNetOptions, config.options, "model.options")
     if options.neck == "mln" and is_timm(config):
-        raise ConfigError("model.options.neck: backbones timm:NAME have the neck where they need one; set it to null")
+        raise ConfigError(
+            "model.options.neck: backbones timm:NAME have the neck where they need one; set it to null"
+        )
+
     backbone = build_pyramid(config, **options.backbone)
-    neck = MultiLevelNeck(backbone.channels, backbone.channels[-1]) if options.neck == "mln" else None
+    neck = (
+        MultiLevelNeck(backbone.channels, backbone.channels[-1])
+        if options.neck == "mln"
+        else None
+    )
     channels = backbone.channels if neck is None else neck.channels
     head = UPerHead(channels, options.channels, config.num_classes, **_head(config, options))
-    return segmentor(config, backbone, head, neck=neck, auxiliary_head=_auxiliary(config, options, channels))
+
+    return segmentor(
+        config, backbone, head, neck=neck, auxiliary_head=_auxiliary(config, options, channels)
+    )
 
 
 def knet(config: ModelConfig) -> Segmentor:
     """K-Net on UPerNet: logits of every stage, at stride 4."""
     options = typed(KNetOptions, config.options, "model.options")
     backbone = build_pyramid(config, **options.backbone)
-    generate = UPerHead(backbone.channels, options.channels, config.num_classes, **_head(config, options))
+    generate = UPerHead(
+        backbone.channels, options.channels, config.num_classes, **_head(config, options)
+    )
     auxiliary = _auxiliary(config, options, backbone.channels)
-    return segmentor(config, backbone, KNetHead(generate, stages=options.stages), auxiliary_head=auxiliary)
+
+    return segmentor(
+        config, backbone, KNetHead(generate, stages=options.stages), auxiliary_head=auxiliary
+    )
 
 
 def ocrnet(config: ModelConfig) -> Segmentor:
     """OCRNet: logits at stride 4; `aux` holds those of the coarse stage."""
     options = typed(OCRNetOptions, config.options, "model.options")
     backbone = build_pyramid(config, **options.backbone)
-    shared = {"context_channels": options.context_channels, "align_corners": config.align_corners}
-    return segmentor(config, backbone, OCRHead(backbone.channels, options.channels, config.num_classes, **shared))
+    shared = {
+        "context_channels": options.context_channels,
+        "align_corners": config.align_corners,
+    }
+    return segmentor(
+        config,
+        backbone,
+        OCRHead(backbone.channels, options.channels, config.num_classes, **shared),
+    )
 
 
 def segformer(config: ModelConfig) -> Segmentor:
@@ -151,7 +185,11 @@ def segformer(config: ModelConfig) -> Segmentor:
     options = typed(SegFormerOptions, config.options, "model.options")
     backbone = build_pyramid(config, **options.backbone)
     shared = {"dropout": options.dropout, "align_corners": config.align_corners}
-    return segmentor(config, backbone, SegFormerHead(backbone.channels, options.channels, config.num_classes, **shared))
+    return segmentor(
+        config,
+        backbone,
+        SegFormerHead(backbone.channels, options.channels, config.num_classes, **shared),
+    )
 
 
 def daformer(config: ModelConfig) -> Segmentor:
@@ -161,7 +199,9 @@ def daformer(config: ModelConfig) -> Segmentor:
     return segmentor(config, backbone, _daformer_head(config, options, backbone.channels))
 
 
-def _daformer_head(config: ModelConfig, options: DAFormerOptions, channels: tuple[int, ...]) -> DAFormerHead:
+def _daformer_head(
+    config: ModelConfig, options: DAFormerOptions, channels: tuple[int, ...]
+) -> DAFormerHead:
     return DAFormerHead(
         channels,
         options.channels,
@@ -189,12 +229,23 @@ def hrda(config: ModelConfig) -> HRDANetwork:
         heads = MultiScaleHead(_daformer_head(config, options, backbone.channels), attention)
     else:
         dilations = options.dilations or DeepLabV2ReducedOptions.dilations
-        both = (DeepLabV2Head(backbone.channels, config.num_classes, dilations=dilations) for _ in range(2))
+        both = (
+            DeepLabV2Head(backbone.channels, config.num_classes, dilations=dilations)
+            for _ in range(2)
+        )
         heads = MultiScaleHead(*both)
+
     mean, std = pixel_statistics(config)
     shared = {"num_classes": config.num_classes, "mean": mean, "std": std}
-    details = {"crop": options.crop, "overlap": options.overlap, "window_batch": options.window_batch}
-    return HRDANetwork(backbone, heads, align_corners=config.align_corners, stride=stride, **shared, **details)
+    details = {
+        "crop": options.crop,
+        "overlap": options.overlap,
+        "window_batch": options.window_batch,
+    }
+
+    return HRDANetwork(
+        backbone, heads, align_corners=config.align_corners, stride=stride, **shared, **details
+    )
 
 
 def deeplabv2_reduced(config: ModelConfig) -> Segmentor:
@@ -204,6 +255,7 @@ def deeplabv2_reduced(config: ModelConfig) -> Segmentor:
     head = DeepLabV2Head(backbone.channels, config.num_classes, dilations=options.dilations)
     model = segmentor(config, backbone, head)
     model.classifiers = tuple(f"decode_head.convs.{i}" for i in range(len(head.convs)))
+
     return model
 
 
@@ -211,8 +263,12 @@ def pspnet(config: ModelConfig) -> Segmentor:
     """PSPNet: logits at the backbone's stride, 8 unless `options.backbone.output_stride` says otherwise."""
     options = typed(PyramidOptions, config.options, "model.options")
     backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
-    head = PSPHead(backbone.channels, options.channels, config.num_classes, **_head(config, options))
-    return segmentor(config, backbone, head, auxiliary_head=_auxiliary(config, options, backbone.channels))
+    head = PSPHead(
+        backbone.channels, options.channels, config.num_classes, **_head(config, options)
+    )
+    return segmentor(
+        config, backbone, head, auxiliary_head=_auxiliary(config, options, backbone.channels)
+    )
 
 
 def _head(config: ModelConfig, options: PyramidOptions) -> dict[str, Any]:
@@ -220,17 +276,27 @@ def _head(config: ModelConfig, options: PyramidOptions) -> dict[str, Any]:
     return {"pool_scales": options.pool_scales, **shared}
 
 
-def _auxiliary(config: ModelConfig, options: PyramidOptions, channels: tuple[int, ...]) -> FCNHead | None:
+def _auxiliary(
+    config: ModelConfig, options: PyramidOptions, channels: tuple[int, ...]
+) -> FCNHead | None:
     if not options.auxiliary:
         return None
+
     shared = {"dropout": options.dropout, "align_corners": config.align_corners}
     level = options.auxiliary_level
     if level >= len(channels):
-        raise ConfigError(f"model.options.auxiliary_level: {level}, but the maps are 0 to {len(channels) - 1}")
-    return FCNHead(channels, options.auxiliary_channels, config.num_classes, level=level, **shared)
+        raise ConfigError(
+            f"model.options.auxiliary_level: {level}, but the maps are 0 to {len(channels) - 1}"
+        )
+
+    return FCNHead(
+        channels, options.auxiliary_channels, config.num_classes, level=level, **shared
+    )
 
 
-def segmentor(config: ModelConfig, backbone: nn.Module, decode_head: nn.Module, **parts: nn.Module | None) -> Segmentor:
+def segmentor(
+    config: ModelConfig, backbone: nn.Module, decode_head: nn.Module, **parts: nn.Module | None
+) -> Segmentor:
     """A Segmentor with the class count, pixel statistics and resizing rule of `config`."""
     mean, std = pixel_statistics(config)
     shared = {"mean": mean, "std": std, "align_corners": config.align_corners}
@@ -256,14 +322,18 @@ MODELS: dict[str, Callable[[ModelConfig], SegmentationModel]] = {
 }
 
 
-def build_network(config: ModelConfig, kind: type[Network], fitting: str, where: str) -> Network:
+def build_network(
+    config: ModelConfig, kind: type[Network], fitting: str, where: str
+) -> Network:
     """`build_model` for a method that uses more of the network than a loss of each head.
 
     Raises ConfigError, which begins with `where` and names the `fitting` model, for a network of another kind.
     """
     model = build_model(config)
     if not isinstance(model, kind):
-        raise ConfigError(f"{where}: model.name: {config.name!r} does not fit the method; set it to {fitting}")
+        raise ConfigError(
+            f"{where}: model.name: {config.name!r} does not fit the method; set it to {fitting}"
+        )
     return model
 
 
@@ -276,10 +346,13 @@ def build_model(config: ModelConfig) -> SegmentationModel:
     model = pick(MODELS, config.name, "model.name")(config)
     if config.checkpoint and torch.get_default_device().type != "meta":
         load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)
+
     return model
 
 
-def load_model(config: ModelConfig, checkpoint: str | Path, prefix: str | None = None) -> SegmentationModel:
+def load_model(
+    config: ModelConfig, checkpoint: str | Path, prefix: str | None = None
+) -> SegmentationModel:
     """The network of `config` with the weights of `checkpoint` and no others, in evaluation mode.
 
     checkpoint, prefix: as `load_weights` takes them. Raises what it raises. `reset_classifier` is for the weights that

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Depth, Pattern, Rate, Width
-from common.models.backbones import build_backbone, is_timm, pixel_statistics, refuse_resnet_options
+from common.models.backbones import (
+    build_backbone,
+    is_timm,
+    pixel_statistics,
+    refuse_resnet_options,
+)
 from common.models.pretrained import load_backbone
 from common.models.pretrained.containers import find_weights
 from common.models.pretrained.cpsl import load_initial
@@ -30,12 +35,20 @@ STRIDE = 8  # of the map that the head reads
 class DeepLabV2Options:
     """Options of DeepLabV2; the defaults are the official network."""
 
-    blocks: tuple[Depth, Depth, Depth, Depth] | None = None  # bottlenecks of each stage of the ResNet; None: BLOCKS
-    width: Width | None = None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
-    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of a backbone timm:NAME in the ResNet's place
+    blocks: tuple[Depth, Depth, Depth, Depth] | None = (
+        None  # bottlenecks of each stage of the ResNet; None: BLOCKS
+    )
+    width: Width | None = (
+        None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    )
+    backbone: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # options of a backbone timm:NAME in the ResNet's place
     head_channels: Width = 256  # of each branch
     features: Width = 256  # channels before the classifier
-    extra_norm: bool = False  # a batch norm between backbone and head: CPSL's students of stages 2 and 3
+    extra_norm: bool = (
+        False  # a batch norm between backbone and head: CPSL's students of stages 2 and 3
+    )
     dropout: Rate = 0.1  # of whole channels, before the classifier
     freeze_bn: bool = False  # batch norms keep their statistics and weights (the warm-up)
     # regular expression → ours, on names of the file
@@ -44,7 +57,9 @@ class DeepLabV2Options:
     def __post_init__(self):
         fewest = -(-REDUCTION // len(DILATIONS))
         if self.head_channels < fewest:
-            raise ValueError(f"head_channels: {self.head_channels} is less than {fewest}, too few for the channel gate")
+            raise ValueError(
+                f"head_channels: {self.head_channels} is less than {fewest}, too few for the channel gate"
+            )
 
 
 class Bottleneck(nn.Module):
@@ -70,10 +85,14 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True)
 
 
-def stage(channels: int, width: int, blocks: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
+def stage(
+    channels: int, width: int, blocks: int, stride: int = 1, dilation: int = 1
+) -> nn.Sequential:
     """One stage of the backbone: (B, channels, h, w) to (B, 4·width, h/stride, w/stride)."""
     layers = [Bottleneck(channels, width, stride, dilation, first=True)]
-    layers += [Bottleneck(4 * width, width, 1, dilation, first=False) for _ in range(blocks - 1)]
+    layers += [
+        Bottleneck(4 * width, width, 1, dilation, first=False) for _ in range(blocks - 1)
+    ]
     return nn.Sequential(*layers)
 
 
@@ -83,7 +102,9 @@ class ChannelGate(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         hidden = channels // REDUCTION
-        self.se = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid())
+        self.se = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.se(x.mean((2, 3)))[:, :, None, None]
@@ -92,13 +113,21 @@ class ChannelGate(nn.Module):
 class PyramidHead(nn.Module):
     """Five branches of different dilation, gated, merged, classified: (B, C, h, w) to (logits, features)."""
 
-    def __init__(self, channels: int, branch: int, features: int, num_classes: int, dropout: float):
+    def __init__(
+        self, channels: int, branch: int, features: int, num_classes: int, dropout: float
+    ):
         super().__init__()
-        self.conv2d_list = nn.ModuleList(self._branch(channels, branch, dilation) for dilation in DILATIONS)
+        self.conv2d_list = nn.ModuleList(
+            self._branch(channels, branch, dilation) for dilation in DILATIONS
+        )
         merged = branch * len(DILATIONS)
         merge = nn.Conv2d(merged, features, 3, padding=1)
-        self.bottleneck = nn.Sequential(ChannelGate(merged), merge, nn.GroupNorm(gcd(32, features), features))
-        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(features, num_classes, 1, bias=False))
+        self.bottleneck = nn.Sequential(
+            ChannelGate(merged), merge, nn.GroupNorm(gcd(32, features), features)
+        )
+        self.head = nn.Sequential(
+            nn.Dropout2d(dropout), nn.Conv2d(features, num_classes, 1, bias=False)
+        )
 
     @staticmethod
     def _branch(channels: int, branch: int, dilation: int) -> nn.Sequential:
@@ -135,6 +164,7 @@ class DeepLabV2(SegmentationModel):
         self.encoder = encoder
         if encoder is None:
             self._add_resnet(o.width or WIDTH, o.blocks or BLOCKS)
+
         channels = 32 * (o.width or WIDTH) if encoder is None else encoder.channels[-1]
         self.bn_pretrain = nn.BatchNorm2d(channels) if o.extra_norm else None
         self.layer5 = PyramidHead(channels, o.head_channels, o.features, num_classes, o.dropout)
@@ -154,6 +184,7 @@ class DeepLabV2(SegmentationModel):
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
                 nn.init.normal_(module.weight, std=0.01)
+
         nn.init.zeros_(self.layer5.bottleneck[1].bias)
         if self.options.freeze_bn:
             for norm in self._batchnorms():
@@ -167,6 +198,7 @@ class DeepLabV2(SegmentationModel):
         if self.options.freeze_bn:
             for norm in self._batchnorms():
                 norm.eval()
+
         return self
 
     def segment(self, x: Tensor) -> dict[str, Any]:
@@ -195,17 +227,27 @@ def deeplabv2(config: ModelConfig) -> DeepLabV2:
     shared = (config.num_classes, *pixel_statistics(config), config.align_corners, options)
     if is_timm(config):
         refuse_resnet_options(options, ("blocks", "width", "pretrained_keys"))
-        return DeepLabV2(*shared, build_backbone(config, **{"output_stride": STRIDE, **options.backbone}))
+        return DeepLabV2(
+            *shared, build_backbone(config, **{"output_stride": STRIDE, **options.backbone})
+        )
+
     if options.backbone:
-        raise ConfigError("model.options.backbone: only a backbone timm:NAME has options here; set model.backbone")
+        raise ConfigError(
+            "model.options.backbone: only a backbone timm:NAME has options here; set model.backbone"
+        )
 
     model = DeepLabV2(*shared)
     if config.pretrained is True:
         if (options.blocks or BLOCKS, options.width or WIDTH) != (BLOCKS, WIDTH):
-            raise ConfigError("model.pretrained: public weights exist for blocks [3, 4, 23, 3] and width 64 alone")
+            raise ConfigError(
+                "model.pretrained: public weights exist for blocks [3, 4, 23, 3] and width 64 alone"
+            )
         load_backbone(_Backbone(model), "resnet101", True)
     elif config.pretrained and not model.conv1.weight.is_meta:
-        load_initial(model, find_weights(str(config.pretrained)), model.backbone, options.pretrained_keys)
+        load_initial(
+            model, find_weights(str(config.pretrained)), model.backbone, options.pretrained_keys
+        )
+
     return model
 
 

@@ -42,7 +42,9 @@ class ConvNormReLU(nn.Module):
     def __init__(self, channels: int, out: int, kernel: int = 1, dilation: int = 1):
         super().__init__()
         padding = kernel // 2 * dilation
-        self.conv = nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation, bias=False)
+        self.conv = nn.Conv2d(
+            channels, out, kernel, padding=padding, dilation=dilation, bias=False
+        )
         self.norm = nn.BatchNorm2d(out)
         nn.init.kaiming_uniform_(self.conv.weight, a=1)
 
@@ -56,9 +58,18 @@ class PyramidPooling(nn.Module):
     The release pools with a window of the training crop's size; at that size, and here at any, it is the global mean.
     """
 
-    def __init__(self, channels: int, out: int, dilations: tuple[int, ...], dropout: float, pool_norm: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        out: int,
+        dilations: tuple[int, ...],
+        dropout: float,
+        pool_norm: bool = False,
+    ):
         super().__init__()
-        branches = [ConvNormReLU(channels, out)] + [ConvNormReLU(channels, out, 3, d) for d in dilations]
+        branches = [ConvNormReLU(channels, out)] + [
+            ConvNormReLU(channels, out, 3, d) for d in dilations
+        ]
         self.branches = nn.ModuleList(branches)
         self.pool = ConvNormReLU(channels, out) if pool_norm else nn.Conv2d(channels, out, 1)
         self.project = ConvNormReLU(out * (len(branches) + 1), out)
@@ -68,12 +79,18 @@ class PyramidPooling(nn.Module):
             nn.init.zeros_(self.pool.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        alone = isinstance(self.pool, ConvNormReLU) and not isinstance(self.pool.norm, nn.SyncBatchNorm)
+        alone = isinstance(self.pool, ConvNormReLU) and not isinstance(
+            self.pool.norm, nn.SyncBatchNorm
+        )
         if alone and self.training and len(x) < 2:
-            raise ValueError("DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance")
+            raise ValueError(
+                "DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance"
+            )
 
         pooled = F.relu(self.pool(x.mean((2, 3), keepdim=True))).expand(-1, -1, *x.shape[2:])
-        return self.dropout(self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], 1)))
+        return self.dropout(
+            self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], 1))
+        )
 
 
 class DeepLabV3PlusD2(EncoderDecoder):
@@ -134,7 +151,9 @@ class DeepLabV3PlusUniMatch(DeepLabV3PlusD2):
 
     average_softmax = True
 
-    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusD2Options):
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, mean, std, options: DeepLabV3PlusD2Options
+    ):
         super().__init__(backbone, num_classes, mean, std, options, align_corners=True)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
@@ -162,19 +181,31 @@ def deeplabv3plus_d2(config: ModelConfig) -> DeepLabV3PlusD2:
         raise ConfigError(
             "model.align_corners: detectron2's DeepLabV3+ resizes without aligned corners; set it to false"
         )
+
     backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
     require_stride_4(backbone, "DeepLabV3+")
     if backbone.family == "resnet":
         dilate_last_stage(backbone)
+
     return DeepLabV3PlusD2(backbone, config.num_classes, *pixel_statistics(config), options)
 
 
 def deeplabv3plus_unimatch(config: ModelConfig) -> DeepLabV3PlusUniMatch:
     """UniMatch's network of a config with a ResNet (the release takes resnet50s or resnet101s), or with any network of
     timm that has a map of stride 4."""
-    options = typed(DeepLabV3PlusD2Options, {"dropout": 0.0, "pool_norm": True, **config.options}, "model.options")
+    options = typed(
+        DeepLabV3PlusD2Options,
+        {"dropout": 0.0, "pool_norm": True, **config.options},
+        "model.options",
+    )
     if not config.align_corners:
-        raise ConfigError("model.align_corners: UniMatch's DeepLabV3+ resizes with aligned corners; set it to true")
+        raise ConfigError(
+            "model.align_corners: UniMatch's DeepLabV3+ resizes with aligned corners; set it to true"
+        )
+
     backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
     require_stride_4(backbone, "DeepLabV3+")
-    return DeepLabV3PlusUniMatch(backbone, config.num_classes, *pixel_statistics(config), options)
+
+    return DeepLabV3PlusUniMatch(
+        backbone, config.num_classes, *pixel_statistics(config), options
+    )

@@ -31,7 +31,9 @@ from common.ops.resize import resize
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 WIDTH = 64
 RATES = (6, 12, 18)  # dilations of the ASPP's 3×3 branches
-SUFFIX = "_SubCls"  # of the second branch's ASPP, decoder and classifier; its stages end in _aux
+SUFFIX = (
+    "_SubCls"  # of the second branch's ASPP, decoder and classifier; its stages end in _aux
+)
 DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the classifier
 
 
@@ -39,12 +41,18 @@ DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the clas
 class DeepLabV3PlusOptions:
     """Options of DeepLabV3+; the defaults are the official network."""
 
-    blocks: tuple[Depth, ...] | None = None  # bottlenecks of the ResNet's stages; None: those of model.backbone
-    width: Width | None = None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    blocks: tuple[Depth, ...] | None = (
+        None  # bottlenecks of the ResNet's stages; None: those of model.backbone
+    )
+    width: Width | None = (
+        None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    )
     channels: Width = 256  # of every ASPP branch and of the decoder
     low_channels: Width = 48  # that the first stage's map is reduced to
     dropout: tuple[Rate, Rate, Rate] = DROPOUT
-    backbone: Mapping[str, Any] = field(default_factory=dict)  # options of a backbone timm:NAME in the ResNet's place
+    backbone: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # options of a backbone timm:NAME in the ResNet's place
 
     def __post_init__(self):
         if self.blocks and len(self.blocks) != 4:
@@ -68,8 +76,12 @@ class Backbone(nn.Module):
         grid = [2 * 2 ** min(i, 2) for i in range(blocks[3])]
         self.layer1 = stage(width, width, [1] * blocks[0])
         for suffix in ("", "_aux") if dual else ("",):
-            self.add_module(f"layer2{suffix}", stage(4 * width, 2 * width, [1] * blocks[1], stride=2))
-            self.add_module(f"layer3{suffix}", stage(8 * width, 4 * width, [1] * blocks[2], stride=2))
+            self.add_module(
+                f"layer2{suffix}", stage(4 * width, 2 * width, [1] * blocks[1], stride=2)
+            )
+            self.add_module(
+                f"layer3{suffix}", stage(8 * width, 4 * width, [1] * blocks[2], stride=2)
+            )
             self.add_module(f"layer4{suffix}", stage(16 * width, 8 * width, grid))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -87,7 +99,11 @@ class Backbone(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         low = self.layer1(F.max_pool2d(x, 3, 2, 1))
         high = self.layer4(self.layer3(self.layer2(low)))
-        return low, high, self.layer4_aux(self.layer3_aux(self.layer2_aux(low))) if dual else None
+        return (
+            low,
+            high,
+            self.layer4_aux(self.layer3_aux(self.layer2_aux(low))) if dual else None,
+        )
 
 
 class TimmBackbone(nn.Module):
@@ -107,9 +123,14 @@ class TimmBackbone(nn.Module):
 
 def stage(channels: int, width: int, dilations: list[int], stride: int = 1) -> nn.Sequential:
     """Bottlenecks that stride in their 3×3 convolution: (B, channels, h, w) to (B, 4·width, h/stride, w/stride)."""
-    shortcut = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+    shortcut = nn.Sequential(
+        nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+    )
     blocks = [Bottleneck(channels, width, stride, shortcut, dilation=dilations[0])]
-    return nn.Sequential(*blocks, *(Bottleneck(4 * width, width, dilation=dilation) for dilation in dilations[1:]))
+    return nn.Sequential(
+        *blocks,
+        *(Bottleneck(4 * width, width, dilation=dilation) for dilation in dilations[1:]),
+    )
 
 
 class Branch(nn.Module):
@@ -118,7 +139,9 @@ class Branch(nn.Module):
     def __init__(self, channels: int, out: int, dilation: int):
         super().__init__()
         kernel, padding = (1, 0) if dilation == 1 else (3, dilation)
-        self.atrous_conv = nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation, bias=False)
+        self.atrous_conv = nn.Conv2d(
+            channels, out, kernel, padding=padding, dilation=dilation, bias=False
+        )
         self.bn = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,7 +155,12 @@ class ASPP(nn.Module):
         super().__init__()
         for i, dilation in enumerate((1, *RATES), 1):
             self.add_module(f"aspp{i}", Branch(channels, out, dilation))
-        pool = (nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        pool = (
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        )
         self.global_avg_pool = nn.Sequential(*pool)
         self.conv1 = nn.Conv2d(5 * out, out, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(out)
@@ -140,7 +168,9 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) < 2 and not isinstance(self.bn1, nn.SyncBatchNorm):
-            raise ValueError("DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance")
+            raise ValueError(
+                "DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance"
+            )
         pooled = self.global_avg_pool(x).expand(-1, -1, *x.shape[2:])
         x = torch.cat([self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled], 1)
         return self.dropout(F.relu(self.bn1(self.conv1(x)), inplace=True))
@@ -153,13 +183,23 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(low_channels, reduced, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(reduced)
-        first = (nn.Conv2d(out + reduced, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
-        second = (nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+        first = (
+            nn.Conv2d(out + reduced, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(inplace=True),
+        )
+        second = (
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(inplace=True),
+        )
         self.last_conv = nn.Sequential(*first, nn.Dropout(dropout), *second)
 
     def forward(self, x: Tensor, low: Tensor) -> Tensor:
         low = F.relu(self.bn1(self.conv1(low)), inplace=True)
-        return self.last_conv(torch.cat([resize(x, low.shape[-2:], align_corners=True), low], 1))
+        return self.last_conv(
+            torch.cat([resize(x, low.shape[-2:], align_corners=True), low], 1)
+        )
 
 
 class Encoder(nn.Module):
@@ -172,7 +212,9 @@ class Encoder(nn.Module):
         finest, coarsest = backbone.channels
         for suffix in ("", SUFFIX) if dual else ("",):
             self.add_module(f"aspp{suffix}", ASPP(coarsest, o.channels, after_aspp))
-            self.add_module(f"decoder{suffix}", Decoder(finest, o.low_channels, o.channels, inside))
+            self.add_module(
+                f"decoder{suffix}", Decoder(finest, o.low_channels, o.channels, inside)
+            )
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("backbone."):
                 nn.init.kaiming_normal_(module.weight)
@@ -191,7 +233,13 @@ class DeepLabV3Plus(SegmentationModel):
     """
 
     def __init__(
-        self, num_classes: int, mean, std, backbone: nn.Module, options: DeepLabV3PlusOptions, subclasses: int = 0
+        self,
+        num_classes: int,
+        mean,
+        std,
+        backbone: nn.Module,
+        options: DeepLabV3PlusOptions,
+        subclasses: int = 0,
     ):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
@@ -199,12 +247,17 @@ class DeepLabV3Plus(SegmentationModel):
         self.encoder = Encoder(backbone, options, self.dual)
         self.classifier = classifier(options.channels, num_classes, options.dropout[2])
         if self.dual:
-            self.classifier_SubCls = classifier(options.channels, subclasses, options.dropout[2])
+            self.classifier_SubCls = classifier(
+                options.channels, subclasses, options.dropout[2]
+            )
         self.classifiers = ("classifier.1",)
 
     def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 to what `segment` takes, padded by reflection at the bottom and right."""
-        (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
+        (height, width), (padded_height, padded_width) = (
+            images.shape[-2:],
+            self._padded(images.shape[-2:]),
+        )
         x = self.standardise(images, extent)
         if (height, width) == (padded_height, padded_width):
             return x
@@ -216,12 +269,21 @@ class DeepLabV3Plus(SegmentationModel):
         return self.encoder(x, subclasses and self.dual)
 
     def forward(
-        self, images: Tensor, extent: Tensor | None = None, *, subclasses: bool | None = None, pooled: int = 0
+        self,
+        images: Tensor,
+        extent: Tensor | None = None,
+        *,
+        subclasses: bool | None = None,
+        pooled: int = 0,
     ) -> dict[str, Any]:
         """Images (B, 3, H, W), RGB in 0–255, to the outputs of `segment`, which says what the keywords do."""
-        return self.segment(self.normalise(images, extent), subclasses=subclasses, pooled=pooled)
+        return self.segment(
+            self.normalise(images, extent), subclasses=subclasses, pooled=pooled
+        )
 
-    def segment(self, x: Tensor, *, subclasses: bool | None = None, pooled: int = 0) -> dict[str, Any]:
+    def segment(
+        self, x: Tensor, *, subclasses: bool | None = None, pooled: int = 0
+    ) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to `logits` (B, C, H/4, W/4) and `features` (B, 256, H/4, W/4); with
         `subclasses` (default: in training) `sub_logits` (B, K, H/4, W/4) and `sub_features` too.
 
@@ -229,8 +291,14 @@ class DeepLabV3Plus(SegmentationModel):
         `pooled_logits` (pooled, C, H/8, W/8) and `pooled_sub_logits`, and the others' are `logits` and `sub_logits`,
         which are left out where there are no others.
         """
-        features, sub_features = self.encode(x, self.training if subclasses is None else subclasses)
-        out = {"features": features, "aux": [], **logits_of(features, self.classifier, "logits", pooled)}
+        features, sub_features = self.encode(
+            x, self.training if subclasses is None else subclasses
+        )
+        out = {
+            "features": features,
+            "aux": [],
+            **logits_of(features, self.classifier, "logits", pooled),
+        }
         if sub_features is not None:
             sub_logits = logits_of(sub_features, self.classifier_SubCls, "sub_logits", pooled)
             out |= {"sub_features": sub_features, **sub_logits}
@@ -280,16 +348,22 @@ def usrn(config: ModelConfig) -> DeepLabV3Plus:
     return _build(config, options, options.subclasses)
 
 
-def _build(config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int = 0) -> DeepLabV3Plus:
+def _build(
+    config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int = 0
+) -> DeepLabV3Plus:
     if not config.align_corners:
-        raise ConfigError("model.align_corners: USRN's DeepLabV3+ resizes with aligned corners; set it to true")
+        raise ConfigError(
+            "model.align_corners: USRN's DeepLabV3+ resizes with aligned corners; set it to true"
+        )
     statistics = pixel_statistics(config)
     if is_timm(config):
         backbone = _timm_backbone(config, options, dual=subclasses > 0)
         return DeepLabV3Plus(config.num_classes, *statistics, backbone, options, subclasses)
 
     if options.backbone:
-        raise ConfigError("model.options.backbone: only a backbone timm:NAME has options here; set model.backbone")
+        raise ConfigError(
+            "model.options.backbone: only a backbone timm:NAME has options here; set model.backbone"
+        )
     blocks = options.blocks or pick(BLOCKS, config.backbone, "model.backbone")
     backbone = Backbone(blocks, options.width or WIDTH, dual=subclasses > 0)
     model = DeepLabV3Plus(config.num_classes, *statistics, backbone, options, subclasses)
@@ -299,7 +373,9 @@ def _build(config: ModelConfig, options: DeepLabV3PlusOptions, subclasses: int =
     return model
 
 
-def _timm_backbone(config: ModelConfig, options: DeepLabV3PlusOptions, dual: bool) -> TimmBackbone:
+def _timm_backbone(
+    config: ModelConfig, options: DeepLabV3PlusOptions, dual: bool
+) -> TimmBackbone:
     """ConfigError for a network without a map of stride 4, and for options of the ResNet."""
     refuse_resnet_options(options, ("blocks", "width"))
     net = build_backbone(config, **{"output_stride": 16, **options.backbone})

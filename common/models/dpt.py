@@ -25,7 +25,9 @@ WIDTHS = {  # of the head's four levels, and of its decoder
 class DPTOptions:
     """Options of DINOv2 with DPT; the defaults are UniMatch V2's for each backbone."""
 
-    widths: tuple[Width, Width, Width, Width] | None = None  # channels of the head's four levels
+    widths: tuple[Width, Width, Width, Width] | None = (
+        None  # channels of the head's four levels
+    )
     channels: Width | None = None  # of the head's decoder
     lock_backbone: bool = False  # the backbone is not trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
@@ -53,7 +55,11 @@ class DPT(Segmentor, EncoderDecoder):
         """RGB in 0–255 to what `segment` takes: resized (bilinear, aligned corners) after the pixel statistics."""
         x = self.standardise(images, extent)
         size = whole_patches(images.shape[-2:])
-        return x if size == tuple(x.shape[-2:]) else F.interpolate(x, size, mode="bilinear", align_corners=True)
+        return (
+            x
+            if size == tuple(x.shape[-2:])
+            else F.interpolate(x, size, mode="bilinear", align_corners=True)
+        )
 
     def _geometry(self, images: Tensor, size: tuple[int, int] | None) -> Extents:
         given = tuple(images.shape[-2:])
@@ -72,10 +78,20 @@ def dpt(config: ModelConfig) -> DPT:
     widths, channels = pick(WIDTHS, config.backbone, "model.backbone")
     options = typed(DPTOptions, config.options, "model.options")
     if not config.align_corners:
-        raise ConfigError("model.align_corners: DPT resizes with aligned corners; set it to true")
+        raise ConfigError(
+            "model.align_corners: DPT resizes with aligned corners; set it to true"
+        )
 
     backbone: DINOv2 = build_backbone(config, **options.backbone)
     backbone.requires_grad_(not options.lock_backbone)
-    head = DPTHead(backbone.channels[0], options.widths or widths, options.channels or channels, config.num_classes)
+    head = DPTHead(
+        backbone.channels[0],
+        options.widths or widths,
+        options.channels or channels,
+        config.num_classes,
+    )
     mean, std = pixel_statistics(config)
-    return DPT(backbone, head, num_classes=config.num_classes, mean=mean, std=std, align_corners=True)
+
+    return DPT(
+        backbone, head, num_classes=config.num_classes, mean=mean, std=std, align_corners=True
+    )

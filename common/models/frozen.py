@@ -19,11 +19,15 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> "Frozen":
         return super().train(False)
 
-    def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    def state_dict(
+        self, *args: Any, destination: dict[str, Any] | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Nothing: the state that was given, as it was."""
         return {} if destination is None else destination
 
 
 def _keep(module: Frozen, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict says nothing of the network, which is no fault of it: it keeps its tensors."""
-    state.update({f"{prefix}net.{name}": tensor for name, tensor in module.net.state_dict().items()})
+    state.update(
+        {f"{prefix}net.{name}": tensor for name, tensor in module.net.state_dict().items()}
+    )

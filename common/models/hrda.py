@@ -41,7 +41,8 @@ class MultiScaleHead(nn.Module):
 
     def __init__(self, head: nn.Module, scale_attention: nn.Module):
         super().__init__()
-        self.head, self.scale_attention = head, scale_attention
+        self.head = head
+        self.scale_attention = scale_attention
 
 
 class HRDANetwork(SegmentationModel):
@@ -68,9 +69,15 @@ class HRDANetwork(SegmentationModel):
         window_batch: int = 9,
     ):
         super().__init__(num_classes, mean, std, align_corners, divisor=SHRINK * stride)
-        self.backbone, self.decode_head = backbone, decode_head
-        self.stride, self.crop, self.overlap, self.window_batch = stride, tuple(crop), overlap, window_batch
-        self.classifiers = tuple(name for name, _ in self.named_modules() if name.endswith("conv_seg"))
+        self.backbone = backbone
+        self.decode_head = decode_head
+        self.stride = stride
+        self.crop = tuple(crop)
+        self.overlap = overlap
+        self.window_batch = window_batch
+        self.classifiers = tuple(
+            name for name, _ in self.named_modules() if name.endswith("conv_seg")
+        )
 
     def context(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) at half size."""
@@ -80,11 +87,14 @@ class HRDANetwork(SegmentationModel):
         """The detail crop of one training batch, drawn on the host; as released, the last position is never drawn."""
         step = SHRINK * self.stride
         starts = []
+
         for side, crop in zip(size, self._crop_in(size), strict=True):
             places = max((side - crop + 1) // step, 1)
             starts.append(step * int(torch.randint(places, (), device="cpu")))
+
         height, width = self._crop_in(size)
         y, x = starts
+
         return Box(y, y + height, x, x + width)
 
     def segment_crop(self, x: Tensor, box: Box) -> dict[str, Any]:
@@ -98,9 +108,12 @@ class HRDANetwork(SegmentationModel):
 
         inside = torch.zeros_like(attention[:1, :1])
         box.over(SHRINK * self.stride).of(inside).fill_(1)
-        placed = detail.new_zeros(*detail.shape[:2], *(side // self.stride for side in x.shape[-2:]))
+        placed = detail.new_zeros(
+            *detail.shape[:2], *(side // self.stride for side in x.shape[-2:])
+        )
         box.over(self.stride).of(placed).copy_(detail)
         logits = self._fused(attention * inside, context, placed)
+
         return {"logits": logits, "aux": [], "features": features, "detail": detail}
 
     def segment(self, x: Tensor) -> dict[str, Any]:
@@ -112,6 +125,7 @@ class HRDANetwork(SegmentationModel):
         detail = self._slide(x)
         logits = self._fused(attention, context, detail)
         extras = {"attention": attention, "context": context, "detail": detail}
+
         return {"logits": logits, "aux": [], "features": features, **extras}
 
     def _fused(self, attention: Tensor, context: Tensor, detail: Tensor) -> Tensor:
@@ -122,7 +136,9 @@ class HRDANetwork(SegmentationModel):
     def windows(self, size: tuple[int, int]) -> list[Box]:
         """The detail windows of an image, row by row; the last of a row or column is shifted back into it."""
         height, width = self._crop_in(size)
-        rows, columns = (self._starts(*pair) for pair in zip(size, (height, width), strict=True))
+        rows, columns = (
+            self._starts(*pair) for pair in zip(size, (height, width), strict=True)
+        )
         return [Box(y, y + height, x, x + width) for y in rows for x in columns]
 
     def _starts(self, side: int, crop: int) -> list[int]:
@@ -138,14 +154,19 @@ class HRDANetwork(SegmentationModel):
         boxes = self.windows(tuple(x.shape[-2:]))
         at_once = len(boxes) if self.training else self.window_batch
         total = seen = None
+
         for start in range(0, len(boxes), at_once):
             some = boxes[start : start + at_once]
-            logits = self.decode_head.head(list(self.backbone(torch.cat([box.of(x) for box in some]))))
+            logits = self.decode_head.head(
+                list(self.backbone(torch.cat([box.of(x) for box in some])))
+            )
             if total is None:
                 size = tuple(side // self.stride for side in x.shape[-2:])
                 total = logits.new_zeros(len(x), logits.shape[1], *size)
                 seen = logits.new_zeros(size)
+
             for box, window in zip(some, logits.split(len(x)), strict=True):
                 box.over(self.stride).of(total).add_(window)
                 box.over(self.stride).of(seen).add_(1)
+
         return total / seen

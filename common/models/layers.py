@@ -25,7 +25,9 @@ class ConvBNAct(nn.Module):
     ):
         super().__init__()
         padding = dilation * (kernel // 2) if padding is None else padding
-        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=False)
+        self.conv = nn.Conv2d(
+            channels, out, kernel, stride, padding, dilation, groups, bias=False
+        )
         self.bn = nn.BatchNorm2d(out)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
@@ -36,7 +38,14 @@ class ConvBNAct(nn.Module):
 class DecodeHead(nn.Module):
     """Base of heads that end in channel dropout and the 1×1 classifier `conv_seg` (N(0, 0.01), bias 0)."""
 
-    def __init__(self, channels: int, num_classes: int, *, dropout: float = 0.1, align_corners: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.1,
+        align_corners: bool = False,
+    ):
         super().__init__()
         self.align_corners = align_corners
         self.dropout = nn.Dropout2d(dropout)

@@ -15,7 +15,8 @@ from common.config import ConfigError
 from common.data import IGNORE
 from common.ops.resize import resize_rows, source_rows
 
-BAND = {"cpu": 1 << 20, "cuda": 1 << 24}  # scores that a band of `labels` holds: the cache, or 64 MiB
+# scores that a band of `labels` holds: the cache, or 64 MiB
+BAND = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Extents(NamedTuple):
@@ -36,15 +37,25 @@ class SegmentationModel(nn.Module, ABC):
         divisor: images are padded at the bottom and right to a multiple of it, with 0 after normalisation.
     """
 
-    heads: tuple[str, ...] = ("decode",)  # what a loss has to train: `logits` (decode), `aux`, …
+    heads: tuple[str, ...] = (
+        "decode",
+    )  # what a loss has to train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
 
-    def __init__(self, num_classes: int, mean, std, align_corners: bool = False, divisor: int = 1):
+    def __init__(
+        self, num_classes: int, mean, std, align_corners: bool = False, divisor: int = 1
+    ):
         super().__init__()
-        self.num_classes, self.align_corners, self.divisor = num_classes, align_corners, divisor
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.num_classes = num_classes
+        self.align_corners = align_corners
+        self.divisor = divisor
+        self.register_buffer(
+            "mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False
+        )
 
     @abstractmethod
     def segment(self, x: Tensor) -> dict[str, Any]:
@@ -58,11 +69,15 @@ class SegmentationModel(nn.Module, ABC):
         """
         for name in trained:
             if name not in self.heads:
-                raise ConfigError(f"{where}.{name}: the network has no such head; remove it ({self._known_heads()})")
+                raise ConfigError(
+                    f"{where}.{name}: the network has no such head; remove it ({self._known_heads()})"
+                )
         for name in self.heads:
             if name not in trained:
                 advice = ", or set model.options.auxiliary=false" if name == "aux" else ""
-                raise ConfigError(f"{where}: no loss trains the network's head {name!r}; name it{advice}")
+                raise ConfigError(
+                    f"{where}: no loss trains the network's head {name!r}; name it{advice}"
+                )
 
     def _known_heads(self) -> str:
         return f"its heads: {', '.join(self.heads)}"
@@ -70,9 +85,11 @@ class SegmentationModel(nn.Module, ABC):
     def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 (uint8 or float) to what `segment` takes, padded to `divisor`. extent: see `standardise`."""
         x = self.standardise(images, extent)
-        (height, width), (padded_height, padded_width) = images.shape[-2:], self._padded(images.shape[-2:])
+        (height, width) = images.shape[-2:]
+        (padded_height, padded_width) = self._padded(images.shape[-2:])
         if (height, width) == (padded_height, padded_width):
             return x
+
         return F.pad(x, (0, padded_width - width, 0, padded_height - height))
 
     def standardise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
@@ -83,12 +100,14 @@ class SegmentationModel(nn.Module, ABC):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, H, W)")
+
         x = (images - self.mean) / self.std
         if extent is None:
             return x
 
         below = torch.arange(x.shape[2], device=x.device) >= extent[:, :1]
         beside = torch.arange(x.shape[3], device=x.device) >= extent[:, 1:]
+
         return x.masked_fill_(below[:, None, :, None] | beside[:, None, None, :], 0)
 
     def pad_label(self, label: Tensor) -> Tensor:
@@ -100,6 +119,7 @@ class SegmentationModel(nn.Module, ABC):
         padded_height, padded_width = self._padded((height, width))
         if (height, width) == (padded_height, padded_width):
             return label
+
         return F.pad(label, (0, padded_width - width, 0, padded_height - height), value=IGNORE)
 
     def forward(self, images: Tensor, extent: Tensor | None = None) -> dict[str, Any]:
@@ -123,18 +143,27 @@ class SegmentationModel(nn.Module, ABC):
 
         The label is the argmax of `predict`; scores are made for a band of rows at a time. offsets: (K,), see `adjust`.
         """
-        geometry, batch = self._geometry(images, size), images.shape[0]
-        out, (height, width) = self.infer(images), geometry.size
+        geometry = self._geometry(images, size)
+        batch = images.shape[0]
+        out = self.infer(images)
+        (height, width) = geometry.size
         if offsets is not None:
             out = self.adjust(out, offsets.to(images.device))
+
         label = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
-        confidence = torch.empty(batch, height, width, dtype=torch.float32, device=images.device)
-        step = max(BAND.get(images.device.type, BAND["cuda"]) // (batch * self.num_classes * width), 1)
+        confidence = torch.empty(
+            batch, height, width, dtype=torch.float32, device=images.device
+        )
+        step = max(
+            BAND.get(images.device.type, BAND["cuda"]) // (batch * self.num_classes * width), 1
+        )
+
         for start in range(0, height, step):
             rows = (start, min(start + step, height))
             band = self.scores(out, geometry, rows)
             best, label[:, slice(*rows)] = band.max(1)
             confidence[:, slice(*rows)] = self.confidence(band, best)
+
         return label, confidence
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
@@ -155,8 +184,10 @@ class SegmentationModel(nn.Module, ABC):
         padded, inner, size = geometry
         if inner == size:
             return resize_rows(x, padded, rows, self.align_corners)[..., : inner[1]]
+
         band = source_rows(inner[0], size[0], rows, self.align_corners)
         x = resize_rows(x, padded, band, self.align_corners)[..., : inner[1]]
+
         return resize_rows(x, size, rows, self.align_corners, first=band[0], height=inner[0])
 
     def _padded(self, size) -> tuple[int, int]:
@@ -199,11 +230,16 @@ class Segmentor(SegmentationModel):
         auxiliary_head: nn.Module | None = None,
     ):
         super().__init__(num_classes, mean, std, align_corners)
-        self.backbone, self.neck = backbone, neck
-        self.decode_head, self.auxiliary_head = decode_head, auxiliary_head
+        self.backbone = backbone
+        self.neck = neck
+        self.decode_head = decode_head
+        self.auxiliary_head = auxiliary_head
         if auxiliary_head is not None or getattr(decode_head, "auxiliary", False):
             self.heads = ("decode", "aux")
-        self.classifiers = tuple(name for name, _ in self.named_modules() if name.endswith("conv_seg"))
+
+        self.classifiers = tuple(
+            name for name, _ in self.named_modules() if name.endswith("conv_seg")
+        )
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to a dict: `logits` (B, K, h, w), `aux` (list of logits), `features`
@@ -211,11 +247,13 @@ class Segmentor(SegmentationModel):
         features = list(self.backbone(x))
         if self.neck is not None:
             features = list(self.neck(features))
+
         out = self.decode_head(features)
         out = dict(out) if isinstance(out, dict) else {"logits": out}
         aux = list(out.get("aux", ()))
         if auxiliary and self.auxiliary_head is not None:
             aux.append(self.auxiliary_head(features))
+
         return {**out, "aux": aux, "features": features}
 
     def infer(self, images: Tensor) -> dict[str, Any]:

@@ -111,7 +111,14 @@ def _model(scan: Scan, size: int, generator: torch.Generator) -> tuple[np.ndarra
     return rows[order], torch.from_numpy(weights[order]).float().to(scan.margin.device)
 
 
-def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softness: float, enough: float) -> Tensor:
+def _newton(
+    cost: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    prices: Tensor,
+    softness: float,
+    enough: float,
+) -> Tensor:
     """Prices (k,) under which the points of `cost` (m,k), by `weights` (m,), fill the clusters to `target` (k,).
 
     Maximises the dual of the assignment with its minimum over clusters softened: the gradient is (soft sizes − target),
@@ -124,13 +131,17 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
     if (scale := float(cost.max())) == 0:
         return prices
     softness = max(softness, 1e-5 * scale)
-    ridge = torch.eye(k, device=cost.device, dtype=torch.float64) * (1e-3 * float(weights.sum()) / k)
+    ridge = torch.eye(k, device=cost.device, dtype=torch.float64) * (
+        1e-3 * float(weights.sum()) / k
+    )
     best, best_prices, stale, rising = float("inf"), None, 0, True
     for _ in range(60):
         share = torch.softmax((cost + prices) * (-1 / softness), 1)
         weighted = share * weights[:, None]
         sizes = weighted.sum(0)
-        step = torch.linalg.solve((torch.diag(sizes) - share.T @ weighted).double() + ridge, (sizes - target).double())
+        step = torch.linalg.solve(
+            (torch.diag(sizes) - share.T @ weighted).double() + ridge, (sizes - target).double()
+        )
         step -= step.mean()
         length = float(step.max() - step.min())
         if rising and length > 16:
@@ -152,7 +163,9 @@ def _newton(cost: Tensor, weights: Tensor, target: Tensor, prices: Tensor, softn
     return prices - prices.mean()
 
 
-def equalise(costs: Costs, prices: Tensor, limit: float, generator: torch.Generator) -> tuple[Scan, Tensor]:
+def equalise(
+    costs: Costs, prices: Tensor, limit: float, generator: torch.Generator
+) -> tuple[Scan, Tensor]:
     """Prices (k,) that leave at most the share `limit` of the points in surplus, and the scan under them."""
     n, k = costs.n, costs.k
     size = max(8192, 192 * k)
@@ -169,9 +182,12 @@ def equalise(costs: Costs, prices: Tensor, limit: float, generator: torch.Genera
         target *= weights.sum() / target.sum()
         # a part of the points foresees what the change does to all of them only so well
         enough = n * max(limit / 2, scan.excess / 10 if n > size else 0.0)
-        prices = _newton(cost, weights, target, prices, _quantile(scan.margin, 2 * scan.excess), enough)
+        prices = _newton(
+            cost, weights, target, prices, _quantile(scan.margin, 2 * scan.excess), enough
+        )
         scan = _scan(costs, prices)
-        stale = 0 if scan.excess < 0.9 * best[0].excess else stale + 1  # ties cannot be resolved by prices
+        # ties cannot be resolved by prices
+        stale = 0 if scan.excess < 0.9 * best[0].excess else stale + 1
         if scan.excess < best[0].excess:
             best = scan, prices
     return best
@@ -187,7 +203,15 @@ class Repair:
     is a min-cost flow, exact for `slack` 0. A path takes as many points as are wanted and lose at most `slack` by it.
     """
 
-    def __init__(self, cost: np.ndarray, prices: np.ndarray, labels: np.ndarray, surplus, small, slack: float):
+    def __init__(
+        self,
+        cost: np.ndarray,
+        prices: np.ndarray,
+        labels: np.ndarray,
+        surplus,
+        small,
+        slack: float,
+    ):
         self.cost, self.labels, self.slack = cost, labels.copy(), slack
         self.surplus, self.small = surplus.copy(), small.copy()
         self.start, self.prices = prices.astype(np.float64), prices.astype(np.float64)
@@ -199,7 +223,9 @@ class Repair:
         while (self.surplus > 0).any():
             path = self._path()
             moves = [self._move(a, b) for a, b in zip(path[:-1], path[1:], strict=True)]
-            amount = min(self.surplus[path[0]], -self.surplus[path[-1]], *(most for most, _ in moves))
+            amount = min(
+                self.surplus[path[0]], -self.surplus[path[-1]], *(most for most, _ in moves)
+            )
             for (_, rows), a, b in zip(moves, path[:-1], path[1:], strict=True):
                 if rows is None:
                     self.small[a], self.small[b] = False, True
@@ -218,13 +244,17 @@ class Repair:
         if len(rows):
             own = self.labels[rows]
             present, starts = np.unique(own, return_index=True)
-            self.edges[present] = np.minimum.reduceat(self.cost[rows] - self.cost[rows, own][:, None], starts)
+            self.edges[present] = np.minimum.reduceat(
+                self.cost[rows] - self.cost[rows, own][:, None], starts
+            )
 
     def _path(self) -> list[int]:
         """The cheapest path from a cluster with surplus to one with a deficit (Bellman-Ford); moves the prices."""
         shift = self.prices - self.start
         points = self.edges + shift - shift[:, None]
-        roles = np.where(self.small[:, None] & ~self.small, self.prices - self.prices[:, None], np.inf)
+        roles = np.where(
+            self.small[:, None] & ~self.small, self.prices - self.prices[:, None], np.inf
+        )
         edges = np.maximum(np.minimum(points, roles), 0)
         distance = np.where(self.surplus > 0, 0.0, np.inf)
         before = np.full(len(distance), -1)
@@ -244,11 +274,19 @@ class Repair:
     def _move(self, a: int, b: int) -> tuple[int, np.ndarray | None]:
         """How much may go from a to b now, and the points, best first; None: the role goes."""
         rows = np.flatnonzero(self.labels == a)
-        loss = self.cost[rows, b] - self.cost[rows, a] + ((self.prices - self.start)[b] - (self.prices - self.start)[a])
-        role = self.prices[b] - self.prices[a] if self.small[a] and not self.small[b] else np.inf
+        loss = (
+            self.cost[rows, b]
+            - self.cost[rows, a]
+            + ((self.prices - self.start)[b] - (self.prices - self.start)[a])
+        )
+        role = (
+            self.prices[b] - self.prices[a] if self.small[a] and not self.small[b] else np.inf
+        )
         if role < loss.min(initial=np.inf):
             return 1, None
-        return max(1, int((loss <= self.slack + self.rounding).sum())), rows[loss.argsort(kind="stable")]
+        return max(1, int((loss <= self.slack + self.rounding).sum())), rows[
+            loss.argsort(kind="stable")
+        ]
 
 
 def exact_labels(costs: Costs, scan: Scan, prices: Tensor, slack: float = 0.0) -> Tensor:
@@ -260,7 +298,8 @@ def exact_labels(costs: Costs, scan: Scan, prices: Tensor, slack: float = 0.0) -
     sizes = np.bincount(labels, minlength=k)
     surplus = sizes - (-(-n // k) - small)
     if (surplus > 0).any():
-        quota = n if n <= EXACT_BELOW else 2 * surplus.clip(0) + 512  # a cluster gives first who loses least by it
+        # a cluster gives first who loses least by it
+        quota = n if n <= EXACT_BELOW else 2 * surplus.clip(0) + 512
         order = np.lexsort((scan.margin.cpu().numpy(), labels))
         rank = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
         rows = np.sort(order[rank < np.broadcast_to(quota, k)[labels[order]]])

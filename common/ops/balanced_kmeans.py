@@ -18,9 +18,13 @@ from torch import Tensor
 
 from common.ops.balanced_assignment import EXACT_BELOW, TIGHT, Matrix, equalise, exact_labels
 
-GRADUAL = 0.8  # share of the points that may be in surplus: this to the power of the iteration, …
+GRADUAL = (
+    0.8  # share of the points that may be in surplus: this to the power of the iteration, …
+)
 LOOSE = 5e-3  # … down to this; up to EXACT_BELOW points every assignment is exact
-ONE_THREAD = 2**21  # up to this many distances a second thread gains little, and loses much on a busy machine
+ONE_THREAD = (
+    2**21
+)  # up to this many distances a second thread gains little, and loses much on a busy machine
 SLACK = 1e-4  # relative increase of the objective that the repair may cause by moving points in bulk
 
 
@@ -41,7 +45,9 @@ class Clusters(NamedTuple):
 class _Rows:
     """Blocks of float32 rows of an array, a memory map or a tensor; `index` selects the rows, in ascending order."""
 
-    def __init__(self, data, index: np.ndarray | None, device: torch.device, block: int = 16384):
+    def __init__(
+        self, data, index: np.ndarray | None, device: torch.device, block: int = 16384
+    ):
         self.data, self.index, self.device, self.block = data, index, device, block
         self.n, self.dim = len(data) if index is None else len(index), data.shape[1]
 
@@ -49,7 +55,11 @@ class _Rows:
         if self.index is not None:
             where = self.index[where]
         if isinstance(self.data, Tensor):
-            where = where if isinstance(where, slice) else torch.from_numpy(where).to(self.data.device)
+            where = (
+                where
+                if isinstance(where, slice)
+                else torch.from_numpy(where).to(self.data.device)
+            )
             return self.data[where].to(self.device, torch.float32)
         return torch.from_numpy(np.array(self.data[where])).to(self.device).float()
 
@@ -59,7 +69,12 @@ class _Rows:
             yield where, self.get(where)
 
     def take(self, where: np.ndarray) -> _Rows:
-        return _Rows(self.data, where if self.index is None else self.index[where], self.device, self.block)
+        return _Rows(
+            self.data,
+            where if self.index is None else self.index[where],
+            self.device,
+            self.block,
+        )
 
     def resident(self) -> _Rows:
         whole = torch.empty(self.n, self.dim, device=self.device)
@@ -115,7 +130,9 @@ def _moments(rows: _Rows) -> tuple[Tensor, float]:
     mean = torch.zeros(rows.dim, dtype=torch.float64, device=rows.device)
     for _, x in rows.blocks():
         mean += x.sum(0, dtype=torch.float64) / rows.n
-    return mean, sum(float((x - mean.float()).square_().sum(dtype=torch.float64)) for _, x in rows.blocks())
+    return mean, sum(
+        float((x - mean.float()).square_().sum(dtype=torch.float64)) for _, x in rows.blocks()
+    )
 
 
 def _lloyd(
@@ -148,13 +165,20 @@ def _lloyd(
         limit = LOOSE if small or not gradual else max(LOOSE, GRADUAL**iterations)
         scan, prices = equalise(costs, prices, TIGHT if last else limit, generator)
         exact = last or small or scan.excess > 2 * limit
-        previous, lower = lower, spread + scan.dual  # unlike the cost, hardly changed by a size that is not quite n/k
-        converged = converged or (iterations > 0 and limit == LOOSE and previous - lower <= tol * previous)
+        previous, lower = (
+            lower,
+            spread + scan.dual,
+        )  # unlike the cost, hardly changed by a size that is not quite n/k
+        converged = converged or (
+            iterations > 0 and limit == LOOSE and previous - lower <= tol * previous
+        )
         iterations += not last
         labels = exact_labels(costs, scan, prices, SLACK * lower) if exact else scan.labels
         centres, sizes = _means(rows, labels, centres)
     objective = spread - float((sizes * (centres - origin).square().sum(1)).sum())
-    return Clusters(labels.long().cpu(), centres.float().cpu(), max(objective, 0.0), iterations, converged), prices
+    return Clusters(
+        labels.long().cpu(), centres.float().cpu(), max(objective, 0.0), iterations, converged
+    ), prices
 
 
 @contextmanager
@@ -195,21 +219,35 @@ def balanced_kmeans(
         device = data.device if isinstance(data, Tensor) else "cpu"
     points = _Rows(data, None if rows is None else np.asarray(rows), torch.device(device))
     if k < 1 or points.n < 1:
-        raise ValueError(f"balanced k-means needs k ≥ 1 and at least one row, not k = {k}, n = {points.n}")
+        raise ValueError(
+            f"balanced k-means needs k ≥ 1 and at least one row, not k = {k}, n = {points.n}"
+        )
     k, generator = min(k, points.n), torch.Generator().manual_seed(seed)
     if 4 * points.n * points.dim <= memory / 2:
         points = points.resident()
         memory -= 4 * points.n * points.dim
     if centres is None:
-        centres = points.get(torch.randperm(points.n, generator=generator)[:k].sort().values.numpy())
-    centres = torch.as_tensor(np.asarray(centres.cpu() if isinstance(centres, Tensor) else centres)).to(points.device)
+        centres = points.get(
+            torch.randperm(points.n, generator=generator)[:k].sort().values.numpy()
+        )
+    centres = torch.as_tensor(
+        np.asarray(centres.cpu() if isinstance(centres, Tensor) else centres)
+    ).to(points.device)
     if centres.shape != (k, points.dim):
-        raise ValueError(f"initial centres have shape {tuple(centres.shape)}, expected {(k, points.dim)}")
+        raise ValueError(
+            f"initial centres have shape {tuple(centres.shape)}, expected {(k, points.dim)}"
+        )
     centres, prices = centres.double(), torch.zeros(k, device=points.device)
     settings = {"max_iter": max_iter, "tol": tol, "memory": memory, "generator": generator}
     if points.n <= 2 * sample:
         with _threads(points.n * k):
             return _lloyd(points, centres, prices, **settings)[0]
-    chosen = np.sort(torch.randperm(points.n, generator=generator)[: max(sample, 256 * k)].numpy())
-    first, prices = _lloyd(points.take(chosen).resident(), centres, prices, **settings, final=False)
-    return _lloyd(points, first.centres.to(points.device).double(), prices, **settings, gradual=False)[0]
+    chosen = np.sort(
+        torch.randperm(points.n, generator=generator)[: max(sample, 256 * k)].numpy()
+    )
+    first, prices = _lloyd(
+        points.take(chosen).resident(), centres, prices, **settings, final=False
+    )
+    return _lloyd(
+        points, first.centres.to(points.device).double(), prices, **settings, gradual=False
+    )[0]

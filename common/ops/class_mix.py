@@ -17,6 +17,7 @@ def choose_classes(label: Tensor, num_classes: int) -> Tensor:
     noise = noise.masked_fill(~present, 2)  # behind all that are there
     rank = noise.argsort(1).argsort(1)
     half = (present.sum() + 1) // 2
+
     return rank < half
 
 

@@ -34,6 +34,7 @@ def jitter(rgb: Tensor, factors: Jitter, order: Sequence[int] = (0, 1, 2, 3)) ->
     operations = (_brightness, _contrast, _saturation, _hue)
     for number in order:
         rgb = operations[number](rgb, factors[number].view(-1, 1, 1, 1))
+
     return rgb
 
 
@@ -58,7 +59,8 @@ def _hue(rgb: Tensor, turns: Tensor) -> Tensor:
 def to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Hue in turns, saturation and value, each (B, 1, H, W), of images in [0, 1]; the hue of grey is 0."""
     red, green, blue = rgb.split(1, 1)
-    value, lowest = rgb.amax(1, keepdim=True), rgb.amin(1, keepdim=True)
+    value = rgb.amax(1, keepdim=True)
+    lowest = rgb.amin(1, keepdim=True)
     spread = value - lowest
     saturation = spread / (value + 1e-6)
 
@@ -66,7 +68,10 @@ def to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from_red = (green - blue) / divisor
     from_green = 2 + (blue - red) / divisor
     from_blue = 4 + (red - green) / divisor
-    sixths = torch.where(value == red, from_red, torch.where(value == green, from_green, from_blue))
+    sixths = torch.where(
+        value == red, from_red, torch.where(value == green, from_green, from_blue)
+    )
+
     return (sixths / 6).remainder(1), saturation, value
 
 
@@ -76,6 +81,7 @@ def to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     for sixths in (5, 3, 1):
         k = (sixths + 6 * hue).remainder(6)
         channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1))
+
     return torch.cat(channels, 1)
 
 
@@ -93,6 +99,7 @@ def _blur_axis(x: Tensor, sigma: Tensor, axis: int) -> Tensor:
     radius = taps(x.shape[axis]) // 2
     if radius == 0:
         return x
+
     distance = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = (-0.5 * (distance / sigma[:, None].to(x.dtype)) ** 2).exp()
     kernel = kernel / kernel.sum(1, keepdim=True)
@@ -101,8 +108,10 @@ def _blur_axis(x: Tensor, sigma: Tensor, axis: int) -> Tensor:
     padded = F.pad(x, padding, mode="reflect")
     windows = [padded.narrow(axis, start, x.shape[axis]) for start in range(2 * radius + 1)]
     blurred = torch.zeros_like(x)
+
     for window, weight in zip(windows, kernel.T, strict=True):
         blurred.addcmul_(window, weight.view(-1, 1, 1, 1))
+
     return blurred
 
 

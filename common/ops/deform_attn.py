@@ -67,7 +67,10 @@ def _choose(device: str, deterministic: bool) -> Form:
         form, why = "embedding_bag", "fastest on CPUs, deterministic on all devices"
     elif device == "cuda":
         if missing := triton_missing():
-            warnings.warn(f"deformable attention on cuda: grid_sample, slow and large ({missing})", stacklevel=2)
+            warnings.warn(
+                f"deformable attention on cuda: grid_sample, slow and large ({missing})",
+                stacklevel=2,
+            )
             return "grid_sample"
         form, why = "triton", "fused kernel"
     else:
@@ -88,8 +91,16 @@ def triton_missing() -> str | None:
 def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
     positions = sum(h * w for h, w in shapes)
     if positions != value.shape[1]:
-        raise ValueError(f"value has {value.shape[1]} positions, the levels {shapes} have {positions}")
-    expected = (value.shape[0], locations.shape[1], value.shape[2], len(shapes), locations.shape[4])
+        raise ValueError(
+            f"value has {value.shape[1]} positions, the levels {shapes} have {positions}"
+        )
+    expected = (
+        value.shape[0],
+        locations.shape[1],
+        value.shape[2],
+        len(shapes),
+        locations.shape[4],
+    )
     if locations.shape != (*expected, 2) or weights.shape != expected:
         raise ValueError(
             f"locations {tuple(locations.shape)} and weights {tuple(weights.shape)} do not fit value "
@@ -97,7 +108,9 @@ def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) ->
         )
 
 
-def grid_sample_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def grid_sample_form(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+) -> Tensor:
     """The definition, level by level; arguments and result as in `ms_deform_attn`."""
     batch, _, heads, channels = value.shape
     queries, kind = locations.shape[1], value.dtype
@@ -105,9 +118,16 @@ def grid_sample_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
     locations, weights = locations.to(value.dtype), weights.to(value.dtype)
     total, start = 0, 0
     for level, (h, w) in enumerate(shapes):
-        pixels = value[:, start : start + h * w].permute(0, 2, 3, 1).reshape(batch * heads, channels, h, w)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, P, 2)
-        samples = F.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)  # (B·M, D, Q, P)
+        pixels = (
+            value[:, start : start + h * w]
+            .permute(0, 2, 3, 1)
+            .reshape(batch * heads, channels, h, w)
+        )
+        grid = (
+            (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
+        )  # (B·M, Q, P, 2)
+        # (B·M, D, Q, P)
+        samples = F.grid_sample(pixels, grid, padding_mode="zeros", align_corners=False)
         weight = weights[:, :, :, level].transpose(1, 2).reshape(batch * heads, 1, queries, -1)
         total = total + (samples * weight).sum(-1)
         start += h * w
@@ -119,16 +139,25 @@ def grid_sample_form(value: Tensor, shapes: Shapes, locations: Tensor, weights: 
 
 
 @torch.library.custom_op("longtail::ms_deform_attn", mutates_args=())
-def _fused(value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, form: str) -> Tensor:
+def _fused(
+    value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, form: str
+) -> Tensor:
     value, locations, weights = (t.contiguous() for t in (value, locations, weights))
     return _implementation(form).forward(value, _pairs(sizes), locations, weights)
 
 
 @torch.library.custom_op("longtail::ms_deform_attn_backward", mutates_args=())
 def _fused_backward(
-    gradient: Tensor, value: Tensor, sizes: Sequence[int], locations: Tensor, weights: Tensor, form: str
+    gradient: Tensor,
+    value: Tensor,
+    sizes: Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradient, value, locations, weights = (t.contiguous() for t in (gradient, value, locations, weights))
+    gradient, value, locations, weights = (
+        t.contiguous() for t in (gradient, value, locations, weights)
+    )
     return _implementation(form).backward(gradient, value, _pairs(sizes), locations, weights)
 
 
@@ -139,7 +168,10 @@ def _(value, sizes, locations, weights, form):
 
 @_fused_backward.register_fake
 def _(gradient, value, sizes, locations, weights, form):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, locations, weights))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (value, locations, weights)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -167,7 +199,9 @@ def _implementation(form: str):
         from common.ops import deform_attn_triton  # imported on first use: Triton is optional
 
         return deform_attn_triton
-    raise ValueError(f"deformable attention has no form {form!r}: use grid_sample, embedding_bag or triton")
+    raise ValueError(
+        f"deformable attention has no form {form!r}: use grid_sample, embedding_bag or triton"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -181,7 +215,11 @@ def level_constants(shapes: Shapes, device: torch.device, repeat: int = 1) -> Te
         table += [(h, w, first, padded)] * repeat
         first, padded = first + h * w, padded + (h + 2) * (w + 2)
     table = torch.tensor(table, dtype=torch.int32).t().contiguous()
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    return (
+        table.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else table.to(device)
+    )
 
 
 class _Corners(NamedTuple):
@@ -215,18 +253,24 @@ class EmbeddingBagForm:
         return bags.view(*locations.shape[:2], -1).to(value.dtype)
 
     @staticmethod
-    def backward(gradient: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor):
+    def backward(
+        gradient: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+    ):
         gradient = _float(gradient).view(-1, value.shape[3])
         table = _with_border(_float(value), shapes)
         at = _corners(locations, shapes, value)
         share = _corner_weights(at, weights, table.dtype)
         grad_value = _grad_value(gradient, at, share, table, shapes)
-        d00, d01, d10, d11 = _dot_products(gradient, table.flatten(0, 2), _corner_rows(at, value.shape[2])).chunk(4, 1)
+        d00, d01, d10, d11 = _dot_products(
+            gradient, table.flatten(0, 2), _corner_rows(at, value.shape[2])
+        ).chunk(4, 1)
         top, bottom = torch.lerp(d00, d01, at.x), torch.lerp(d10, d11, at.x)
         grad_weights = torch.lerp(top, bottom, at.y)
         height, width = level_constants(tuple(shapes), value.device, weights.shape[-1])[:2]
         weights = weights.reshape(at.x.shape)
-        grad_x = torch.where(at.moves_x, torch.lerp(d01 - d00, d11 - d10, at.y) * weights * width, 0)
+        grad_x = torch.where(
+            at.moves_x, torch.lerp(d01 - d00, d11 - d10, at.y) * weights * width, 0
+        )
         grad_y = torch.where(at.moves_y, (bottom - top) * weights * height, 0)
         grad_locations = torch.stack([grad_x, grad_y], -1).view(locations.shape)
         return (
@@ -271,7 +315,9 @@ def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
     (column, x, moves_x), (row, y, moves_y) = axis(x, width), axis(y, height)
     stride = (width + 2).to(kind)
     head = torch.arange(heads, dtype=kind, device=value.device).view(heads, 1)
-    image = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1) * (table_rows // batch)
+    image = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1) * (
+        table_rows // batch
+    )
     rows = (row * stride).add_(column).add_(start + stride + 1).mul_(heads).add_(head + image)
     flat = (t.view(-1, levels * points) for t in (x, y, moves_x, moves_y))
     return _Corners(rows.view(-1, levels * points), stride * heads, *flat)
@@ -296,21 +342,31 @@ def _dot_products(gradient: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     bags, size = rows.shape
     offsets = torch.arange(0, bags * size, size, dtype=rows.dtype, device=rows.device)
     owner = torch.arange(bags, dtype=rows.dtype, device=rows.device).repeat_interleave(size)
-    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(gradient, table, rows.view(-1), offsets, owner, 0)
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        gradient, table, rows.view(-1), offsets, owner, 0
+    )
     return dots.view(bags, size)
 
 
-def _grad_value(gradient: Tensor, at: _Corners, share: list[Tensor], table: Tensor, shapes: Shapes) -> Tensor:
+def _grad_value(
+    gradient: Tensor, at: _Corners, share: list[Tensor], table: Tensor, shapes: Shapes
+) -> Tensor:
     """(B, S, M, D): Σ over the samples that read a pixel of weight · gradient of their bag."""
     batch, rows, heads, channels = table.shape
     cells, order = torch.sort(at.rows.view(-1), stable=True)
-    starts = torch.searchsorted(cells, torch.arange(batch * rows * heads, dtype=cells.dtype, device=cells.device))
+    starts = torch.searchsorted(
+        cells, torch.arange(batch * rows * heads, dtype=cells.dtype, device=cells.device)
+    )
     bags = order // at.rows.shape[1]
     parts = [table.new_zeros(batch, h, w, heads, channels) for h, w in shapes]
     for (dy, dx), weight in zip(((0, 0), (0, 1), (1, 0), (1, 1)), share, strict=True):
         weight = weight.view(-1).index_select(0, order)
         sums = F.embedding_bag(bags, gradient, starts, per_sample_weights=weight, mode="sum")
-        levels = sums.view(batch, rows, heads, channels).split([(h + 2) * (w + 2) for h, w in shapes], 1)
+        levels = sums.view(batch, rows, heads, channels).split(
+            [(h + 2) * (w + 2) for h, w in shapes], 1
+        )
         for part, level, (h, w) in zip(parts, levels, shapes, strict=True):
-            part += level.unflatten(1, (h + 2, w + 2))[:, 1 - dy : h + 1 - dy, 1 - dx : w + 1 - dx]
+            part += level.unflatten(1, (h + 2, w + 2))[
+                :, 1 - dy : h + 1 - dy, 1 - dx : w + 1 - dx
+            ]
     return torch.cat([part.flatten(1, 2) for part in parts], 1)

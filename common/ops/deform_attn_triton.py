@@ -58,12 +58,25 @@ def _forward_kernel(
             for dy in tl.static_range(2):
                 for dx in tl.static_range(2):
                     offset, exists = _corner(
-                        base, top + dy, left + dx, height, width, inside, HEADS, CHANNELS, channel, live_channel
+                        base,
+                        top + dy,
+                        left + dx,
+                        height,
+                        width,
+                        inside,
+                        HEADS,
+                        CHANNELS,
+                        channel,
+                        live_channel,
                     )
                     share = weight * (fy if dy else 1 - fy) * (fx if dx else 1 - fx)
-                    total += share[:, None] * tl.load(value + offset, mask=exists, other=0.0).to(ACC)
+                    total += share[:, None] * tl.load(
+                        value + offset, mask=exists, other=0.0
+                    ).to(ACC)
     offset = row[:, None] * CHANNELS + channel[None, :]
-    tl.store(out + offset, total.to(out.dtype.element_ty), mask=live[:, None] & live_channel[None, :])
+    tl.store(
+        out + offset, total.to(out.dtype.element_ty), mask=live[:, None] & live_channel[None, :]
+    )
 
 
 @triton.jit
@@ -77,7 +90,9 @@ def _backward_kernel(
     live, live_channel = row < rows, channel < CHANNELS
     image = (row // HEADS) // queries
     both = live[:, None] & live_channel[None, :]
-    g = tl.load(gradient + row[:, None] * CHANNELS + channel[None, :], mask=both, other=0.0).to(ACC)
+    g = tl.load(gradient + row[:, None] * CHANNELS + channel[None, :], mask=both, other=0.0).to(
+        ACC
+    )
     for level in range(LEVELS):
         for point in tl.static_range(POINTS):
             sample = (row * LEVELS + level) * POINTS + point
@@ -92,21 +107,43 @@ def _backward_kernel(
             for dy in tl.static_range(2):
                 for dx in tl.static_range(2):
                     offset, exists = _corner(
-                        base, top + dy, left + dx, height, width, inside, HEADS, CHANNELS, channel, live_channel
+                        base,
+                        top + dy,
+                        left + dx,
+                        height,
+                        width,
+                        inside,
+                        HEADS,
+                        CHANNELS,
+                        channel,
+                        live_channel,
                     )
                     wy, wx = (fy if dy else 1 - fy), (fx if dx else 1 - fx)
-                    dot = tl.sum(g * tl.load(value + offset, mask=exists, other=0.0).to(ACC), axis=1)
+                    dot = tl.sum(
+                        g * tl.load(value + offset, mask=exists, other=0.0).to(ACC), axis=1
+                    )
                     grad_weight += wy * wx * dot
                     grad_x += (wy if dx else -wy) * dot
                     grad_y += (wx if dy else -wx) * dot
-                    tl.atomic_add(grad_value + offset, g * (weight * wy * wx)[:, None], mask=exists, sem="relaxed")
+                    tl.atomic_add(
+                        grad_value + offset,
+                        g * (weight * wy * wx)[:, None],
+                        mask=exists,
+                        sem="relaxed",
+                    )
             kind = grad_locations.dtype.element_ty
-            tl.store(grad_weights + sample, grad_weight.to(grad_weights.dtype.element_ty), mask=live)
+            tl.store(
+                grad_weights + sample, grad_weight.to(grad_weights.dtype.element_ty), mask=live
+            )
             tl.store(grad_locations + 2 * sample, (grad_x * weight * width).to(kind), mask=live)
-            tl.store(grad_locations + 2 * sample + 1, (grad_y * weight * height).to(kind), mask=live)
+            tl.store(
+                grad_locations + 2 * sample + 1, (grad_y * weight * height).to(kind), mask=live
+            )
 
 
-def _launch(kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tensor, elements: int) -> None:
+def _launch(
+    kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tensor, elements: int
+) -> None:
     """Start a kernel on tiles of about `elements` numbers, the channels rounded up to a power of two."""
     _, positions, heads, channels = value.shape
     _, queries, _, levels, points = locations.shape[:-1]
@@ -122,19 +159,44 @@ def _launch(kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tenso
     )  # fmt: skip
 
 
-def forward(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def forward(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """(B, Q, M·D); contiguous inputs, shapes as in `ms_deform_attn`."""
     out = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
     levels = level_constants(tuple(shapes), value.device)
-    _launch(_forward_kernel, (value, levels, locations, weights, out), value, locations, elements=1024)
+    _launch(
+        _forward_kernel,
+        (value, levels, locations, weights, out),
+        value,
+        locations,
+        elements=1024,
+    )
     return out
 
 
-def backward(gradient: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor):
+def backward(
+    gradient: Tensor,
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+):
     """Gradients of value, locations and weights for the gradient (B, Q, M·D) of the output."""
-    grad_value = torch.zeros_like(value, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32)
+    grad_value = torch.zeros_like(
+        value, dtype=torch.float64 if value.dtype == torch.float64 else torch.float32
+    )
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     levels = level_constants(tuple(shapes), value.device)
-    tensors = (gradient, value, levels, locations, weights, grad_value, grad_locations, grad_weights)
+    tensors = (
+        gradient,
+        value,
+        levels,
+        locations,
+        weights,
+        grad_value,
+        grad_locations,
+        grad_weights,
+    )
     _launch(_backward_kernel, tensors, value, locations, elements=512)
     return grad_value.to(value.dtype), grad_locations, grad_weights

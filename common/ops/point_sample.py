@@ -13,10 +13,14 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values (N, C, P) of maps (N, C, H, W) at points (N, P, 2); half-precision maps are read in float32."""
     kind = torch.promote_types(maps.dtype, points.dtype)
     grid = (2 * points - 1).unsqueeze(2).to(kind)
-    return F.grid_sample(maps.to(kind), grid, padding_mode="zeros", align_corners=False).squeeze(3)
+    return F.grid_sample(
+        maps.to(kind), grid, padding_mode="zeros", align_corners=False
+    ).squeeze(3)
 
 
-def uncertain_points(logits: Tensor, count: int, *, oversample: float = 3.0, importance: float = 0.75) -> Tensor:
+def uncertain_points(
+    logits: Tensor, count: int, *, oversample: float = 3.0, importance: float = 0.75
+) -> Tensor:
     """Points (N, count, 2) where masks are least decided (PointRend, section 3.1).
 
     Of `oversample` · count uniform points the `importance` · count with the smallest |logit| are kept; the rest are
@@ -32,10 +36,15 @@ def uncertain_points(logits: Tensor, count: int, *, oversample: float = 3.0, imp
     distance = point_sample(logits, candidates).squeeze(1).float().abs_()
     best = distance.topk(kept, dim=1, largest=False, sorted=False).indices
     chosen = candidates.gather(1, best.unsqueeze(2).expand(-1, -1, 2))
-    return torch.cat([chosen, torch.rand(len(logits), count - kept, 2, device=logits.device)], 1)
+
+    return torch.cat(
+        [chosen, torch.rand(len(logits), count - kept, 2, device=logits.device)], 1
+    )
 
 
-def class_masks(label: Tensor, points: Tensor, classes: Tensor, image: Tensor | None = None) -> Tensor:
+def class_masks(
+    label: Tensor, points: Tensor, classes: Tensor, image: Tensor | None = None
+) -> Tensor:
     """Bilinear samples (N, T, P) of the binary masks of `classes`, read from label maps without making a mask.
 
     The sample of class k is Σ over a point's four neighbours of bilinear weight · [label = k].
@@ -49,12 +58,19 @@ def class_masks(label: Tensor, points: Tensor, classes: Tensor, image: Tensor | 
     height, width = label.shape[-2:]
     if image is None:
         image = torch.arange(len(points), device=label.device)
-    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
-    left, top = x.floor(), y.floor()
-    x, y = x - left, y - top
-    left, top, first = left.int(), top.int(), (image * height).int()[:, None]
+
+    x = points[..., 0] * width - 0.5
+    y = points[..., 1] * height - 0.5
+    left = x.floor()
+    top = y.floor()
+    x = x - left
+    y = y - top
+    left = left.int()
+    top = top.int()
+    first = (image * height).int()[:, None]
     classes = classes.to(label.dtype).unsqueeze(2)
     masks = torch.zeros(len(points), classes.shape[1], points.shape[1], device=points.device)
+
     for row, weight_y in ((top, 1 - y), (top + 1, y)):
         for column, weight_x in ((left, 1 - x), (left + 1, x)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -62,4 +78,5 @@ def class_masks(label: Tensor, points: Tensor, classes: Tensor, image: Tensor | 
             corner = label.reshape(-1).index_select(0, index.view(-1)).view_as(index)
             weight = (weight_x * weight_y).masked_fill_(~inside, 0)
             masks += (corner.unsqueeze(1) == classes) * weight.unsqueeze(1)
+
     return masks

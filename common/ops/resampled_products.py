@@ -33,25 +33,30 @@ def resampled_products(
     rounding. Gradients flow to the maps and the vectors, once.
     """
     with exactly(maps):
-        dots, squares = [], []
+        dots = []
+        squares = []
+
         for sides in zip(maps, rows, columns, strict=True):
             image, r, c = seen_part(*sides)
             image = image.to(r.dtype).contiguous()
             dots.append(r @ (torch.einsum("dhw,kd->khw", image, vectors) @ c.T))
             squares.append(_square_norm(image, r, c, reach))
+
         return torch.stack(dots), torch.stack(squares)
 
 
 def _square_norm(image: Tensor, rows: Tensor, columns: Tensor, reach: int) -> Tensor:
     """‖ẑ‖² (H, W) of one image (D, h, w)."""
     pairs = NeighbourProducts.apply(image, reach)  # (Δy, h, Δx, w)
-    lines = pairs.flatten(2) @ _products(columns, range(-reach, reach + 1)).flatten(1).T  # (Δy, h, W)
+    # (Δy, h, W)
+    lines = pairs.flatten(2) @ _products(columns, range(-reach, reach + 1)).flatten(1).T
     return _products(rows, range(reach + 1)).flatten(1) @ lines.flatten(0, 1)
 
 
 def _products(matrix: Tensor, offsets: range) -> Tensor:
     """matrix[:, i] · matrix[:, i + offset], 0 beyond the edge: (n, m) → (n, offsets, m)."""
-    reach, cells = offsets[-1], matrix.shape[1]
+    reach = offsets[-1]
+    cells = matrix.shape[1]
     padded = F.pad(matrix, (reach, reach))
     return torch.stack([matrix * padded[:, reach + o : reach + o + cells] for o in offsets], 1)
 
@@ -69,9 +74,13 @@ class NeighbourProducts(torch.autograd.Function):
         ctx.reach = reach
         _, h, w = maps.shape
         out = maps.new_zeros(reach + 1, h, 2 * reach + 1, w)
+
         for part in maps.split(CHANNELS):
             for pair in _pairs(h, w, reach):
-                out[pair.entry].add_((part[pair.here] * part[pair.there]).sum(0), alpha=pair.times)
+                out[pair.entry].add_(
+                    (part[pair.here] * part[pair.there]).sum(0), alpha=pair.times
+                )
+
         return out
 
     @staticmethod
@@ -79,11 +88,13 @@ class NeighbourProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (maps,) = ctx.saved_tensors
         out = torch.zeros_like(maps)
+
         for part, result in zip(maps.split(CHANNELS), out.split(CHANNELS), strict=True):
             for pair in _pairs(*maps.shape[1:], ctx.reach):
                 weight = gradient[pair.entry]
                 result[pair.here].addcmul_(part[pair.there], weight, value=pair.times)
                 result[pair.there].addcmul_(part[pair.here], weight, value=pair.times)
+
         return out, None
 
 
@@ -99,7 +110,8 @@ class _Pair(NamedTuple):
 def _pairs(h: int, w: int, reach: int) -> Iterator[_Pair]:
     for dy in range(min(reach, h - 1) + 1):
         for dx in range(-reach if dy else 0, reach + 1):
-            rows, columns = slice(0, h - dy), slice(max(0, -dx), max(0, w - max(0, dx)))
+            rows = slice(0, h - dy)
+            columns = slice(max(0, -dx), max(0, w - max(0, dx)))
             here = (slice(None), rows, columns)
             there = (slice(None), slice(dy, h), slice(max(0, dx), max(0, w + min(0, dx))))
             yield _Pair((dy, rows, reach + dx, columns), here, there, 1 if dy == dx == 0 else 2)

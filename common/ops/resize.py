@@ -35,24 +35,33 @@ def resize_rows(
     `x` holds the rows `first`, `first` + 1, … of a map that is `height` rows high (default: `x` is the whole map);
     `source_rows` says which of them the result needs.
     """
-    (out_height, width), (start, stop) = size, rows
+    (out_height, width) = size
+    (start, stop) = rows
     height = x.shape[-2] if height is None else height
     if height == out_height:
         x = x[..., start - first : stop - first, :]
     else:
         low, high, weight = _taps(height, out_height, rows, align_corners, x)
-        x = torch.lerp(x.index_select(-2, low - first), x.index_select(-2, high - first), weight)
+        x = torch.lerp(
+            x.index_select(-2, low - first), x.index_select(-2, high - first), weight
+        )
+
     return resize(x, (stop - start, width), align_corners)
 
 
-def source_rows(height: int, out_height: int, rows: tuple[int, int], align_corners: bool = False) -> tuple[int, int]:
+def source_rows(
+    height: int, out_height: int, rows: tuple[int, int], align_corners: bool = False
+) -> tuple[int, int]:
     """Rows [a, b) of a map `height` high that the rows `rows` of its resize to `out_height` are made of."""
     start, stop = rows
     if height == out_height:
         return rows
+
     ends = (_source(float(i), height, out_height, align_corners) for i in (start, stop - 1))
     low, high = (math.floor(end) for end in ends)
-    return max(low - 1, 0), min(high + 3, height)  # one row to spare: the weights are made in float32
+
+    # one row to spare: the weights are made in float32
+    return max(low - 1, 0), min(high + 3, height)
 
 
 def _source(row, height: int, out_height: int, align_corners: bool):
@@ -62,12 +71,15 @@ def _source(row, height: int, out_height: int, align_corners: bool):
     return (row + 0.5) * (height / out_height) - 0.5
 
 
-def _taps(height: int, out_height: int, rows: tuple[int, int], align_corners: bool, like: Tensor):
+def _taps(
+    height: int, out_height: int, rows: tuple[int, int], align_corners: bool, like: Tensor
+):
     """The two source rows of each output row, and the weight of the second (n, 1)."""
     source = torch.arange(*rows, device=like.device, dtype=torch.float32)
     source = _source(source, height, out_height, align_corners).clamp(0, height - 1)
     low = source.long()
     weight = (source - low)[:, None].to(like.dtype)
+
     return low, (low + 1).clamp(max=height - 1), weight
 
 
@@ -90,6 +102,7 @@ def needs_products(x: Tensor) -> bool:
 
 def _bins(length: int, size: int, like: Tensor) -> Tensor:
     """Row i averages the elements of bin i: (size, length)."""
-    index, i = torch.arange(length, device=like.device), torch.arange(size, device=like.device)[:, None]
+    index = torch.arange(length, device=like.device)
+    i = torch.arange(size, device=like.device)[:, None]
     inside = (index >= i * length // size) & (index < ((i + 1) * length + size - 1) // size)
     return (inside / inside.sum(1, keepdim=True)).to(like.dtype)

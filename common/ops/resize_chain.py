@@ -30,19 +30,26 @@ class Taps:
         self.index = torch.arange(length, device=device).expand(batch, length)[:, :, None]
         self.weight = torch.ones_like(self.index, dtype=torch.float32)
 
-    def resize(self, source: int | Tensor, target: int | Tensor, align_corners: bool = True) -> "Taps":
+    def resize(
+        self, source: int | Tensor, target: int | Tensor, align_corners: bool = True
+    ) -> "Taps":
         """Back through a bilinear resize of `source` cells to `target` cells, as `F.interpolate` does it."""
-        source, target = _column(source, self.index), _column(target, self.index)
+        source = _column(source, self.index)
+        target = _column(target, self.index)
         if align_corners:
-            numerator, denominator = self.index * (source - 1), (target - 1).clamp(min=1)
+            numerator = self.index * (source - 1)
+            denominator = (target - 1).clamp(min=1)
         else:
-            numerator, denominator = ((2 * self.index + 1) * source - target).clamp(min=0), 2 * target
+            numerator = ((2 * self.index + 1) * source - target).clamp(min=0)
+            denominator = 2 * target
+
         low = torch.div(numerator, denominator, rounding_mode="floor")
         low = low.clamp(min=0).minimum(source - 1)
         high = (low + 1).minimum(source - 1)
         share = (numerator - low * denominator).float() / denominator
         self.index = torch.cat((low, high), 2)
         self.weight = torch.cat((self.weight * (1 - share), self.weight * share), 2)
+
         return self
 
     def mirror(self, size: int | Tensor, flag: Tensor) -> "Taps":
@@ -53,9 +60,11 @@ class Taps:
 
     def crop(self, start: Tensor, size: Tensor) -> "Taps":
         """Back through a crop that begins at `start` (B,) of `size` (B,) cells; what lies outside them counts 0."""
-        shifted, size = self.index + _column(start, self.index), _column(size, self.index)
+        shifted = self.index + _column(start, self.index)
+        size = _column(size, self.index)
         self.weight = self.weight * ((shifted >= 0) & (shifted < size))
         self.index = shifted.clamp(min=0).minimum(size - 1)
+
         return self
 
     def matrix(self, size: int) -> Tensor:
@@ -66,7 +75,11 @@ class Taps:
 
 def _column(size: int | Tensor, like: Tensor) -> Tensor:
     """A size that broadcasts against (B, cells, taps); an integer is filled in on the device, not copied to it."""
-    return size.to(like.dtype)[:, None, None] if isinstance(size, Tensor) else like.new_full((1, 1, 1), size)
+    return (
+        size.to(like.dtype)[:, None, None]
+        if isinstance(size, Tensor)
+        else like.new_full((1, 1, 1), size)
+    )
 
 
 def cells_of(side: int, stride: int) -> int:
@@ -74,7 +87,9 @@ def cells_of(side: int, stride: int) -> int:
     return -(-side // stride)
 
 
-def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True) -> Pair:
+def label_matrices(
+    geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True
+) -> Pair:
     """Rows and columns (B, crop/stride, grid) that bring a map of the whole image to its crop as CPSL does soft labels.
 
     The chain: grid → image size (H0, W0) → random size (h, w) → crop → mirror → resize by 1/stride.
@@ -92,7 +107,9 @@ def label_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4,
         return axis(0, None), axis(1, flip)
 
 
-def feature_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True) -> Pair:
+def feature_matrices(
+    geometry: Tensor, grid: Size, crop: Size, *, stride: int = 4, align_corners: bool = True
+) -> Pair:
     """Rows and columns (B, crop/stride, grid) that bring a map of the whole image to its crop as CPSL does features.
 
     The chain: grid → image size / stride → random size / stride → crop at the offset / stride → mirror, all floored
@@ -111,13 +128,24 @@ def feature_matrices(geometry: Tensor, grid: Size, crop: Size, *, stride: int = 
 
 
 def _through_image(
-    taps: Taps, side: int, sizes: Sequence[Tensor], mirrored: Tensor | None, cells: int, align_corners: bool
+    taps: Taps,
+    side: int,
+    sizes: Sequence[Tensor],
+    mirrored: Tensor | None,
+    cells: int,
+    align_corners: bool,
 ) -> Tensor:
     """The matrix of a walk that continues from a crop of `side` cells to the whole image and to a grid of `cells`."""
     full, resized, start = sizes
     if mirrored is not None:
-        taps.mirror((resized - start).clamp(max=side), mirrored)  # padding is added after the mirror
-    taps = taps.crop(start, resized).resize(full, resized, align_corners).resize(cells, full, align_corners)
+        # padding is added after the mirror
+        taps.mirror((resized - start).clamp(max=side), mirrored)
+
+    taps = (
+        taps.crop(start, resized)
+        .resize(full, resized, align_corners)
+        .resize(cells, full, align_corners)
+    )
     return taps.matrix(cells)
 
 
@@ -126,7 +154,11 @@ def resize_matrices(maps: Tensor, size: Size, *, align_corners: bool = True) -> 
     with exactly(maps):
 
         def axis(cells: int, wanted: int) -> Tensor:
-            return Taps(len(maps), wanted, maps.device).resize(cells, wanted, align_corners).matrix(cells)
+            return (
+                Taps(len(maps), wanted, maps.device)
+                .resize(cells, wanted, align_corners)
+                .matrix(cells)
+            )
 
         return axis(maps.shape[2], size[0]), axis(maps.shape[3], size[1])
 
@@ -136,33 +168,43 @@ def feature_reach(grid: Size, image: Size, stride: int = 4) -> int:
 
     image: H0, W0. The last resize mixes two neighbours of the image / stride, and each of them is a mix of two cells.
     """
-    steps = [-(-(cells - 1) // max(side // stride - 1, 1)) for cells, side in zip(grid, image, strict=True)]
+    steps = [
+        -(-(cells - 1) // max(side // stride - 1, 1))
+        for cells, side in zip(grid, image, strict=True)
+    ]
     return max(steps) + 1
 
 
 def resample(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows · map · columnsᵀ: maps (B, C, h, w), rows (B, H, h), columns (B, W, w) to float32 (B, C, H, W)."""
     with exactly(maps):
-        out = maps.new_empty(*maps.shape[:2], rows.shape[1], columns.shape[1], dtype=torch.float32)
+        out = maps.new_empty(
+            *maps.shape[:2], rows.shape[1], columns.shape[1], dtype=torch.float32
+        )
         for i, sides in enumerate(zip(maps, rows, columns, strict=True)):
             image, r, c = seen_part(*sides)
             out[i] = r @ (image.float() @ c.T)
+
         return out
 
 
-def resample_points(maps: Tensor, rows: Tensor, columns: Tensor, reach: int, index: Tensor) -> Tensor:
+def resample_points(
+    maps: Tensor, rows: Tensor, columns: Tensor, reach: int, index: Tensor
+) -> Tensor:
     """Some cells of `resample` alone: maps (B, C, h, w), flat output cells `index` (B, n) to float32 (B, n, C).
 
     The matrices hold shares, at least 0. reach: how far apart two cells can be that one output cell is made of; only so
     many are looked up.
     """
     with exactly(maps):
-        width, cells = columns.shape[1], maps.shape[3]
+        width = columns.shape[1]
+        cells = maps.shape[3]
         down, i = _taps_of(rows, index // width, reach)
         across, j = _taps_of(columns, index % width, reach)
         place = (i[..., :, None] * cells + j[..., None, :]).flatten(1)  # (B, n · taps²)
         found = maps.flatten(2).gather(2, place[:, None].expand(-1, maps.shape[1], -1)).float()
         weight = (down[..., :, None] * across[..., None, :]).flatten(2)
+
         return torch.einsum("bcnt,bnt->bnc", found.unflatten(2, weight.shape[1:]), weight)
 
 
@@ -174,7 +216,9 @@ def _taps_of(matrix: Tensor, index: Tensor, reach: int) -> tuple[Tensor, Tensor]
 
 def resample_labels(maps: Tensor, geometry: Tensor, crop: Size, *, stride: int = 4) -> Tensor:
     """Soft labels (B, C, h, w) of the whole image on the grid of the crop: float32 (B, C, crop/stride)."""
-    return resample(maps, *label_matrices(geometry, tuple(maps.shape[-2:]), crop, stride=stride))
+    return resample(
+        maps, *label_matrices(geometry, tuple(maps.shape[-2:]), crop, stride=stride)
+    )
 
 
 def seen_part(image: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +229,9 @@ def seen_part(image: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Ten
     """
     if image.device.type != "cpu":
         return image, rows, columns
-    down, across = _seen(rows), _seen(columns)
+
+    down = _seen(rows)
+    across = _seen(columns)
     return image[:, down, across], rows[:, down], columns[:, across]
 
 

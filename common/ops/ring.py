@@ -10,9 +10,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     """(n, …) of every rank → (world·n, …) in rank order; each rank must give the same n. Differentiates nothing."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows.detach()
+
     everywhere = rows.new_empty((dist.get_world_size() * rows.shape[0], *rows.shape[1:]))
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
+    # the name before torch 2.14
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(everywhere, rows.detach().contiguous())
+
     return everywhere
 
 
@@ -32,6 +35,7 @@ class RingBank(nn.Module):
         super().__init__()
         if length < 1:
             raise ValueError(f"a bank holds at least one row, not {length}")
+
         self.length = length
         self.pushed = 0
         self.register_buffer("rows", torch.zeros(length, *shape, dtype=dtype))
@@ -58,9 +62,11 @@ class RingBank(nn.Module):
         """
         if n > self.length:
             raise ValueError(f"{n} rows do not fit into a bank of {self.length}")
+
         start = self.pushed % self.length
         if start + n <= self.length:
             return (slice(start, start + n),)
+
         return slice(start, self.length), slice(0, start + n - self.length)
 
     @torch.no_grad()

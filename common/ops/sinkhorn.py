@@ -31,10 +31,15 @@ def sinkhorn(
         share = q.new_full((classes,), 1 / classes) if marginal is None else marginal.to(q)
         q = q.log_softmax(1)
         q = q.add_(share.log()[:, None]).softmax(0)
-        of_class, of_sample = q.new_ones(classes), q.new_ones(samples)
+        of_class = q.new_ones(classes)
+        of_sample = q.new_ones(samples)
+
         for _ in range(iterations - 1):
-            mass = (q @ of_sample).clamp_(min=torch.finfo(dtype).tiny)  # only a class of share 0 has none
+            # only a class of share 0 has none
+            mass = (q @ of_sample).clamp_(min=torch.finfo(dtype).tiny)
             of_class = share * samples / mass
             of_sample = (of_class @ q).reciprocal_()
+
         first = 0 if keep is None else samples - keep
+
         return (of_class[:, None] * q[:, first:] * of_sample[first:]).t().contiguous()

@@ -13,7 +13,9 @@ from common.data import IGNORE
 Size = tuple[int, int]
 
 
-def warp_labels(labels: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None) -> Tensor:
+def warp_labels(
+    labels: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None
+) -> Tensor:
     """Labels (B, h, w), integers, as the view shows them: nearest cell, −1 outside the crop and inside the cutout.
 
     warp: (B, 3, 3) float. crop: H, W in pixels. cutout: (B, 4) integers y0, x0, y1, x1 in pixels of the view, ends
@@ -25,7 +27,9 @@ def warp_labels(labels: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None 
     return moved.masked_fill(~_visible(seen.view_as(labels), cutout, crop), IGNORE)
 
 
-def warp_maps(maps: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def warp_maps(
+    maps: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Maps (B, C, h, w) as the view shows them, and the bool mask (B, h, w) of what is visible.
 
     Maps are those of the nearest cell, 0 outside the crop; the mask is False there and inside the cutout. The other
@@ -37,17 +41,21 @@ def warp_maps(maps: Tensor, warp: Tensor, crop: Size, cutout: Tensor | None = No
 
     every_channel = index[:, None].expand(-1, maps.shape[1], -1)
     moved = maps.flatten(2).gather(2, every_channel).view_as(maps)
+
     return moved * seen[:, None], _visible(seen, cutout, crop)
 
 
 def _source(warp: Tensor, size: Size, crop: Size) -> Tensor:
     """Where each cell centre of the view lies in the crop, in cells: (B, h, w, 2) as x, y; cell i covers [i, i + 1)."""
-    (h, w), (height, width) = size, crop
+    (h, w) = size
+    (height, width) = crop
+
     with torch.autocast(warp.device.type, enabled=False):
         y = (torch.arange(h, device=warp.device, dtype=torch.float32) + 0.5) * (height / h)
         x = (torch.arange(w, device=warp.device, dtype=torch.float32) + 0.5) * (width / w)
         m = warp.float()[:, :2, :, None, None]  # (B, row, column, 1, 1)
         xy = m[:, :, 0] * x + m[:, :, 1] * y[:, None] + m[:, :, 2]
+
         return torch.stack((xy[:, 0] * (w / width), xy[:, 1] * (h / height)), -1)
 
 
@@ -62,9 +70,11 @@ def _visible(seen: Tensor, cutout: Tensor | None, crop: Size) -> Tensor:
     """`seen` (B, h, w) without the cutout."""
     if cutout is None:
         return seen
+
     h, w = seen.shape[-2:]
     y0, x0, y1, x1 = cutout.long()[:, :, None].unbind(1)
     rows, columns = (torch.arange(n, device=seen.device) for n in (h, w))
     down = (rows >= y0 * h // crop[0]) & (rows < y1 * h // crop[0])
     across = (columns >= x0 * w // crop[1]) & (columns < x1 * w // crop[1])
+
     return seen & ~(down[:, :, None] & across[:, None, :])

@@ -48,7 +48,12 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten between `low` and `high`, with 2 and 5 where those are few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
-    marks = [m * 10.0**d for d in decades for m in steps if low * 0.999 <= m * 10.0**d <= high * 1.001]
+    marks = [
+        m * 10.0**d
+        for d in decades
+        for m in steps
+        if low * 0.999 <= m * 10.0**d <= high * 1.001
+    ]
     return marks[:: max(1, -(-len(marks) // 7))]
 
 
@@ -67,7 +72,9 @@ def cut(name: str, longest: int = LONGEST) -> str:
     return escape(name if len(name) <= longest else name[: longest - 1] + "…")
 
 
-def text(x: float, y: float, content: str, css: str = "", anchor: str = "start", extra: str = "") -> str:
+def text(
+    x: float, y: float, content: str, css: str = "", anchor: str = "start", extra: str = ""
+) -> str:
     """`content` is markup already."""
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}" {extra}>{content}</text>'
 
@@ -76,13 +83,17 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{css}"/>'
 
 
-def rect(x: float, y: float, width: float, height: float, css: str, title: str = "", extra: str = "") -> str:
+def rect(
+    x: float, y: float, width: float, height: float, css: str, title: str = "", extra: str = ""
+) -> str:
     body = f"<title>{escape(title)}</title>" if title else ""
     size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
     return f'<rect x="{x:.1f}" y="{y:.1f}" {size} class="{css}" {extra}>{body}</rect>'
 
 
-def svg(width: float, height: float, label: str, parts: Sequence[str], least: float = 0.75) -> str:
+def svg(
+    width: float, height: float, label: str, parts: Sequence[str], least: float = 0.75
+) -> str:
     """A drawing that fills its column; narrower than `least` of its width it scrolls, since text would be too small."""
     style = f"min-width:{least * width:.0f}px;max-width:{1.05 * width:.0f}px"
     head = f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" style="{style}">'
@@ -107,7 +118,9 @@ class _Axis:
         return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
 
 
-def line_chart(label: str, series: Sequence[Series], *, y_label: str, log: bool = False, scale: float = 1.0) -> str:
+def line_chart(
+    label: str, series: Sequence[Series], *, y_label: str, log: bool = False, scale: float = 1.0
+) -> str:
     """Lines over training steps; values are multiplied by `scale` (100 for percent). Empty without points.
 
     With `log` the axis is logarithmic if the values are positive and span a factor of 20 or more.
@@ -130,10 +143,14 @@ def line_chart(label: str, series: Sequence[Series], *, y_label: str, log: bool 
         parts.append(line(left, y.at(value), width - right, y.at(value), "grid"))
         parts.append(text(left - 7, y.at(value) + 4, number(value), "tick", "end"))
     for value in x.ticks():
-        parts.append(line(x.at(value), height - bottom, x.at(value), height - bottom + 4, "axis"))
+        parts.append(
+            line(x.at(value), height - bottom, x.at(value), height - bottom + 4, "axis")
+        )
         parts.append(text(x.at(value), height - bottom + 18, number(value), "tick", "middle"))
     parts.append(line(left, height - bottom, width - right, height - bottom, "axis"))
-    parts.append(text((left + width - right) / 2, height - 6, "training step", "label", "middle"))
+    parts.append(
+        text((left + width - right) / 2, height - 6, "training step", "label", "middle")
+    )
     middle = (top + height - bottom) / 2
     turned = f'transform="rotate(-90 14 {middle:.0f})"'
     scale_note = f"{y_label} (log scale)" if log else y_label
@@ -157,15 +174,21 @@ def _path(series: Series, x: _Axis, y: _Axis, dashed: bool) -> str:
 
     parts = [f'<path d="{d(series.raw)}" class="raw"/>'] if len(series.raw) > 1 else []
     if len(series.points) > 1:
-        parts.append(f'<path d="{d(series.points)}" class="line{" dashed" if dashed else ""}"/>')
+        parts.append(
+            f'<path d="{d(series.points)}" class="line{" dashed" if dashed else ""}"/>'
+        )
     if len(series.points) <= 40 and not series.raw:
         for px, py in series.points:
             title = f"<title>{escape(series.run.name)}: {py:.4g} at step {px:g}</title>"
-            parts.append(f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3">{title}</circle>')
+            parts.append(
+                f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3">{title}</circle>'
+            )
     return f'<g class="r{series.run.number}">{"".join(parts)}</g>'
 
 
-def class_chart(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str) -> str:
+def class_chart(
+    rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str
+) -> str:
     """A row for each class: training frequency on a log axis, IoU of every run, change against the baseline (run 0).
 
     The IoUs of a row are in the order of `runs`.
@@ -181,8 +204,12 @@ def class_chart(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str,
     changes = [c for row in rows for c in _changes(row, baseline) if c is not None]
     iou = _Axis(0, 1, *(iou_x if changes else (iou_x[0], delta_x[1] - 30)))
     least = 0.1 * max([abs(c) for c in changes] + [0.01])
-    delta = _Axis(min([*changes, -least]), max([*changes, least]), delta_x[0] + 34, delta_x[1] - 34)
-    parts = _class_axes(share, iou, delta if changes else None, (top, height), share_label, iou_label)
+    delta = _Axis(
+        min([*changes, -least]), max([*changes, least]), delta_x[0] + 34, delta_x[1] - 34
+    )
+    parts = _class_axes(
+        share, iou, delta if changes else None, (top, height), share_label, iou_label
+    )
     for i, row in enumerate(rows):
         y = top + i * pitch
         middle = y + pitch / 2
@@ -192,22 +219,46 @@ def class_chart(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str,
         name = cut(row.name, 18 if row.tail else LONGEST)
         parts.append(text(name_end, middle + 4, f"{title}{name}{mark}", "name", "end"))
         parts += _share_bar(row, share, middle)
-        for r, (run, value, change) in enumerate(zip(runs, row.iou, _changes(row, baseline), strict=True)):
-            bars = _class_bars(f"{row.name}, {run.name}", value, change, (y + 6 + r * bar, bar), iou, delta)
+        for r, (run, value, change) in enumerate(
+            zip(runs, row.iou, _changes(row, baseline), strict=True)
+        ):
+            bars = _class_bars(
+                f"{row.name}, {run.name}", value, change, (y + 6 + r * bar, bar), iou, delta
+            )
             parts.append(f'<g class="r{run.number}">{"".join(bars)}</g>')
     return svg(width, height, "IoU of every class beside its training frequency", parts)
 
 
 def _class_axes(
-    share: _Axis, iou: _Axis, delta: _Axis | None, span: tuple[float, float], share_label: str, iou_label: str
+    share: _Axis,
+    iou: _Axis,
+    delta: _Axis | None,
+    span: tuple[float, float],
+    share_label: str,
+    iou_label: str,
 ) -> list[str]:
     top, height = span
-    parts = [text(share.start, 14, escape(share_label), "label"), text(iou.start, 14, escape(iou_label), "label")]
+    parts = [
+        text(share.start, 14, escape(share_label), "label"),
+        text(iou.start, 14, escape(iou_label), "label"),
+    ]
     decades = share.ticks()
-    room = max(1, round(42 * len(decades) / (share.end - share.start)))  # a label is some 40 pixels wide
-    columns = [(share, decades[:: max(1, room)], percent), (iou, [0, 0.2, 0.4, 0.6, 0.8, 1], percent)]
+    # a label is some 40 pixels wide
+    room = max(1, round(42 * len(decades) / (share.end - share.start)))
+    columns = [
+        (share, decades[:: max(1, room)], percent),
+        (iou, [0, 0.2, 0.4, 0.6, 0.8, 1], percent),
+    ]
     if delta:
-        parts.append(text((delta.start + delta.end) / 2, 14, "change against the baseline, points", "label", "middle"))
+        parts.append(
+            text(
+                (delta.start + delta.end) / 2,
+                14,
+                "change against the baseline, points",
+                "label",
+                "middle",
+            )
+        )
         columns.append((delta, [0.0], lambda v: "0"))
     for axis, marks, form in columns:
         for value in marks:
@@ -218,7 +269,9 @@ def _class_axes(
 
 def _share_bar(row: ClassRow, share: _Axis, middle: float) -> list[str]:
     if not row.share:
-        return [text(share.start + 4, middle + 4, "none" if row.share == 0 else "unknown", "tick")]
+        return [
+            text(share.start + 4, middle + 4, "none" if row.share == 0 else "unknown", "tick")
+        ]
     end = share.at(row.share)
     title = f"{row.name}: {100 * row.share:.4g} % of the labelled pixels"
     return [
@@ -228,7 +281,12 @@ def _share_bar(row: ClassRow, share: _Axis, middle: float) -> list[str]:
 
 
 def _class_bars(
-    title: str, value: float | None, change: float | None, place: tuple[float, float], iou: _Axis, delta: _Axis
+    title: str,
+    value: float | None,
+    change: float | None,
+    place: tuple[float, float],
+    iou: _Axis,
+    delta: _Axis,
 ) -> list[str]:
     y, bar = place
     if value is None:
@@ -238,7 +296,16 @@ def _class_bars(
     parts.append(text(end + 4, y + bar - 2.5, f"{100 * value:.1f}", "value"))
     if change is not None:
         start, end = sorted((delta.at(0), delta.at(change)))
-        parts.append(rect(start, y + 0.5, end - start, bar - 1.5, "bar", f"{title} ({100 * change:+.2f} points)"))
+        parts.append(
+            rect(
+                start,
+                y + 0.5,
+                end - start,
+                bar - 1.5,
+                "bar",
+                f"{title} ({100 * change:+.2f} points)",
+            )
+        )
         shown = round(100 * change, 1) + 0.0  # no negative zero
         x, anchor = (end + 4, "start") if shown >= 0 else (start - 4, "end")
         parts.append(text(x, y + bar - 2.5, f"{shown:+.1f}", "value", anchor))
@@ -249,7 +316,8 @@ def _changes(row: ClassRow, baseline: int | None) -> list[float | None]:
     """Every run's change against the baseline; None for the baseline itself and where one is undefined."""
     before = None if baseline is None else row.iou[baseline]
     return [
-        None if value is None or before is None or r == baseline else value - before for r, value in enumerate(row.iou)
+        None if value is None or before is None or r == baseline else value - before
+        for r, value in enumerate(row.iou)
     ]
 
 
@@ -259,7 +327,12 @@ def percent(share: float) -> str:
     return f"{value:.0f} %" if value >= 9.95 or value == 0 else f"{value:.2g} %"
 
 
-def heatmap(label: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
+def heatmap(
+    label: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+) -> str:
     """Shares (0..1) as cells with their percentage; rows are named at the left, columns slanted above.
 
     A cell whose row and column have the same name (a correct prediction) is outlined.
@@ -270,7 +343,11 @@ def heatmap(label: str, rows: Sequence[str], columns: Sequence[str], values: Seq
     parts = []
     for j, name in enumerate(columns):
         x, y = left + cell_w * (j + 0.5), top - 8
-        parts.append(text(x, y, cut(name, 18), "tick", "start", f'transform="rotate(-45 {x:.0f} {y:.0f})"'))
+        parts.append(
+            text(
+                x, y, cut(name, 18), "tick", "start", f'transform="rotate(-45 {x:.0f} {y:.0f})"'
+            )
+        )
     for i, name in enumerate(rows):
         y = top + cell_h * i
         parts.append(text(left - 8, y + cell_h / 2 + 4, cut(name, 24), "name", "end"))
@@ -280,7 +357,9 @@ def heatmap(label: str, rows: Sequence[str], columns: Sequence[str], values: Seq
             parts.append(rect(x + 1, y + 1, cell_w - 2, cell_h - 2, "cellback"))
             hit = " hit" if columns[j] == name else ""
             opacity = f'fill-opacity="{share**0.7:.3f}"'
-            parts.append(rect(x + 1, y + 1, cell_w - 2, cell_h - 2, f"cell{hit}", title, opacity))
+            parts.append(
+                rect(x + 1, y + 1, cell_w - 2, cell_h - 2, f"cell{hit}", title, opacity)
+            )
             shown = "–" if value is None else f"{100 * share:.0f}" if share >= 0.005 else ""
             css = "cellvalue strong" if share > 0.45 else "cellvalue"
             parts.append(text(x + cell_w / 2, y + cell_h / 2 + 4, shown, css, "middle"))

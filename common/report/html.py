@@ -125,7 +125,9 @@ def swatch(run: int) -> str:
 
 def chip(colour: Sequence[int], name: str) -> str:
     r, g, b = colour
-    return f'<span><i class="swatch" style="background:rgb({r},{g},{b})"></i>{escape(name)}</span>'
+    return (
+        f'<span><i class="swatch" style="background:rgb({r},{g},{b})"></i>{escape(name)}</span>'
+    )
 
 
 def section(anchor: str, title: str, body: str, hint: str = "") -> str:
@@ -137,18 +139,29 @@ def section(anchor: str, title: str, body: str, hint: str = "") -> str:
 
 
 def details(title: str, body: str) -> str:
-    return f'<details><summary>{escape(title)}</summary><div class="scroll">{body}</div></details>' if body else ""
+    return (
+        f'<details><summary>{escape(title)}</summary><div class="scroll">{body}</div></details>'
+        if body
+        else ""
+    )
 
 
 def table(head: str, rows: Sequence[Sequence[str]]) -> str:
     """`head` is the markup of the header rows; cells are markup, or whole `<td …>` elements."""
-    lines = ["".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row) for row in rows]
+    lines = [
+        "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        for row in rows
+    ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def header(names: Sequence[str], css: str = "") -> str:
-    return f'<tr class="{css}">' + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
+    return (
+        f'<tr class="{css}">' + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
+    )
 
 
 def points(value: float | None) -> str:
@@ -160,6 +173,7 @@ def delta(value: float | None, before: float | None, css: str = "delta") -> str:
     """The change in points, marked by sign, arrow and colour; empty where there is none to show."""
     if value is None or before is None:
         return ""
+
     change = round(100 * (value - before), 2) + 0.0  # no negative zero
     kind, arrow = ("up", "▲") if change > 0 else ("down", "▼") if change < 0 else ("soft", "=")
     return f'<span class="{css} {kind}">{arrow} {change:+.2f}</span>'

@@ -14,10 +14,12 @@ from typing import Any
 from common.evaluation.identity import differences, has_identity, other_means
 from common.evaluation.summary import rescore
 from common.files import replacing
+from common.report.classes import classes, confusion
+from common.report.curves import curves
 from common.report.html import page
 from common.report.panels import configs, making, panels
 from common.report.runs import RunFolder
-from common.report.sections import classes, confusion, curves, headline, notes, run_bar, summary
+from common.report.sections import headline, notes, run_bar, summary
 
 SECTIONS = {
     "Scores": summary,
@@ -42,7 +44,10 @@ class Report:
         order = [baseline, *(i for i in range(len(runs)) if i != baseline)]
         self.runs = [runs[i] for i in order]
         names = [run.name for run in self.runs]
-        self.names = [n if names.count(n) == 1 else str(run.path) for n, run in zip(names, self.runs, strict=True)]
+        self.names = [
+            n if names.count(n) == 1 else str(run.path)
+            for n, run in zip(names, self.runs, strict=True)
+        ]
         scored = [run.evaluation for run in self.runs if run.evaluation]
         self.convention: str = scored[0]["convention"] if scored else self._logged_convention()
         self.notes: list[str] = []
@@ -60,33 +65,51 @@ class Report:
     @property
     def scored(self) -> list[int]:
         """The runs whose evaluation compares with the first that has one."""
-        return [i for i, result in enumerate(self.results) if result and i not in self.differing]
+        return [
+            i for i, result in enumerate(self.results) if result and i not in self.differing
+        ]
 
     def mark(self, i: int) -> str:
         """What has to be known of a run's scores before they are compared; "" for nothing."""
         if i in self.differing:
             return "not comparable"
         result = self.results[i]
-        return "identity unknown" if result and self.compared and not has_identity(result) else ""
+        return (
+            "identity unknown" if result and self.compared and not has_identity(result) else ""
+        )
 
     def _logged_convention(self) -> str:
-        named = [line["convention"] for run in self.runs for line in run.log if line.get("convention")]
+        named = [
+            line["convention"]
+            for run in self.runs
+            for line in run.log
+            if line.get("convention")
+        ]
         configured = [run.tree.get("eval", {}).get("convention") for run in self.runs]
         return next((c for c in (*named, *configured) if c), "not recorded")
 
     def _result(self, i: int) -> dict[str, Any] | None:
         """The run's evaluation under the report's convention."""
-        run, name = self.runs[i], self.names[i]
+        run = self.runs[i]
+        name = self.names[i]
         if run.missing:
             self.notes.append(f"{name} has no {', '.join(run.missing)}.")
+
         result = run.evaluation
         if result is None or result["convention"] == self.convention:
             return result
+
         if not result.get("confusion"):
             self.differing[i] = [f"scored by {result['convention']}"]
-            self.notes.append(f"{name} was scored by {result['convention']} and left no confusion matrix to rescore.")
+            self.notes.append(
+                f"{name} was scored by {result['convention']} and left no confusion matrix to rescore."
+            )
             return None
-        self.notes.append(f"{name} was scored by {result['convention']}; shown here is {self.convention}.")
+
+        self.notes.append(
+            f"{name} was scored by {result['convention']}; shown here is {self.convention}."
+        )
+
         return rescore(result, self.convention)
 
     def _compare(self) -> None:
@@ -99,13 +122,19 @@ class Report:
             if class_names(result) != class_names(self.results[first]):
                 self.differing[i] = ["other classes"]
                 self.results[i] = None
-                self.notes.append(f"{self.names[i]} was evaluated on other classes; its scores are left out.")
+                self.notes.append(
+                    f"{self.names[i]} was evaluated on other classes; its scores are left out."
+                )
             elif parts := differences(result, self.results[first]):
                 self.differing[i] = parts
-                self.notes.append(f"{self.names[i]} does not compare with {self.names[first]}: {'; '.join(parts)}.")
+                self.notes.append(
+                    f"{self.names[i]} does not compare with {self.names[first]}: {'; '.join(parts)}."
+                )
 
         for i in self.scored[1:]:
-            self.regrouped[i] = other_means(self.results[i]["per_class"], self.results[first]["per_class"])
+            self.regrouped[i] = other_means(
+                self.results[i]["per_class"], self.results[first]["per_class"]
+            )
             if self.regrouped[i]:
                 over = ", ".join(sorted(self.regrouped[i]))
                 text = f"group other classes ({over}); these means are shown without changes"
@@ -124,22 +153,32 @@ class Report:
         for run, name in zip(self.runs, self.names, strict=True):
             for lack in (run.statistics or {}).get("warnings", ()):
                 lacks.setdefault(lack, []).append(name)
+
         self.notes += [f"{', '.join(names)}: {lack}." for lack, names in lacks.items()]
 
     def _shares(self) -> tuple[list[float | None], str]:
         """Every class's share of the labelled training pixels; of the evaluated ones where no run says."""
         if not self.scored:
             return [], ""
+
         per_class = self.results[self.scored[0]]["per_class"]
+
         for run in self.runs:
             counts = (run.statistics or {}).get("class_pixels")
             if counts and len(counts) == len(per_class):
                 return _normalised(counts), "share of training pixels (log scale)"
+
         published = [item.get("train_pixels") for item in per_class]
         if None not in published:
             return _normalised(published), "share of training pixels (log scale)"
-        self.notes.append("No run has statistics.json: frequencies are those of the evaluated images.")
-        return _normalised([item["pixels"] for item in per_class]), "share of evaluated pixels (log scale)"
+
+        self.notes.append(
+            "No run has statistics.json: frequencies are those of the evaluated images."
+        )
+
+        return _normalised(
+            [item["pixels"] for item in per_class]
+        ), "share of evaluated pixels (log scale)"
 
     def tail(self) -> tuple[list[int], str]:
         """The classes to look at, rarest last, and how they are called."""
@@ -148,11 +187,16 @@ class Report:
         called = "tail classes"
         if not ids:
             seen = [item["id"] for item in per_class if item["pixels"]]
-            ids = sorted(seen, key=lambda k: self.shares[k] or 0)[: max(1, min(12, math.ceil(len(per_class) / 5)))]
+            ids = sorted(seen, key=lambda k: self.shares[k] or 0)[
+                : max(1, min(12, math.ceil(len(per_class) / 5)))
+            ]
             called = "rarest classes"
+
         ids = sorted(ids, key=lambda k: self.shares[k] or 0)
         if len(ids) > 12:
-            ids, called = ids[:12], f"twelve rarest {called}"
+            ids = ids[:12]
+            called = f"twelve rarest {called}"
+
         return ids[::-1], called
 
 
@@ -166,7 +210,11 @@ def class_names(result: dict[str, Any]) -> list[str]:
 
 
 def write_report(
-    out_html: str | Path, runs: Sequence[RunFolder], baseline: int = 0, *, command: str | None = None
+    out_html: str | Path,
+    runs: Sequence[RunFolder],
+    baseline: int = 0,
+    *,
+    command: str | None = None,
 ) -> Path:
     """Write the report on `runs` and return its path; changes are against `runs[baseline]`.
 
@@ -176,10 +224,15 @@ def write_report(
         raise ValueError("a report needs at least one run folder")
     if not 0 <= baseline < len(runs):
         raise ValueError(f"baseline {baseline} is none of the {len(runs)} runs")
+
     report = Report(runs, baseline)
     sections = {title: make(report) for title, make in SECTIONS.items()}
-    links = "".join(f'<a href="#{title.lower()}">{title}</a>' for title, body in sections.items() if body)
-    made = f"Report made {time.strftime('%Y-%m-%d %H:%M')}" + (f" by <code>{escape(command)}</code>" if command else "")
+    links = "".join(
+        f'<a href="#{title.lower()}">{title}</a>' for title, body in sections.items() if body
+    )
+    made = f"Report made {time.strftime('%Y-%m-%d %H:%M')}" + (
+        f" by <code>{escape(command)}</code>" if command else ""
+    )
     body = (
         headline(report)
         + f"<nav>{links}</nav>"
@@ -191,6 +244,8 @@ def write_report(
     title = f"Long-tail segmentation: {', '.join(report.names)}"
     out = Path(out_html)
     out.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(out) as draft:
         draft.write_text(page(title, body, len(runs)), encoding="utf-8")
+
     return out

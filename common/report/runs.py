@@ -40,6 +40,7 @@ class RunFolder:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path}: no such run folder")
+
         missing = [name for name in PARTS if not (path / name).is_file()]
         if len(missing) == len(PARTS):
             raise ValueError(f"{path}: not a run folder, it has none of {', '.join(PARTS)}")
@@ -48,8 +49,10 @@ class RunFolder:
         run = run_of(path, record)
         if run is not None:
             missing.remove("log.jsonl")
+
         config = path / "config.yaml"
         panels = _panels(path / "panels")
+
         return cls(
             path=path,
             name=path.resolve().name if run is None else f"{run.resolve().name} {path.name}",
@@ -68,11 +71,17 @@ class RunFolder:
         try:
             return yaml.safe_load(self.config or "") or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{self.path / 'config.yaml'}: not valid YAML ({' '.join(str(error).split())})") from error
+            raise ValueError(
+                f"{self.path / 'config.yaml'}: not valid YAML ({' '.join(str(error).split())})"
+            ) from error
 
     def last(self, key: str) -> float | None:
         """The newest logged validation value."""
-        values = [line[key] for line in self.log if line.get("kind") == "eval" and line.get(key) is not None]
+        values = [
+            line[key]
+            for line in self.log
+            if line.get("kind") == "eval" and line.get(key) is not None
+        ]
         return values[-1] if values else None
 
 
@@ -82,6 +91,7 @@ def _panels(folder: Path) -> dict[str, dict[str, Path]]:
     for file in sorted(folder.glob("*_*.png")):
         image, _, part = file.stem.rpartition("_")
         found.setdefault(image, {})[part] = file
+
     return found
 
 
@@ -99,10 +109,12 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; the last one of a killed run may be cut off."""
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     result = []
+
     for i, line in enumerate(lines):
         try:
             result.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
             if i < len(lines) - 1:
                 raise ValueError(f"{path}: line {i + 1} is not valid JSON") from error
+
     return result

@@ -24,19 +24,32 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", choices=ROWS, default="ade20k")
     parser.add_argument("--set", choices=("train", "val"), default="train")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="default: one a core")
-    parser.add_argument("--cache", metavar="DIR", help="where counts are kept (default: .cache of the data set)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="default: one a core"
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", help="where counts are kept (default: .cache of the data set)"
+    )
     args = parser.parse_args()
     name = ROWS[args.dataset]
     dataset = SegmentationDataset(SourceConfig(dataset=name, split=args.set))
-    statistics = class_statistics(dataset, args.workers, args.cache or preparation.folder(name) / ".cache")
-    print(f"{name} {args.set}: {statistics.num_images} images, {dataset.row.num_classes} classes")
+    statistics = class_statistics(
+        dataset, args.workers, args.cache or preparation.folder(name) / ".cache"
+    )
+    print(
+        f"{name} {args.set}: {statistics.num_images} images, {dataset.row.num_classes} classes"
+    )
+
     for level, digits in (("image", 0), ("pixel", 4)):
         counts = statistics.count(level)
-        print(f"{level} level: max {counts.max():.{digits}f}, min {counts.min():.{digits}f}, Gini {gini(counts):.4f}")
+        print(
+            f"{level} level: max {counts.max():.{digits}f}, min {counts.min():.{digits}f}, Gini {gini(counts):.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ def ade20k_label(job: tuple[Path, Path]) -> None:
     source, target = job
     if target.exists():
         return
+
     raw = read_index(source)
     if raw.dtype != np.uint8 or raw.max() > 150:
         raise ValueError(f"{source}: label value {raw.max()} is none of ADE20K's 0 to 150")
+
     save(raw - np.uint8(1), target)
 
 
@@ -41,7 +43,9 @@ def coco_stuff_label(job: tuple[Path, Path]) -> None:
 @cache
 def _coco_table() -> LabelTable:
     ids = class_table("coco_stuff_lt").ids
-    return LabelTable(len(ids), {category - 1: k for k, category in enumerate(ids)}, ignore=(255,))
+    return LabelTable(
+        len(ids), {category - 1: k for k, category in enumerate(ids)}, ignore=(255,)
+    )
 
 
 def ade20k_full_pair(job: tuple[Path, Path, Path, Path]) -> None:
@@ -53,9 +57,14 @@ def ade20k_full_pair(job: tuple[Path, Path, Path, Path]) -> None:
     image_path, seg_path, image_target, label_target = job
     if image_target.exists() and label_target.exists():
         return
-    pixels, seg = _pixels(image_path), _pixels(seg_path)
+
+    pixels = _pixels(image_path)
+    seg = _pixels(seg_path)
     if seg.ndim != 3 or seg.shape[:2] != pixels.shape[:2]:
-        raise ValueError(f"{seg_path}: is {seg.shape}, expected a colour image of the size of {image_path.name}")
+        raise ValueError(
+            f"{seg_path}: is {seg.shape}, expected a colour image of the size of {image_path.name}"
+        )
+
     index = seg[..., 0].astype(np.int32) // 10 * 256 + seg[..., 1]
     size = ade20k_full_size(pixels.shape[:2])
     if size != pixels.shape[:2]:
@@ -63,7 +72,9 @@ def ade20k_full_pair(job: tuple[Path, Path, Path, Path]) -> None:
         grey = pixels.ndim == 2
         picture = Picture.of(np.repeat(pixels[..., None], 3, 2) if grey else pixels)
         resized = bilinear(picture, g, size).permute(1, 2, 0).numpy()
-        pixels, index = resized[..., 0] if grey else resized, nearest_crop(index, g, size)
+        pixels = resized[..., 0] if grey else resized
+        index = nearest_crop(index, g, size)
+
     save(_ade20k_full_table()[index], label_target)
     save(np.ascontiguousarray(pixels), image_target)
 
@@ -75,6 +86,7 @@ def ade20k_full_size(size: tuple[int, int]) -> tuple[int, int]:
         return height, width
     if width >= height:
         return SHORT_SIDE, round(width / height * SHORT_SIDE)
+
     return round(height / width * SHORT_SIDE), SHORT_SIDE
 
 
@@ -102,16 +114,24 @@ def mhp_people(paths: Sequence[Path]) -> dict[str, list[Path]]:
     """
     people: dict[str, dict[int, Path]] = defaultdict(dict)
     total: dict[str, int] = {}
+
     for path in paths:
         match = re.fullmatch(r"(.+)_(\d+)_(\d+)", path.stem)
         if not match:
-            raise ValueError(f"{path}: is not named <image>_<people>_<k>.png as the parsing files of MHP are")
+            raise ValueError(
+                f"{path}: is not named <image>_<people>_<k>.png as the parsing files of MHP are"
+            )
+
         people[match[1]][int(match[3])] = path
         total[match[1]] = int(match[2])
+
     for image, found in people.items():
         if len(found) != total[image]:
             first = next(iter(found.values()))
-            raise ValueError(f"{first}: image {image} has {len(found)} of its {total[image]} parsing files")
+            raise ValueError(
+                f"{first}: image {image} has {len(found)} of its {total[image]} parsing files"
+            )
+
     return {image: [found[k] for k in sorted(found)] for image, found in people.items()}
 
 
@@ -120,15 +140,21 @@ def mhp_label(job: tuple[Sequence[Path], Path]) -> None:
     people, target = job
     if target.exists():
         return
+
     label = None
+
     for path in people:
         raw = read_index(path)
         label = np.zeros(raw.shape, np.uint8) if label is None else label
         if raw.shape != label.shape:
-            raise ValueError(f"{path}: is {raw.shape[1]}x{raw.shape[0]} pixels, {people[0].name} has another size")
+            raise ValueError(
+                f"{path}: is {raw.shape[1]}x{raw.shape[0]} pixels, {people[0].name} has another size"
+            )
         if raw.max() > 58:
             raise ValueError(f"{path}: label value {raw.max()} is none of MHP's 0 to 58")
+
         np.copyto(label, raw.astype(np.uint8), where=raw > 0)
+
     save(label, target)
 
 
@@ -154,6 +180,7 @@ def _breaks_off(path: Path) -> bool:
             if not str(error).startswith("image file is truncated"):
                 raise
             return True
+
     return False
 
 
@@ -161,6 +188,7 @@ def _beginning(path: Path) -> np.ndarray:
     """uint8 (H, W, 3) of a truncated image, grey where nothing is left."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = True
+
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))

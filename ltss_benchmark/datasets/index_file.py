@@ -32,10 +32,16 @@ def _parse(path: Path) -> dict[str, list[str]]:
 
     missing = [key for key in COLUMNS if not isinstance(index, Mapping) or key not in index]
     if missing:
-        raise ValueError(f"has no {missing[0]!r}; this is not the index of the release 2021_17_01")
+        raise ValueError(
+            f"has no {missing[0]!r}; this is not the index of the release 2021_17_01"
+        )
+
     columns = {key: _texts(index[key], key) for key in COLUMNS}
     if len(columns["folder"]) != len(columns["filename"]):
-        raise ValueError(f"names {len(columns['folder'])} folders for {len(columns['filename'])} files")
+        raise ValueError(
+            f"names {len(columns['folder'])} folders for {len(columns['filename'])} files"
+        )
+
     return columns
 
 
@@ -44,4 +50,5 @@ def _texts(column: Any, key: str) -> list[str]:
     wrong = [type(item).__name__ for item in items if not isinstance(item, str)]
     if wrong:
         raise ValueError(f"column {key!r} holds a {wrong[0]} in place of a text")
+
     return [str(item) for item in items]

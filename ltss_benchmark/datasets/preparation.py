@@ -61,19 +61,30 @@ def listing(path: Path, suffix: str) -> list[Path]:
     return files(path, (suffix,), f"{suffix} files")
 
 
-def run(function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers: int | None = None) -> None:
+def run(
+    function: Callable[[Any], None], jobs: Sequence[Any], what: str, workers: int | None = None
+) -> None:
     """`function(job)` for all jobs in parallel processes (None: one a core), with a progress bar on a terminal."""
     workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
-    for _ in console.bar(parallel(function, jobs, workers), what=what, total=len(jobs), unit="file"):
+    for _ in console.bar(
+        parallel(function, jobs, workers), what=what, total=len(jobs), unit="file"
+    ):
         pass
 
 
-def convert_labels(name: str, sources: str, targets: str, function: Callable[[tuple[Path, Path]], None]) -> None:
+def convert_labels(
+    name: str, sources: str, targets: str, function: Callable[[tuple[Path, Path]], None]
+) -> None:
     """`function((source, target))` for every label of the set `name`: the .png files of all splits below the folder
     `sources` of the set, written below its folder `targets`; then `verify`. ValueError names what is missing."""
-    base, splits = begin(name), DATASETS[name].layout.splits.values()
+    base = begin(name)
+    splits = DATASETS[name].layout.splits.values()
     labels = [path for split in splits for path in listing(base / sources / split, ".png")]
-    run(function, [(path, base / targets / path.parent.name / path.name) for path in labels], f"{name} labels")
+    run(
+        function,
+        [(path, base / targets / path.parent.name / path.name) for path in labels],
+        f"{name} labels",
+    )
     verify(name)
 
 
@@ -97,7 +108,8 @@ def place(source: Path, target: Path) -> None:
         return
     with whole(target) as temporary:
         try:
-            os.link(source.resolve(), temporary)  # of a link its file, which is there from every folder
+            # of a link its file, which is there from every folder
+            os.link(source.resolve(), temporary)
         except OSError:
             shutil.copyfile(source, temporary)
 
@@ -106,7 +118,9 @@ def place_all(job: tuple[Sequence[Path], Sequence[Path]]) -> None:
     """`place` for each pair of a job (sources, targets). ValueError names a source that is missing."""
     for source, target in zip(*job, strict=True):
         if not source.is_file():
-            raise ValueError(f"{source}: no such file; is the set that it belongs to prepared, and the list right?")
+            raise ValueError(
+                f"{source}: no such file; is the set that it belongs to prepared, and the list right?"
+            )
         place(source, target)
 
 
@@ -114,18 +128,28 @@ def link(source: Path, target: Path) -> None:
     """The folder `target` becomes a link to the folder `source`, or a copy where links are not possible. A folder that
     is there gets the files that it lacks. ValueError where `source` is missing or `target` leads elsewhere."""
     if not source.is_dir():
-        raise ValueError(f"{source}: no such folder; {target} is to be a link to it, prepare that data set first")
+        raise ValueError(
+            f"{source}: no such folder; {target} is to be a link to it, prepare that data set first"
+        )
+
     if target.is_symlink():
         if target.resolve() != source.resolve():
-            raise ValueError(f"{target}: is a link to {os.readlink(target)}, not to {source}; remove it")
+            raise ValueError(
+                f"{target}: is a link to {os.readlink(target)}, not to {source}; remove it"
+            )
         return
+
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()), target_is_directory=True)
+            target.symlink_to(
+                os.path.relpath(source.resolve(), target.parent.resolve()),
+                target_is_directory=True,
+            )
             return
         except OSError:
             pass  # a file system without links: copy
+
     for path in sorted(source.iterdir()):
         place(path, target / path.name)
 
@@ -134,11 +158,14 @@ def verify(name: str, expected: Mapping[str, int] | None = None) -> None:
     """Every split pairs all its images with labels, and has the expected number of them; says what it found."""
     wrong = []
     for split, count in (expected or EXPECTED[name]).items():
-        dataset = SegmentationDataset(SourceConfig(dataset=name, root=str(folder(name)), split=split))
+        dataset = SegmentationDataset(
+            SourceConfig(dataset=name, root=str(folder(name)), split=split)
+        )
         check(dataset)
         print(f"{name} {split}: {len(dataset)} images with labels, expected {count}")
         if len(dataset) != count:
             wrong.append(f"{split} has {len(dataset)} images with labels, expected {count}")
+
     if wrong:
         raise ValueError(f"{folder(name)}: {'; '.join(wrong)}; is the download complete?")
 
@@ -146,11 +173,15 @@ def verify(name: str, expected: Mapping[str, int] | None = None) -> None:
 def compare(name: str) -> None:
     """Prints how the training set's class counts compare with the published ones, and its Gini coefficients."""
     row, statistics = counted(name)
-    found, published = statistics.image_count, np.array(row.published.image_count)
+    found = statistics.image_count
+    published = np.array(row.published.image_count)
     image, pixel = (gini(statistics.count(level)) for level in ("image", "pixel"))
     print(f"{name}: Gini coefficient {image:.4f} at image level, {pixel:.4f} at pixel level")
-    print(f"{name}: {(found == published).sum()} of {len(found)} classes have the published number of images")
+    print(
+        f"{name}: {(found == published).sum()} of {len(found)} classes have the published number of images"
+    )
     apart = np.argsort(-np.abs(found - published), kind="stable")[:5]
+
     for k in apart[found[apart] != published[apart]]:
         print(f"  {row.classes[k]}: {found[k]} images, published {published[k]}")
 
@@ -158,9 +189,13 @@ def compare(name: str) -> None:
 def compare_with_subset(name: str, subset: str) -> None:
     """Prints which classes fewer training images of a set show than the published counts of a subset of it."""
     row, statistics = counted(name)
-    found, least = statistics.image_count, np.array(DATASETS[subset].published.image_count)
+    found = statistics.image_count
+    least = np.array(DATASETS[subset].published.image_count)
     enough = (found >= least).sum()
-    print(f"{name}: {enough} of {len(found)} classes have at least the images of the published {subset}, expected all")
+    print(
+        f"{name}: {enough} of {len(found)} classes have at least the images of the published {subset}, expected all"
+    )
+
     for k in np.argsort(found - least, kind="stable")[: min(5, len(found) - enough)]:
         print(f"  {row.classes[k]}: {found[k]} images, at least {least[k]} expected")
 
@@ -174,30 +209,42 @@ def counted(name: str) -> tuple[DatasetRow, Statistics]:
 
 def sample_subset(name: str, whole_set: str, list_file: str) -> None:
     """A long-tailed set from its list: training files of the listed images, validation folders as links."""
-    base, source = begin(name), folder(whole_set)
+    base = begin(name)
+    source = folder(whole_set)
     path = base / list_file
     if not path.is_file():
-        count, published = EXPECTED[name]["train"], gini(np.array(DATASETS[name].published.image_count))
+        count = EXPECTED[name]["train"]
+        published = gini(np.array(DATASETS[name].published.image_count))
         script = os.path.relpath(_SCRIPTS / "make_longtail.py")
         raise ValueError(
             f"{path}: no such list (one image name per line); the authors' list is not public, make one: "
             f"python {script} {whole_set} --images {count} --gini {published:.3f} --out {path}"
         )
+
     records = DATASETS[whole_set].layout(source, "train", read_list(path))
     unlabelled = [record.name for record in records if record.label is None]
     if unlabelled:
-        raise ValueError(f"{source}: image {unlabelled[0]!r} of {path} has no label; is that set prepared?")
+        raise ValueError(
+            f"{source}: image {unlabelled[0]!r} of {path} has no label; is that set prepared?"
+        )
+
     if len(records) != EXPECTED[name]["train"]:
-        print(f"{path}: lists {len(records)} images, the published set has {EXPECTED[name]['train']}")
+        print(
+            f"{path}: lists {len(records)} images, the published set has {EXPECTED[name]['train']}"
+        )
 
     layout = DATASETS[name].layout
     train, val = (layout.splits.get(split, split) for split in ("train", "val"))
     folders = [base / kind / train for kind in ("images", "annotations")]
     jobs = [
-        ((record.image, record.label), [target / file.name for target, file in zip(folders, record[1:], strict=True)])
+        (
+            (record.image, record.label),
+            [target / file.name for target, file in zip(folders, record[1:], strict=True)],
+        )
         for record in records
     ]
     run(place_all, jobs, name)
+
     for kind in ("images", "annotations"):
         link(source / kind / val, base / kind / val)
 

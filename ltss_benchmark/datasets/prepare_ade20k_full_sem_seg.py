@@ -18,22 +18,35 @@ _WALL = 2978  # object index of the first class
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--png", action="store_true", help="images without loss (the benchmark's are JPEG)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--png", action="store_true", help="images without loss (the benchmark's are JPEG)"
+    )
     end = ".png" if parser.parse_args().png else ".jpg"
     base = preparation.begin("ade20k_full")
     index = read_index(base / "index_ade20k.pkl")
     names = class_names(index["objectnames"], base)
     jobs = []
+
     for folder, name in zip(index["folder"], index["filename"], strict=True):
         image = base.parent / folder / name
         split = "validation" if name.split("_")[1:2] == ["val"] else "training"
-        targets = [base / f"{kind}_detectron2" / split / name for kind in ("images", "annotations")]
-        targets = [path.with_suffix(suffix) for path, suffix in zip(targets, (end, ".tif"), strict=True)]
+        targets = [
+            base / f"{kind}_detectron2" / split / name for kind in ("images", "annotations")
+        ]
+        targets = [
+            path.with_suffix(suffix)
+            for path, suffix in zip(targets, (end, ".tif"), strict=True)
+        ]
         jobs.append((image, image.with_name(f"{image.stem}_seg.png"), *targets))
+
     preparation.run(ade20k_full_pair, jobs, "ADE20K-Full")
+
     with preparation.whole(base / NAMES_FILE) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
     preparation.verify("ade20k_full")
     preparation.compare("ade20k_full")
 
@@ -42,7 +55,9 @@ def class_names(objects: list[str], base: Path) -> list[str]:
     """The names of the 847 classes among the release's objects. ValueError where these are of another release."""
     ids = class_table("ade20k_full").ids
     if len(objects) < max(ids) or not objects[_WALL - 1].startswith("wall"):
-        raise ValueError(f"{base / 'index_ade20k.pkl'}: object {_WALL} is not the wall; use the release 2021_17_01")
+        raise ValueError(
+            f"{base / 'index_ade20k.pkl'}: object {_WALL} is not the wall; use the release 2021_17_01"
+        )
     return [" ".join(objects[k - 1].split()) for k in ids]
 
 

@@ -11,7 +11,9 @@ from ltss_benchmark.datasets.conversions import coco_stuff_label
 
 def main() -> None:
     preparation.parse(__doc__)
-    preparation.convert_labels("coco_stuff_118k", "stuffthingmaps_trainval2017", "annotations", coco_stuff_label)
+    preparation.convert_labels(
+        "coco_stuff_118k", "stuffthingmaps_trainval2017", "annotations", coco_stuff_label
+    )
 
 
 if __name__ == "__main__":

@@ -17,20 +17,32 @@ def main() -> None:
     preparation.parse(__doc__)
     base = preparation.begin("mhpv2_15k")
     raw = base / "LV-MHP-v2"
+
     for split in ("train", "val"):
-        images, target = first_folder(raw / f"{split}_img", raw / split / "images"), base / "images" / split
+        images = first_folder(raw / f"{split}_img", raw / split / "images")
+        target = base / "images" / split
         if target.is_symlink():
-            raise ValueError(f"{target}: is a link, but checked images are to be placed in a folder there; remove it")
-        jobs = [(path, target / f"{path.stem}.jpg") for path in preparation.listing(images, ".jpg")]
+            raise ValueError(
+                f"{target}: is a link, but checked images are to be placed in a folder there; remove it"
+            )
+
+        jobs = [
+            (path, target / f"{path.stem}.jpg") for path in preparation.listing(images, ".jpg")
+        ]
         preparation.run(mhp_image, jobs, f"MHP-v2 {split} images")
         merged = raw / f"{split}_seg"
         if merged.is_dir():
             preparation.link(merged, base / "annotations" / split)
             continue
+
         parsing = first_folder(raw / f"{split}_parsing", raw / split / "parsing_annos")
         people = mhp_people(preparation.listing(parsing, ".png"))
-        jobs = [(paths, base / "annotations" / split / f"{image}.png") for image, paths in people.items()]
+        jobs = [
+            (paths, base / "annotations" / split / f"{image}.png")
+            for image, paths in people.items()
+        ]
         preparation.run(mhp_label, jobs, f"MHP-v2 {split} labels")
+
     preparation.verify("mhpv2_15k")
     preparation.compare_with_subset("mhpv2_15k", "mhpv2_lt_7k")
 

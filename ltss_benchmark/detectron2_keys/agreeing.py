@@ -14,18 +14,27 @@ from common.data import DATASETS
 from ltss_benchmark.detectron2_keys.translated import TTA_SCALES, listed
 
 STREAM = "labeled"
-MATCHER_NAMES = {"ade20k_full": "ade20k-full", "coco_stuff_lt_40k": "coco-lt", "mhpv2_lt_7k": "mhpv2-lt"}
+MATCHER_NAMES = {
+    "ade20k_full": "ade20k-full",
+    "coco_stuff_lt_40k": "coco-lt",
+    "mhpv2_lt_7k": "mhpv2-lt",
+}
 SWINS = {  # EMBED_DIM, DEPTHS, NUM_HEADS, WINDOW_SIZE, PRETRAIN_IMG_SIZE
     "swin_tiny": (96, [2, 2, 6, 2], [3, 6, 12, 24], 7, 224),
     "swin_small": (96, [2, 2, 18, 2], [3, 6, 12, 24], 7, 224),
     "swin_base": (128, [2, 2, 18, 2], [4, 8, 16, 32], 12, 384),
     "swin_large": (192, [2, 2, 18, 2], [6, 12, 24, 48], 12, 384),
 }
-BACKBONE_WEIGHT = "model.backbone.layer1.0.conv1.weight"  # stands for all of the backbone in `optim.groups`
-NORM_WEIGHT = {"mask2former": "model.decoder.norm.weight", "deeplabv3plus_d2": "model.aspp.project.norm.weight"}
+# stands for all of the backbone in `optim.groups`
+BACKBONE_WEIGHT = "model.backbone.layer1.0.conv1.weight"
+NORM_WEIGHT = {
+    "mask2former": "model.decoder.norm.weight",
+    "deeplabv3plus_d2": "model.aspp.project.norm.weight",
+}
 EMBEDDING = "model.decoder.query_feat.weight"
 
-Said = Callable[[Config], Sequence[Any]]  # the values that say what a config does; none where detectron2 has no word
+# the values that say what a config does; none where detectron2 has no word
+Said = Callable[[Config], Sequence[Any]]
 
 
 def of_model(**words: str) -> Said:
@@ -55,7 +64,10 @@ def _registered(dataset: str, split: str) -> Sequence[Any]:
 def matcher_set(cfg: Config) -> Sequence[Any]:
     """Of whose classes the frequencies are: the config's own set; none without the Frequency-based Matcher."""
     own = MATCHER_NAMES.get(cfg.data.streams[STREAM].dataset)
-    return [*([own] if own else []), *([] if cfg.method.get("matcher", {}).get("mode") == "frequency" else [""])]
+    return [
+        *([own] if own else []),
+        *([] if cfg.method.get("matcher", {}).get("mode") == "frequency" else [""]),
+    ]
 
 
 def ignored_value(cfg: Config) -> Sequence[Any]:
@@ -68,7 +80,10 @@ def ignored_value(cfg: Config) -> Sequence[Any]:
 def backbone_name(cfg: Config) -> Sequence[Any]:
     if cfg.model.backbone in SWINS:
         return ["D2SwinTransformer"]
-    words = {"mask2former": "build_resnet_backbone", "deeplabv3plus_d2": "build_resnet_deeplab_backbone"}
+    words = {
+        "mask2former": "build_resnet_backbone",
+        "deeplabv3plus_d2": "build_resnet_deeplab_backbone",
+    }
     return of_model(**words)(cfg)
 
 
@@ -91,10 +106,12 @@ def swin(part: int) -> Said:
 def pixel_loss(cfg: Config) -> Sequence[Any]:
     if cfg.model.name != "deeplabv3plus_d2":
         return []
+
     focus = cfg.remedies.get("focus") or {}
     words = {"hard_pixels": "hard_pixel_mining", None: "cross_entropy"}
     others = [slot for slot in ("logits", "class_weight", "sets") if cfg.remedies.get(slot)]
     word = words.get(focus.get("name"))
+
     return [word] if word and not others else []
 
 
@@ -118,7 +135,11 @@ def embedding_decay(cfg: Config) -> Sequence[Any]:
 
 def _decay(cfg: Config, name: str) -> float:
     rule = _rule(cfg, name)
-    return cfg.optim.weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+    return (
+        cfg.optim.weight_decay
+        if rule is None or rule.weight_decay is None
+        else rule.weight_decay
+    )
 
 
 def _rule(cfg: Config, name: str) -> GroupConfig | None:
@@ -129,7 +150,11 @@ def _rule(cfg: Config, name: str) -> GroupConfig | None:
 def tta_edges(cfg: Config) -> Sequence[Any]:
     """The shorter sides that TEST.AUG.ENABLED uses."""
     scales = cfg.eval.scales if tuple(cfg.eval.scales) != (1.0,) else TTA_SCALES
-    return [[round(cfg.eval.short_edge * scale) for scale in scales]] if cfg.eval.short_edge else []
+    return (
+        [[round(cfg.eval.short_edge * scale) for scale in scales]]
+        if cfg.eval.short_edge
+        else []
+    )
 
 
 SWIN_REMEDY = "set model.backbone to swin_tiny, swin_small, swin_base or swin_large"
@@ -183,7 +208,9 @@ def disagreement(key: str, value: str, cfg: Config) -> str | None:
     does = said(cfg)
     if any(_equal(_read(value), word) for word in does):
         return None
+
     known = f" (this config: {does[0] if does[0] != '' else 'none'})" if does else ""
+
     return f"{key}: {value!r} is not used here{known}: {remedy}"
 
 

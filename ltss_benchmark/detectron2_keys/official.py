@@ -7,7 +7,9 @@ from common.config import ConfigError
 
 HERE = Path(__file__).resolve().parents[1]
 CONFIGS = HERE / "configs"
-SECTION = re.compile(r"^(_BASE_|VERSION|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST)\s*:", re.MULTILINE)
+SECTION = re.compile(
+    r"^(_BASE_|VERSION|MODEL|SOLVER|DATASETS|DATALOADER|INPUT|TEST)\s*:", re.MULTILINE
+)
 MOST = 3  # counterparts that a message names
 
 
@@ -18,10 +20,13 @@ def check_config_file(path: Path) -> None:
         if found:
             raise ConfigError(f"{path}: no such file; did you mean {' or '.join(found)}?")
         return
+
     text = path.read_text(encoding="utf-8", errors="replace")
     if SECTION.search(text):
         found = " or ".join(counterparts(path)) or "none of this name; see configs/"
-        raise ConfigError(f"{path}: a config of detectron2, which is not read; its counterpart here: {found}")
+        raise ConfigError(
+            f"{path}: a config of detectron2, which is not read; its counterpart here: {found}"
+        )
 
 
 def counterparts(path: Path) -> list[str]:
@@ -34,4 +39,5 @@ def counterparts(path: Path) -> list[str]:
         return len(named & set(found.relative_to(CONFIGS).parts[:-1]))
 
     best = max(map(shared, same), default=0)
+
     return [str(found.relative_to(HERE)) for found in same if shared(found) == best][:MOST]

@@ -16,10 +16,14 @@ from ltss_benchmark.detectron2_keys.untranslated import DONE_ANYWAY, REFUSED
 
 Pairs = Sequence[tuple[str, str]]  # of the command line: key, value
 KNOWN = (*KEYS, *DEPENDENT, *AGREEING, *DONE_ANYWAY, *REFUSED)
-NEAR, NEAR_NAME = 0.88, 0.75  # similarity of a key, and of its last part, from which on it is a likely misspelling
+# similarity of a key, and of its last part, from which on it is a likely misspelling
+NEAR = 0.88
+NEAR_NAME = 0.75
 
 
-def read_config(path: Path, words: Sequence[str], check: Callable[[Config], None] | None = None) -> Config:
+def read_config(
+    path: Path, words: Sequence[str], check: Callable[[Config], None] | None = None
+) -> Config:
     """The config of a file under a command line of KEY VALUE pairs and key=value words.
 
     check: further conditions on the config. Raises ConfigError, which names detectron2's key where that was typed.
@@ -33,10 +37,13 @@ def read_config(path: Path, words: Sequence[str], check: Callable[[Config], None
         complaint = disagreement(key, value.strip(), cfg) if key in AGREEING else None
         if complaint is not None:
             raise ConfigError(complaint)
+
     return cfg
 
 
-def _load(path: Path, pairs: Pairs, draft: Config | None, check: Callable[[Config], None] | None) -> Config:
+def _load(
+    path: Path, pairs: Pairs, draft: Config | None, check: Callable[[Config], None] | None
+) -> Config:
     words = overrides(pairs, draft)
     try:
         cfg = load_config(path, words)
@@ -44,15 +51,23 @@ def _load(path: Path, pairs: Pairs, draft: Config | None, check: Callable[[Confi
             check(cfg)
     except ValueError as error:
         raise ConfigError(f"{_typed_as(str(error), pairs, draft)}{error}") from error
+
     return cfg
 
 
 def _typed_as(message: str, pairs: Pairs, draft: Config | None) -> str:
     """`KEY VALUE: ` of the detectron2 key that set what an error is about; "" where none did."""
     for key, value in reversed(pairs):
-        targets = [word.partition("=")[0] for word in overrides([(key, value)], draft)] if key.isupper() else []
-        if any(re.search(rf"(?<![\w.]){re.escape(target)}(?![\w])", message) for target in targets):
+        targets = (
+            [word.partition("=")[0] for word in overrides([(key, value)], draft)]
+            if key.isupper()
+            else []
+        )
+        if any(
+            re.search(rf"(?<![\w.]){re.escape(target)}(?![\w])", message) for target in targets
+        ):
             return f"{key} {value}: "
+
     return ""
 
 
@@ -60,21 +75,31 @@ def overrides(pairs: Pairs, draft: Config | None = None) -> list[str]:
     """`section.key=value` words of the pairs. draft: the config without the keys in DEPENDENT, which only they need."""
     typed = {key: value for key, value in pairs if key.isupper()}
     result: list[str] = []
+
     for key, value in pairs:
-        result += translated(key, value.strip(), typed, draft) if key.isupper() else [f"{key}={value}"]
+        result += (
+            translated(key, value.strip(), typed, draft)
+            if key.isupper()
+            else [f"{key}={value}"]
+        )
+
     return result
 
 
 def split_pairs(words: Sequence[str]) -> Pairs:
     """(key, value) of every `key=value` and every `KEY VALUE`."""
-    pairs, rest = [], iter(words)
+    pairs = []
+    rest = iter(words)
+
     for word in rest:
         key, sign, value = word.partition("=")
         if not sign:
             value = next(rest, None)
             if value is None:
                 raise ConfigError(f"{key}: no value follows; write {key} VALUE or {key}=VALUE")
+
         pairs.append((key, value))
+
     return pairs
 
 
@@ -82,11 +107,15 @@ def translated(key: str, value: str, typed: Typed, draft: Config | None) -> Sequ
     """Our overrides for one of detectron2's keys; none for those that are compared with the config later."""
     if key in AGREEING:
         return []
+
     known, instead = DONE_ANYWAY.get(key, ((), REFUSED.get(key)))
     if instead is not None:
         if value.strip("'\"").lower() in known:
             return []
-        raise ConfigError(f"{key}: {'not' if key in REFUSED else f'{value!r} is not'} used here: {instead}")
+        raise ConfigError(
+            f"{key}: {'not' if key in REFUSED else f'{value!r} is not'} used here: {instead}"
+        )
+
     if key not in KEYS and key not in DEPENDENT:
         raise ConfigError(f"{key}: unknown; {advice(key)}")
 
@@ -108,7 +137,12 @@ def advice(key: str) -> str:
     def likeness(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
 
-    near = [name for name in KNOWN if likeness(key, name) >= NEAR and likeness(last(key), last(name)) >= NEAR_NAME]
+    near = [
+        name
+        for name in KNOWN
+        if likeness(key, name) >= NEAR and likeness(last(key), last(name)) >= NEAR_NAME
+    ]
     if near:
         return f"did you mean {max(near, key=lambda name: likeness(key, name))!r}?"
+
     return "leave it out, or set the option of this project, section.key=value"

@@ -9,10 +9,14 @@ from common.config import Config, ConfigError, OptimConfig
 from ltss_benchmark.detectron2_keys.weights import quoted, weights
 
 Typed = Mapping[str, str]  # every detectron2 key on the command line
-Translation = str | Callable[[str, Typed], Sequence[str]]  # our key, or what makes the overrides of a value
+# our key, or what makes the overrides of a value
+Translation = str | Callable[[str, Typed], Sequence[str]]
 
-AUGMENT, SAMPLER = "data.streams.labeled.augment", "data.streams.labeled.sampler"
-CRITERION, MATCHER, NETWORK = "method.criterion", "method.matcher", "model.options"
+AUGMENT = "data.streams.labeled.augment"
+SAMPLER = "data.streams.labeled.sampler"
+CRITERION = "method.criterion"
+MATCHER = "method.matcher"
+NETWORK = "model.options"
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -43,14 +47,18 @@ def folder(value: str, typed: Typed) -> Sequence[str]:
     """A run's folder is <output>/<name>."""
     path = Path(value)
     if not path.name:
-        raise ConfigError(f"{value!r} has no last part that could name the run; give a folder of its own")
+        raise ConfigError(
+            f"{value!r} has no last part that could name the run; give a folder of its own"
+        )
     return [f"output={quoted(str(path.parent))}", f"name={quoted(path.name)}"]
 
 
 def seed(value: str, typed: Typed) -> Sequence[str]:
     """detectron2 draws one where it is negative."""
     if int(value) < 0:
-        raise ConfigError(f"{value} (a random seed) is not used here: runs can be repeated; give a number from 0 on")
+        raise ConfigError(
+            f"{value} (a random seed) is not used here: runs can be repeated; give a number from 0 on"
+        )
     return [f"seed={value}"]
 
 
@@ -85,7 +93,9 @@ KEYS: dict[str, Translation] = {
     ),
     "LOSS.SEESAW_P": f"{CRITERION}.seesaw_p",
     "LOSS.SEESAW_Q": f"{CRITERION}.seesaw_q",
-    "MATCHER.MODE": choice(default=[f"{MATCHER}.mode=one_to_one"], multi_match=[f"{MATCHER}.mode=frequency"]),
+    "MATCHER.MODE": choice(
+        default=[f"{MATCHER}.mode=one_to_one"], multi_match=[f"{MATCHER}.mode=frequency"]
+    ),
     "MATCHER.T": f"{MATCHER}.threshold",
     "MATCHER.S": f"{MATCHER}.scale",
     "INPUT.CROP.SIZE": f"{AUGMENT}.crop",
@@ -95,7 +105,9 @@ KEYS: dict[str, Translation] = {
     "INPUT.MIN_SIZE_TEST": "eval.short_edge",
     "INPUT.MAX_SIZE_TEST": "eval.max_edge",
     "INPUT.COLOR_AUG_SSD": f"{AUGMENT}.colour",
-    "INPUT.RANDOM_FLIP": choice(horizontal=[f"{AUGMENT}.flip=0.5"], none=[f"{AUGMENT}.flip=0.0"]),
+    "INPUT.RANDOM_FLIP": choice(
+        horizontal=[f"{AUGMENT}.flip=0.5"], none=[f"{AUGMENT}.flip=0.0"]
+    ),
     "INPUT.COPY_PASTE.MAX_NUM": f"{AUGMENT}.copy_paste_max",
     "DATALOADER.NUM_WORKERS": "data.workers",
     "DATALOADER.SAMPLER_TRAIN": choice(
@@ -120,7 +132,8 @@ KEYS: dict[str, Translation] = {
     "SOLVER.POLY_LR_POWER": "optim.power",
     "SOLVER.WARMUP_FACTOR": "optim.warmup_ratio",
     "TEST.AUG.ENABLED": switch(
-        [f"eval.scales={list(TTA_SCALES)}", "eval.flip=true"], ["eval.scales=[1.0]", "eval.flip=false"]
+        [f"eval.scales={list(TTA_SCALES)}", "eval.flip=true"],
+        ["eval.scales=[1.0]", "eval.flip=false"],
     ),
     "TEST.AUG.FLIP": "eval.flip",
     "TEST.AUG.MAX_SIZE": "eval.scaled_max_edge",
@@ -130,6 +143,7 @@ KEYS: dict[str, Translation] = {
 def copy_paste(value: str, typed: Typed, draft: Config) -> Sequence[str]:
     if not truth(value):
         return [f"{AUGMENT}.copy_paste=none"]
+
     before = mode_of(draft)
     mode = typed.get("INPUT.COPY_PASTE.MODE", "random" if before == "none" else before)
     return [f"{AUGMENT}.copy_paste={mode}"]
@@ -144,6 +158,7 @@ def copy_paste_mode(value: str, typed: Typed, draft: Config) -> Sequence[str]:
             text = "INPUT.COPY_PASTE.MODE: ignored, since Copy-Paste is off; add INPUT.COPY_PASTE.ENABLED True"
             warnings.warn(text, stacklevel=2)
         return []
+
     return [f"{AUGMENT}.copy_paste={value}"]
 
 
@@ -160,11 +175,14 @@ def period(value: str, typed: Typed, draft: Config) -> Sequence[str]:
 
 def warmup(value: str, typed: Typed, draft: Config) -> Sequence[str]:
     """With detectron2's factor, where nobody gives another."""
-    given = "SOLVER.WARMUP_FACTOR" in typed or draft.optim.warmup_ratio != OptimConfig.warmup_ratio
+    given = (
+        "SOLVER.WARMUP_FACTOR" in typed or draft.optim.warmup_ratio != OptimConfig.warmup_ratio
+    )
     return [f"optim.warmup={value}", *([] if given else ["optim.warmup_ratio=0.001"])]
 
 
-DEPENDENT: dict[str, Callable[[str, Typed, Config], Sequence[str]]] = {  # on the config without them
+# on the config without them
+DEPENDENT: dict[str, Callable[[str, Typed, Config], Sequence[str]]] = {
     "INPUT.COPY_PASTE.ENABLED": copy_paste,
     "INPUT.COPY_PASTE.MODE": copy_paste_mode,
     "SOLVER.WARMUP_ITERS": warmup,

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-DONE_ANYWAY: dict[str, tuple[Sequence[str], str]] = {  # the value that changes nothing, and why no other is taken
+# the value that changes nothing, and why no other is taken
+DONE_ANYWAY: dict[str, tuple[Sequence[str], str]] = {
     "DATALOADER.ANN_TYPE": (["seg"], "repeat factors come from the label maps; see data.streams.labeled.sampler"),
     "DATALOADER.ASPECT_RATIO_GROUPING": (["false"], "crops have one size, so nothing is grouped"),
     "DATALOADER.FILTER_EMPTY_ANNOTATIONS": (["false"], "set data.streams.labeled.list to the images to train on"),

@@ -9,7 +9,9 @@ from common.config import Config, ConfigError
 
 # Files of a backbone alone, as the release's conversion tools and detectron2's catalogue name them
 RESNET = re.compile(r"R-(?P<depth>50|101)\.(pkl|pth)$")
-SWIN = re.compile(r"(?P<name>swin_(tiny|small|base|large))_patch4_window\d+_\d+(?P<large>_22k)?\.(pkl|pth)$")
+SWIN = re.compile(
+    r"(?P<name>swin_(tiny|small|base|large))_patch4_window\d+_\d+(?P<large>_22k)?\.(pkl|pth)$"
+)
 FETCHED = {  # the files whose weights `model.pretrained: true` fetches
     "R-50": "resnet50",
     "R-101": "resnet101",
@@ -30,13 +32,18 @@ def weights(value: str, typed: Mapping[str, str], draft: Config) -> Sequence[str
     where there is none the same weights from timm. Any other: a checkpoint of the whole network. Raises ConfigError."""
     if value in ("", "''", '""'):
         return ["model.checkpoint=null", "model.pretrained=false"]
+
     backbone = backbone_of(value)
     if backbone is None:
         if "://" in value:
             raise ConfigError(f"{value!r} is not fetched here; give the path of the file")
         return [f"model.checkpoint={quoted(value)}"]
+
     if backbone != draft.model.backbone:
-        raise ConfigError(f"{value!r} is of {backbone}, and model.backbone is {draft.model.backbone}; make them equal")
+        raise ConfigError(
+            f"{value!r} is of {backbone}, and model.backbone is {draft.model.backbone}; make them equal"
+        )
+
     return ["model.checkpoint=null", f"model.pretrained={backbone_source(value)}"]
 
 
@@ -47,6 +54,7 @@ def backbone_of(value: str) -> str | None:
         return f"resnet{found['depth']}"
     if found := SWIN.match(name):
         return found["name"]
+
     return None
 
 
@@ -56,7 +64,12 @@ def backbone_source(value: str) -> str:
     if path.is_file():
         return quoted(value)
     if "/MSRA/" in value:
-        raise ConfigError(f"{value!r} is for BGR images and another place of the strides; give torchvision's R-50.pkl")
+        raise ConfigError(
+            f"{value!r} is for BGR images and another place of the strides; give torchvision's R-50.pkl"
+        )
     if path.stem not in FETCHED:
-        raise ConfigError(f"{value!r}: no such file, and timm's weights of this backbone are others")
+        raise ConfigError(
+            f"{value!r}: no such file, and timm's weights of this backbone are others"
+        )
+
     return "true"

@@ -17,7 +17,7 @@ from common import cli
 from common.evaluation import summarise, write_label
 from common.report import Report, RunFolder, write_report
 from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
-from common.report.sections import running_mean
+from common.report.curves import running_mean
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, confidence_map, error_map, overlay
 from scripts.report import main
 

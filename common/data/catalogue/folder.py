@@ -58,7 +58,10 @@ def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
         folder=name,
         classes=config.classes,
         palette=config.palette or colour_map(len(config.classes)),
-        layout=_Listed(Paired(config.images, config.labels, config.image_end, config.label_end), config.lists),
+        layout=_Listed(
+            Paired(config.images, config.labels, config.image_end, config.label_end),
+            config.lists,
+        ),
         label_maps=(("", values),),
         ignore=ignore,
         unlisted=config.unlisted,
@@ -76,7 +79,9 @@ class _Listed:
     inner: Paired
     lists: Mapping[str, str]
 
-    def __call__(self, root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
+    def __call__(
+        self, root: Path, split: str, lines: Sequence[str] | None = None
+    ) -> list[Record]:
         if lines is None and split in self.lists:
             lines = read_list(below(root, self.lists[split]))
         return self.inner(root, split, lines)
@@ -85,10 +90,13 @@ class _Listed:
 def _indexed(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
     """Stored value → class id, and the values without a class."""
     if config.ignore_colours:
-        raise ConfigError(f"{WHERE}: ignore_colours is for encoding: rgb; index labels have `ignore`")
+        raise ConfigError(
+            f"{WHERE}: ignore_colours is for encoding: rgb; index labels have `ignore`"
+        )
 
     place = "label_map" if config.label_map else "classes"
     values = _stored_values(config) or {k: k for k in range(len(config.classes))}
+
     for value in config.ignore or ():
         if values.get(value, IGNORE) != IGNORE:
             raise ConfigError(
@@ -97,6 +105,7 @@ def _indexed(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
             )
 
     default = () if UNLABELLED in values else (UNLABELLED,)
+
     return values, default if config.ignore is None else config.ignore
 
 
@@ -104,6 +113,7 @@ def _coloured(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
     """`_indexed` of colour-coded labels; colours as `read_colours` codes them."""
     if not config.palette:
         raise ConfigError(f"{WHERE}: encoding rgb needs a palette, one colour per class")
+
     for key in ("ignore", "label_map"):
         if getattr(config, key):
             raise ConfigError(
@@ -127,6 +137,7 @@ def _coloured(config: FolderConfig) -> tuple[dict[int, int], tuple[int, ...]]:
             )
 
     values = {code: k for k, code in enumerate(colour_codes(config.palette))}
+
     return values, tuple(colour_codes(config.ignore_colours))
 
 
@@ -134,14 +145,22 @@ def _stored_values(config: FolderConfig) -> dict[int, int]:
     """`label_map` with whole numbers as keys."""
     n = len(config.classes)
     values: dict[int, int] = {}
+
     for key, k in config.label_map.items():
         if not re.fullmatch(r"[0-9]{1,9}", key):
-            raise ConfigError(f"{WHERE}: label_map key {key!r} is no stored value (a whole number)")
+            raise ConfigError(
+                f"{WHERE}: label_map key {key!r} is no stored value (a whole number)"
+            )
         if not IGNORE <= k < n:
-            raise ConfigError(f"{WHERE}: label_map sends the value {key} to class {k}, but there are {n} classes")
+            raise ConfigError(
+                f"{WHERE}: label_map sends the value {key} to class {k}, but there are {n} classes"
+            )
 
         if values.setdefault(int(key), k) != k:
-            raise ConfigError(f"{WHERE}: label_map sends the value {int(key)} to classes {values[int(key)]} and {k}")
+            raise ConfigError(
+                f"{WHERE}: label_map sends the value {int(key)} to classes {values[int(key)]} and {k}"
+            )
+
     return values
 
 
@@ -152,7 +171,11 @@ def _name(config: FolderConfig, k: int) -> str:
 def _check_paths(config: FolderConfig) -> None:
     """Placeholders that are none, and labels that are the images themselves."""
     for key in ("images", "labels"):
-        wrong = [word for word in re.findall(r"\{.*?\}", getattr(config, key) or "") if word != "{split}"]
+        wrong = [
+            word
+            for word in re.findall(r"\{.*?\}", getattr(config, key) or "")
+            if word != "{split}"
+        ]
         if wrong:
             raise ConfigError(f"{WHERE}: {key}: {wrong[0]} stands for nothing; write {{split}}")
 
@@ -169,7 +192,9 @@ def _check_classes(config: FolderConfig) -> None:
     """The class list, and what is given once a class."""
     n = len(config.classes)
     if not 0 < n <= MOST_CLASSES:
-        raise ConfigError(f"{WHERE}: classes names {n} classes; give 1 to {MOST_CLASSES}, as many as a label can hold")
+        raise ConfigError(
+            f"{WHERE}: classes names {n} classes; give 1 to {MOST_CLASSES}, as many as a label can hold"
+        )
 
     twice = _repeated(config.classes)
     if twice:
@@ -183,17 +208,26 @@ def _check_classes(config: FolderConfig) -> None:
         if given and len(given) != n:
             unit = "colours" if key == "palette" else "values"
             raise ConfigError(f"{WHERE}: {key} has {len(given)} {unit} for {n} classes")
+
     for colour in (*config.palette, *config.ignore_colours):
         if not 0 <= min(colour) <= max(colour) <= 255:
-            raise ConfigError(f"{WHERE}: {list(colour)} is no colour; give red, green, blue from 0 to 255")
+            raise ConfigError(
+                f"{WHERE}: {list(colour)} is no colour; give red, green, blue from 0 to 255"
+            )
+
     if config.counts is not None and min(config.counts, default=0) < 0:
         raise ConfigError(f"{WHERE}: counts: {min(config.counts)} is no number of pixels")
 
     for name in config.tail:
         if name not in config.classes:
-            raise ConfigError(f"{WHERE}: tail class {name!r} is none of the classes {', '.join(config.classes)}")
+            raise ConfigError(
+                f"{WHERE}: tail class {name!r} is none of the classes {', '.join(config.classes)}"
+            )
+
     if _repeated(config.tail):
-        raise ConfigError(f"{WHERE}: tail names {config.tail[_repeated(config.tail)[0]]!r} twice")
+        raise ConfigError(
+            f"{WHERE}: tail names {config.tail[_repeated(config.tail)[0]]!r} twice"
+        )
 
 
 def _repeated(items: Iterable[Any]) -> tuple[int, int] | None:
@@ -203,6 +237,7 @@ def _repeated(items: Iterable[Any]) -> tuple[int, int] | None:
         if item in first:
             return first[item], k
         first[item] = k
+
     return None
 
 
@@ -214,6 +249,9 @@ def _check_pairs(pairs: tuple[tuple[int, int], ...], num_classes: int) -> None:
             if not 0 <= k < num_classes:
                 wrong = f"{k} is none of the {num_classes} classes; give ids from 0 to {num_classes - 1}"
                 raise ConfigError(f"{WHERE}: flip_pairs {list(pair)}: {wrong}")
+
             if k in seen:
-                raise ConfigError(f"{WHERE}: flip_pairs {list(pair)}: class {k} is named twice; give it one partner")
+                raise ConfigError(
+                    f"{WHERE}: flip_pairs {list(pair)}: class {k} is named twice; give it one partner"
+                )
             seen.add(k)

@@ -36,9 +36,14 @@ def any_case(folder: Path, name: str) -> Path:
         return exact
 
     wanted = same_form(name).casefold()
-    alike = sorted(entry for entry in os.listdir(folder) if same_form(entry).casefold() == wanted)
+    alike = sorted(
+        entry for entry in os.listdir(folder) if same_form(entry).casefold() == wanted
+    )
     if len(alike) > 1:
-        raise ValueError(f"{exact}: missing, and {' and '.join(alike)} both resemble it; rename or link one to {name}")
+        raise ValueError(
+            f"{exact}: missing, and {' and '.join(alike)} both resemble it; rename or link one to {name}"
+        )
+
     return folder / alike[0] if alike else exact
 
 
@@ -47,6 +52,7 @@ def below(root: Path, relative: str) -> Path:
     path = root
     for part in PurePath(relative).parts:
         path = any_case(path, part)
+
     return path
 
 
@@ -59,19 +65,31 @@ def image_folder(root: Path, choices: Sequence[str]) -> Path:
             return folder
 
     inner = sorted(entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    nested = [entry for entry in inner if any(below(entry, relative).is_dir() for relative in choices)]
-    advice = f"it is in {nested[0]}: set `root` to that" if nested else "check the data set's root and split"
+    nested = [
+        entry for entry in inner if any(below(entry, relative).is_dir() for relative in choices)
+    ]
+    advice = (
+        f"it is in {nested[0]}: set `root` to that"
+        if nested
+        else "check the data set's root and split"
+    )
     others = f" (nor is there {', '.join(choices[1:])})" if choices[1:] else ""
     raise ValueError(f"{folders[0]}: the folder of the images is missing{others}; {advice}")
 
 
-def files(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "images") -> list[Path]:
+def files(
+    folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "images"
+) -> list[Path]:
     """The files of a folder (top level only), sorted. ValueError where the folder is missing or holds none."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: the folder of the {what} is missing; check the data set's root and split")
+        raise ValueError(
+            f"{folder}: the folder of the {what} is missing; check the data set's root and split"
+        )
+
     found = visible_files(folder, suffixes)
     if not found:
         raise ValueError(f"{folder}: no {what} here ({', '.join(suffixes)})")
+
     return found
 
 
@@ -89,6 +107,7 @@ class LabelFiles:
     def __init__(self, folder: Path | None, suffixes: Sequence[str] = IMAGE_SUFFIXES):
         there = folder is not None and folder.is_dir()
         self.found: dict[str, list[Path]] = defaultdict(list)
+
         for path in files(folder, suffixes, "labels") if there else ():
             self.found[same_form(path.stem)].append(path)
 
@@ -97,11 +116,13 @@ class LabelFiles:
         paths = self.found.get(same_form(stem), [])
         if len(paths) > 1:
             paths = [path for path in paths if path.stem == stem] or paths
+
         if len(paths) > 1:
             raise ValueError(
                 f"{paths[0]}: {paths[1]} has the same stem; remove the one that is no label, or give the folder's "
                 f"label_end with its suffix, such as {paths[0].suffix}"
             )
+
         return paths[0] if paths else None
 
 
@@ -122,23 +143,34 @@ class Paired:
     unsplit: bool = False
     splits: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
+    def __call__(
+        self, root: Path, split: str, lines: Sequence[str] | None = None
+    ) -> list[Record]:
         if self.unsplit and lines is None and split not in ("train", "all"):
-            raise ValueError(f"{root}: this data set has no split {split!r}; use train, or give a `list` of its images")
+            raise ValueError(
+                f"{root}: this data set has no split {split!r}; use train, or give a `list` of its images"
+            )
 
         split = self.splits.get(split, split)
         folder = image_folder(root, [self.images.replace("{split}", split)])
-        label_folder = below(root, self.labels.replace("{split}", split)) if self.labels else None
+        label_folder = (
+            below(root, self.labels.replace("{split}", split)) if self.labels else None
+        )
         image_end, image_suffixes = split_end(self.image_end)
         label_end, label_suffixes = split_end(self.label_end)
 
-        images = [path for path in files(folder, image_suffixes) if path.stem.endswith(image_end)]
+        images = [
+            path for path in files(folder, image_suffixes) if path.stem.endswith(image_end)
+        ]
         if label_folder == folder and label_end and label_end.endswith(image_end):
             images = [path for path in images if not path.stem.endswith(label_end)]
+
         labels = LabelFiles(label_folder, label_suffixes)
 
         def record(path: Path) -> Record:
-            return Record(path.stem, path, labels.of(path.stem.removesuffix(image_end) + label_end))
+            return Record(
+                path.stem, path, labels.of(path.stem.removesuffix(image_end) + label_end)
+            )
 
         return [record(path) for path in pick(images, lines, folder, image_end)]
 
@@ -163,17 +195,25 @@ def cityscapes(root: Path, split: str, lines: Sequence[str] | None = None) -> li
     loaded.
     """
     folder = image_folder(root, [f"{name}/{split}" for name in CITYSCAPES_IMAGES])
-    images = [path for place in _with_cities(folder) for path in visible_files(place, (".png",))]
+    images = [
+        path for place in _with_cities(folder) for path in visible_files(place, (".png",))
+    ]
     if not images:
         raise ValueError(f"{folder}: no images here (<city>/*_leftImg8bit.png)")
 
     label_folders = [below(root, f"{name}/{split}") for name in CITYSCAPES_LABELS]
     labels = next((path for path in label_folders if path.is_dir()), None)
-    label_of = {path.stem: path for place in _with_cities(labels) for path in visible_files(place, (".png",))}
+    label_of = {
+        path.stem: path
+        for place in _with_cities(labels)
+        for path in visible_files(place, (".png",))
+    }
 
     def record(path: Path) -> Record:
         key = path.stem.removesuffix("_leftImg8bit") + "_gtFine_label"
-        return Record(path.stem, path, label_of.get(key + "TrainIds") or label_of.get(key + "Ids"))
+        return Record(
+            path.stem, path, label_of.get(key + "TrainIds") or label_of.get(key + "Ids")
+        )
 
     return [record(path) for path in pick(images, lines, folder, "_leftImg8bit")]
 
@@ -182,7 +222,10 @@ def _with_cities(folder: Path | None) -> list[Path]:
     """A folder and those in it, sorted; none where there is no such folder."""
     if folder is None:
         return []
-    return [folder, *sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")]
+    return [
+        folder,
+        *sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."),
+    ]
 
 
 def voc(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
@@ -197,11 +240,18 @@ def voc(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Reco
         path = base / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not path.is_file():
             known = sorted(other.stem for other in path.parent.glob("*.txt"))
-            raise ValueError(f"{path}: no such split; here are {', '.join(known) or 'none'}; or give a `list`")
+            raise ValueError(
+                f"{path}: no such split; here are {', '.join(known) or 'none'}; or give a `list`"
+            )
+
         lines = read_list(path)
 
     folder = base / "JPEGImages"
     images = pick(files(folder, (".jpg",)), lines, folder)
     augmented = LabelFiles(base / "SegmentationClassAug", (".png",))
     plain = LabelFiles(base / "SegmentationClass", (".png",))
-    return [Record(path.stem, path, augmented.of(path.stem) or plain.of(path.stem)) for path in images]
+
+    return [
+        Record(path.stem, path, augmented.of(path.stem) or plain.of(path.stem))
+        for path in images
+    ]

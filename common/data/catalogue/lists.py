@@ -18,7 +18,11 @@ from common.files import replacing
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _SLASH = re.compile(r"[/\\]")
 _FRAGILE = re.compile(r'[\s"\\\x00-\x1f]')  # what a name in a plain line cannot hold
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 def read_text(path: Path, what: str) -> str:
@@ -32,13 +36,19 @@ def read_text(path: Path, what: str) -> str:
         raise ValueError(f"{path}: cannot read the {what} ({error.strerror})") from error
 
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the {what} is not {encoding} (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(
+            f"{path}: the {what} is not {encoding} (byte {error.start}); save it as UTF-8"
+        ) from error
 
     if "\0" in text:
-        raise ValueError(f"{path}: the {what} holds zero bytes, as UTF-16 or UTF-32 does; save it as UTF-8")
+        raise ValueError(
+            f"{path}: the {what} holds zero bytes, as UTF-16 or UTF-32 does; save it as UTF-8"
+        )
+
     return text
 
 
@@ -48,6 +58,7 @@ def read_list(path: Path) -> list[str]:
     lines = [line for line in lines if line]
     if not lines:
         raise ValueError(f"{path}: the list names no image")
+
     return lines
 
 
@@ -58,9 +69,12 @@ def write_list(path: Path, names: Iterable[str]) -> None:
         data = text.encode()
     except UnicodeEncodeError as error:
         line = text[: error.start].split("\n")[-1]
-        raise ValueError(f"{path}: {line!r}… begins a file name that is not UTF-8; rename the file") from error
+        raise ValueError(
+            f"{path}: {line!r}… begins a file name that is not UTF-8; rename the file"
+        ) from error
 
     path.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(path) as draft:
         draft.write_bytes(data)
 
@@ -74,7 +88,9 @@ def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False) if _FRAGILE.search(name) else name
 
 
-def pick(images: Sequence[Path], lines: Sequence[str] | None, where: Path, end: str = "") -> list[Path]:
+def pick(
+    images: Sequence[Path], lines: Sequence[str] | None, where: Path, end: str = ""
+) -> list[Path]:
     """The images that the lines of a list name, in the list's order; without a list all, sorted by stem.
 
     end: an ending of every stem that lines may leave out. ValueError (beginning with `where`) for a line that names no
@@ -89,10 +105,13 @@ def pick(images: Sequence[Path], lines: Sequence[str] | None, where: Path, end: 
     found = [finder(line) for line in lines]
     missing = [line for line, path in zip(lines, found, strict=True) if path is None]
     if missing:
-        raise ValueError(f"{where}: no image named {missing[0]!r} ({len(missing)} of {len(lines)} listed are missing)")
+        raise ValueError(
+            f"{where}: no image named {missing[0]!r} ({len(missing)} of {len(lines)} listed are missing)"
+        )
 
     chosen = [path for path in found if path is not None]
     _check_unique(chosen, where)
+
     return chosen
 
 
@@ -122,6 +141,7 @@ class _Finder:
         self.where = where
         self.by_name: dict[str, list[Path]] = defaultdict(list)
         self.by_stem: dict[str, list[Path]] = defaultdict(list)
+
         for path in images:
             self.by_name[same_form(path.name)].append(path)
             self.by_stem[same_form(path.stem)].append(path)
@@ -131,6 +151,7 @@ class _Finder:
             path = self._named(name)
             if path is not None:
                 return path
+
         return None
 
     def _named(self, name: str) -> Path | None:
@@ -142,19 +163,25 @@ class _Finder:
             (self.by_stem, stem),
             (self.by_stem, stem + self.end),
         )
+
         for table, key in tries:
             found = table.get(same_form(key))
             if found:
                 return self._only(found, key)
+
         return None
 
     def _only(self, found: list[Path], key: str) -> Path:
         """The one of several files; where they differ in their Unicode form, that of the same characters."""
         if len(found) > 1:
             found = [path for path in found if key in (path.name, path.stem)] or found
+
         if len(found) > 1:
             both = _both(found[0], found[1])
-            raise ValueError(f"{self.where}: the list's {key!r} names both {both}; write the file name with its suffix")
+            raise ValueError(
+                f"{self.where}: the list's {key!r} names both {both}; write the file name with its suffix"
+            )
+
         return found[0]
 
 
@@ -169,7 +196,9 @@ def _readings(line: str) -> Iterator[str]:
     yield line
     first = line.split()[0]
     rest = line[len(first) :]
-    is_pair = without_suffix(first) != first or bool(_SLASH.search(first) and _SLASH.search(rest))
+    is_pair = without_suffix(first) != first or bool(
+        _SLASH.search(first) and _SLASH.search(rest)
+    )
     if is_pair or not rest:
         yield _SLASH.split(first)[-1]
     elif not _SLASH.search(rest):  # one path: the spaces are those of its last part
@@ -182,6 +211,7 @@ def _unquoted(line: str) -> str | None:
         name, _ = json.JSONDecoder().raw_decode(line)
     except ValueError:
         return None
+
     return name
 
 

@@ -18,10 +18,13 @@ ENV = "DETECTRON2_DATASETS"
 _ADE_SPLITS = {"train": "training", "val": "validation"}
 _COCO_SPLITS = {"train": "train2017", "val": "val2017"}
 _ADE = Paired("images/{split}", "annotations_detectron2/{split}", splits=_ADE_SPLITS)
-_ADE_FULL = Paired("images_detectron2/{split}", "annotations_detectron2/{split}", splits=_ADE_SPLITS)
+_ADE_FULL = Paired(
+    "images_detectron2/{split}", "annotations_detectron2/{split}", splits=_ADE_SPLITS
+)
 _COCO = Paired("images/{split}", "annotations/{split}", splits=_COCO_SPLITS)
 _MHP = Paired("images/{split}", "annotations/{split}")
-MHP_FLIP_PAIRS = ((5, 6), (7, 8), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33))  # left, right
+# left, right
+MHP_FLIP_PAIRS = ((5, 6), (7, 8), (22, 23), (24, 25), (26, 27), (28, 29), (30, 31), (32, 33))
 _GROUP_LETTERS = {name[0]: name for name in GROUPS}
 
 
@@ -38,17 +41,26 @@ class ClassTable(NamedTuple):
 def class_table(name: str) -> ClassTable:
     """The class table of a data set: `ade20k`, `ade20k_full`, `coco_stuff_lt` or `mhpv2_lt`. ADE20K-Full's table holds
     no names: its classes are `object <id>` until the prepared data set brings them."""
-    lines = files("common.data.catalogue").joinpath("tables", f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    lines = (
+        files("common.data.catalogue")
+        .joinpath("tables", f"{name}.txt")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     if name == "ade20k":
         ids, names = zip(*(line.split(" ", 1) for line in lines), strict=True)
         return ClassTable(tuple(map(int, ids)), (), (), names)
+
     cells = [line.split(" ", 3) for line in lines]
     names = tuple(cell[3] if len(cell) > 3 else f"object {cell[0]}" for cell in cells)
     ids, counts = (tuple(int(cell[k]) for cell in cells) for k in (0, 1))
+
     return ClassTable(ids, counts, tuple(_GROUP_LETTERS[cell[2]] for cell in cells), names)
 
 
-def _row(name: str, folder: str, table: str, layout: Paired, images: int | None = None, **fields) -> DatasetRow:
+def _row(
+    name: str, folder: str, table: str, layout: Paired, images: int | None = None, **fields
+) -> DatasetRow:
     """The row of a set; `images` is the number of training images that the table's counts are of."""
     columns = class_table(table)
     if images is not None:
@@ -56,6 +68,7 @@ def _row(name: str, folder: str, table: str, layout: Paired, images: int | None 
         by_image = tuple(GROUPS[k] for k in rank)
         fields["published"] = Published(images, columns.counts)
         fields["groups"] = {"image": by_image, "pixel": columns.pixel_groups}
+
     palette = colour_map(len(columns.names))
     return DatasetRow(name, folder, columns.names, palette, layout, env=ENV, **fields)
 

@@ -16,37 +16,130 @@ from common.data.catalogue.row import DatasetRow, colour_map
 from common.data.labels import IGNORE
 
 CITYSCAPES_CLASSES = (
-    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
-    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+    *(
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+    ),
+    *(
+        "terrain",
+        "sky",
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
+    ),
 )
 CITYSCAPES_PALETTE = (
-    *((128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153)),
-    *((250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0)),
+    *(
+        (128, 64, 128),
+        (244, 35, 232),
+        (70, 70, 70),
+        (102, 102, 156),
+        (190, 153, 153),
+        (153, 153, 153),
+    ),
+    *(
+        (250, 170, 30),
+        (220, 220, 0),
+        (107, 142, 35),
+        (152, 251, 152),
+        (70, 130, 180),
+        (220, 20, 60),
+        (255, 0, 0),
+    ),
     *((0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32)),
 )
-CITYSCAPES_THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)  # DAFormer's: lights and signs, people, vehicles
+# DAFormer's: lights and signs, people, vehicles
+CITYSCAPES_THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
 CITYSCAPES_TAIL = (3, 6, 7, 12, 14, 15, 16, 17, 18)  # the nine smallest training counts
 CITYSCAPES_COUNTS = (  # gtFine train, 2975 images; 715 747 311 further pixels are void
-    *(2036416525, 336090793, 1260636120, 36199498, 48454166, 67789506, 11477088, 30448193, 879783988, 63949536),
+    *(
+        2036416525,
+        336090793,
+        1260636120,
+        36199498,
+        48454166,
+        67789506,
+        11477088,
+        30448193,
+        879783988,
+        63949536,
+    ),
     *(221979646, 67326424, 7463162, 386328286, 14772328, 12990290, 12863955, 5449152, 22861233),
 )
 GTA5_COUNTS = (  # all 24 966 images; 5 605 086 111 further pixels are void
-    *(16099193283, 4155428633, 8478285320, 925367586, 317481282, 531401266, 67288808, 40463971, 3810296251),
-    *(1074861777, 6784666433, 181828023, 15321782, 1259269812, 564950248, 184638969, 32522117, 15799033, 2718199),
+    *(
+        16099193283,
+        4155428633,
+        8478285320,
+        925367586,
+        317481282,
+        531401266,
+        67288808,
+        40463971,
+        3810296251,
+    ),
+    *(
+        1074861777,
+        6784666433,
+        181828023,
+        15321782,
+        1259269812,
+        564950248,
+        184638969,
+        32522117,
+        15799033,
+        2718199,
+    ),
 )
-_RAW_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # of train ids 0..18
+# of train ids 0..18
+_RAW_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _RAW = dict.fromkeys(range(35), IGNORE) | {raw: k for k, raw in enumerate(_RAW_IDS)}
-_SYNTHIA = {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14}
+_SYNTHIA = {
+    3: 0,
+    4: 1,
+    2: 2,
+    21: 3,
+    5: 4,
+    7: 5,
+    15: 6,
+    9: 7,
+    6: 8,
+    16: 9,
+    1: 10,
+    10: 11,
+    17: 12,
+    8: 13,
+    18: 14,
+}
 _SYNTHIA |= {19: 15, 20: 16, 12: 17, 11: 18}
 _ALL = tuple(range(19))
-_SIXTEEN = tuple(k for k in _ALL if k not in (9, 14, 16))  # the classes that SYNTHIA shares with Cityscapes
+# the classes that SYNTHIA shares with Cityscapes
+_SIXTEEN = tuple(k for k in _ALL if k not in (9, 14, 16))
 _THIRTEEN = tuple(k for k in _SIXTEEN if k not in (3, 4, 5))
 
 
-def _street(name: str, folder: str, keep: tuple[int, ...], *, counts: tuple[int, ...] | None, **fields) -> DatasetRow:
+def _street(
+    name: str, folder: str, keep: tuple[int, ...], *, counts: tuple[int, ...] | None, **fields
+) -> DatasetRow:
     """A row over the Cityscapes train ids in `keep`, renumbered in order; the others are ignored."""
-    new = dict.fromkeys(_ALL, IGNORE) | {old: k for k, old in enumerate(keep)} | {IGNORE: IGNORE}
-    maps = tuple((end, {raw: new[k] for raw, k in values.items()}) for end, values in fields.pop("maps"))
+    new = (
+        dict.fromkeys(_ALL, IGNORE) | {old: k for k, old in enumerate(keep)} | {IGNORE: IGNORE}
+    )
+    maps = tuple(
+        (end, {raw: new[k] for raw, k in values.items()}) for end, values in fields.pop("maps")
+    )
     return DatasetRow(
         name=name,
         folder=folder,
@@ -62,25 +155,66 @@ def _street(name: str, folder: str, keep: tuple[int, ...], *, counts: tuple[int,
 
 def _cityscapes(name: str, keep: tuple[int, ...]) -> DatasetRow:
     maps = (("_labelTrainIds", {k: k for k in _ALL}), ("", _RAW))
-    return _street(name, "cityscapes", keep, counts=CITYSCAPES_COUNTS, maps=maps, layout=layouts.cityscapes)
+    return _street(
+        name, "cityscapes", keep, counts=CITYSCAPES_COUNTS, maps=maps, layout=layouts.cityscapes
+    )
 
 
 def _synthia(name: str, keep: tuple[int, ...]) -> DatasetRow:
     layout = Paired("RGB", "GT/LABELS", unsplit=True)
     maps = (("", _SYNTHIA),)
-    return _street(name, "synthia", keep, counts=None, maps=maps, layout=layout, ignore=(), unlisted="ignore")
+    return _street(
+        name,
+        "synthia",
+        keep,
+        counts=None,
+        maps=maps,
+        layout=layout,
+        ignore=(),
+        unlisted="ignore",
+    )
 
 
 VOC_CLASSES = (
-    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+    *(
+        "background",
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+    ),
+    *(
+        "diningtable",
+        "dog",
+        "horse",
+        "motorbike",
+        "person",
+        "pottedplant",
+        "sheep",
+        "sofa",
+        "train",
+        "tvmonitor",
+    ),
 )
 CAMVID_CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
     *("sign", "fence", "car", "pedestrian", "bicyclist"),
 )
 CAMVID_PALETTE = (
-    *((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0)),
+    *(
+        (128, 128, 128),
+        (128, 0, 0),
+        (192, 192, 128),
+        (128, 64, 128),
+        (60, 40, 222),
+        (128, 128, 0),
+    ),
     *((192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)),
 )
 
@@ -119,18 +253,26 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
     """The row and the root folder of a source. ValueError says what was looked for and how to set it."""
     if source.dataset == "folder":
         if source.folder is None or source.root is None:
-            raise ValueError("dataset: folder needs `root` and a `folder` section that describes it")
+            raise ValueError(
+                "dataset: folder needs `root` and a `folder` section that describes it"
+            )
         row = folder_row(source.folder)
     elif source.dataset in DATASETS:
         row = DATASETS[source.dataset]
     else:
-        raise ValueError(f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder")
-    root, origin = (Path(source.root).expanduser(), "`root` of the config") if source.root else home(row)
+        raise ValueError(
+            f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder"
+        )
+
+    root, origin = (
+        (Path(source.root).expanduser(), "`root` of the config") if source.root else home(row)
+    )
     if not root.is_dir():
         raise ValueError(
             f"data set {row.name!r}: no folder {root} ({origin}); set `root`, or {row.env} to the folder that holds "
             f"{row.folder}/, or link it: ln -s WHERE_IT_IS {root}"
         )
+
     return row.named(root), root
 
 
@@ -143,4 +285,5 @@ def home(row: DatasetRow) -> tuple[Path, str]:
 
     places = [any_case(Path(base), row.folder) for base in ("datasets", "dataset")]
     found = next((place for place in places if place.is_dir()), places[0])
+
     return found, f"${row.env} is not set"

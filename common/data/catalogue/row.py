@@ -76,7 +76,10 @@ class DatasetRow:
     def _tables(self) -> tuple[tuple[str, LabelTable], ...]:
         maps = self.label_maps or (("", {k: k for k in range(self.num_classes)}),)
         n = self.num_classes
-        return tuple((end, LabelTable(n, values, self.ignore, self.unlisted, self.encoding)) for end, values in maps)
+        return tuple(
+            (end, LabelTable(n, values, self.ignore, self.unlisted, self.encoding))
+            for end, values in maps
+        )
 
     def label_table(self, path: Path) -> LabelTable:
         """The table that decodes the label file `path`."""
@@ -88,18 +91,23 @@ class DatasetRow:
         path = root / NAMES_FILE
         if not path.is_file():
             return self
+
         names = tuple(line.strip() for line in read_text(path, "class names").splitlines())
         if len(names) != self.num_classes or not all(names):
             raise ValueError(
                 f"{path}: has {sum(map(bool, names))} names in {len(names)} lines, but {self.name} has "
                 f"{self.num_classes} classes; write one name per line, or remove the file"
             )
+
         return replace(self, classes=names)
 
 
 def colour_map(n: int) -> tuple[Colour, ...]:
     """The VOC colours: bits 0, 1, 2 of the class id are the highest bits of red, green, blue, bits 3-5 the next."""
     return tuple(
-        tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
+        tuple(
+            sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+            for channel in range(3)
+        )
         for k in range(n)
     )

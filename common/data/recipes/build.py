@@ -32,13 +32,16 @@ class Native(Recipe):
 
     box: Size | None = None  # height, width
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
+    def __call__(
+        self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int
+    ) -> Sample:
         take_focus(sample)  # the whole image shows whatever it has
         size = sample["image"].size
         whole = identity(*size)
         height, width = size if self.box is None else fit(size, self.box)
         g = whole._replace(height=height, width=width)
         image = bilinear(sample["image"], g, (g.height, g.width))
+
         return {**cut_maps(sample, whole, size), "image": image, "geometry": g.array()}
 
 

@@ -23,21 +23,30 @@ def choose_rare(present: Sequence[int], rare: Sequence[int]) -> list[int]:
 
 def classes_of(label: torch.Tensor) -> list[int]:
     """The classes of a label (H, W), ascending, without IGNORE."""
-    return torch.nonzero(torch.bincount((label.flatten() - IGNORE).long())[1:]).flatten().tolist()
+    return (
+        torch.nonzero(torch.bincount((label.flatten() - IGNORE).long())[1:]).flatten().tolist()
+    )
 
 
-def paste(target: Mapping[str, Any], source: Mapping[str, Any], classes: Sequence[int]) -> dict[str, Any]:
+def paste(
+    target: Mapping[str, Any], source: Mapping[str, Any], classes: Sequence[int]
+) -> dict[str, Any]:
     """`target` with all pixels of `classes` of `source` copied over it, unblended: the image (3, H, W), the label
     (H, W) and every further map (…, H, W) of both samples. Pixels of the source without a class are never copied."""
     if not classes:
         return dict(target)
+
     label = source["label"]
     size = label.shape
     chosen = torch.isin(label, torch.tensor(classes, dtype=label.dtype))
 
     def pasted(key: str, value: Any) -> Any:
         other = source.get(key)
-        fits = isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor) and value.shape == other.shape
+        fits = (
+            isinstance(value, torch.Tensor)
+            and isinstance(other, torch.Tensor)
+            and value.shape == other.shape
+        )
         return torch.where(chosen, other, value) if fits and value.shape[-2:] == size else value
 
     return {key: pasted(key, value) for key, value in target.items()}

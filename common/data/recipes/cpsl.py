@@ -12,10 +12,22 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from common.config import SourceConfig, typed
 from common.config.bounds import Interval, Share, Side, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
-from common.data.colour_transfer import ColourStatistics, Recoloured, colour_statistics, rgb_to_lab
+from common.data.colour_transfer import (
+    ColourStatistics,
+    Recoloured,
+    colour_statistics,
+    rgb_to_lab,
+)
 from common.data.dataset import SegmentationDataset
 from common.data.focus import Focus, draw_until_shown, point_of, take_focus
-from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow, pillow_nearest_index
+from common.data.geometry import (
+    Geometry,
+    cut_maps,
+    draw_offset,
+    pad,
+    pillow,
+    pillow_nearest_index,
+)
 from common.data.images import Picture
 from common.data.recipes.recipe import Recipe
 
@@ -57,7 +69,9 @@ class CPSLViews(Recipe):
     @cached_property
     def reference(self) -> SegmentationDataset:
         """The images of `colour_from`."""
-        return SegmentationDataset(typed(SourceConfig, {"labels": False, **self.colour_from}, "its section"))
+        return SegmentationDataset(
+            typed(SourceConfig, {"labels": False, **self.colour_from}, "its section")
+        )
 
     @cached_property
     def _colours(self) -> torch.Tensor:
@@ -65,35 +79,56 @@ class CPSLViews(Recipe):
 
         Loader processes share the memory, so an image is looked at once; two that do it at once write the same.
         """
-        return torch.full((len(self.reference), 2, 3), torch.nan, dtype=torch.float64).share_memory_()
+        return torch.full(
+            (len(self.reference), 2, 3), torch.nan, dtype=torch.float64
+        ).share_memory_()
 
     def __call__(
-        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+        self,
+        sample: dict[str, Any],
+        rng: np.random.Generator,
+        dataset: SegmentationDataset,
+        index: int,
     ) -> dict[str, Any]:
         focus = take_focus(sample)
         sample = at_base(sample, self.base)
         picture = sample["image"]
         if self.colour_from is not None:
-            picture = Recoloured(picture, self._reference_colours(int(rng.integers(len(self.reference)))))
+            picture = Recoloured(
+                picture, self._reference_colours(int(rng.integers(len(self.reference))))
+            )
+
         g = self._shown(focus, picture.size, sample.get("label"), rng)
-        left = bool(g.flip)  # a padded crop is mirrored with its padding, so that the mirror is about the crop's middle
+        # a padded crop is mirrored with its padding, so that the mirror is about the crop's middle
+        left = bool(g.flip)
         result = cut_maps(sample, g, self.crop, pillow_nearest_index, left)
         if self.full:
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
-        weak = pad(pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop, left=left)
+
+        weak = pad(
+            pillow(picture, g, self.crop, Image.Resampling.BILINEAR), self.crop, left=left
+        )
         if not self.strong:
             return {**result, "image": weak}
+
         return {**result, "weak": weak, **strong_view(weak, rng, self.blur, self.jitter)}
 
     def _shown(
-        self, focus: Focus | None, size: tuple[int, int], label: np.ndarray | None, rng: np.random.Generator
+        self,
+        focus: Focus | None,
+        size: tuple[int, int],
+        label: np.ndarray | None,
+        rng: np.random.Generator,
     ) -> Geometry:
         """`draw`, again while the crop shows too little of the class that is in focus."""
         draw = partial(self.draw, size, rng, point_of(focus))
         return draw_until_shown(draw, focus, label, self.crop, pillow_nearest_index)
 
     def draw(
-        self, size: tuple[int, int], rng: np.random.Generator, near: tuple[float, float] | None = None
+        self,
+        size: tuple[int, int],
+        rng: np.random.Generator,
+        near: tuple[float, float] | None = None,
     ) -> Geometry:
         """Size, crop and mirror. near: see `draw_offset`."""
         width = int(rng.uniform(*self.ratio) * self.width)
@@ -104,7 +139,12 @@ class CPSLViews(Recipe):
     def _reference_colours(self, index: int) -> ColourStatistics:
         known = self._colours[index]
         if known.isnan().any():
-            known.copy_(torch.stack(colour_statistics(rgb_to_lab(self.reference.open(index)["image"].pixels()))))
+            known.copy_(
+                torch.stack(
+                    colour_statistics(rgb_to_lab(self.reference.open(index)["image"].pixels()))
+                )
+            )
+
         return ColourStatistics(*known)
 
 
@@ -113,11 +153,22 @@ def at_base(sample: Mapping[str, Any], base: tuple[int, int] | None) -> dict[str
     picture = sample["image"]
     if base is None or picture.size == tuple(base):
         return dict(sample)
+
     g = Geometry(*picture.size, *base, 0, 0, 0)
-    pixels = np.array(Image.fromarray(picture.pixels()).resize(base[::-1], Image.Resampling.BILINEAR))
-    result = {**sample, **cut_maps(sample, g, base, pillow_nearest_index), "image": Picture.of(pixels)}
+    pixels = np.array(
+        Image.fromarray(picture.pixels()).resize(base[::-1], Image.Resampling.BILINEAR)
+    )
+    result = {
+        **sample,
+        **cut_maps(sample, g, base, pillow_nearest_index),
+        "image": Picture.of(pixels),
+    }
     del result["geometry"]
-    return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in result.items()}
+
+    return {
+        key: value.numpy() if isinstance(value, torch.Tensor) else value
+        for key, value in result.items()
+    }
 
 
 def strong_view(
@@ -132,17 +183,23 @@ def strong_view(
     strong view, ends excluded. Where the warp leads outside the weak view, the strong view is grey too.
     """
     height, width = weak.shape[1:]
-    image, warp = to_pillow(weak), np.eye(3)
+    image = to_pillow(weak)
+    warp = np.eye(3)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
         warp = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
+
     if rng.random() < blur:
         image = image.filter(ImageFilter.GaussianBlur(1))
+
     if rng.random() < jitter:
         image = colour_jitter(image, rng, 0.4, 0.4)
+
     image, moved = random_operations(image, rng)
     box = _draw_cutout(height, width, rng)
-    ImageDraw.Draw(image).rectangle((box[1], box[0], box[3], box[2]), fill=_GREY)  # draws its last row and column
+    # draws its last row and column
+    ImageDraw.Draw(image).rectangle((box[1], box[0], box[3], box[2]), fill=_GREY)
+
     return {
         "strong": from_pillow(image),
         "warp": torch.from_numpy(warp @ moved).float(),
@@ -150,34 +207,46 @@ def strong_view(
     }
 
 
-def _draw_cutout(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _draw_cutout(
+    height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
     side = min(height, width) // 3
     x0 = max(0, int(rng.uniform(0, width) - side / 2))
     y0 = max(0, int(rng.uniform(0, height) - side / 2))
     return y0, x0, min(height, y0 + side), min(width, x0 + side)
 
 
-def random_operations(image: Image.Image, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+def random_operations(
+    image: Image.Image, rng: np.random.Generator
+) -> tuple[Image.Image, np.ndarray]:
     """Two operations drawn with replacement, each applied with probability 0.5; and their geometry (3, 3), output →
     input. Two geometric ones are composed before the image is resampled, so that no content is lost in between."""
     names = list(COLOUR_OPERATIONS) + list(GEOMETRIC_OPERATIONS)
-    total, waiting = np.eye(3), False
+    total = np.eye(3)
+    waiting = False
+
     for name in rng.choice(names, 2):
         level = int(rng.integers(1, 10))
         sign = 1 if rng.integers(2) else -1
         if rng.random() >= 0.5:
             continue
+
         if name in GEOMETRIC_OPERATIONS:
-            total, waiting = total @ GEOMETRIC_OPERATIONS[name](level, sign, image.width, image.height), True
+            total = total @ GEOMETRIC_OPERATIONS[name](level, sign, image.width, image.height)
+            waiting = True
         else:
-            image, waiting = (_resample(image, total) if waiting else image), False
+            image = _resample(image, total) if waiting else image
+            waiting = False
             image = COLOUR_OPERATIONS[name](image, level)
+
     return (_resample(image, total) if waiting else image), total
 
 
 def _resample(image: Image.Image, matrix: np.ndarray) -> Image.Image:
     data = tuple(matrix[:2].ravel())
-    return image.transform(image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=_GREY)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, data, Image.Resampling.BILINEAR, fillcolor=_GREY
+    )
 
 
 def _factor(level: int) -> float:
@@ -199,14 +268,23 @@ COLOUR_OPERATIONS = {
 
 def _rotate(level: int, sign: int, width: int, height: int) -> np.ndarray:
     angle = np.deg2rad(3 * level * sign)  # positive: counter-clockwise
-    c, s, x, y = np.cos(angle), np.sin(angle), width / 2, height / 2
+    c = np.cos(angle)
+    s = np.sin(angle)
+    x = width / 2
+    y = height / 2
+
     return np.array([[c, -s, x - c * x + s * y], [s, c, y - s * x - c * y], [0, 0, 1]])
 
 
-GEOMETRIC_OPERATIONS = {  # (level, sign, width, height) → 3×3, output → input, pixel centres at k + ½
+# (level, sign, width, height) → 3×3, output → input, pixel centres at k + ½
+GEOMETRIC_OPERATIONS = {
     "rotate": _rotate,
     "shear_x": lambda v, sign, w, h: np.array([[1, sign * 0.03 * v, 0], [0, 1, 0], [0, 0, 1]]),
     "shear_y": lambda v, sign, w, h: np.array([[1, 0, 0], [sign * 0.03 * v, 1, 0], [0, 0, 1]]),
-    "translate_x": lambda v, sign, w, h: np.array([[1, 0, sign * int(0.03 * v * w)], [0, 1, 0], [0, 0, 1]]),
-    "translate_y": lambda v, sign, w, h: np.array([[1, 0, 0], [0, 1, sign * int(0.03 * v * h)], [0, 0, 1]]),
+    "translate_x": lambda v, sign, w, h: np.array(
+        [[1, 0, sign * int(0.03 * v * w)], [0, 1, 0], [0, 0, 1]]
+    ),
+    "translate_y": lambda v, sign, w, h: np.array(
+        [[1, 0, 0], [0, 1, sign * int(0.03 * v * h)], [0, 0, 1]]
+    ),
 }

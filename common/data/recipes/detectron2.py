@@ -15,7 +15,15 @@ from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
 from common.data.focus import draw_until_shown, point_of, take_focus
-from common.data.geometry import Geometry, cut_maps, draw_offset, nearest_crop, pad, pillow_exact, torch_nearest_index
+from common.data.geometry import (
+    Geometry,
+    cut_maps,
+    draw_offset,
+    nearest_crop,
+    pad,
+    pillow_exact,
+    torch_nearest_index,
+)
 from common.data.imbalance import GROUPS, groups
 from common.data.labels import IGNORE, is_varied
 from common.data.recipes.copy_paste import choose_random, choose_rare, classes_of, paste
@@ -50,7 +58,11 @@ class Detectron2(Recipe):
     rare_classes: tuple[int, ...] = ()
 
     def for_dataset(
-        self, dataset: SegmentationDataset, workers: int = 0, cache: Path | None = None, where: str = "augment"
+        self,
+        dataset: SegmentationDataset,
+        workers: int = 0,
+        cache: Path | None = None,
+        where: str = "augment",
     ) -> Self:
         """The recipe with the rare classes of its Copy-Paste chosen; labels are counted (see `class_statistics`) only
         where neither the config nor the row names them. ValueError for a set without labels or without such classes."""
@@ -60,6 +72,7 @@ class Detectron2(Recipe):
                 f"{where}.copy_paste {self.copy_paste!r} needs labels, but this stream of data set {row.name!r} has "
                 "`labels: false`; set copy_paste to none"
             )
+
         wrong = [k for k in self.rare_classes if not 0 <= k < row.num_classes]
         if wrong:
             raise ValueError(
@@ -68,29 +81,42 @@ class Detectron2(Recipe):
             )
         if self.copy_paste != "rare" or self.rare_classes:
             return self
+
         if row.groups is not None:
             rare = [group == "rare" for group in row.groups["image"]]
         else:
             count = class_statistics(dataset, workers, cache).image_count
             rare = groups(count) == GROUPS.index("rare")
+
         if not any(rare):
             raise ValueError(
                 f"{where}.copy_paste 'rare': no class that data set {row.name!r} shows is rare by its image counts; "
                 "give rare_classes (ids)"
             )
+
         return replace(self, rare_classes=tuple(np.flatnonzero(rare).tolist()))
 
     def __call__(
-        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+        self,
+        sample: dict[str, Any],
+        rng: np.random.Generator,
+        dataset: SegmentationDataset,
+        index: int,
     ) -> dict[str, Any]:
         (child,) = rng.spawn(1)  # the target is augmented alike with and without Copy-Paste
         target = self._augment(sample, rng, dataset.row)
         if self.copy_paste == "none":
             return target
-        source = self._augment(dataset.open(int(child.integers(len(dataset)))), child, dataset.row)
+
+        source = self._augment(
+            dataset.open(int(child.integers(len(dataset)))), child, dataset.row
+        )
+
         return paste(target, source, self._chosen(classes_of(source["label"]), child))
 
-    def _augment(self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow) -> dict[str, Any]:
+    def _augment(
+        self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow
+    ) -> dict[str, Any]:
         picture = sample["image"]
         label = sample.get("label")
         focus = take_focus(sample)
@@ -99,12 +125,14 @@ class Detectron2(Recipe):
         image = pillow_exact(picture, g, self.crop, Image.Resampling.BILINEAR)
         if self.colour:
             image = photometric_distortion(image, rng, hue_high=18)
+
         g = g._replace(flip=int(rng.random() < self.flip))
         result = cut_maps(sample, g, self.crop, torch_nearest_index)
         if g.flip:
             image = image.flip(-1)
             if row.flip_pairs and "label" in result:
                 result["label"] = exchanged(result["label"], row.flip_pairs, row.num_classes)
+
         return {**result, "image": pad(image, self.crop, _GREY)}
 
     def draw(
@@ -118,11 +146,15 @@ class Detectron2(Recipe):
         height, width = self.resized(size, int(rng.choice(self.choices)))
         g = Geometry(*size, height, width, 0, 0, 0)
         checked = label is not None and self.category_limit < 1
+
         for _ in range(10 if checked else 1):
             y, x = draw_offset((height, width), self.crop, rng, near)
             g = g._replace(y=y, x=x)
-            if checked and is_varied(nearest_crop(label, g, self.crop, torch_nearest_index), self.category_limit):
+            if checked and is_varied(
+                nearest_crop(label, g, self.crop, torch_nearest_index), self.category_limit
+            ):
                 break
+
         return g
 
     @property
@@ -134,7 +166,9 @@ class Detectron2(Recipe):
         """Height and width: the short side becomes `short`, or less where the long side would exceed `max_size`; each
         is rounded half up once at the end."""
         scale = short / min(size)
-        height, width = (short, scale * size[1]) if size[0] < size[1] else (scale * size[0], short)
+        height, width = (
+            (short, scale * size[1]) if size[0] < size[1] else (scale * size[0], short)
+        )
         shrink = min(1.0, self.max_size / max(height, width))
         return int(height * shrink + 0.5), int(width * shrink + 0.5)
 
@@ -146,10 +180,15 @@ class Detectron2(Recipe):
         return choose_rare(present, self.rare_classes)
 
 
-def exchanged(label: torch.Tensor, pairs: tuple[tuple[int, int], ...], num_classes: int) -> torch.Tensor:
+def exchanged(
+    label: torch.Tensor, pairs: tuple[tuple[int, int], ...], num_classes: int
+) -> torch.Tensor:
     """`label` (H, W) with the two classes of each pair in each other's place; IGNORE stays."""
     table = torch.arange(num_classes + 1, dtype=label.dtype)
     table[num_classes] = IGNORE  # the last entry, where the index -1 leads
+
     for left, right in pairs:
-        table[left], table[right] = right, left
+        table[left] = right
+        table[right] = left
+
     return table[label.long()]

@@ -11,7 +11,15 @@ from common.config.bounds import Interval, Share, Size
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
 from common.data.focus import draw_until_shown, point_of, take_focus
-from common.data.geometry import Geometry, bilinear, cut_maps, draw_offset, fit, nearest_crop, pad
+from common.data.geometry import (
+    Geometry,
+    bilinear,
+    cut_maps,
+    draw_offset,
+    fit,
+    nearest_crop,
+    pad,
+)
 from common.data.labels import is_varied
 from common.data.recipes.recipe import Recipe
 
@@ -37,7 +45,9 @@ class MMSeg(Recipe):
     photometric: bool = True
     full: bool = False
 
-    def __call__(self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int) -> Sample:
+    def __call__(
+        self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int
+    ) -> Sample:
         picture = sample["image"]
         label = sample.get("label")
         focus = take_focus(sample)
@@ -46,10 +56,13 @@ class MMSeg(Recipe):
         result = cut_maps(sample, g, self.crop)
         if self.full:  # before the crop is cut: the image is then decoded once
             result["full"] = torch.from_numpy(picture.pixels()).permute(2, 0, 1).contiguous()
+
         image = bilinear(picture, g, self.crop)
         if self.photometric:
             image = photometric_distortion(image, rng)
+
         extent = torch.tensor(g.extent(self.crop), dtype=torch.int32)
+
         return {**result, "image": pad(image, self.crop), "extent": extent}
 
     def draw(
@@ -64,11 +77,14 @@ class MMSeg(Recipe):
         ratio = rng.uniform(*self.ratio)
         box = size if self.box is None else self.box
         height, width = fit(size, (int(box[0] * ratio), int(box[1] * ratio)))
-        g = Geometry(*size, height, width, *draw_offset((height, width), self.crop, rng, near), 0)
+        g = Geometry(
+            *size, height, width, *draw_offset((height, width), self.crop, rng, near), 0
+        )
         if label is not None and self.category_limit < 1:
             for _ in range(10):
                 if is_varied(nearest_crop(label, g, self.crop), self.category_limit):
                     break
                 y, x = draw_offset((height, width), self.crop, rng, near)
                 g = g._replace(y=y, x=x)
+
         return g._replace(flip=int(rng.random() < self.flip))

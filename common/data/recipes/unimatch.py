@@ -14,7 +14,14 @@ from torchvision.transforms import functional
 from common.config.bounds import Interval, Share, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
-from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow, pillow_nearest_index
+from common.data.geometry import (
+    Geometry,
+    cut_maps,
+    draw_offset,
+    pad,
+    pillow,
+    pillow_nearest_index,
+)
 from common.data.recipes.recipe import Recipe
 
 BLACK = (0, 0, 0)
@@ -47,7 +54,11 @@ class UniMatchViews(Recipe):
             raise ValueError("partner: true needs views of 1 or 2")
 
     def __call__(
-        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+        self,
+        sample: dict[str, Any],
+        rng: np.random.Generator,
+        dataset: SegmentationDataset,
+        index: int,
     ) -> dict[str, Any]:
         g = self.draw(sample["image"].size, rng)
         result = cut_maps(sample, g, self.crop, pillow_nearest_index, left=bool(g.flip))
@@ -56,12 +67,15 @@ class UniMatchViews(Recipe):
             return {**result, "image": weak}
 
         result |= self.look(weak, g, rng)
+
         for view in range(1, self.views + 1):
             result[f"box{view}"] = torch.tensor(draw_box(self.crop, rng), dtype=torch.int32)
+
         if self.partner:
             second = self.draw(sample["image"].size, rng)
             views = self.look(self.cut(sample, second), second, rng)
             result |= {f"partner_{key}": value for key, value in views.items()}
+
         return result
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
@@ -71,6 +85,7 @@ class UniMatchViews(Recipe):
         shortest = max(int(min(size) * longest / max(size) + 0.5), 1)
         resized = (shortest, longest) if size[1] >= size[0] else (longest, shortest)
         offset = draw_offset(resized, self.crop, rng)
+
         return Geometry(*size, *resized, *offset, int(rng.random() < self.flip))
 
     def cut(self, sample: dict[str, Any], g: Geometry) -> Tensor:
@@ -83,6 +98,7 @@ class UniMatchViews(Recipe):
         views = {"weak": weak, "shown": shown(g, self.crop)}
         for view in range(1, self.views + 1):
             views[f"strong{view}"] = from_pillow(strong(to_pillow(weak), rng))
+
         return views
 
 
@@ -98,10 +114,13 @@ def strong(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Colour jitter (p 0.8), greyscale (p 0.2), Gaussian blur of radius U(0.1, 2) (p 0.5), in this order."""
     if rng.random() < 0.8:
         image = colour_jitter(image, rng, 0.5, 0.25)
+
     if rng.random() < 0.2:
         image = functional.to_grayscale(image, 3)
+
     if rng.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+
     return image
 
 
@@ -115,9 +134,12 @@ def draw_box(crop: tuple[int, int], rng: np.random.Generator) -> tuple[int, int,
 
     height, width = crop
     area = rng.uniform(*AREA) * height * width
+
     while True:
         aspect = rng.uniform(*ASPECT)
-        tall, wide = int(math.sqrt(area * aspect)), int(math.sqrt(area / aspect))
-        top, left = int(rng.integers(height)), int(rng.integers(width))
+        tall = int(math.sqrt(area * aspect))
+        wide = int(math.sqrt(area / aspect))
+        top = int(rng.integers(height))
+        left = int(rng.integers(width))
         if top + tall <= height and left + wide <= width:
             return top, left, top + tall, left + wide

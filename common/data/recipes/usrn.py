@@ -35,29 +35,45 @@ class USRNViews(Recipe):
     views: bool = False
 
     def __call__(
-        self, sample: dict[str, Any], rng: np.random.Generator, dataset: SegmentationDataset, index: int
+        self,
+        sample: dict[str, Any],
+        rng: np.random.Generator,
+        dataset: SegmentationDataset,
+        index: int,
     ) -> dict[str, Any]:
-        size, label = sample["image"].size, sample.get("label")
+        size = sample["image"].size
+        label = sample.get("label")
         focus = take_focus(sample)
         draw = partial(self.draw, size, rng, point_of(focus))
         g = draw_until_shown(draw, focus, label, self.crop)
         left = bool(g.flip)
         result = cut_maps(sample, g, self.crop, left=left)
-        weak = pad(pillow(sample["image"], g, self.crop, Image.Resampling.BICUBIC), self.crop, left=left)
+        weak = pad(
+            pillow(sample["image"], g, self.crop, Image.Resampling.BICUBIC),
+            self.crop,
+            left=left,
+        )
         if self.jitter:
             weak = from_pillow(colour_jitter(to_pillow(weak), rng, 0.4, 0.1))
+
         if not self.views:
             return {**result, "image": weak}
+
         strong = binomial_blur(weak) if rng.random() < 0.5 else weak
         image = to_pillow(strong)
         if rng.random() < 0.8:
             image = colour_jitter(image, rng, 0.4, 0.1)
+
         if rng.random() < 0.2:
             image = functional.to_grayscale(image, 3)
+
         return {**result, "weak": weak, "strong": from_pillow(image)}
 
     def draw(
-        self, size: tuple[int, int], rng: np.random.Generator, near: tuple[float, float] | None = None
+        self,
+        size: tuple[int, int],
+        rng: np.random.Generator,
+        near: tuple[float, float] | None = None,
     ) -> Geometry:
         """Size, crop and mirror. near: see `draw_offset`."""
         low, high = (int(self.base * r) for r in self.ratio)
@@ -65,4 +81,5 @@ class USRNViews(Recipe):
         shortest = int(min(size) / max(size) * longest + 0.5)
         height, width = (shortest, longest) if size[1] >= size[0] else (longest, shortest)
         y, x = draw_offset((height, width), self.crop, rng, near)
+
         return Geometry(*size, height, width, y, x, int(rng.random() < self.flip))

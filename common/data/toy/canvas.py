@@ -82,7 +82,10 @@ class Canvas:
 
     def grain(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Blocky noise in 0..1, one value per unit cell of (u, v)."""
-        return self.table[np.floor(v).astype(np.int32) & (_TABLE - 1), np.floor(u).astype(np.int32) & (_TABLE - 1)]
+        return self.table[
+            np.floor(v).astype(np.int32) & (_TABLE - 1),
+            np.floor(u).astype(np.int32) & (_TABLE - 1),
+        ]
 
     def cloud(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Smooth (bilinear) noise in 0..1 with unit cells."""
@@ -91,7 +94,10 @@ class Canvas:
         i, j = i.astype(np.int32) & (_TABLE - 1), j.astype(np.int32) & (_TABLE - 1)
         below, right = (i + 1) & (_TABLE - 1), (j + 1) & (_TABLE - 1)
         top = self.table[i, j] * (1 - fu) + self.table[i, right] * fu
-        return top * (1 - fv) + (self.table[below, j] * (1 - fu) + self.table[below, right] * fu) * fv
+        return (
+            top * (1 - fv)
+            + (self.table[below, j] * (1 - fu) + self.table[below, right] * fu) * fv
+        )
 
     def air(self, colour: np.ndarray, metres: np.ndarray | float) -> np.ndarray:
         """`colour` (…,3) as seen through `metres` of haze (scalar or (…,1))."""
@@ -100,14 +106,18 @@ class Canvas:
         clear = np.exp(np.float32(-self.domain.haze) * metres)
         return self._haze + (colour - self._haze) * clear
 
-    def paint(self, at: tuple[slice, slice], mask: np.ndarray, colour: np.ndarray, label: int | None) -> None:
+    def paint(
+        self, at: tuple[slice, slice], mask: np.ndarray, colour: np.ndarray, label: int | None
+    ) -> None:
         """Sets colour (and label, instance 0) where `mask` within the window `at`."""
         np.copyto(self.image[at], colour, where=mask[..., None])
         if label is not None:
             self.label[at][mask] = label
             self.instance[at][mask] = 0
 
-    def pen(self, place: "Place", left: float, right: float, top: float, bottom: float = 0.0) -> "Pen":
+    def pen(
+        self, place: "Place", left: float, right: float, top: float, bottom: float = 0.0
+    ) -> "Pen":
         """A pen for a new object whose extent about its foot point is given in metres."""
         self.count += 1
         return Pen(self, place, left, right, top, bottom)
@@ -142,16 +152,24 @@ class Place:
 class Pen:
     """Paints the parts of one object. u (right) and v (up): its pixels' metres from the foot point."""
 
-    def __init__(self, canvas: Canvas, place: Place, left: float, right: float, top: float, bottom: float):
+    def __init__(
+        self, canvas: Canvas, place: Place, left: float, right: float, top: float, bottom: float
+    ):
         s = place.scale
         self.canvas, self.place, self.number = canvas, place, canvas.count
-        self.at = canvas.window(place.x - left * s, place.y - top * s, place.x + right * s, place.y + bottom * s)
+        self.at = canvas.window(
+            place.x - left * s, place.y - top * s, place.x + right * s, place.y + bottom * s
+        )
         self.u = (canvas.x[:, self.at[1]] - np.float32(place.x)) / np.float32(s)
         self.v = (np.float32(place.y) - canvas.y[self.at[0]]) / np.float32(s)
         self.clear = np.float32(np.exp(-canvas.domain.haze * place.metres))
         self.veil = np.array(canvas.domain.haze_colour, np.float32) * (1 - self.clear)
         # Rounded bodies: brighter towards the sun and the top.
-        self.light = 0.94 + (0.16 * canvas.sun / max(left, right)) * self.u + (0.10 / max(top, 1e-3)) * self.v
+        self.light = (
+            0.94
+            + (0.16 * canvas.sun / max(left, right)) * self.u
+            + (0.10 / max(top, 1e-3)) * self.v
+        )
 
     def box(self, left: float, right: float, low: float, high: float) -> np.ndarray:
         return (self.u > left) & (self.u < right) & (self.v > low) & (self.v < high)
@@ -167,12 +185,20 @@ class Pen:
         t = np.minimum(np.maximum(t, 0), 1)
         return (self.u - u0 - t * du) ** 2 + (self.v - v0 - t * dv) ** 2 < half_width**2
 
-    def fill(self, mask: np.ndarray, colour, label: int | None = None, texture: np.ndarray | None = None) -> None:
+    def fill(
+        self,
+        mask: np.ndarray,
+        colour,
+        label: int | None = None,
+        texture: np.ndarray | None = None,
+    ) -> None:
         """Paints `mask` (h,w) in `colour`, shaded and times `texture` (h,w); `label` None leaves the label alone."""
         light = self.light[mask]
         if texture is not None:
             light = light * np.broadcast_to(texture, mask.shape)[mask]
-        self.canvas.image[self.at][mask] = light[:, None] * (np.asarray(colour, np.float32) * self.clear) + self.veil
+        self.canvas.image[self.at][mask] = (
+            light[:, None] * (np.asarray(colour, np.float32) * self.clear) + self.veil
+        )
         if label is not None:
             self.mark(mask, label)
 

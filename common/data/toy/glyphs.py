@@ -17,7 +17,28 @@ ADE_IDS = tuple(int(k) for k in np.round(np.linspace(0, 846, 64)))  # 0, 13, …
 ADE_RANKS = tuple(ADE_IDS[29 * r % 64] for r in range(64))  # class ids, most frequent first
 ADE_STUFF = 8  # the most frequent ones are walls, floors and the like
 ADE_IGNORE = 65535
-VOC_RANKS = (15, 8, 12, 6, 7, 19, 14, 18, 13, 11, 1, 9, 3, 20, 4, 10, 17, 16, 5, 2)  # by pixels, roughly as in VOC 2012
+VOC_RANKS = (
+    15,
+    8,
+    12,
+    6,
+    7,
+    19,
+    14,
+    18,
+    13,
+    11,
+    1,
+    9,
+    3,
+    20,
+    4,
+    10,
+    17,
+    16,
+    5,
+    2,
+)  # by pixels, roughly as in VOC 2012
 VOC_SPRITES = {2: (things.bicycle, 1.2), 6: (things.bus, 3.2), 7: (things.car, 1.55), 14: (things.motorcycle, 1.25),
                15: (things.person, 1.8), 19: (things.train, 3.6)}  # class id: function, height in metres  # fmt: skip
 
@@ -31,7 +52,9 @@ def _silhouette(form: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         lambda: (v > -0.6) & (np.abs(u) < 0.6 * (0.95 - v)),
         lambda: (np.abs(u) + np.abs(v)) < 0.98,
         lambda: r2 < (0.68 + 0.3 * np.cos(5 * angle)) ** 2,
-        lambda: (np.minimum(np.abs(u), np.abs(v)) < 0.27) & (np.maximum(np.abs(u), np.abs(v)) < 0.9),
+        lambda: (
+            (np.minimum(np.abs(u), np.abs(v)) < 0.27) & (np.maximum(np.abs(u), np.abs(v)) < 0.9)
+        ),
         lambda: (u / 0.98) ** 2 + (v / 0.5) ** 2 < 1,
         lambda: (r2 < 0.9) & ~((u - 0.35) ** 2 + v * v < 0.3),
     )
@@ -93,7 +116,9 @@ def backdrop(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.image[:] = near + (far - near) * mix[..., None]
 
 
-def begin(seed: int, domain: str, kind: int, index: int, size: tuple[int, int]) -> tuple[Canvas, list]:
+def begin(
+    seed: int, domain: str, kind: int, index: int, size: tuple[int, int]
+) -> tuple[Canvas, list]:
     """Canvas and the generators of geometry, colour and noise; every third picture is upright."""
     look = DOMAINS[domain]
     generators = [np.random.default_rng((seed, look.number, index, kind, n)) for n in range(3)]
@@ -106,16 +131,30 @@ def voc_scene(seed: int, domain: str, index: int, size: tuple[int, int]) -> Scen
     backdrop(canvas, colour)
     classes = [0]
     for j in range(1 + int(geometry.integers(3))):
-        k = VOC_RANKS[zipf(spread(seed, canvas.domain.number, 3 * index + j), 0, len(VOC_RANKS), 0.8)]
-        x, span = geometry.uniform(0.2, 0.8) * canvas.aspect, geometry.uniform(0.4, 0.8) * min(canvas.aspect, 1)
+        k = VOC_RANKS[
+            zipf(spread(seed, canvas.domain.number, 3 * index + j), 0, len(VOC_RANKS), 0.8)
+        ]
+        x, span = (
+            geometry.uniform(0.2, 0.8) * canvas.aspect,
+            geometry.uniform(0.4, 0.8) * min(canvas.aspect, 1),
+        )
         if k in VOC_SPRITES:
             draw, metres = VOC_SPRITES[k]
             draw(canvas, geometry, Place(x, geometry.uniform(0.6, 0.95), span / metres))
         else:
-            glyph(canvas, geometry, Place(x, geometry.uniform(0.3, 0.7), span / 2), VOC_RANKS.index(k) * 3)
+            glyph(
+                canvas,
+                geometry,
+                Place(x, geometry.uniform(0.3, 0.7), span / 2),
+                VOC_RANKS.index(k) * 3,
+            )
         classes += [k] * (canvas.count + 1 - len(classes))
     label = np.array(classes, np.uint8)[canvas.instance]
-    return Scene(canvas.finish(noise, colour), _outlined(label, max(1, round(size[0] / 150))), canvas.instance)
+    return Scene(
+        canvas.finish(noise, colour),
+        _outlined(label, max(1, round(size[0] / 150))),
+        canvas.instance,
+    )
 
 
 def _outlined(label: np.ndarray, width: int) -> np.ndarray:
@@ -129,16 +168,26 @@ def _outlined(label: np.ndarray, width: int) -> np.ndarray:
     return np.where(edge, np.uint8(255), label)
 
 
-def ade_scene(seed: int, domain: str, index: int, size: tuple[int, int], objects: int = 8) -> Scene:
+def ade_scene(
+    seed: int, domain: str, index: int, size: tuple[int, int], objects: int = 8
+) -> Scene:
     """Walls and a floor with `objects` things; label uint16 of ADE20K-Full class ids, 65535 unlabelled."""
     canvas, (geometry, colour, noise) = begin(seed, domain, 2, index, size)
     number = canvas.domain.number
     first = zipf(spread(seed, number, index), 0, ADE_STUFF, 1.0)
-    stuff = [first, *((first + k) % ADE_STUFF for k in geometry.choice(np.arange(1, ADE_STUFF), 2, replace=False))]
+    stuff = [
+        first,
+        *(
+            (first + k) % ADE_STUFF
+            for k in geometry.choice(np.arange(1, ADE_STUFF), 2, replace=False)
+        ),
+    ]
     floor, corner = geometry.uniform(0.55, 0.75), geometry.uniform(0.55, 0.85) * canvas.aspect
     for rank, (x0, y0) in zip(stuff, ((0, 0), (0, floor), (corner, 0)), strict=True):
         pen = Pen(canvas, Place(x0, y0, 0.12), 0, 1e3, 0, 1e3)
-        tint = np.array(COLOURS[(rank * 3 + 5) % 8]) * 0.5 + 0.3 + colour.uniform(-0.05, 0.05, 3)
+        tint = (
+            np.array(COLOURS[(rank * 3 + 5) % 8]) * 0.5 + 0.3 + colour.uniform(-0.05, 0.05, 3)
+        )
         pen.light = np.float32(1) + 0 * (pen.u + pen.v)
         canvas.count += 1
         pen.number = canvas.count
@@ -147,10 +196,19 @@ def ade_scene(seed: int, domain: str, index: int, size: tuple[int, int], objects
     for j in range(objects):
         rank = zipf(spread(seed, number, objects * index + j), ADE_STUFF, len(ADE_RANKS), 1.0)
         x, y = geometry.uniform(0.05, 0.95) * canvas.aspect, geometry.uniform(0.1, 0.9)
-        glyph(canvas, geometry, Place(x, y, geometry.uniform(0.09, 0.2) * min(canvas.aspect, 1)), rank)
+        glyph(
+            canvas,
+            geometry,
+            Place(x, y, geometry.uniform(0.09, 0.2) * min(canvas.aspect, 1)),
+            rank,
+        )
         classes.append(ADE_RANKS[rank])
     for _ in range(Quota(seed, number, index)(0.7)):  # something nobody has named
         x, y = geometry.uniform(0, 1, 2)
         glyph(canvas, geometry, Place(x * canvas.aspect, y, 0.08), int(geometry.integers(64)))
         classes.append(ADE_IGNORE)
-    return Scene(canvas.finish(noise, colour), np.array(classes, np.uint16)[canvas.instance], canvas.instance)
+    return Scene(
+        canvas.finish(noise, colour),
+        np.array(classes, np.uint16)[canvas.instance],
+        canvas.instance,
+    )

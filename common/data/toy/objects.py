@@ -12,7 +12,12 @@ PAINTS = ((0.62, 0.62, 0.64), (0.85, 0.85, 0.85), (0.16, 0.17, 0.19), (0.60, 0.1
           (0.72, 0.62, 0.22), (0.17, 0.38, 0.28))  # fmt: skip
 CLOTHES = ((0.18, 0.20, 0.30), (0.62, 0.20, 0.20), (0.75, 0.73, 0.68), (0.25, 0.38, 0.30), (0.70, 0.55, 0.25),
            (0.33, 0.30, 0.30), (0.25, 0.35, 0.60))  # fmt: skip
-JACKETS = (*CLOTHES[3:5], (0.84, 0.82, 0.18), (0.90, 0.48, 0.12), (0.72, 0.84, 0.20))  # of all riders and some people
+JACKETS = (
+    *CLOTHES[3:5],
+    (0.84, 0.82, 0.18),
+    (0.90, 0.48, 0.12),
+    (0.72, 0.84, 0.20),
+)  # of all riders and some people
 SKIN = ((0.78, 0.58, 0.47), (0.50, 0.35, 0.26), (0.88, 0.70, 0.58))
 GLASS, RUBBER, METAL = (0.17, 0.22, 0.27), (0.07, 0.07, 0.08), (0.45, 0.46, 0.47)
 
@@ -26,7 +31,9 @@ def pick(rng: np.random.Generator, colours, spread: float = 0.06) -> np.ndarray:
 def _shadow(pen: Pen, width: float) -> None:
     """Darkens the ground beneath; the label stays."""
     view = pen.canvas.image[pen.at]
-    np.multiply(view, np.float32(0.55), out=view, where=pen.ellipse(0, 0, width, 0.16)[..., None])
+    np.multiply(
+        view, np.float32(0.55), out=view, where=pen.ellipse(0, 0, width, 0.16)[..., None]
+    )
 
 
 def _wheels(pen: Pen, centres, radius: float, label: int) -> None:
@@ -45,7 +52,14 @@ def car(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
         pen.fill(pen.box(-2.1, 2.1, 0.25, 0.85) | pen.ellipse(0, 0.8, 2.2, 0.22), paint, label)
         roof = (pen.v < 1.45) & (pen.v > 0.8) & (np.abs(pen.u) < 1.35 - 0.7 * (pen.v - 0.8))
         pen.fill(roof, paint, label)
-        pen.fill(roof & (pen.v > 0.9) & (pen.v < 1.32) & (np.abs(pen.u) > 0.06) & (np.abs(pen.u) < 0.95), GLASS)
+        pen.fill(
+            roof
+            & (pen.v > 0.9)
+            & (pen.v < 1.32)
+            & (np.abs(pen.u) > 0.06)
+            & (np.abs(pen.u) < 0.95),
+            GLASS,
+        )
         _wheels(pen, (-1.3, 1.3), 0.34, label)
         return
     pen = canvas.pen(place, 1.1, 1.1, 1.6, 0.2)
@@ -76,7 +90,12 @@ def truck(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
         _wheels(pen, (-1.9, -1.0, half + 0.8), 0.48, label)
     else:
         pen.fill(pen.box(-1.1, -0.6, 0, 0.5) | pen.box(0.6, 1.1, 0, 0.5), RUBBER, label)
-        pen.fill(pen.box(-1.2, 1.2, 0.62, 0.85), (0.8, 0.2, 0.1), label, 1 + 2 * (np.mod(pen.u * 2, 1) < 0.5))
+        pen.fill(
+            pen.box(-1.2, 1.2, 0.62, 0.85),
+            (0.8, 0.2, 0.1),
+            label,
+            1 + 2 * (np.mod(pen.u * 2, 1) < 0.5),
+        )
 
 
 def bus(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
@@ -90,7 +109,9 @@ def bus(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
     pen.fill(pen.box(-half + 0.1, half - 0.1, 1.25, 2.5), GLASS, None, post)
     if half < 2:
         pen.fill(pen.box(-0.8, 0.8, 2.6, 2.9), (0.95, 0.7, 0.15))
-        pen.fill(pen.box(-1.15, -0.8, 0.5, 0.75) | pen.box(0.8, 1.15, 0.5, 0.75), (0.95, 0.93, 0.8))
+        pen.fill(
+            pen.box(-1.15, -0.8, 0.5, 0.75) | pen.box(0.8, 1.15, 0.5, 0.75), (0.95, 0.93, 0.8)
+        )
         pen.fill(pen.box(-1.1, -0.7, 0, 0.32) | pen.box(0.7, 1.1, 0, 0.32), RUBBER, label)
     else:
         pen.fill(pen.box(-0.5, 0.6, 0.4, 2.4), paint * 0.7)
@@ -103,7 +124,11 @@ def train(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
     half = 1.3 if rng.random() < 0.4 else 3.2
     pen = canvas.pen(place, half, half, 4.6, 0.15)
     body = pen.box(-half, half, 0.1, 3.0) | pen.ellipse(0, 3.0, half, 0.55)
-    pen.fill(pen.line(-0.4, 3.4, 0.3, 4.4, 0.07) | pen.box(-0.7, 0.8, 4.38, 4.5), (0.2, 0.2, 0.2), label)
+    pen.fill(
+        pen.line(-0.4, 3.4, 0.3, 4.4, 0.07) | pen.box(-0.7, 0.8, 4.38, 4.5),
+        (0.2, 0.2, 0.2),
+        label,
+    )
     pen.fill(body, paint, label)
     pen.fill(body & (pen.v < 0.5), (0.22, 0.22, 0.24))
     pen.fill(body & (pen.v > 0.95) & (pen.v < 1.35), stripe)
@@ -111,18 +136,28 @@ def train(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
         pen.fill(pen.ellipse(0, 2.2, 1.0, 0.75), GLASS)
         pen.fill(pen.ellipse(0, 0.75, 0.2, 0.2), (0.97, 0.95, 0.85))
     else:
-        pen.fill(body & (pen.v > 1.6) & (pen.v < 2.6) & (np.mod(pen.u + 0.3, 1.1) < 0.65), GLASS)
+        pen.fill(
+            body & (pen.v > 1.6) & (pen.v < 2.6) & (np.mod(pen.u + 0.3, 1.1) < 0.65), GLASS
+        )
 
 
 def person(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
-    top = pick(rng, JACKETS if rng.random() < 0.25 else CLOTHES)  # so a jacket alone does not make a rider
+    top = pick(
+        rng, JACKETS if rng.random() < 0.25 else CLOTHES
+    )  # so a jacket alone does not make a rider
     legs, skin = pick(rng, CLOTHES) * 0.7, pick(rng, SKIN)
     label, tall, stride = RAW_IDS["person"], rng.uniform(1.55, 1.9), rng.uniform(0.05, 0.22)
     pen = canvas.pen(place, 0.5, 0.5, tall, 0.15)
     _shadow(pen, 0.45)
     hip, neck = 0.50 * tall, 0.84 * tall
-    pen.fill(pen.line(-stride, 0.05, -0.04, hip, 0.10) | pen.line(stride, 0.05, 0.04, hip, 0.10), legs, label)
-    arms = pen.line(-0.26, hip, -0.18, neck - 0.1, 0.08) | pen.line(0.26, hip, 0.18, neck - 0.1, 0.08)
+    pen.fill(
+        pen.line(-stride, 0.05, -0.04, hip, 0.10) | pen.line(stride, 0.05, 0.04, hip, 0.10),
+        legs,
+        label,
+    )
+    arms = pen.line(-0.26, hip, -0.18, neck - 0.1, 0.08) | pen.line(
+        0.26, hip, 0.18, neck - 0.1, 0.08
+    )
     pen.fill(arms, top * 0.85, label)
     pen.fill(pen.ellipse(0, (hip + neck) / 2, 0.25, 0.57 * (neck - hip)), top, label)
     pen.fill(pen.ellipse(0, 0.93 * tall, 0.13, 0.08 * tall), skin, label)
@@ -133,14 +168,21 @@ def _rider(pen: Pen, rng: np.random.Generator, seat: float) -> None:
     """Leans forward (to the right) on a two-wheeler, knees bent, with a helmet."""
     label, top, legs = RAW_IDS["rider"], pick(rng, JACKETS), pick(rng, CLOTHES) * 0.7
     helmet = pick(rng, ((0.92, 0.90, 0.85), (0.85, 0.80, 0.25)))
-    pen.fill(pen.line(-0.2, seat, 0.22, seat - 0.12, 0.13) | pen.line(0.22, seat - 0.12, 0.05, 0.3, 0.10), legs, label)
+    pen.fill(
+        pen.line(-0.2, seat, 0.22, seat - 0.12, 0.13)
+        | pen.line(0.22, seat - 0.12, 0.05, 0.3, 0.10),
+        legs,
+        label,
+    )
     pen.fill(pen.line(-0.18, seat + 0.08, 0.12, seat + 0.55, 0.25), top, label)
     pen.fill(pen.line(0.14, seat + 0.5, 0.5, seat + 0.2, 0.08), top * 0.85, label)
     pen.fill(pen.ellipse(0.24, seat + 0.84, 0.15, 0.17), pick(rng, SKIN), label)
     pen.fill(pen.ellipse(0.22, seat + 0.92, 0.18, 0.13), helmet, label)
 
 
-def bicycle(canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool = False) -> None:
+def bicycle(
+    canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool = False
+) -> None:
     """Thin wheels that one sees through, but that the annotation covers, and a thin frame."""
     label, paint = RAW_IDS["bicycle"], pick(rng, PAINTS)
     pen = canvas.pen(place, 1.05, 1.05, 1.95 if ridden else 1.2, 0.15)
@@ -154,22 +196,36 @@ def bicycle(canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool
     for (u0, v0), (u1, v1) in zip(joints, joints[1:], strict=False):
         frame |= pen.line(u0, v0, u1, v1, 0.06)
     pen.fill(frame, paint, label)
-    pen.fill(pen.box(-0.36, -0.06, 0.88, 0.99) | pen.line(0.32, 1.02, 0.52, 1.0, 0.06), RUBBER, label)
+    pen.fill(
+        pen.box(-0.36, -0.06, 0.88, 0.99) | pen.line(0.32, 1.02, 0.52, 1.0, 0.06), RUBBER, label
+    )
     if ridden:
         canvas.count += 1
         pen.number = canvas.count
         _rider(pen, rng, 0.95)
 
 
-def motorcycle(canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool = False) -> None:
+def motorcycle(
+    canvas: Canvas, rng: np.random.Generator, place: Place, ridden: bool = False
+) -> None:
     """Fat solid wheels, a body with a tank, a lamp and an exhaust."""
     label, paint = RAW_IDS["motorcycle"], pick(rng, ((0.66, 0.10, 0.10), (0.80, 0.36, 0.10)))
     pen = canvas.pen(place, 1.2, 1.2, 1.85 if ridden else 1.25, 0.15)
     _shadow(pen, 1.1)
     _wheels(pen, (-0.7, 0.72), 0.36, label)
-    pen.fill(pen.line(-0.75, 0.72, 0.1, 0.62, 0.16) | pen.box(-0.35, 0.4, 0.22, 0.62), (0.16, 0.16, 0.17), label)
-    pen.fill(pen.ellipse(0.2, 0.7, 0.5, 0.28) | pen.line(-0.9, 0.75, -0.5, 0.7, 0.11), paint, label)
-    pen.fill(pen.line(0.42, 1.0, 0.72, 0.36, 0.08) | pen.line(0.3, 1.05, 0.5, 1.02, 0.07), METAL, label)
+    pen.fill(
+        pen.line(-0.75, 0.72, 0.1, 0.62, 0.16) | pen.box(-0.35, 0.4, 0.22, 0.62),
+        (0.16, 0.16, 0.17),
+        label,
+    )
+    pen.fill(
+        pen.ellipse(0.2, 0.7, 0.5, 0.28) | pen.line(-0.9, 0.75, -0.5, 0.7, 0.11), paint, label
+    )
+    pen.fill(
+        pen.line(0.42, 1.0, 0.72, 0.36, 0.08) | pen.line(0.3, 1.05, 0.5, 1.02, 0.07),
+        METAL,
+        label,
+    )
     pen.fill(pen.line(-0.9, 0.28, -0.1, 0.3, 0.10), (0.75, 0.75, 0.77), label)
     pen.fill(pen.ellipse(0.62, 0.9, 0.12, 0.12), (0.97, 0.93, 0.7), label)
     if ridden:
@@ -186,7 +242,10 @@ def _stick(pen: Pen, height: float) -> None:
 
 def pole(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
     """A lamp post with an arm."""
-    height, arm = rng.uniform(5.5, 7.5), (1 if rng.random() < 0.5 else -1) * rng.uniform(0.8, 1.4)
+    height, arm = (
+        rng.uniform(5.5, 7.5),
+        (1 if rng.random() < 0.5 else -1) * rng.uniform(0.8, 1.4),
+    )
     pen = canvas.pen(place, 1.5, 1.5, height + 0.2)
     _stick(pen, height)
     thick = max(0.09, 0.005 / place.scale)
@@ -209,7 +268,11 @@ def traffic_sign(canvas: Canvas, rng: np.random.Generator, place: Place) -> None
     kind, blue = int(rng.integers(3)), rng.random() < 0.35
     pen, label, v = canvas.pen(place, 0.7, 0.7, 3.4), RAW_IDS["traffic sign"], 2.75
     _stick(pen, 2.5)
-    rim, inner = ((0.9, 0.9, 0.9), (0.12, 0.28, 0.62)) if blue else ((0.75, 0.12, 0.12), (0.9, 0.9, 0.88))
+    rim, inner = (
+        ((0.9, 0.9, 0.9), (0.12, 0.28, 0.62))
+        if blue
+        else ((0.75, 0.12, 0.12), (0.9, 0.9, 0.88))
+    )
 
     def plate(r: float) -> np.ndarray:
         if kind == 0:
@@ -225,14 +288,20 @@ def traffic_sign(canvas: Canvas, rng: np.random.Generator, place: Place) -> None
 
 def tree(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
     """A trunk (vegetation too, as in Cityscapes) under a ragged crown with dark gaps."""
-    height, radius, green = rng.uniform(4.5, 8), rng.uniform(1.4, 2.6), rng.uniform(-0.06, 0.06, 3)
+    height, radius, green = (
+        rng.uniform(4.5, 8),
+        rng.uniform(1.4, 2.6),
+        rng.uniform(-0.06, 0.06, 3),
+    )
     label, shift, f = RAW_IDS["vegetation"], rng.uniform(0, 60), 2.2 * canvas.domain.texture
     trunk = canvas.pen(place, 0.2, 0.2, height)
     trunk.fill(trunk.box(-0.16, 0.16, 0, height - radius), (0.27, 0.21, 0.16), label)
     pen = Pen(canvas, place, 1.1 * radius, 1.1 * radius, height + 0.1, 2.3 * radius - height)
     rough = canvas.cloud(pen.u * f + shift, pen.v * f)
     centre = height - 1.15 * radius
-    crown = (pen.u / radius) ** 2 + ((pen.v - centre) / (1.15 * radius)) ** 2 < 0.55 + 0.6 * rough
+    crown = (pen.u / radius) ** 2 + (
+        (pen.v - centre) / (1.15 * radius)
+    ) ** 2 < 0.55 + 0.6 * rough
     leaves = canvas.grain(pen.u * 2.5 * f, pen.v * 2.5 * f + shift)
     depth = 1 + canvas.domain.contrast * (0.75 * (rough - 0.5) + 0.55 * (leaves - 0.5))
     pen.fill(crown, np.array((0.25, 0.36, 0.16)) + green, label, depth)

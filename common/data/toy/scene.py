@@ -51,7 +51,11 @@ class Quota:
     PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
 
     def __init__(self, seed: int, domain: int, index: int):
-        self.index, self.offsets, self.asked = index, np.random.default_rng((seed, domain)).random(len(self.PRIMES)), 0
+        self.index, self.offsets, self.asked = (
+            index,
+            np.random.default_rng((seed, domain)).random(len(self.PRIMES)),
+            0,
+        )
 
     def __call__(self, expected: float) -> int:
         k, self.asked = self.asked, self.asked + 1
@@ -74,12 +78,18 @@ class Street:
 
     def place(self, across: float, scale: float) -> Place:
         """Foot point of an object `across` metres from the middle whose metre is `scale` image heights long."""
-        return Place(self.x + across * scale, self.horizon + self.eye * scale, scale, FOCAL / scale)
+        return Place(
+            self.x + across * scale, self.horizon + self.eye * scale, scale, FOCAL / scale
+        )
 
 
 def _street(canvas: Canvas, rng: np.random.Generator, terrain: float) -> Street:
     lean = rng.uniform(-1.5, 1.5)  # the camera keeps off the middle of the road
-    road, walks, strips = rng.uniform(4.3, 6.0), rng.uniform(1.8, 3.2, 2), rng.uniform(0.3, 2.5, 2)
+    road, walks, strips = (
+        rng.uniform(4.3, 6.0),
+        rng.uniform(1.8, 3.2, 2),
+        rng.uniform(0.3, 2.5, 2),
+    )
     grass = [n < terrain for n in rng.permutation(2)]
     strips += 1.5 * np.array(grass)
     kinds = tuple(
@@ -89,7 +99,13 @@ def _street(canvas: Canvas, rng: np.random.Generator, terrain: float) -> Street:
     left, right = -road - lean, road - lean
     edges = np.array([left - walks[0] - strips[0], left - walks[0], left, right, right + walks[1],
                       right + walks[1] + strips[1]], np.float32)  # fmt: skip
-    return Street(canvas.aspect * rng.uniform(0.42, 0.58), rng.uniform(0.38, 0.46), rng.uniform(1.4, 1.7), edges, kinds)
+    return Street(
+        canvas.aspect * rng.uniform(0.42, 0.58),
+        rng.uniform(0.38, 0.46),
+        rng.uniform(1.4, 1.7),
+        edges,
+        kinds,
+    )
 
 
 def _sky(canvas: Canvas, rng: np.random.Generator, street: Street) -> None:
@@ -98,7 +114,12 @@ def _sky(canvas: Canvas, rng: np.random.Generator, street: Street) -> None:
     at = canvas.window(0, 0, canvas.aspect, street.horizon + 0.01)
     x, y = canvas.x[:, at[1]], canvas.y[at[0]]
     f = canvas.domain.texture
-    cloud = 1.26 * canvas.cloud(x * 3 * f, y * 8 * f) + 0.54 * canvas.cloud(x * 11 * f, y * 23 * f) - 1.3 + cover
+    cloud = (
+        1.26 * canvas.cloud(x * 3 * f, y * 8 * f)
+        + 0.54 * canvas.cloud(x * 11 * f, y * 23 * f)
+        - 1.3
+        + cover
+    )
     fade = np.clip(np.maximum(cloud, 0) + 0.5 * y / street.horizon, 0, 1)[..., None]
     canvas.image[at] = canvas.air(blue * (1 - fade) + white * fade, 25.0)
     canvas.label[at] = RAW_IDS["sky"]
@@ -107,49 +128,80 @@ def _sky(canvas: Canvas, rng: np.random.Generator, street: Street) -> None:
 def _skyline(canvas: Canvas, rng: np.random.Generator, street: Street) -> None:
     """Closes the street's far end with trees."""
     shift, high = rng.uniform(0, 60), rng.uniform(0.03, 0.08)
-    at = canvas.window(street.x - 0.6, street.horizon - 0.14, street.x + 0.6, street.horizon + 0.02)
+    at = canvas.window(
+        street.x - 0.6, street.horizon - 0.14, street.x + 0.6, street.horizon + 0.02
+    )
     x, y = canvas.x[:, at[1]], canvas.y[at[0]]
     top = street.horizon - high * (0.5 + canvas.cloud(x * 14 + shift, x * 0))
     leaf = 0.7 + 0.6 * canvas.domain.contrast * canvas.grain(x * 90, y * 90)
     green = np.array((0.24, 0.33, 0.18), np.float32)
-    canvas.paint(at, (y > top) & (x > -1), canvas.air(green * leaf[..., None], 60.0), RAW_IDS["vegetation"])
+    canvas.paint(
+        at,
+        (y > top) & (x > -1),
+        canvas.air(green * leaf[..., None], 60.0),
+        RAW_IDS["vegetation"],
+    )
 
 
 def _ground(canvas: Canvas, rng: np.random.Generator, street: Street) -> None:
     """Road with markings, sidewalks with slabs and a kerb, a strip of grass, parking or pavement before the houses."""
     walk = RAW_IDS["sidewalk"]
-    labels = np.array([street.strips[0], walk, RAW_IDS["road"], walk, street.strips[1]], np.uint8)
+    labels = np.array(
+        [street.strips[0], walk, RAW_IDS["road"], walk, street.strips[1]], np.uint8
+    )
     tone = rng.uniform(0.30, 0.42) + rng.uniform(-0.02, 0.02, 3)
     looks = {  # colour, grain's strength, slabs' strength
         RAW_IDS["road"]: (tone, 0.18, 0.0),
         RAW_IDS["sidewalk"]: (tone + rng.uniform(0.02, 0.16) + (0.02, 0.01, 0.0), 0.14, 0.35),
         RAW_IDS["parking"]: (tone * 0.95 + (0.03, 0.0, 0.0), 0.2, 0.15),
-        RAW_IDS["terrain"]: (np.array((0.33, 0.42, 0.17)) + rng.uniform(-0.04, 0.04, 3), 0.5, 0.0),
+        RAW_IDS["terrain"]: (
+            np.array((0.33, 0.42, 0.17)) + rng.uniform(-0.04, 0.04, 3),
+            0.5,
+            0.0,
+        ),
     }
-    colours, grains, slabs = (np.array([looks[i][n] for i in labels], np.float32) for n in range(3))
+    colours, grains, slabs = (
+        np.array([looks[i][n] for i in labels], np.float32) for n in range(3)
+    )
     at = canvas.window(0, street.horizon + 0.004, canvas.aspect, 1)
     y = canvas.y[at[0]]
     scale = street.scale(y)
-    across, along, near = (canvas.x - street.x) / scale, FOCAL / scale, np.clip(scale / 0.06, 0, 1)
+    across, along, near = (
+        (canvas.x - street.x) / scale,
+        FOCAL / scale,
+        np.clip(scale / 0.06, 0, 1),
+    )
     zone = np.searchsorted(street.edges[1:-1], across)
     f = canvas.domain.texture
-    texture = 1 + (canvas.grain(across * 9 * f, along * 5 * f) - 0.5) * grains[zone] * canvas.domain.contrast * 2
+    texture = (
+        1
+        + (canvas.grain(across * 9 * f, along * 5 * f) - 0.5)
+        * grains[zone]
+        * canvas.domain.contrast
+        * 2
+    )
     joint = (np.mod(across, 0.9) < 0.12) | (np.mod(along, 1.2) < 0.2)
     texture -= joint * slabs[zone] * near
     colour = colours[zone] * texture[..., None]
-    kerb = (np.abs(across - street.edges[2] + 0.12) < 0.12) | (np.abs(across - street.edges[3] - 0.12) < 0.12)
+    kerb = (np.abs(across - street.edges[2] + 0.12) < 0.12) | (
+        np.abs(across - street.edges[3] - 0.12) < 0.12
+    )
     colour[kerb] = 0.62
     colour[_markings(rng, street, across, along)] = 0.82
     canvas.image[at] = canvas.air(colour, along[..., None])
     canvas.label[at] = labels[zone]
 
 
-def _markings(rng: np.random.Generator, street: Street, across: np.ndarray, along: np.ndarray) -> np.ndarray:
+def _markings(
+    rng: np.random.Generator, street: Street, across: np.ndarray, along: np.ndarray
+) -> np.ndarray:
     """Dashes in the middle, edge lines and now and then a zebra crossing: they are road (H,W bool)."""
     left, right = street.edges[2], street.edges[3]
     period, shift, far = rng.uniform(5, 9), rng.uniform(0, 9), rng.uniform(6, 16)
     lines, zebra = rng.random(2)
-    marks = (np.abs(across - (left + right) / 2) < 0.09) & (np.mod(along + shift, period) < 0.5 * period)
+    marks = (np.abs(across - (left + right) / 2) < 0.09) & (
+        np.mod(along + shift, period) < 0.5 * period
+    )
     if lines < 0.5:
         marks |= (np.abs(across - left - 0.4) < 0.07) | (np.abs(across - right + 0.4) < 0.07)
     if zebra < 0.3:
@@ -165,9 +217,14 @@ def _facade(canvas: Canvas, rng: np.random.Generator, street: Street, side: int)
     ends = np.cumsum(rng.uniform(7, 20, n)) + rng.uniform(-4, 4)
     gaps = rng.random(n) < 0.12
     tall, pitch, storey_height, glow = (
-        rng.uniform(low, high, n).astype(np.float32) for low, high in ((7, 22), (1.8, 3.4), (2.7, 3.4), (0.15, 0.4))
+        rng.uniform(low, high, n).astype(np.float32)
+        for low, high in ((7, 22), (1.8, 3.4), (2.7, 3.4), (0.15, 0.4))
     )
-    grey = rng.uniform(0.32, 0.72, (n, 1)) + rng.uniform(-0.10, 0.10, (n, 3)) + np.array((0.05, 0.01, -0.04))
+    grey = (
+        rng.uniform(0.32, 0.72, (n, 1))
+        + rng.uniform(-0.10, 0.10, (n, 3))
+        + np.array((0.05, 0.01, -0.04))
+    )
     edge = street.x + side * 0.01 * reach
     at = canvas.window(*((0, 0, edge, 0.75) if side < 0 else (edge, 0, canvas.aspect, 0.75)))
     x, y = canvas.x[:, at[1]], canvas.y[at[0]]
@@ -186,7 +243,10 @@ def _facade(canvas: Canvas, rng: np.random.Generator, street: Street, side: int)
     bright = canvas.grain(column, storey + house.astype(np.float32))
     glass = np.where(bright < canvas.domain.lit, 0.95, glow[house] + 0.12 * bright)
     pane = window * near  # distant windows blur into the plaster
-    colour = grey[house].astype(np.float32) * (texture * (1 - pane))[..., None] + (glass * pane)[..., None]
+    colour = (
+        grey[house].astype(np.float32) * (texture * (1 - pane))[..., None]
+        + (glass * pane)[..., None]
+    )
     canvas.paint(at, wall, canvas.air(colour, along[..., None]), RAW_IDS["building"])
 
 
@@ -207,13 +267,23 @@ def _barrier(canvas: Canvas, rng: np.random.Generator, street: Street, kind: str
     f = canvas.domain.texture
     if kind == "wall":
         row = np.floor(up / 0.35)
-        mortar = (np.mod(up, 0.35) < 0.08) | (np.mod(along / 0.8 + 0.5 * np.mod(row, 2), 1) < 0.1)
-        texture = 1 + canvas.domain.contrast * (0.35 * (canvas.grain(along / 0.8, row) - 0.5) - 0.4 * mortar)
+        mortar = (np.mod(up, 0.35) < 0.08) | (
+            np.mod(along / 0.8 + 0.5 * np.mod(row, 2), 1) < 0.1
+        )
+        texture = 1 + canvas.domain.contrast * (
+            0.35 * (canvas.grain(along / 0.8, row) - 0.5) - 0.4 * mortar
+        )
         colour = brick.astype(np.float32) * texture[..., None]
         canvas.paint(at, mask, canvas.air(colour, along[..., None]), RAW_IDS["wall"])
         return
-    bars = (np.mod(along * 2.2 * f, 1) < 0.45) | (np.abs(up - high + 0.08) < 0.09) | (np.abs(up - 0.35) < 0.07)
-    canvas.label[at][mask] = RAW_IDS["fence"]  # the annotation covers the gaps, the image shows what is behind
+    bars = (
+        (np.mod(along * 2.2 * f, 1) < 0.45)
+        | (np.abs(up - high + 0.08) < 0.09)
+        | (np.abs(up - 0.35) < 0.07)
+    )
+    canvas.label[at][mask] = RAW_IDS[
+        "fence"
+    ]  # the annotation covers the gaps, the image shows what is behind
     canvas.image[at][mask] *= 0.8
     steel = np.float32(brick.mean() - 0.12) * np.ones(3, np.float32)
     canvas.paint(at, mask & bars, canvas.air(steel, along[..., None]), None)
@@ -257,7 +327,9 @@ def street_scene(seed: int, domain: str, index: int, size: tuple[int, int]) -> S
     sampled at other pixel centres. The sensor noise is drawn per pixel.
     """
     look: Domain = DOMAINS[domain]
-    geometry, colour, noise = (np.random.default_rng((seed, look.number, index, n)) for n in range(3))
+    geometry, colour, noise = (
+        np.random.default_rng((seed, look.number, index, n)) for n in range(3)
+    )
     quota, canvas = Quota(seed, look.number, index), Canvas(size, look, colour)
     street = _street(canvas, geometry, quota(0.6))
     _sky(canvas, colour, street)

@@ -47,19 +47,30 @@ def write_cityscapes(root: str | Path, train: int = 96, val: int = 32, size: Siz
 
     Two training cities, one validation city. Returns `root`; nothing is done where the same set lies complete.
     """
-    params = _params("cityscapes", train, val, size, seed, domain) | {"train_ids": bool(train_ids)}
+    params = _params("cityscapes", train, val, size, seed, domain) | {
+        "train_ids": bool(train_ids)
+    }
     table = np.full(256, 255, np.uint8)
     table[list(_TRAIN_RAW)] = np.arange(len(_TRAIN_RAW))
 
     def fill(base: Path, counts: Counter) -> None:
         for split, index, number in _numbers(train, val):
-            city = "frankfurt" if split == "val" else "aachen" if index < (train + 1) // 2 else "bochum"
+            city = (
+                "frankfurt"
+                if split == "val"
+                else "aachen"
+                if index < (train + 1) // 2
+                else "bochum"
+            )
             stem = f"{city}/{city}_{index:06d}_000019"
             scene = street_scene(seed, domain, number, size)
             _save(base / "leftImg8bit" / split / f"{stem}_leftImg8bit.png", scene.image)
             _save(base / "gtFine" / split / f"{stem}_gtFine_labelIds.png", scene.label)
             if train_ids:
-                _save(base / "gtFine" / split / f"{stem}_gtFine_labelTrainIds.png", table[scene.label])
+                _save(
+                    base / "gtFine" / split / f"{stem}_gtFine_labelTrainIds.png",
+                    table[scene.label],
+                )
             _count(counts, scene.label, _RAW_NAMES)
 
     return _once(root, params, fill)
@@ -69,7 +80,9 @@ def write_gta5(root: str | Path, train: int = 96, val: int = 0, size: Size = (12
                domain: str = "render") -> Path:  # fmt: skip
     """images/00001.png … and labels/ of the same names (palette PNG whose indices are raw ids). One split: no `val`."""
     params = _params("gta5", train, _unsplit("gta5", val), size, seed, domain)
-    palette = {raw: colour for raw, colour in zip(_TRAIN_RAW, DATASETS["gta5"].palette, strict=True)}
+    palette = {
+        raw: colour for raw, colour in zip(_TRAIN_RAW, DATASETS["gta5"].palette, strict=True)
+    }
 
     def fill(base: Path, counts: Counter) -> None:
         for _, index, number in _numbers(train, 0):
@@ -100,7 +113,9 @@ def write_synthia(root: str | Path, train: int = 96, val: int = 0, size: Size = 
             _save(base / "RGB" / f"{index:07d}.png", scene.image)
             path = base / "GT" / "LABELS" / f"{index:07d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encode_png16(np.stack([label, scene.instance, np.zeros_like(label)], -1)))
+            path.write_bytes(
+                encode_png16(np.stack([label, scene.instance, np.zeros_like(label)], -1))
+            )
             _count(counts, label, names)
 
     return _once(root, params, fill)
@@ -163,7 +178,9 @@ def write_coco_stuff_lt(root: str | Path, train: int = 96, val: int = 32, size: 
     row = DATASETS["coco_stuff_lt_40k"]
     by_count = np.argsort(-np.array(row.published.image_count), kind="stable")
     table = np.full(1 << 16, 255, np.uint8)
-    table[list(ADE_RANKS)] = by_count[np.round(np.linspace(0, row.num_classes - 1, len(ADE_RANKS))).astype(int)]
+    table[list(ADE_RANKS)] = by_count[
+        np.round(np.linspace(0, row.num_classes - 1, len(ADE_RANKS))).astype(int)
+    ]
 
     def fill(base: Path, counts: Counter) -> None:
         for split, _, number in _numbers(train, val):
@@ -214,14 +231,18 @@ def make(layout: str, root: str | Path, train: int | None = None, val: int | Non
     if layout not in LAYOUTS:
         raise ValueError(f"toy data: layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
     given = {"train": train, "val": val, "size": size, "seed": seed, "domain": domain} | options
-    return LAYOUTS[layout](root, **{key: value for key, value in given.items() if value is not None})
+    return LAYOUTS[layout](
+        root, **{key: value for key, value in given.items() if value is not None}
+    )
 
 
 def shares(root: str | Path) -> dict[str, float]:
     """Share of the pixels by class name, largest first, of the toy set at `root` (void and unlabelled: `void`)."""
     path = Path(root) / MARKER
     if not path.is_file():
-        raise ValueError(f"{path}: no complete toy set lies here; write one with scripts/make_toy.py")
+        raise ValueError(
+            f"{path}: no complete toy set lies here; write one with scripts/make_toy.py"
+        )
     pixels = read_artifact(path, lambda path: dict(load_json(path)["pixels"]))
     total = sum(pixels.values())
     return {name: n / total for name, n in sorted(pixels.items(), key=lambda item: -item[1])}
@@ -233,14 +254,26 @@ def encode_png16(image: np.ndarray) -> bytes:
         raise ValueError(f"16-bit PNG: needs uint16 (H,W,3), got {image.dtype} {image.shape}")
     height, width, _ = image.shape
     rows = image.astype(">u2").view(np.uint8).reshape(height, -1)
-    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # filter 2: each byte less the one above it
+    rows = np.diff(
+        rows, axis=0, prepend=np.zeros_like(rows[:1])
+    )  # filter 2: each byte less the one above it
     data = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1).tobytes()
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body))
+            + kind
+            + body
+            + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data, 3)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(data, 3))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _params(layout: str, train: int, val: int, size: Size, seed: int, domain: str) -> dict:
@@ -248,7 +281,9 @@ def _params(layout: str, train: int, val: int, size: Size, seed: int, domain: st
     if domain not in DOMAINS:
         raise ValueError(f"toy data: domain {domain!r} is unknown; known: {', '.join(DOMAINS)}")
     if len(size) != 2 or min(size) < 32 or max(size) > 8 * min(size):
-        raise ValueError(f"toy data: size {tuple(size)} must be (height, width), 32 pixels at least, at most 1:8")
+        raise ValueError(
+            f"toy data: size {tuple(size)} must be (height, width), 32 pixels at least, at most 1:8"
+        )
     if not 1 <= train <= _VAL_START:
         raise ValueError(f"toy data: train = {train} images; give 1 to {_VAL_START}")
     if val < 0 or seed < 0:
@@ -280,7 +315,9 @@ def _save(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path, **options)
 
 
-def _save_palette(path: Path, label: np.ndarray, palette: dict[int, tuple[int, int, int]]) -> None:
+def _save_palette(
+    path: Path, label: np.ndarray, palette: dict[int, tuple[int, int, int]]
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.frombytes("P", label.shape[::-1], label.tobytes())
     image.putpalette([channel for k in range(256) for channel in palette.get(k, (0, 0, 0))])
@@ -291,10 +328,14 @@ def _complete(root: Path, params: dict) -> bool:
     """Whether `root` holds exactly this set. ValueError where it holds files that are no toy set."""
     marker = root / MARKER
     if marker.is_file():
-        found = read_artifact(marker, lambda path: load_json(path)["params"], "remove the folder to write it anew")
+        found = read_artifact(
+            marker, lambda path: load_json(path)["params"], "remove the folder to write it anew"
+        )
         return found == params
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root}: holds something that is no toy set ({MARKER} is missing); choose another root")
+        raise ValueError(
+            f"{root}: holds something that is no toy set ({MARKER} is missing); choose another root"
+        )
     return False
 
 
@@ -310,7 +351,9 @@ def _once(root: str | Path, params: dict, fill: Fill) -> Path:
     try:
         counts: Counter = Counter()
         fill(part, counts)
-        (part / MARKER).write_text(json.dumps({"params": params, "pixels": counts}, indent=1) + "\n")
+        (part / MARKER).write_text(
+            json.dumps({"params": params, "pixels": counts}, indent=1) + "\n"
+        )
         if _complete(root, params):  # another process was faster
             return root
         if root.exists():
@@ -325,7 +368,9 @@ def _once(root: str | Path, params: dict, fill: Fill) -> Path:
 def _remove_leftovers(root: Path) -> None:
     """Remove what killed processes left beside `root`; the number in such a folder's name is its process."""
     for path in root.parent.glob(f".{glob.escape(root.name)}.*"):
-        match = re.fullmatch(r"\.(\d{1,9})\.(part|old)", path.name.removeprefix(f".{root.name}"))
+        match = re.fullmatch(
+            r"\.(\d{1,9})\.(part|old)", path.name.removeprefix(f".{root.name}")
+        )
         if match and not _is_running(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 

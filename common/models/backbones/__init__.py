@@ -15,7 +15,13 @@ from common.models.backbones.hrnet import HRNet
 from common.models.backbones.mit import MiT
 from common.models.backbones.resnet import resnet
 from common.models.backbones.swin import Swin
-from common.models.backbones.timm_features import PREFIX, Statistics, TimmFeatures, own_statistics, timm_features
+from common.models.backbones.timm_features import (
+    PREFIX,
+    Statistics,
+    TimmFeatures,
+    own_statistics,
+    timm_features,
+)
 from common.models.backbones.vit import ViT
 from common.models.pretrained.timm import load_backbone
 
@@ -34,7 +40,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "swin_tiny": Swin,
     "swin_small": partial(Swin, depths=(2, 2, 18, 2)),
     "swin_base": partial(Swin, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12),
-    "swin_large": partial(Swin, dim=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12),
+    "swin_large": partial(
+        Swin, dim=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48), window=12
+    ),
     "vit_base_patch16": ViT,
     "dinov2_small": partial(DINOv2, dim=384, heads=6),
     "dinov2_base": partial(DINOv2, dim=768, heads=12),
@@ -49,15 +57,19 @@ def build_backbone(config: ModelConfig, /, **options) -> nn.Module:
     Raises ConfigError for an unknown backbone or an option that it does not have, ValueError for unusable weights.
     """
     where = f"model.options.backbone ({config.backbone})"
-    pretrained = False if config.checkpoint else config.pretrained  # a checkpoint holds the backbone too
+    # a checkpoint holds the backbone too
+    pretrained = False if config.checkpoint else config.pretrained
     if is_timm(config):
         chosen = typed_keywords(timm_features, options, where)
         return timm_features(config.backbone.removeprefix(PREFIX), pretrained, **chosen)
 
-    builder = pick({**BACKBONES, f"{PREFIX}NAME": timm_features}, config.backbone, "model.backbone")
+    builder = pick(
+        {**BACKBONES, f"{PREFIX}NAME": timm_features}, config.backbone, "model.backbone"
+    )
     backbone = builder(**typed_keywords(builder, options, where))
     if pretrained:
         load_backbone(backbone, config.backbone, pretrained)
+
     return backbone
 
 
@@ -67,6 +79,7 @@ def build_pyramid(config: ModelConfig, /, **options) -> nn.Module:
     backbone = build_backbone(config, **options)
     if isinstance(backbone, TimmFeatures) and backbone.plain:
         backbone.add_neck()
+
     return backbone
 
 
@@ -84,7 +97,9 @@ def refuse_resnet_options(options: object, names: Collection[str]) -> None:
     """ConfigError for options of a ResNet that stand beside `timm:NAME`, where they have no effect."""
     for name in names:
         if getattr(options, name):
-            raise ConfigError(f"model.options.{name}: of the ResNet; with backbone timm:NAME set it to null")
+            raise ConfigError(
+                f"model.options.{name}: of the ResNet; with backbone timm:NAME set it to null"
+            )
 
 
 def is_timm(config: ModelConfig) -> bool:

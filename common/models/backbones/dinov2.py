@@ -25,7 +25,9 @@ def cubic_matrix(size: int, stored: int) -> Tensor:
 
     Row i reads at (i + ½) · stored/(size + 0.1) − ½ with the cubic kernel; borders are repeated.
     """
-    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (stored / (size + OFFSET)) - 0.5
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) * (
+        stored / (size + OFFSET)
+    ) - 0.5
     low = position.floor()
     matrix = torch.zeros(size, stored, dtype=torch.float64)
 
@@ -33,14 +35,17 @@ def cubic_matrix(size: int, stored: int) -> Tensor:
         distance = (position - low - tap).abs()
         index = (low.long() + tap).clamp(0, stored - 1)
         matrix.scatter_add_(1, index[:, None], cubic_kernel(distance)[:, None])
+
     return matrix.float()
 
 
 def cubic_kernel(distance: Tensor) -> Tensor:
     """Keys' kernel at distances |x| ≤ 2."""
-    a, x = CUBIC, distance
+    a = CUBIC
+    x = distance
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
     return torch.where(x <= 1, near, far)
 
 
@@ -60,8 +65,12 @@ class DINOv2(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise ConfigError(f"model.options.backbone.dim: {dim} is no multiple of heads ({heads})")
-        self.grid, self.taps = grid, taps
+            raise ConfigError(
+                f"model.options.backbone.dim: {dim} is no multiple of heads ({heads})"
+            )
+
+        self.grid = grid
+        self.taps = taps
         self.channels = (dim,) * len(taps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
@@ -80,11 +89,13 @@ class DINOv2(nn.Module):
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.positions(*grid)
 
         maps = []
+
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.taps:
                 tokens = self.norm(x)[:, 1:]
                 maps.append(tokens.transpose(1, 2).unflatten(2, grid).contiguous())
+
         return maps
 
     def positions(self, height: int, width: int) -> Tensor:
@@ -92,10 +103,13 @@ class DINOv2(nn.Module):
         table's size and square."""
         if (height, width) == (self.grid, self.grid):
             return self.pos_embed
-        token, table = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+
+        token = self.pos_embed[:, :1]
+        table = self.pos_embed[:, 1:]
         table = table.unflatten(1, (self.grid, self.grid))
         down, across = (cubic_matrix(side, self.grid).to(table) for side in (height, width))
         resampled = torch.einsum("ih,bhwc,jw->bijc", down, table, across)
+
         return torch.cat((token, resampled.flatten(1, 2)), dim=1)
 
     def _init_weights(self) -> None:
@@ -104,5 +118,6 @@ class DINOv2(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)

@@ -14,6 +14,7 @@ class FrozenBatchNorm2d(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
         self.eps = norm.eps
+
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, getattr(norm, name).detach().clone())
 
@@ -30,7 +31,14 @@ class FrozenNormConv2d(nn.Conv2d):
     """A bias-free convolution followed by a frozen norm, which keeps its own place and names in the network."""
 
     def __init__(self, conv: nn.Conv2d, norm: FrozenBatchNorm2d):
-        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        shape = (
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
         super().__init__(*shape, conv.groups, bias=False, device="meta")
         self.weight = conv.weight
         self.norm = (norm,)  # in a tuple: the buffers belong to the norm's own place
@@ -52,14 +60,21 @@ def freeze_batchnorm(network: nn.Module, *, untrained: bool = False) -> nn.Modul
         for name, norm in children.items():
             if not isinstance(norm, nn.BatchNorm2d):
                 continue
+
             before = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
             holder = parent
-            if isinstance(children[before], nn.Sequential):  # the deep stem: its last convolution
-                holder, before = children[before], str(len(children[before]) - 1)
+            if isinstance(
+                children[before], nn.Sequential
+            ):  # the deep stem: its last convolution
+                holder = children[before]
+                before = str(len(children[before]) - 1)
+
             frozen = FrozenBatchNorm2d(norm)
             if untrained:
                 nn.init.ones_(frozen.weight)
+
             conv = FrozenNormConv2d(getattr(holder, before), frozen)
             setattr(parent, name, frozen)
             setattr(holder, before, conv)
+
     return network

@@ -17,7 +17,11 @@ def resize_branch(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:
     is a blend of its own, so one resize straight to `size` would give other values.
     """
     x = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return (
+        x
+        if x.shape[2:] == size
+        else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    )
 
 
 def fuse(layers: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
@@ -29,9 +33,14 @@ def fuse(layers: nn.ModuleList, branches: list[Tensor]) -> list[Tensor]:
     for i, row in enumerate(layers):
         size = tuple(branches[i].shape[2:])
         terms = []
+
         for j, (layer, x) in enumerate(zip(row, branches, strict=True)):
-            terms.append(resize_branch(layer[1](layer[0](x)), 2 ** (j - i), size) if j > i else layer(x))
+            terms.append(
+                resize_branch(layer[1](layer[0](x)), 2 ** (j - i), size) if j > i else layer(x)
+            )
+
         outputs.append(F.relu(sum(terms[1:], start=terms[0])))
+
     return outputs
 
 
@@ -42,11 +51,21 @@ class HRNet(nn.Module):
 
     def __init__(self, name: str = "hrnet_w18"):
         super().__init__()
-        net = timm.create_model(name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4))
+        net = timm.create_model(
+            name, features_only=True, feature_location="", out_indices=(1, 2, 3, 4)
+        )
         self.channels = tuple(net.feature_info.channels())
-        self.conv1, self.bn1, self.conv2, self.bn2, self.layer1 = net.conv1, net.bn1, net.conv2, net.bn2, net.layer1
-        self.transition1, self.transition2, self.transition3 = net.transition1, net.transition2, net.transition3
-        self.stage2, self.stage3, self.stage4 = net.stage2, net.stage3, net.stage4
+        self.conv1 = net.conv1
+        self.bn1 = net.bn1
+        self.conv2 = net.conv2
+        self.bn2 = net.bn2
+        self.layer1 = net.layer1
+        self.transition1 = net.transition1
+        self.transition2 = net.transition2
+        self.transition3 = net.transition3
+        self.stage2 = net.stage2
+        self.stage3 = net.stage3
+        self.stage4 = net.stage4
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -54,6 +73,7 @@ class HRNet(nn.Module):
         branches = [layer(x) for layer in self.transition1]
         branches = self._stage(self.stage2, branches)
         branches = self._stage(self.stage3, self._add_branch(self.transition2, branches))
+
         return self._stage(self.stage4, self._add_branch(self.transition3, branches))
 
     @staticmethod

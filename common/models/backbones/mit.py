@@ -17,7 +17,8 @@ VARIANTS = {  # channels, blocks a stage
     "mit_b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
 REDUCING = ("patch_embed.norm", "downsample.norm", "attn.norm")
-HEADS, REDUCTIONS = (1, 2, 5, 8), (8, 4, 2, 1)
+HEADS = (1, 2, 5, 8)
+REDUCTIONS = (8, 4, 2, 1)
 
 
 class MiT(nn.Module):
@@ -29,10 +30,14 @@ class MiT(nn.Module):
 
     family = "mit"
 
-    def __init__(self, name: str = "mit_b0", *, drop_path: Rate = 0.1, reduction_eps: Positive = 1e-6):
+    def __init__(
+        self, name: str = "mit_b0", *, drop_path: Rate = 0.1, reduction_eps: Positive = 1e-6
+    ):
         super().__init__()
         self.channels, depths = VARIANTS[name]
-        self.patch_embed = OverlapPatchEmbed(patch_size=7, stride=4, in_chans=3, embed_dim=self.channels[0])
+        self.patch_embed = OverlapPatchEmbed(
+            patch_size=7, stride=4, in_chans=3, embed_dim=self.channels[0]
+        )
         self.stages = nn.ModuleList(
             PyramidVisionTransformerStage(
                 dim=self.channels[max(i - 1, 0)],
@@ -46,16 +51,21 @@ class MiT(nn.Module):
             )
             for i, rates in enumerate(drop_path_rates(depths, drop_path))
         )
+
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = reduction_eps if name.endswith(REDUCING) else 1e-6
+
         self._init_weights()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x, maps = self.patch_embed(x), []
+        x = self.patch_embed(x)
+        maps = []
+
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
+
         return maps
 
     def _init_weights(self) -> None:
@@ -79,5 +89,6 @@ class MiT(nn.Module):
                 nn.init.uniform_(module.weight, -bound, bound)
             else:
                 nn.init.trunc_normal_(module.weight, std=0.02)
+
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

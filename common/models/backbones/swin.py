@@ -20,7 +20,10 @@ from common.config.bounds import Depth, Rate, Width
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
     """Stochastic-depth rate of every block, stage by stage: block i of all L blocks has last · i / (L − 1)."""
     total = sum(depths) - 1
-    return [[last * (sum(depths[:stage]) + i) / total for i in range(n)] for stage, n in enumerate(depths)]
+    return [
+        [last * (sum(depths[:stage]) + i) / total for i in range(n)]
+        for stage, n in enumerate(depths)
+    ]
 
 
 def to_windows(x: Tensor, window: int) -> Tensor:
@@ -36,7 +39,8 @@ def from_windows(x: Tensor, window: int, height: int) -> Tensor:
 def relative_index(window: int) -> Tensor:
     """(window², window²) row of the bias table for each pair of positions: offset in y times (2·window − 1) plus x."""
     y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    y, x = y.flatten(), x.flatten()
+    y = y.flatten()
+    x = x.flatten()
     return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)
 
 
@@ -50,6 +54,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -
     region = 3 * bands(height)[:, None] + bands(width)
     region = to_windows(region[None, :, :, None], window)[0, :, :, 0]
     apart = region[:, None, :, None] != region[:, None, None, :]
+
     return torch.zeros((), dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
 
 
@@ -59,18 +64,27 @@ class WindowAttention(nn.Module):
     def __init__(self, dim: int, heads: int, window: int):
         super().__init__()
         self.heads = heads
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.register_buffer("relative_position_index", relative_index(window), persistent=False)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window - 1) ** 2, heads)
+        )
+        self.register_buffer(
+            "relative_position_index", relative_index(window), persistent=False
+        )
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B, windows, N, C); mask (windows, 1, N, N) is added to the attention logits."""
-        q, k, v = rearrange(self.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=self.heads
+        )
         attention = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        attention.add_(self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1))
+        attention.add_(
+            self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
+        )
         if mask is not None:
             attention.add_(mask)  # in place: this is the largest tensor of the network
+
         return self.proj(rearrange(attention.softmax(-1) @ v, "b w h n d -> b w n (h d)"))
 
 
@@ -79,7 +93,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int, shift: int, drop_path: float):
         super().__init__()
-        self.window, self.shift = window, shift
+        self.window = window
+        self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim)
@@ -96,10 +111,12 @@ class Block(nn.Module):
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+
         padded = x.shape[1]
         x = from_windows(self.attn(to_windows(x, self.window), mask), self.window, padded)
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
+
         return x[:, :height, :width]
 
 
@@ -122,18 +139,22 @@ class Stage(nn.Module):
 
     def __init__(self, dim: int, heads: int, rates: list[float], merge: bool, window: int = 7):
         super().__init__()
-        self.window, self.shift = window, window // 2
+        self.window = window
+        self.shift = window // 2
         self.downsample = PatchMerging(dim // 2) if merge else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(dim, heads, window, self.shift * (i % 2), rate) for i, rate in enumerate(rates)
+            Block(dim, heads, window, self.shift * (i % 2), rate)
+            for i, rate in enumerate(rates)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         height, width = (side + -side % self.window for side in x.shape[1:3])
         mask = shift_mask(height, width, self.window, self.shift, like=x)
+
         for block in self.blocks:
             x = block(x, mask)
+
         return x
 
 
@@ -169,9 +190,13 @@ class Swin(nn.Module):
     ):
         super().__init__()
         self.channels = tuple(dim * 2**i for i in range(len(depths)))
+
         for width, number in zip(self.channels, heads, strict=True):
             if width % number:
-                raise ConfigError(f"model.options.backbone.heads: {number} heads do not divide {width} channels")
+                raise ConfigError(
+                    f"model.options.backbone.heads: {number} heads do not divide {width} channels"
+                )
+
         self.patch_embed = PatchEmbed(dim)
         rates = drop_path_rates(depths, drop_path)
         self.layers = nn.ModuleList(
@@ -182,10 +207,13 @@ class Swin(nn.Module):
         self._init_weights()
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x, maps = self.patch_embed(x), []
+        x = self.patch_embed(x)
+        maps = []
+
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = layer(x)
             maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
+
         return maps
 
     def _init_weights(self) -> None:

@@ -22,7 +22,8 @@ from common.models.neck import MultiLevelNeck
 from common.models.pretrained.classifiers import classifier_weights
 
 PREFIX = "timm:"
-SIZE_OPTIONS = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})  # how timm lets images be of any size
+# how timm lets images be of any size
+SIZE_OPTIONS = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 FINEST = 4  # stride of the finest map that heads read
 PYRAMID = (4, 8, 16, 32)  # strides that the neck makes of a plain transformer's maps
 
@@ -43,7 +44,9 @@ class TimmFeatures(nn.Module):
 
     def __init__(self, net: nn.Module, divisor: int, name: str):
         super().__init__()
-        self.net, self.name, self.divisor = net, name, divisor
+        self.net = net
+        self.name = name
+        self.divisor = divisor
         self.neck: MultiLevelNeck | None = None
         self.channels = tuple(net.feature_info.channels())
         self.strides = tuple(net.feature_info.reduction())
@@ -60,11 +63,17 @@ class TimmFeatures(nn.Module):
         stride = self.strides[0]
         if len(self.strides) != len(PYRAMID):
             given = len(self.strides)
-            raise ConfigError(f"model.options.backbone.taps: {given} blocks of {PREFIX}{self.name}; a pyramid needs 4")
+            raise ConfigError(
+                f"model.options.backbone.taps: {given} blocks of {PREFIX}{self.name}; a pyramid needs 4"
+            )
+
         scales = tuple(stride / wanted for wanted in PYRAMID)
         self.neck = MultiLevelNeck(self.channels, self.channels[-1], scales)
-        self.channels, self.strides = self.neck.channels, PYRAMID
-        self.divisor = math.lcm(self.divisor, FINEST)  # else the finest map would end inside a cell
+        self.channels = self.neck.channels
+        self.strides = PYRAMID
+        self.divisor = math.lcm(
+            self.divisor, FINEST
+        )  # else the finest map would end inside a cell
 
     def freeze_norm(self, *, untrained: bool) -> None:
         """Batch norms keep their statistics and weights from now on; `untrained`: their scales become 1 (a residual
@@ -74,6 +83,7 @@ class TimmFeatures(nn.Module):
             norm.requires_grad_(False)
             if untrained and norm.weight is not None:
                 nn.init.ones_(norm.weight)
+
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TimmFeatures":
@@ -81,6 +91,7 @@ class TimmFeatures(nn.Module):
         if self.frozen_norm:
             for norm in self._batchnorms():
                 norm.eval()
+
         return self
 
     def _batchnorms(self) -> list[nn.Module]:
@@ -88,18 +99,25 @@ class TimmFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         height, width = x.shape[-2:]
-        down, right = -height % self.divisor, -width % self.divisor
+        down = -height % self.divisor
+        right = -width % self.divisor
         if down or right:
             x = F.pad(x, (0, right, 0, down))
 
         maps = self.net(x)
         if self.width_last:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
+
         if self.neck is not None:
             maps = self.neck(maps)
+
         if not down and not right:
             return list(maps)
-        return [m[..., : -(-height // s), : -(-width // s)] for m, s in zip(maps, self.strides, strict=True)]
+
+        return [
+            m[..., : -(-height // s), : -(-width // s)]
+            for m, s in zip(maps, self.strides, strict=True)
+        ]
 
 
 def timm_features(
@@ -122,13 +140,20 @@ def timm_features(
     options = {"drop_path_rate": drop_path, "output_stride": output_stride}
     options = {key: value for key, value in options.items() if value is not None}
     plan = _plan(name, tuple(options.items()))
-    made = {**options, **plan.sizes, "features_only": True, "out_indices": _levels(name, plan.strides, taps)}
+    made = {
+        **options,
+        **plan.sizes,
+        "features_only": True,
+        "out_indices": _levels(name, plan.strides, taps),
+    }
 
     if pretrained and torch.get_default_device().type != "meta":
         state = classifier_weights(name, pretrained, plan.sizes)
         made |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
+
     with _quiet():
         net = timm.create_model(name, **made)
+
     return TimmFeatures(net, plan.divisor, name)
 
 
@@ -136,7 +161,9 @@ def own_statistics(name: str) -> Statistics:
     """Mean and deviation of the pixels that a timm model was trained on, on the 0–255 scale."""
     _require(name)
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-    return tuple(255 * value for value in config.mean), tuple(255 * value for value in config.std)
+    return tuple(255 * value for value in config.mean), tuple(
+        255 * value for value in config.std
+    )
 
 
 @contextmanager
@@ -145,6 +172,7 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("timm.models._builder")
     before = logger.level
     logger.setLevel(logging.ERROR)
+
     try:
         yield
     finally:
@@ -163,7 +191,9 @@ def _require(name: str) -> None:
     tags = timm.models.list_pretrained(f"{architecture}.*") if tag else [name]
     if name not in tags:
         hint = ", ".join(tags[:4]) or "it has none"
-        raise ConfigError(f"model.backbone: timm has no weights {name!r}; those of this model: {hint}")
+        raise ConfigError(
+            f"model.backbone: timm has no weights {name!r}; those of this model: {hint}"
+        )
 
 
 # What a model can do, asked of a copy that holds no memory ----------------------------------------------------------
@@ -187,6 +217,7 @@ def _plan(name: str, options: tuple[tuple[str, Any], ...]) -> Plan:
         raise ConfigError(
             f"model.options.backbone.output_stride: {asked}: timm:{name} has stride {max(strides)}; set it to null"
         )
+
     return Plan(sizes, strides, _divisor(name, draft))
 
 
@@ -196,17 +227,34 @@ def _draft(name: str, options: Mapping[str, Any]) -> tuple[Mapping[str, Any], nn
     for sizes in SIZE_OPTIONS:
         try:
             with torch.device("meta"):
-                return sizes, timm.create_model(name, features_only=True, **options, **sizes).eval()
-        except (TypeError, RuntimeError, AssertionError, NotImplementedError, AttributeError, ValueError) as error:
+                return sizes, timm.create_model(
+                    name, features_only=True, **options, **sizes
+                ).eval()
+        except (
+            TypeError,
+            RuntimeError,
+            AssertionError,
+            NotImplementedError,
+            AttributeError,
+            ValueError,
+        ) as error:
             problem = error
+
     reason = " ".join(str(problem).split())[:200]
     if not options:
-        raise ConfigError(f"model.backbone: timm:{name} gives no feature maps ({reason}); choose another")
+        raise ConfigError(
+            f"model.backbone: timm:{name} gives no feature maps ({reason}); choose another"
+        )
+
     given = " and ".join({"drop_path_rate": "drop_path"}.get(key, key) for key in options)
-    raise ConfigError(f"model.options.backbone: timm:{name} cannot be made with {given} ({reason}); set it to null")
+    raise ConfigError(
+        f"model.options.backbone: timm:{name} cannot be made with {given} ({reason}); set it to null"
+    )
 
 
-def _levels(name: str, strides: tuple[int, ...], taps: tuple[int, ...] | None) -> tuple[int, ...]:
+def _levels(
+    name: str, strides: tuple[int, ...], taps: tuple[int, ...] | None
+) -> tuple[int, ...]:
     """Which of the model's maps are given."""
     if taps is None:
         if len(set(strides)) == 1:  # a plain transformer
@@ -218,6 +266,7 @@ def _levels(name: str, strides: tuple[int, ...], taps: tuple[int, ...] | None) -
         raise ConfigError(
             f"model.options.backbone.taps: {list(taps)}: timm:{name} has maps 0 to {last}; name some in ascending order"
         )
+
     return taps
 
 
@@ -226,9 +275,11 @@ def _divisor(name: str, draft: nn.Module) -> int:
     strides = draft.feature_info.reduction()
     native = timm.get_pretrained_cfg(name)
     window = max(native.input_size[1:]) if native is not None else max(strides)
+
     for divisor in dict.fromkeys((1, min(strides), max(strides), window)):
         if _takes(draft, divisor):
             return divisor
+
     raise ConfigError(
         f"model.backbone: timm:{name} takes images of {window}×{window} alone; choose one that takes any size"
     )
@@ -236,7 +287,9 @@ def _divisor(name: str, draft: nn.Module) -> int:
 
 def _takes(draft: nn.Module, divisor: int) -> bool:
     """Whether images whose sides are odd multiples of `divisor` give maps whose sides are those over the stride."""
-    height, width = (divisor * (side // divisor + more | 1) for side, more in ((97, 2), (131, 4)))
+    height, width = (
+        divisor * (side // divisor + more | 1) for side, more in ((97, 2), (131, 4))
+    )
     try:
         maps = draft(torch.zeros(1, 3, height, width, device="meta"))
     except (RuntimeError, AssertionError, ValueError):
@@ -245,4 +298,5 @@ def _takes(draft: nn.Module, divisor: int) -> bool:
     features = TimmFeatures(draft, divisor, "")
     shapes = [(m.shape[1:3] if features.width_last else m.shape[2:]) for m in maps]
     wanted = [(-(-height // stride), -(-width // stride)) for stride in features.strides]
+
     return [tuple(shape) for shape in shapes] == wanted

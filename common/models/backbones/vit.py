@@ -18,11 +18,15 @@ from common.config.bounds import Ascending, AtLeast, AtMost, Depth, Width
 Tap = Annotated[int, AtLeast(0), AtMost(63)]  # the number of a block
 
 
-def resample_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def resample_positions(
+    table: Tensor, source: tuple[int, int], target: tuple[int, int]
+) -> Tensor:
     """Position table (1, 1 + h·w, C) of grid `source` → (1, 1 + H·W, C) of grid `target`: bicubic, class token kept."""
-    token, grid = table[:, :1], table[:, 1:]
+    token = table[:, :1]
+    grid = table[:, 1:]
     grid = grid.reshape(1, *source, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=target, mode="bicubic", align_corners=False)
+
     return torch.cat((token, grid.flatten(2).transpose(1, 2)), dim=1)
 
 
@@ -44,14 +48,20 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if dim % heads:
-            raise ConfigError(f"model.options.backbone.dim: {dim} is no multiple of heads ({heads})")
-        self.grid, self.taps = (grid, grid), taps
+            raise ConfigError(
+                f"model.options.backbone.dim: {dim} is no multiple of heads ({heads})"
+            )
+
+        self.grid = (grid, grid)
+        self.taps = taps
         self.channels = (dim,) * len(taps)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(max(taps) + 1))
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(max(taps) + 1)
+        )
         self._init_weights()
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -59,12 +69,16 @@ class ViT(nn.Module):
         x = self.patch_embed(F.pad(x, (0, -x.shape[3] % patch, 0, -x.shape[2] % patch)))
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self._positions(*grid)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self._positions(
+            *grid
+        )
         maps = []
+
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in self.taps:
                 maps.append(x[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous())
+
         return maps
 
     def _positions(self, height: int, width: int) -> Tensor:
@@ -85,10 +99,12 @@ class ViT(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     nn.init.trunc_normal_(module.weight, std=0.02)
+
                 nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
+
         nn.init.kaiming_normal_(self.patch_embed.weight, mode="fan_in", nonlinearity="relu")
         nn.init.zeros_(self.patch_embed.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -26,7 +26,9 @@ class SeparableConv(nn.Module):
 
     def __init__(self, channels: int, out: int, dilation: int):
         super().__init__()
-        self.depthwise_conv = ConvBNAct(channels, channels, 3, dilation=dilation, groups=channels)
+        self.depthwise_conv = ConvBNAct(
+            channels, channels, 3, dilation=dilation, groups=channels
+        )
         self.pointwise_conv = ConvBNAct(channels, out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +41,9 @@ class SeparableASPP(nn.Module):
     def __init__(self, channels: int, out: int, dilations: tuple[int, ...]):
         super().__init__()
         self.aspp_modules = nn.ModuleList(
-            ConvBNAct(channels, out) if dilation == 1 else SeparableConv(channels, out, dilation)
+            ConvBNAct(channels, out)
+            if dilation == 1
+            else SeparableConv(channels, out, dilation)
             for dilation in dilations
         )
         self.bottleneck = ConvBNAct(len(dilations) * out, out, 3)

@@ -13,11 +13,19 @@ class DeepLabV2Head(nn.Module):
 
     family = "deeplabv2_reduced"  # of its official names
 
-    def __init__(self, in_channels: tuple[int, ...], num_classes: int, *, dilations: tuple[int, ...] = (6, 12)):
+    def __init__(
+        self,
+        in_channels: tuple[int, ...],
+        num_classes: int,
+        *,
+        dilations: tuple[int, ...] = (6, 12),
+    ):
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv2d(in_channels[-1], num_classes, 3, padding=dilation, dilation=dilation) for dilation in dilations
+            nn.Conv2d(in_channels[-1], num_classes, 3, padding=dilation, dilation=dilation)
+            for dilation in dilations
         )
+
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)

@@ -53,14 +53,18 @@ class DPTHead(nn.Module):
                 nn.Conv2d(last, last, 3, stride=2, padding=1),
             )
         )
-        self.narrow = nn.ModuleList(nn.Conv2d(width, channels, 3, padding=1, bias=False) for width in widths)
+        self.narrow = nn.ModuleList(
+            nn.Conv2d(width, channels, 3, padding=1, bias=False) for width in widths
+        )
         self.fusions = nn.ModuleList(Fusion(channels, joins=level < 3) for level in range(4))
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         levels = []
-        for x, project, rescale, narrow in zip(maps, self.projects, self.resizes, self.narrow, strict=True):
+        for x, project, rescale, narrow in zip(
+            maps, self.projects, self.resizes, self.narrow, strict=True
+        ):
             levels.append(narrow(rescale(project(x))))
 
         x = self.fusions[3](levels[3], None, levels[2].shape[-2:])
@@ -68,4 +72,5 @@ class DPTHead(nn.Module):
         x = self.fusions[1](x, levels[1], levels[0].shape[-2:])
         height, width = levels[0].shape[-2:]
         x = self.fusions[0](x, levels[0], (2 * height, 2 * width))
+
         return self.conv_seg(F.relu(self.conv_out(x)))

@@ -23,7 +23,9 @@ class FCNHead(DecodeHead):
     ):
         super().__init__(channels, num_classes, dropout=dropout, align_corners=align_corners)
         self.level = level
-        widths = [sum(in_channels) if level is None else in_channels[level]] + [channels] * (convs - 1)
+        widths = [sum(in_channels) if level is None else in_channels[level]] + [channels] * (
+            convs - 1
+        )
         self.convs = nn.Sequential(*(ConvBNAct(width, channels, kernel) for width in widths))
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -17,11 +17,16 @@ class KernelUpdate(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.width = width
-        self.dynamic_layer, self.input_layer = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
-        self.input_gate, self.update_gate = nn.Linear(width, width), nn.Linear(width, width)
-        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.input_norm_in, self.input_norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.fc_layer, self.fc_norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.dynamic_layer = nn.Linear(width, 2 * width)
+        self.input_layer = nn.Linear(width, 2 * width)
+        self.input_gate = nn.Linear(width, width)
+        self.update_gate = nn.Linear(width, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.norm_out = nn.LayerNorm(width)
+        self.input_norm_in = nn.LayerNorm(width)
+        self.input_norm_out = nn.LayerNorm(width)
+        self.fc_layer = nn.Linear(width, width)
+        self.fc_norm = nn.LayerNorm(width)
 
     def forward(self, group: Tensor, kernels: Tensor) -> Tensor:
         shape = kernels.shape
@@ -30,7 +35,10 @@ class KernelUpdate(nn.Module):
         gate = kernel_in * group_in
         input_gate = self.input_norm_in(self.input_gate(gate)).sigmoid()
         update_gate = self.norm_in(self.update_gate(gate)).sigmoid()
-        mixed = update_gate * self.norm_out(group_out) + input_gate * self.input_norm_out(kernel_out)
+        mixed = update_gate * self.norm_out(group_out) + input_gate * self.input_norm_out(
+            kernel_out
+        )
+
         return F.relu(self.fc_norm(self.fc_layer(mixed))).reshape(shape)
 
 
@@ -47,14 +55,20 @@ class KernelUpdateStage(nn.Module):
         self.kernel_update_conv = KernelUpdate(channels // 2)
         self.attention = nn.MultiheadAttention(channels, heads, batch_first=True)
         self.attention_norm = nn.LayerNorm(channels)
-        self.ffn = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels))
+        self.ffn = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, channels)
+        )
         self.ffn_norm = nn.LayerNorm(channels)
-        self.mask_fcs = nn.Sequential(nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU())
+        self.mask_fcs = nn.Sequential(
+            nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU()
+        )
         self.fc_mask = nn.Linear(channels, channels)
         nn.init.kaiming_normal_(self.feat_transform.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.feat_transform.bias)
 
-    def forward(self, features: Tensor, kernels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, kernels: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """`features` (B, C, h, w), `kernels` (B, K, C), `logits` (B, K, h, w) to new logits and kernels."""
         x = self.feat_transform(features).flatten(2)
         group = logits.flatten(2).softmax(1) @ x.transpose(1, 2)
@@ -63,6 +77,7 @@ class KernelUpdateStage(nn.Module):
         kernels = self.attention_norm(kernels + attended)
         kernels = self.ffn_norm(kernels + self.ffn(kernels))
         logits = (self.fc_mask(self.mask_fcs(kernels)) @ x).unflatten(2, features.shape[2:])
+
         return logits, kernels
 
 
@@ -79,14 +94,18 @@ class KNetHead(nn.Module):
         super().__init__()
         self.kernel_generate_head = generate_head
         channels = generate_head.conv_seg.in_channels
-        self.kernel_update_head = nn.ModuleList(KernelUpdateStage(channels) for _ in range(stages))
+        self.kernel_update_head = nn.ModuleList(
+            KernelUpdateStage(channels) for _ in range(stages)
+        )
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
         x = self.kernel_generate_head.fuse(features)
         logits = self.kernel_generate_head.classify(x)  # dropout on this path only
         kernels = self.kernel_generate_head.conv_seg.weight.flatten(1).expand(len(x), -1, -1)
         stages = [logits]
+
         for update in self.kernel_update_head:
             logits, kernels = update(x, kernels, logits)
             stages.append(logits)
+
         return {"logits": logits, "stages": stages}

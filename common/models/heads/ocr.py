@@ -29,16 +29,20 @@ class ObjectContext(nn.Module):
     def forward(self, features: Tensor, context: Tensor) -> Tensor:
         """`features` (B, C, h, w) and `context` (B, C, K, 1) to (B, C, h, w)."""
         query = self.query_project(features).flatten(2).transpose(1, 2)
-        key, value = self.key_project(context).flatten(2), self.value_project(context).flatten(2)
+        key = self.key_project(context).flatten(2)
+        value = self.value_project(context).flatten(2)
         attention = (query @ key * self.scale).softmax(-1)
         out = (value @ attention.transpose(1, 2)).unflatten(2, features.shape[2:])
+
         return self.bottleneck(torch.cat((self.out_project(out), features), 1))
 
 
 class OCRStage(nn.Module):
     """The joined maps and the coarse logits to the final logits."""
 
-    def __init__(self, in_channels: int, channels: int, num_classes: int, context_channels: int):
+    def __init__(
+        self, in_channels: int, channels: int, num_classes: int, context_channels: int
+    ):
         super().__init__()
         self.bottleneck = ConvBNAct(in_channels, channels, 3)
         self.object_context_block = ObjectContext(channels, context_channels)
@@ -71,7 +75,9 @@ class OCRHead(nn.ModuleList):
         align_corners: bool = False,
     ):
         joined = sum(in_channels)
-        coarse = FCNHead(in_channels, joined, num_classes, kernel=1, dropout=0.0, align_corners=align_corners)
+        coarse = FCNHead(
+            in_channels, joined, num_classes, kernel=1, dropout=0.0, align_corners=align_corners
+        )
         coarse.conv_seg.reset_parameters()
         super().__init__((coarse, OCRStage(joined, channels, num_classes, context_channels)))
 

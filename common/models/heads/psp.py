@@ -34,7 +34,8 @@ class PSPHead(DecodeHead):
         align_corners: bool = False,
     ):
         super().__init__(channels, num_classes, dropout=dropout, align_corners=align_corners)
-        width, self.level = in_channels[level], level
+        width = in_channels[level]
+        self.level = level
         self.psp_modules = nn.ModuleList(
             nn.Sequential(Pool(scale), ConvBNAct(width, channels)) for scale in pool_scales
         )
@@ -53,7 +54,11 @@ class PSPHead(DecodeHead):
 def check_batch(branches: nn.ModuleList, x: Tensor) -> None:
     """Raise ValueError where batch norm would see one value per channel: one image, pooled to 1×1, in training."""
     for pool, conv in branches:
-        together = isinstance(conv.bn, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
+        together = (
+            isinstance(conv.bn, nn.SyncBatchNorm)
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
         if conv.bn.training and x.shape[0] * pool.size**2 == 1 and not together:
             raise ValueError(
                 "batch of 1 image: batch norm of the 1×1 pooling branch needs 2 in training; "

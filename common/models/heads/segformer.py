@@ -26,5 +26,8 @@ class SegFormerHead(DecodeHead):
         self.fusion_conv = ConvBNAct(len(in_channels) * channels, channels)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        levels = [self.resize(conv(x), features[0]) for conv, x in zip(self.convs, features, strict=True)]
+        levels = [
+            self.resize(conv(x), features[0])
+            for conv, x in zip(self.convs, features, strict=True)
+        ]
         return self.classify(self.fusion_conv(torch.cat(levels, 1)))

@@ -21,10 +21,19 @@ class UPerHead(PSPHead):
         align_corners: bool = False,
     ):
         super().__init__(
-            in_channels, channels, num_classes, pool_scales=pool_scales, dropout=dropout, align_corners=align_corners
+            in_channels,
+            channels,
+            num_classes,
+            pool_scales=pool_scales,
+            dropout=dropout,
+            align_corners=align_corners,
         )
-        self.lateral_convs = nn.ModuleList(ConvBNAct(width, channels) for width in in_channels[:-1])
-        self.fpn_convs = nn.ModuleList(ConvBNAct(channels, channels, 3) for _ in in_channels[:-1])
+        self.lateral_convs = nn.ModuleList(
+            ConvBNAct(width, channels) for width in in_channels[:-1]
+        )
+        self.fpn_convs = nn.ModuleList(
+            ConvBNAct(channels, channels, 3) for _ in in_channels[:-1]
+        )
         self.fpn_bottleneck = ConvBNAct(len(in_channels) * channels, channels, 3)
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -35,7 +44,11 @@ class UPerHead(PSPHead):
         deepest = self.pyramid(features[-1])
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, features, strict=False)]
         levels = [deepest]
-        for lateral in reversed(laterals):  # top down; what is passed on is the sum before its 3×3 convolution
+
+        # top down; what is passed on is the sum before its 3×3 convolution
+        for lateral in reversed(laterals):
             levels.insert(0, lateral + self.resize(levels[0], lateral))
+
         outputs = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)] + [deepest]
+
         return self.fpn_bottleneck(torch.cat([self.resize(x, outputs[0]) for x in outputs], 1))

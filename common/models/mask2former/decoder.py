@@ -31,12 +31,17 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """query (B, Q, d), key and value (B, N, d); mask (B, 1, Q, N) is true where a query may look → (B, Q, d)."""
         projected = [
             rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=self.heads)
             for x, weight, bias in zip(
-                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+                (query, key, value),
+                self.in_proj_weight.chunk(3),
+                self.in_proj_bias.chunk(3),
+                strict=True,
             )
         ]
         attended = F.scaled_dot_product_attention(*projected, attn_mask=mask)
@@ -48,16 +53,23 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, dim: int, hidden: int, heads: int):
         super().__init__()
-        self.cross_attn, self.cross_norm = Attention(dim, heads), nn.LayerNorm(dim)
-        self.self_attn, self.self_norm = Attention(dim, heads), nn.LayerNorm(dim)
-        self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.cross_attn = Attention(dim, heads)
+        self.cross_norm = nn.LayerNorm(dim)
+        self.self_attn = Attention(dim, heads)
+        self.self_norm = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, hidden)
+        self.linear2 = nn.Linear(hidden, dim)
         self.ffn_norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, tokens: Tensor, token_position: Tensor, mask: Tensor
+    ) -> Tensor:
         """Queries x (B, Q, d) with `position` (Q, d) read tokens (B, N, d) with `token_position` (N, d)."""
-        x = self.cross_norm(x + self.cross_attn(x + position, tokens + token_position, tokens, mask))
+        x = self.cross_norm(
+            x + self.cross_attn(x + position, tokens + token_position, tokens, mask)
+        )
         placed = x + position
         x = self.self_norm(x + self.self_attn(placed, placed, x))
         return self.ffn_norm(x + self.linear2(F.relu(self.linear1(x))))
@@ -93,7 +105,9 @@ class MaskedDecoder(nn.Module):
         levels: number of feature levels.
     """
 
-    def __init__(self, outputs: int, queries=100, dim=256, *, layers=9, hidden=2048, heads=8, levels=3):
+    def __init__(
+        self, outputs: int, queries=100, dim=256, *, layers=9, hidden=2048, heads=8, levels=3
+    ):
         super().__init__()
         self.query_feat = nn.Embedding(queries, dim)
         self.query_embed = nn.Embedding(queries, dim)  # the queries' positions
@@ -104,21 +118,29 @@ class MaskedDecoder(nn.Module):
         self.mask_embed = MLP(dim)
 
     def forward(self, pixels: PixelFeatures) -> Predictions:
-        tokens = [level + embed for level, embed in zip(pixels.levels, self.level_embed.weight, strict=True)]
-        dim, device = tokens[0].shape[2], tokens[0].device
+        tokens = [
+            level + embed
+            for level, embed in zip(pixels.levels, self.level_embed.weight, strict=True)
+        ]
+        dim = tokens[0].shape[2]
+        device = tokens[0].device
         positions = [sine_position(*shape, dim, device) for shape in pixels.shapes]
         resized = self._resized(pixels)
         x = self.query_feat.weight.expand(len(tokens[0]), -1, -1)
         normed = [self.norm(x)]
         embeddings = [self.mask_embed(normed[-1])]
+
         for i, layer in enumerate(self.layers):
             level = i % len(tokens)
             mask = attention_mask(embeddings[-1], resized[level])
             x = layer(x, self.query_embed.weight, tokens[level], positions[level], mask)
             normed.append(self.norm(x))
             embeddings.append(self.mask_embed(normed[-1]))
+
         if not self.training:
-            normed, embeddings = normed[-1:], embeddings[-1:]
+            normed = normed[-1:]
+            embeddings = embeddings[-1:]
+
         return Predictions([self.class_embed(y) for y in normed], embeddings)
 
     @staticmethod

@@ -36,13 +36,17 @@ class Mask2FormerOptions:
     encoder_hidden: Width = 1024
     decoder_layers: Depth = 9
     decoder_hidden: Width = 2048
-    class_head: Literal["softmax", "seesaw"] = "softmax"  # K + 1 logits, or K class and 2 objectness logits
+    class_head: Literal["softmax", "seesaw"] = (
+        "softmax"  # K + 1 logits, or K class and 2 objectness logits
+    )
     frozen_norm: bool = True  # batch norm of the backbone is constant; False: it is trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
     def __post_init__(self):
         if self.hidden_dim % 32 or self.hidden_dim % self.heads:
-            raise ValueError(f"hidden_dim: {self.hidden_dim} must be a multiple of 32 and of heads ({self.heads})")
+            raise ValueError(
+                f"hidden_dim: {self.hidden_dim} must be a multiple of 32 and of heads ({self.heads})"
+            )
 
 
 def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
@@ -54,7 +58,9 @@ def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
     logits = logits.float()
     if logits.shape[-1] == num_classes + 1:
         return logits.softmax(-1)[..., :-1]
-    return logits[..., :num_classes].softmax(-1) * logits[..., num_classes:].softmax(-1)[..., :1]
+    return (
+        logits[..., :num_classes].softmax(-1) * logits[..., num_classes:].softmax(-1)[..., :1]
+    )
 
 
 class Mask2Former(SegmentationModel):
@@ -69,9 +75,12 @@ class Mask2Former(SegmentationModel):
     classifiers = ("decoder.class_embed",)
     average_softmax = False  # scores are sums of probabilities already
 
-    def __init__(self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions):
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions
+    ):
         super().__init__(num_classes, mean, std, align_corners=False, divisor=32)
-        self.backbone, self.class_head = backbone, options.class_head
+        self.backbone = backbone
+        self.class_head = options.class_head
         self.pixel_decoder = PixelDecoder(
             backbone.channels,
             options.hidden_dim,
@@ -95,17 +104,29 @@ class Mask2Former(SegmentationModel):
         if not self.training:
             pred_masks = masks(predictions.embeddings[-1], pixels.mask_features)
             return {"pred_logits": predictions.logits[-1], "pred_masks": pred_masks, "aux": []}
+
         layers = [
             {"pred_logits": logits, "mask_embed": embedding}
-            for logits, embedding in zip(predictions.logits, predictions.embeddings, strict=True)
+            for logits, embedding in zip(
+                predictions.logits, predictions.embeddings, strict=True
+            )
         ]
+
         return {**layers[-1], "mask_features": pixels.mask_features, "aux": layers[:-1]}
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """What scores are made of: `probability` (B, K, Q) and `pred_masks` (B, Q, h, w)."""
         out = self(images)
-        probability = class_probabilities(out["pred_logits"], self.num_classes).transpose(1, 2).contiguous()
-        pred_masks = masks(out["mask_embed"], out["mask_features"]) if self.training else out["pred_masks"]
+        probability = (
+            class_probabilities(out["pred_logits"], self.num_classes)
+            .transpose(1, 2)
+            .contiguous()
+        )
+        pred_masks = (
+            masks(out["mask_embed"], out["mask_features"])
+            if self.training
+            else out["pred_masks"]
+        )
         return {"probability": probability, "pred_masks": pred_masks}
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
@@ -119,6 +140,7 @@ class Mask2Former(SegmentationModel):
         x = resize_rows(out["pred_masks"], padded, band)[..., : inner[1]].float().sigmoid()
         if inner != size:
             x = resize_rows(x, size, rows, first=band[0], height=inner[0])
+
         return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
 
     def adjust(self, out: dict[str, Any], offsets: Tensor) -> dict[str, Any]:
@@ -136,14 +158,20 @@ def mask2former(config: ModelConfig) -> Mask2Former:
     """The network of a config: backbone resnet18/50/101, swin_{tiny,small,base,large} or timm:NAME."""
     options = typed(Mask2FormerOptions, config.options, "model.options")
     if config.align_corners:
-        raise ConfigError("model.align_corners: Mask2Former resizes without aligned corners; set it to false")
+        raise ConfigError(
+            "model.align_corners: Mask2Former resizes without aligned corners; set it to false"
+        )
+
     backbone = build_pyramid(config, **options.backbone)
     require_stride_4(backbone, "Mask2Former")
     if len(backbone.channels) != LEVELS:
-        raise ConfigError(f"model.backbone: {config.backbone} gives {len(backbone.channels)} maps; Mask2Former needs 4")
+        raise ConfigError(
+            f"model.backbone: {config.backbone} gives {len(backbone.channels)} maps; Mask2Former needs 4"
+        )
 
     if options.frozen_norm and isinstance(backbone, TimmFeatures):
         backbone.freeze_norm(untrained=not config.pretrained)
     elif options.frozen_norm:
         freeze_batchnorm(backbone, untrained=not config.pretrained)
+
     return Mask2Former(backbone, config.num_classes, *pixel_statistics(config), options)

@@ -36,12 +36,17 @@ def sine_position(height: int, width: int, dim: int, device: torch.device) -> Te
     frequency = 10000 ** (2 * (torch.arange(half, device=device) // 2) / half)
 
     def axis(length: int) -> Tensor:
-        place = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * math.pi)
+        place = (
+            torch.arange(1, length + 1, dtype=torch.float32, device=device)
+            / (length + 1e-6)
+            * (2 * math.pi)
+        )
         angle = place[:, None] / frequency
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)
 
     y = axis(height)[:, None].expand(height, width, half)
     x = axis(width)[None].expand(height, width, half)
+
     return torch.cat([y, x], 2).flatten(0, 1)
 
 
@@ -52,6 +57,7 @@ def pixel_centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Te
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
         centres.append(torch.cartesian_prod(y, x).flip(1))
+
     return torch.cat(centres)
 
 
@@ -60,7 +66,9 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, levels: int, points: int):
         super().__init__()
-        self.heads, self.levels, self.points = heads, levels, points
+        self.heads = heads
+        self.levels = levels
+        self.points = points
         self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, dim)
@@ -74,28 +82,47 @@ class DeformableAttention(nn.Module):
         direction = direction / direction.abs().amax(1, keepdim=True)
         steps = torch.arange(1, self.points + 1, dtype=torch.float32)
         offsets = direction[:, None, None] * steps[:, None]  # (heads, 1, points, 2)
+
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
-        for zero in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+
+        for zero in (
+            self.sampling_offsets.weight,
+            self.attention_weights.weight,
+            self.attention_weights.bias,
+        ):
             nn.init.zeros_(zero)
+
         for layer in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, tokens: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, query: Tensor, tokens: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
         """query and tokens (B, S, d), centres (S, 2) → (B, S, d)."""
         batch, count, _ = tokens.shape
         value = self.value_proj(tokens).view(batch, count, self.heads, -1)
-        offsets = self.sampling_offsets(query).view(batch, count, self.heads, self.levels, self.points, 2)
+        offsets = self.sampling_offsets(query).view(
+            batch, count, self.heads, self.levels, self.points, 2
+        )
         weights = self.attention_weights(query).view(batch, count, self.heads, -1).softmax(-1)
         scale = _reciprocal_sizes(shapes, centres.device)
-        locations = torch.addcmul(centres.view(count, 1, 1, 1, 2), offsets, scale)  # offsets are in pixels of the level
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights.view(offsets.shape[:-1])))
+        # offsets are in pixels of the level
+        locations = torch.addcmul(centres.view(count, 1, 1, 1, 2), offsets, scale)
+
+        return self.output_proj(
+            ms_deform_attn(value, shapes, locations, weights.view(offsets.shape[:-1]))
+        )
 
 
 def _reciprocal_sizes(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """(L, 1, 2) of 1 / W, 1 / H, filled on the device so that nothing waits for the host."""
-    sizes = [torch.full((1,), 1 / side, device=device) for height, width in shapes for side in (width, height)]
+    sizes = [
+        torch.full((1,), 1 / side, device=device)
+        for height, width in shapes
+        for side in (width, height)
+    ]
     return torch.cat(sizes).view(len(shapes), 1, 2)
 
 
@@ -112,7 +139,9 @@ class EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
-    def forward(self, x: Tensor, position: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]
+    ) -> Tensor:
         x = self.norm1(x + self.self_attn(x + position, x, centres, shapes))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
 
@@ -139,14 +168,26 @@ class PixelDecoder(nn.Module):
         layers, hidden, heads, points: of the deformable encoder.
     """
 
-    def __init__(self, channels: Sequence[int], dim: int = 256, *, layers=6, hidden=1024, heads=8, points=4):
+    def __init__(
+        self,
+        channels: Sequence[int],
+        dim: int = 256,
+        *,
+        layers=6,
+        hidden=1024,
+        heads=8,
+        points=4,
+    ):
         super().__init__()
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, dim, 1), nn.GroupNorm(GROUPS, dim)) for c in reversed(channels[1:])
+            nn.Sequential(nn.Conv2d(c, dim, 1), nn.GroupNorm(GROUPS, dim))
+            for c in reversed(channels[1:])
         )
         levels = len(self.input_proj)
         self.level_embed = nn.Parameter(torch.empty(levels, dim))
-        self.layers = nn.ModuleList(EncoderLayer(dim, hidden, heads, levels, points) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(dim, hidden, heads, levels, points) for _ in range(layers)
+        )
         self.lateral = ConvNorm(channels[0], dim, 1)
         self.output = ConvNorm(dim, dim, 3)
         self.mask_features = nn.Conv2d(dim, dim, 1)
@@ -157,29 +198,41 @@ class PixelDecoder(nn.Module):
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
+
         nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
         nn.init.zeros_(self.mask_features.bias)
+
         for layer in self.layers[1:]:  # the layers start with the same perceptron biases
             layer.linear1.bias.data.copy_(self.layers[0].linear1.bias.data)
             layer.linear2.bias.data.copy_(self.layers[0].linear2.bias.data)
 
     def forward(self, maps: Sequence[Tensor]) -> PixelFeatures:
         device = maps[0].device.type
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # the meta device knows no autocast
+        # the meta device knows no autocast
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             return self._decode([m.float() for m in maps])
 
     def _decode(self, maps: Sequence[Tensor]) -> PixelFeatures:
-        projected = [project(m) for project, m in zip(self.input_proj, reversed(maps[1:]), strict=True)]
+        projected = [
+            project(m) for project, m in zip(self.input_proj, reversed(maps[1:]), strict=True)
+        ]
         shapes = [tuple(m.shape[-2:]) for m in projected]
-        device, dim = projected[0].device, projected[0].shape[1]
+        device = projected[0].device
+        dim = projected[0].shape[1]
         position = torch.cat(
-            [sine_position(*shape, dim, device) + level for shape, level in zip(shapes, self.level_embed, strict=True)]
+            [
+                sine_position(*shape, dim, device) + level
+                for shape, level in zip(shapes, self.level_embed, strict=True)
+            ]
         )
         centres = pixel_centres(shapes, device)
         x = torch.cat([m.flatten(2) for m in projected], 2).transpose(1, 2)
+
         for layer in self.layers:
             x = layer(x, position, centres, shapes)
+
         levels = list(x.split([h * w for h, w in shapes], 1))
         finest = levels[-1].transpose(1, 2).unflatten(2, shapes[-1])
         fused = F.relu(self.output(self.lateral(maps[0]) + resize(finest, maps[0].shape[-2:])))
+
         return PixelFeatures(self.mask_features(fused), levels, shapes)

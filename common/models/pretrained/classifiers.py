@@ -13,7 +13,9 @@ from common.models.pretrained.timm import check_host
 COUNTER = "num_batches_tracked"
 
 
-def classifier_weights(name: str, source: bool | str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+def classifier_weights(
+    name: str, source: bool | str, options: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """The tensors of timm's model `name`, made with `options`, under timm's names.
 
     source: True, timm's own from the hub; or what `find_weights` finds: a file with weights of the classifier, for any
@@ -22,10 +24,12 @@ def classifier_weights(name: str, source: bool | str, options: Mapping[str, Any]
     """
     if source is True:
         return _fetched(name, options)
+
     path = find_weights(str(source))
     state = _in_order(read_weights(path), name)
 
     problems = []
+
     for classes in _possible_classes(name, state):
         # With the number of classes that the weights claim to have, timm takes them to the last tensor or not at all.
         overlay = {"state_dict": dict(state), "num_classes": classes}
@@ -33,7 +37,10 @@ def classifier_weights(name: str, source: bool | str, options: Mapping[str, Any]
             return _loaded(name, {**options, "num_classes": classes}, overlay)
         except Exception as error:  # whatever the conversion of a foreign file runs into
             problems.append(error)
-    raise ValueError(f"{path}: does not fit timm:{name} ({_reason(problems[0])})") from problems[0]
+
+    raise ValueError(
+        f"{path}: does not fit timm:{name} ({_reason(problems[0])})"
+    ) from problems[0]
 
 
 def _fetched(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -47,8 +54,12 @@ def _fetched(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
         ) from error
 
 
-def _loaded(name: str, options: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Tensor]:
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(overlay), **options).state_dict()
+def _loaded(
+    name: str, options: Mapping[str, Any], overlay: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(overlay), **options
+    ).state_dict()
 
 
 def _possible_classes(name: str, state: Mapping[str, Tensor]) -> list[int]:
@@ -57,6 +68,7 @@ def _possible_classes(name: str, state: Mapping[str, Tensor]) -> list[int]:
     classifier = config.classifier if isinstance(config.classifier, str) else ""
     weight = state.get(f"{classifier}.weight")
     found = [] if weight is None else [len(weight)]
+
     return list(dict.fromkeys([*found, config.num_classes, 0]))
 
 
@@ -64,11 +76,15 @@ def _in_order(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """`state` under timm's names where it has all tensors of the classifier in timm's order and shapes."""
     with torch.device("meta"):
         own = timm.create_model(name).state_dict()
+
     theirs = [(key, value) for key, value in state.items() if not key.endswith(COUNTER)]
     ours = [(key, value.shape) for key, value in own.items() if not key.endswith(COUNTER)]
-    same = len(theirs) == len(ours) and all(t.shape == s for (_, t), (_, s) in zip(theirs, ours, strict=True))
+    same = len(theirs) == len(ours) and all(
+        t.shape == s for (_, t), (_, s) in zip(theirs, ours, strict=True)
+    )
     if not same or {key for key, _ in theirs} == {key for key, _ in ours}:
         return state
+
     return {key: value for (key, _), (_, value) in zip(ours, theirs, strict=True)}
 
 

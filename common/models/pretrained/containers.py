@@ -26,11 +26,14 @@ from common.pickles import NUMPY, Inert, check, load, plain
 ZIP = b"PK\x03\x04"  # torch files since 1.6
 NUMPY_ARRAY = b"\x93NUMPY"
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
-LEGACY_PICKLES = 5  # that number, the protocol, the machine, the value, the names of its storages
+LEGACY_PICKLES = (
+    5  # that number, the protocol, the machine, the value, the names of its storages
+)
 WEIGHTS = "model.safetensors"
 PROJECT = Path(__file__).resolve().parents[3]
 
-Contents = tuple[dict[str, Any], dict[str, str]]  # what a file holds, and its metadata (safetensors only)
+# what a file holds, and its metadata (safetensors only)
+Contents = tuple[dict[str, Any], dict[str, str]]
 
 
 def _inert(*args) -> Inert:
@@ -40,10 +43,19 @@ def _inert(*args) -> Inert:
 def _known() -> dict[str, Any]:
     """What each name of a pickle becomes."""
     known = NUMPY | {"builtins.getattr": _inert}
-    nodes = ("mmengine.config.config.ConfigDict", "mmcv.utils.config.ConfigDict", "addict.addict.Dict")
-    nodes += ("yacs.config.CfgNode", "fvcore.common.config.CfgNode", "detectron2.config.config.CfgNode")
+    nodes = (
+        "mmengine.config.config.ConfigDict",
+        "mmcv.utils.config.ConfigDict",
+        "addict.addict.Dict",
+    )
+    nodes += (
+        "yacs.config.CfgNode",
+        "fvcore.common.config.CfgNode",
+        "detectron2.config.config.CfgNode",
+    )
     objects = ("mmengine.config.config.Config", "mmcv.utils.config.Config")
     objects += ("mmengine.logging.history_buffer.HistoryBuffer",)
+
     return known | dict.fromkeys(nodes, OrderedDict) | dict.fromkeys(objects, Inert)
 
 
@@ -55,6 +67,7 @@ def weight_file(path: str | Path) -> Path:
     path = Path(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints" / "last"
+
     path = follow(path)
     return path / WEIGHTS if path.is_dir() else path
 
@@ -65,12 +78,17 @@ def find_weights(source: str | Path) -> Path:
     for path in (Path(source), PROJECT / source):
         if path.exists():
             return path
+
     package = str(source).replace("-", "_")
+
     for folder in map(Path, sys.path):
         found = sorted((folder / package).rglob("*.pth")) if package.isidentifier() else []
         if len(found) == 1:
             return found[0]
-    raise FileNotFoundError(f"{source}: no such weight file, and no installed package that holds one")
+
+    raise FileNotFoundError(
+        f"{source}: no such weight file, and no installed package that holds one"
+    )
 
 
 def read(path: str | Path) -> Contents:
@@ -87,6 +105,7 @@ def read(path: str | Path) -> Contents:
         problem = damage(path.parent, [WEIGHTS])
         if problem is not None:
             raise ValueError(f"{problem}; damaged file")
+
     return read_artifact(path, _parse)
 
 
@@ -103,6 +122,7 @@ def load_tensor(path: Path) -> Tensor:
     """
     with path.open("rb") as file:
         numpy = file.read(len(NUMPY_ARRAY)) == NUMPY_ARRAY
+
     value = load_array(path) if numpy else _load(path)[0]
     return tensors({"the value": value})["the value"].detach()
 
@@ -125,6 +145,7 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
 def _reader(path: Path) -> Callable[[Path], Contents]:
     with path.open("rb") as file:
         start = file.read(32)
+
     if start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size:
         return _read_safetensors
     if start.startswith(ZIP):
@@ -133,6 +154,7 @@ def _reader(path: Path) -> Callable[[Path], Contents]:
         return _read_torch_legacy
     if start.startswith(b"\x80"):
         return _read_pickle
+
     raise ValueError("neither safetensors nor a file of torch.save nor a pickle")
 
 
@@ -148,7 +170,9 @@ def _explain(reason: str) -> str:
 
 def _read_safetensors(path: Path) -> Contents:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(
+            file.metadata() or {}
+        )  # noqa: SIM118
 
 
 def _read_torch(path: Path) -> Contents:
@@ -182,9 +206,11 @@ def _check_zip(path: Path) -> None:
         versions = [name for name in archive.namelist() if name.endswith("/version")]
         if not versions or not _sound(archive, versions[0]):
             return
+
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} differs")
+
         for name in archive.namelist():
             if name.endswith("/data.pkl"):
                 data = archive.read(name)
@@ -197,12 +223,15 @@ def _sound(archive: zipfile.ZipFile, name: str) -> bool:
         archive.read(name)
     except zipfile.BadZipFile:
         return False
+
     return True
 
 
 def state_dict(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of an unpickled file: under `state_dict` or `model`, or the dict itself; without `module.`."""
-    inner = next((raw[key] for key in ("state_dict", "model") if isinstance(raw.get(key), Mapping)), raw)
+    inner = next(
+        (raw[key] for key in ("state_dict", "model") if isinstance(raw.get(key), Mapping)), raw
+    )
     return {strip_module(str(name)): value for name, value in inner.items()}
 
 
@@ -217,17 +246,29 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Arrays as tensors. Raises ValueError for what is neither, and for values that are not real and finite."""
     wrong = [name for name, value in state.items() if not _is_numeric(value)]
     if wrong:
-        raise ValueError(f"not a dict of weights: {short(wrong)} of {type(state[wrong[0]]).__name__} is no tensor")
+        raise ValueError(
+            f"not a dict of weights: {short(wrong)} of {type(state[wrong[0]]).__name__} is no tensor"
+        )
 
-    found = {name: value if isinstance(value, Tensor) else _tensor(value) for name, value in state.items()}
-    unreal = [name for name, value in found.items() if value.is_complex() or not value.isfinite().all()]
+    found = {
+        name: value if isinstance(value, Tensor) else _tensor(value)
+        for name, value in state.items()
+    }
+    unreal = [
+        name
+        for name, value in found.items()
+        if value.is_complex() or not value.isfinite().all()
+    ]
     if unreal:
         raise ValueError(f"weights that are not real and finite: {short(unreal)}")
+
     return found
 
 
 def _is_numeric(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc")
+    return isinstance(value, Tensor) or (
+        isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc"
+    )
 
 
 def _tensor(array: np.ndarray | np.generic) -> Tensor:
@@ -237,4 +278,6 @@ def _tensor(array: np.ndarray | np.generic) -> Tensor:
 def short(names: Iterable[str], limit: int = 4) -> str:
     """The first few names."""
     names = list(names)
-    return ", ".join(names[:limit]) + (f" … ({len(names)} in all)" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" … ({len(names)} in all)" if len(names) > limit else ""
+    )

@@ -16,9 +16,17 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from common.files import read_artifact
-from common.models.pretrained.containers import read, read_weights, short, state_dict, strip_module, tensors
+from common.models.pretrained.containers import (
+    read,
+    read_weights,
+    short,
+    state_dict,
+    strip_module,
+    tensors,
+)
 
-NETWORK, DISCRIMINATOR = "ResNet101", "FCDiscriminator"
+NETWORK = "ResNet101"
+DISCRIMINATOR = "FCDiscriminator"
 EXTRA_NORM = "bn_pretrain."
 MARK = "layer5.conv2d_list.0.0.weight"  # a tensor that only this head has
 COUNTER = "num_batches_tracked"
@@ -27,7 +35,9 @@ COUNTER = "num_batches_tracked"
 class Extras(NamedTuple):
     """What an official checkpoint holds beside the network."""
 
-    prototypes: Tensor | None  # (C, D) float32; None where the file has none, or zeros (all stages but the first)
+    prototypes: (
+        Tensor | None
+    )  # (C, D) float32; None where the file has none, or zeros (all stages but the first)
     discriminator: dict[str, Tensor] | None  # in the order of the file
     iteration: int | None
 
@@ -48,6 +58,7 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
             f"{has} has the batch norm `bn_pretrain` after the backbone, {lacks} has not; "
             f"set model.options.extra_norm={str(theirs).lower()}"
         )
+
     return state
 
 
@@ -78,15 +89,28 @@ def read_extras(path: str | Path) -> Extras:
 def _extras(raw: Mapping[str, Any]) -> Extras:
     if not isinstance(raw.get(NETWORK), Mapping):
         raise ValueError(f"not a checkpoint of CPSL (no entry {NETWORK!r})")
+
     prototypes = raw[NETWORK].get("prototypes_ema", raw[NETWORK].get("objective_vectors"))
-    prototypes = prototypes.detach().float() if isinstance(prototypes, Tensor) and prototypes.any() else None
-    discriminator, iteration = raw.get(DISCRIMINATOR), raw.get("iter")
+    prototypes = (
+        prototypes.detach().float()
+        if isinstance(prototypes, Tensor) and prototypes.any()
+        else None
+    )
+    discriminator = raw.get(DISCRIMINATOR)
+    iteration = raw.get("iter")
     if isinstance(discriminator, Mapping):
-        discriminator = tensors({strip_module(n): t for n, t in discriminator["model_state"].items()})
-    return Extras(prototypes, discriminator or None, iteration if iteration is None else int(iteration))
+        discriminator = tensors(
+            {strip_module(n): t for n, t in discriminator["model_state"].items()}
+        )
+
+    return Extras(
+        prototypes, discriminator or None, iteration if iteration is None else int(iteration)
+    )
 
 
-def load_initial(model: nn.Module, path: str | Path, parts: Iterable[str], keys: Mapping[str, str]) -> None:
+def load_initial(
+    model: nn.Module, path: str | Path, parts: Iterable[str], keys: Mapping[str, str]
+) -> None:
     """Fill the modules `parts` of `model` from the weights of a classifier: ImageNet's or SimCLRv2's ResNet.
 
     path: a file with torchvision's names, bare or under `state_dict`. keys: regular expression → replacement, applied
@@ -97,17 +121,28 @@ def load_initial(model: nn.Module, path: str | Path, parts: Iterable[str], keys:
     state = read_weights(path)
     for pattern, replacement in keys.items():
         state = {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
-    own = {name: tensor for name, tensor in model.state_dict().items() if name.split(".")[0] in tuple(parts)}
+
+    own = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name.split(".")[0] in tuple(parts)
+    }
     missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
     shapes = [name for name in own if name in state and state[name].shape != own[name].shape]
     if missing or shapes:
-        problem = f"missing: {short(missing)}" if missing else f"of another shape: {short(shapes)}"
+        problem = (
+            f"missing: {short(missing)}" if missing else f"of another shape: {short(shapes)}"
+        )
         raise ValueError(
             f"{path}: does not fit the backbone. {problem}; the file's names begin {short(state, 2)} "
             "(model.options.pretrained_keys maps them)"
         )
+
     extra = [name for name in state if name not in own and not name.startswith("fc.")]
     if extra:
-        warnings.warn(f"{path}: not part of the backbone, left out: {short(extra)}", stacklevel=2)
+        warnings.warn(
+            f"{path}: not part of the backbone, left out: {short(extra)}", stacklevel=2
+        )
+
     logging.getLogger(__name__).info("%s: %d tensors of the backbone loaded", path, len(own))
     model.load_state_dict({name: state[name] for name in own if name in state}, strict=False)

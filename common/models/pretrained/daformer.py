@@ -10,7 +10,8 @@ from typing import Any
 from common.models.pretrained.containers import strip_module
 
 STUDENT = "model."
-PREFIXES = {STUDENT: STUDENT, "teacher.": "ema_model.", "imagenet.": "imnet_model."}  # ours → theirs
+# ours → theirs
+PREFIXES = {STUDENT: STUDENT, "teacher.": "ema_model.", "imagenet.": "imnet_model."}
 
 
 def matches(raw: Mapping[str, Any]) -> bool:
@@ -18,8 +19,12 @@ def matches(raw: Mapping[str, Any]) -> bool:
     state = raw.get("state_dict")
     if not isinstance(state, Mapping):
         return False
+
     names = [strip_module(str(name)) for name in state]
-    return all(any(name.startswith(STUDENT + part) for name in names) for part in ("backbone.", "decode_head."))
+    return all(
+        any(name.startswith(STUDENT + part) for name in names)
+        for part in ("backbone.", "decode_head.")
+    )
 
 
 def network(raw: Mapping[str, Any], prefix: str | None = None) -> dict[str, Any]:
@@ -29,7 +34,14 @@ def network(raw: Mapping[str, Any], prefix: str | None = None) -> dict[str, Any]
     """
     theirs = PREFIXES.get(prefix or STUDENT, prefix)
     state = {strip_module(str(name)): value for name, value in raw["state_dict"].items()}
-    chosen = {name.removeprefix(theirs): value for name, value in state.items() if name.startswith(theirs)}
+    chosen = {
+        name.removeprefix(theirs): value
+        for name, value in state.items()
+        if name.startswith(theirs)
+    }
     if not chosen:
-        raise ValueError(f"holds no network {theirs.rstrip('.')}; published files hold the student alone")
+        raise ValueError(
+            f"holds no network {theirs.rstrip('.')}; published files hold the student alone"
+        )
+
     return {"state_dict": chosen}

@@ -14,12 +14,16 @@ from common.models.pretrained.containers import short, state_dict, tensors
 from common.models.pretrained.transformers import rename, renamed, swin
 
 HEAD = "sem_seg_head."
-UNUSED = ("criterion.", "pixel_mean", "pixel_std")  # of the loss, and statistics that the model has by itself
+# of the loss, and statistics that the model has by itself
+UNUSED = ("criterion.", "pixel_mean", "pixel_std")
 
 # Each pattern is searched in the name that the ones before it left.
 MASK2FORMER = (
     # MaskFormer's first files lack the segment before the pixel decoder's modules
-    (r"^sem_seg_head\.(?=(input_proj|transformer|mask_features|adapter_\d|layer_\d)\.)", HEAD + "pixel_decoder."),
+    (
+        r"^sem_seg_head\.(?=(input_proj|transformer|mask_features|adapter_\d|layer_\d)\.)",
+        HEAD + "pixel_decoder.",
+    ),
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
     (r"^pixel_decoder\.transformer\.(encoder\.)?", "pixel_decoder."),
     (r"^pixel_decoder\.adapter_1\.(weight)", r"pixel_decoder.lateral.conv.\1"),
@@ -29,10 +33,22 @@ MASK2FORMER = (
     (r"^sem_seg_head\.predictor\.", "decoder."),
     (r"^decoder\.static_query\.", "decoder.query_feat."),  # the model zoo's name
     (r"^decoder\.decoder_norm\.", "decoder.norm."),
-    (r"^decoder\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.", r"decoder.layers.\1.cross_attn."),
-    (r"^decoder\.transformer_cross_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.cross_norm."),
-    (r"^decoder\.transformer_self_attention_layers\.(\d+)\.self_attn\.", r"decoder.layers.\1.self_attn."),
-    (r"^decoder\.transformer_self_attention_layers\.(\d+)\.norm\.", r"decoder.layers.\1.self_norm."),
+    (
+        r"^decoder\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+        r"decoder.layers.\1.cross_attn.",
+    ),
+    (
+        r"^decoder\.transformer_cross_attention_layers\.(\d+)\.norm\.",
+        r"decoder.layers.\1.cross_norm.",
+    ),
+    (
+        r"^decoder\.transformer_self_attention_layers\.(\d+)\.self_attn\.",
+        r"decoder.layers.\1.self_attn.",
+    ),
+    (
+        r"^decoder\.transformer_self_attention_layers\.(\d+)\.norm\.",
+        r"decoder.layers.\1.self_norm.",
+    ),
     (r"^decoder\.transformer_ffn_layers\.(\d+)\.norm\.", r"decoder.layers.\1.ffn_norm."),
     (r"^decoder\.transformer_ffn_layers\.(\d+)\.", r"decoder.layers.\1."),
 )
@@ -66,10 +82,23 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     state = tensors(state_dict(raw))
     unused = [name for name in state if name.startswith(UNUSED)]
     if unused:
-        logging.getLogger(__name__).info("detectron2 checkpoint: not of the network: %s", short(unused))
-    inner = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+        logging.getLogger(__name__).info(
+            "detectron2 checkpoint: not of the network: %s", short(unused)
+        )
+
+    inner = {
+        name.removeprefix("backbone."): t
+        for name, t in state.items()
+        if name.startswith("backbone.")
+    }
     if hasattr(model, "backbone"):
         inner = BACKBONE_NAMES[model.backbone.family](inner, model.backbone)
+
     rules = MASK2FORMER if hasattr(model, "pixel_decoder") else DEEPLAB
-    rest = {rename(n, rules): t for n, t in state.items() if not n.startswith(("backbone.", *UNUSED))}
+    rest = {
+        rename(n, rules): t
+        for n, t in state.items()
+        if not n.startswith(("backbone.", *UNUSED))
+    }
+
     return {**{f"backbone.{name}": t for name, t in inner.items()}, **rest}

@@ -23,7 +23,13 @@ from common.models.pretrained.transformers import (
 
 Renaming = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
 
-STEM = {"stem.0": "conv1.0", "stem.1": "conv1.1", "stem.3": "conv1.3", "stem.4": "conv1.4", "stem.6": "conv1.6"}
+STEM = {
+    "stem.0": "conv1.0",
+    "stem.1": "conv1.1",
+    "stem.3": "conv1.3",
+    "stem.4": "conv1.4",
+    "stem.6": "conv1.6",
+}
 STEM["stem.7"] = "bn1"
 
 
@@ -33,6 +39,7 @@ def resnet(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor
     for name, tensor in state.items():
         layer, _, leaf = name.rpartition(".")
         renamed[f"{STEM.get(layer, layer)}.{leaf}"] = tensor
+
     return renamed
 
 
@@ -51,7 +58,9 @@ NAMES: dict[str, Renaming] = {
 def matches(raw: Mapping[str, Any]) -> bool:
     """Whether `raw` (what a file holds) is a segmentor of MMSegmentation."""
     names = state_dict(raw)
-    return all(any(name.startswith(part) for name in names) for part in ("backbone.", "decode_head."))
+    return all(
+        any(name.startswith(part) for name in names) for part in ("backbone.", "decode_head.")
+    )
 
 
 def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -60,10 +69,13 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in tensors(state_dict(raw)).items():
         part, _, inner = name.partition(".")
         parts.setdefault(part, {})[inner] = tensor
+
     converted = {}
+
     for part, state in parts.items():
         module = getattr(model, part, None)
         rename = NAMES.get(getattr(module, "family", ""))
         state = rename(state, module) if rename else state
         converted |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+
     return converted

@@ -42,17 +42,25 @@ class Family:
     """How the weight files of a backbone family differ from the backbone."""
 
     unused: tuple[str, ...] = ()  # beginnings of names that the backbone has no use for
-    absent: tuple[str, ...] = ()  # beginnings of our names that classification weights lack; they keep their start
-    rename: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = None  # timm's names → ours
+    absent: tuple[
+        str, ...
+    ] = ()  # beginnings of our names that classification weights lack; they keep their start
+    rename: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = (
+        None  # timm's names → ours
+    )
 
 
 FAMILIES: dict[str, Family] = {
     "resnet": Family(unused=("fc.", "stem.fc.")),
-    "hrnet": Family(unused=("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")),
+    "hrnet": Family(
+        unused=("incre_modules.", "downsamp_modules.", "final_layer.", "classifier.")
+    ),
     "mit": Family(unused=("head.",)),
     "swin": Family(unused=("head.", "norm."), absent=("norms.",)),
     "dinov2": Family(unused=("mask_token",)),
-    "vit": Family(unused=("head.", "heads.", "pre_logits.", "norm.", "fc_norm.", "ln1.", "encoder.ln.")),
+    "vit": Family(
+        unused=("head.", "heads.", "pre_logits.", "norm.", "fc_norm.", "ln1.", "encoder.ln.")
+    ),
 }
 
 
@@ -64,16 +72,23 @@ def load_backbone(backbone: nn.Module, name: str, source: bool | str | Path) -> 
     """
     if next(backbone.parameters()).is_meta:
         return
+
     state = _fetch(name) if source is True else read_weights(find_weights(source))
-    where, family = f"weights of {name}" if source is True else str(source), FAMILIES[backbone.family]
+    where = f"weights of {name}" if source is True else str(source)
+    family = FAMILIES[backbone.family]
     attempts = []
+
     for candidate in _spellings(state, backbone, family):
         problems, dropped = _compare(candidate, backbone, family)
         if not problems:
-            logging.getLogger(__name__).info("%s: loaded; unused: %s", where, short(dropped) or "nothing")
+            logging.getLogger(__name__).info(
+                "%s: loaded; unused: %s", where, short(dropped) or "nothing"
+            )
             backbone.load_state_dict(candidate, strict=False)
             return
+
         attempts.append(problems)
+
     nearest = min(attempts, key=lambda problems: sum(map(len, problems.values())))
     lists = "; ".join(f"{title}: {short(names)}" for title, names in nearest.items())
     raise ValueError(f"{where}: does not fit the backbone {name}. {lists}")
@@ -84,12 +99,17 @@ def fits_backbone(state: dict[str, Tensor], backbone: nn.Module) -> bool:
     family = FAMILIES.get(getattr(backbone, "family", ""))
     if family is None:
         return False
-    return not all(_compare(candidate, backbone, family)[0] for candidate in _spellings(state, backbone, family))
+    return not all(
+        _compare(candidate, backbone, family)[0]
+        for candidate in _spellings(state, backbone, family)
+    )
 
 
 def _fetch(name: str) -> dict[str, Tensor]:
     if name not in TAGS:
-        raise ValueError(f"model.pretrained: no public weights for {name}; set it to a file, or to false")
+        raise ValueError(
+            f"model.pretrained: no public weights for {name}; set it to a file, or to false"
+        )
     try:
         check_host(TAGS[name])
         return timm.create_model(TAGS[name], pretrained=True).state_dict()
@@ -104,17 +124,31 @@ def check_host(tag: str) -> None:
     """Raise OSError at once where nothing is cached and the host has no address: the hub retries for a minute."""
     config = timm.get_pretrained_cfg(tag)
     files = ("model.safetensors", "pytorch_model.bin")
-    cached = any(isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files)
+    cached = any(
+        isinstance(try_to_load_from_cache(config.hf_hub_id, file), str) for file in files
+    )
     if not cached and not getproxies():  # a proxy resolves names itself
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
 
 
-def _spellings(state: dict[str, Tensor], backbone: nn.Module, family: Family) -> Iterator[dict[str, Tensor]]:
+def _spellings(
+    state: dict[str, Tensor], backbone: nn.Module, family: Family
+) -> Iterator[dict[str, Tensor]]:
     """`state` as it is, and with timm's, OpenMMLab's and detectron2's names made ours."""
     if any(key.startswith("backbone.") for key in state):
-        state = {key.removeprefix("backbone."): t for key, t in state.items() if key.startswith("backbone.")}
+        state = {
+            key.removeprefix("backbone."): t
+            for key, t in state.items()
+            if key.startswith("backbone.")
+        }
+
     yield state
-    for rename in (family.rename, mmseg.NAMES.get(backbone.family), detectron2.BACKBONE_NAMES.get(backbone.family)):
+
+    for rename in (
+        family.rename,
+        mmseg.NAMES.get(backbone.family),
+        detectron2.BACKBONE_NAMES.get(backbone.family),
+    ):
         if rename is not None:
             try:
                 yield rename(state, backbone)
@@ -122,7 +156,9 @@ def _spellings(state: dict[str, Tensor], backbone: nn.Module, family: Family) ->
                 continue
 
 
-def _compare(state: dict[str, Tensor], backbone: nn.Module, family: Family) -> tuple[dict[str, list[str]], list[str]]:
+def _compare(
+    state: dict[str, Tensor], backbone: nn.Module, family: Family
+) -> tuple[dict[str, list[str]], list[str]]:
     """What is wrong with `state`, by title, and the names that are dropped."""
     own = backbone.state_dict()
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
@@ -130,5 +166,10 @@ def _compare(state: dict[str, Tensor], backbone: nn.Module, family: Family) -> t
     extra = [n for n in state if n not in own and not n.endswith("num_batches_tracked")]
     dropped = [n for n in extra if n.startswith(family.unused or ("\0",))]
     shapes = [n for n in own if n in state and state[n].shape != own[n].shape]
-    found = {"missing": missing, "unknown": [n for n in extra if n not in dropped], "of another shape": shapes}
+    found = {
+        "missing": missing,
+        "unknown": [n for n in extra if n not in dropped],
+        "of another shape": shapes,
+    }
+
     return {title: names for title, names in found.items() if names}, dropped

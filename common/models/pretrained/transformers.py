@@ -69,7 +69,9 @@ VIT_RULES: Rules = (
 
 NECK_RULES: Rules = ((r"^(\w+\.\d)\.conv\.", r"\1."),)
 DEEPLABV2_RULES: Rules = ((r"^aspp_modules\.(\d+)\.conv\.", r"convs.\1."),)
-HRDA_RULES: Rules = ((r"^(head|scale_attention)\.aspp_modules\.(\d+)\.conv\.", r"\1.convs.\2."),)
+HRDA_RULES: Rules = (
+    (r"^(head|scale_attention)\.aspp_modules\.(\d+)\.conv\.", r"\1.convs.\2."),
+)
 KNET_RULES: Rules = (
     (r"\.feat_transform\.conv\.", ".feat_transform."),
     (r"\.attention\.attn\.", ".attention."),
@@ -102,6 +104,7 @@ def mit(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
         else:
             linear = re.search(r"\.mlp\.fc[12]\.weight$", name) and tensor.ndim == 4
             result[name] = tensor.flatten(1) if linear else tensor
+
     return result
 
 
@@ -110,37 +113,54 @@ def _mit_stages_from_zero(name: str) -> str:
     match = re.match(r"(patch_embed|block|norm)([1-4])\.(.*)", name)
     if match is None:
         return name
-    kind, stage, rest = match[1], int(match[2]) - 1, match[3]
+
+    kind = match[1]
+    stage = int(match[2]) - 1
+    rest = match[3]
     if kind == "patch_embed":
         return f"stages.{stage}.downsample.{rest}" if stage else f"patch_embed.{rest}"
+
     return f"stages.{stage}.{'blocks' if kind == 'block' else 'norm'}.{rest}"
 
 
 def swin(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """The merging of patches ends a stage in all releases but timm's; OpenMMLab's joins the four neighbours
     channel by channel (as `unfold` does), the others neighbour by neighbour."""
-    ends_stage = "layers.0.downsample.reduction.weight" in state  # first release of Swin, timm before 0.9
+    # first release of Swin, timm before 0.9
+    ends_stage = "layers.0.downsample.reduction.weight" in state
     result = {}
+
     for name, tensor in state.items():
         if name.endswith((".relative_position_index", ".attn_mask")):
             continue
+
         name = rename(name, SWIN_RULES)
         stage = re.match(r"(stages|features|layers)\.(\d)\.(downsample\.)?(.*)", name)
         if stage is not None:
             name, tensor = _swin_stage(*stage.groups(), tensor, ends_stage)
+
         result[name] = tensor
+
     return result
 
 
-def _swin_stage(kind: str, index: str, merging: str | None, rest: str, tensor: Tensor, ends_stage: bool):
+def _swin_stage(
+    kind: str, index: str, merging: str | None, rest: str, tensor: Tensor, ends_stage: bool
+):
     """Name and tensor of one entry of a stage under our names."""
     number = int(index)
-    if kind == "features":  # torchvision counts stages and mergings together, and blocks have no name of their own
-        return f"layers.{number // 2}.{'downsample' if number % 2 == 0 else 'blocks'}.{rest}", tensor
+    # torchvision counts stages and mergings together, and blocks have no name of their own
+    if kind == "features":
+        return (
+            f"layers.{number // 2}.{'downsample' if number % 2 == 0 else 'blocks'}.{rest}",
+            tensor,
+        )
     if kind == "stages":
         return f"layers.{number + 1}.downsample.{rest}", _neighbour_major(tensor)
+
     if merging and ends_stage:
         number += 1
+
     return f"layers.{number}.{merging or ''}{rest}", tensor
 
 
@@ -154,8 +174,10 @@ def vit(state: Mapping[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     result = {rename(name, VIT_RULES): tensor for name, tensor in state.items()}
     if "patch_embed.weight" in result:
         result.setdefault("patch_embed.bias", torch.zeros(len(result["patch_embed.weight"])))
+
     positions = result.get("pos_embed")
     if positions is not None and positions.shape[1] != backbone.pos_embed.shape[1]:
         side = math.isqrt(positions.shape[1] - 1)
         result["pos_embed"] = resample_positions(positions.float(), (side, side), backbone.grid)
+
     return result

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from common.models.pretrained.containers import state_dict, tensors
 
 EMA = "model_ema"
-MARKS = ("head.b0.0.weight", "head.scratch.layer1_rn.weight")  # of V1's DeepLabV3+, of V2's DPT head
+# of V1's DeepLabV3+, of V2's DPT head
+MARKS = ("head.b0.0.weight", "head.scratch.layer1_rn.weight")
 NORM = {"0": "conv", "1": "norm"}
 LEVEL = {"1": "level", "2": "refine"}
 
@@ -24,7 +25,10 @@ RENAMED = (  # their names → ours, the first that matches
     (r"head\.projects\.", lambda m: "decode_head.projects."),
     (r"head\.resize_layers\.", lambda m: "decode_head.resizes."),
     (r"head\.scratch\.layer([1-4])_rn\.", lambda m: f"decode_head.narrow.{int(m[1]) - 1}."),
-    (r"head\.scratch\.refinenet([1-4])\.out_conv\.", lambda m: f"decode_head.fusions.{int(m[1]) - 1}.project."),
+    (
+        r"head\.scratch\.refinenet([1-4])\.out_conv\.",
+        lambda m: f"decode_head.fusions.{int(m[1]) - 1}.project.",
+    ),
     (
         r"head\.scratch\.refinenet([1-4])\.resConfUnit([12])\.",
         lambda m: f"decode_head.fusions.{int(m[1]) - 1}.{LEVEL[m[2]]}.",
@@ -32,7 +36,8 @@ RENAMED = (  # their names → ours, the first that matches
     (r"head\.scratch\.output_conv\.0\.", lambda m: "decode_head.conv_out."),
     (r"head\.scratch\.output_conv\.2\.", lambda m: "decode_head.conv_seg."),
 )
-UNUSED = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1.")  # by the release's forward pass, too
+# by the release's forward pass, too
+UNUSED = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1.")
 
 
 def matches(raw: Mapping[str, Any]) -> bool:
@@ -53,6 +58,7 @@ def ours(name: str) -> str:
         match = re.match(pattern, name)
         if match:
             return rename(match) + name[match.end() :]
+
     return name
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from common.models.pretrained.containers import state_dict, tensors
 
-MARKS = ("encoder.aspp.aspp1.atrous_conv.weight", "classifier.1.weight")  # tensors that every file has
+# tensors that every file has
+MARKS = ("encoder.aspp.aspp1.atrous_conv.weight", "classifier.1.weight")
 SUBCLASS_BRANCH = (  # what only training with subclasses uses
     "encoder.backbone.layer2_aux.",
     "encoder.backbone.layer3_aux.",
@@ -36,9 +37,19 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     branch = [name for name in state if name.startswith(SUBCLASS_BRANCH)]
     wanted = any(name.startswith(SUBCLASS_BRANCH) for name in model.state_dict())
     if wanted and not branch:
-        raise ValueError("no subclass branch in the file; set model.name to deeplabv3plus, or take a USRN checkpoint")
+        raise ValueError(
+            "no subclass branch in the file; set model.name to deeplabv3plus, or take a USRN checkpoint"
+        )
+
     if branch and not wanted:
-        families = [family[:-1] for family in SUBCLASS_BRANCH if any(name.startswith(family) for name in branch)]
-        logging.getLogger(__name__).info("USRN checkpoint: unused: %d tensors of %s", len(branch), ", ".join(families))
+        families = [
+            family[:-1]
+            for family in SUBCLASS_BRANCH
+            if any(name.startswith(family) for name in branch)
+        ]
+        logging.getLogger(__name__).info(
+            "USRN checkpoint: unused: %d tensors of %s", len(branch), ", ".join(families)
+        )
         state = {name: tensor for name, tensor in state.items() if name not in set(branch)}
+
     return state
