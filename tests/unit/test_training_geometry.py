@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.config import Config, ModelConfig, TrainConfig
 from common.data import IGNORE
-from common.models import MODELS
+from common.models import MODELS, build_model
 from common.models.mask2former.decoder import masks
 from common.models.segmentor import Extents
 from fully_sup.supervised import Supervised
@@ -71,7 +71,9 @@ def test_the_rows_are_all_networks(crop):
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_supervised(name, crop):
     torch.manual_seed(0)
-    method = Supervised(config(SMALL[name], heads={"decode": {}}, average="valid"), context()).eval()
+    heads = {head: {} for head in build_model(SMALL[name]).heads}
+    torch.manual_seed(0)
+    method = Supervised(config(SMALL[name], heads=heads, average="valid"), context()).eval()
     data = batch(crop)
     terms = method({"labeled": data}, 0)
     last = [key for key in terms if key.startswith("decode")][-1]
