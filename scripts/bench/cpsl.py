@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from common.config import SourceConfig, load_config
 from common.data import SegmentationDataset, build_transform, toy
 from common.data.recipes.cpsl import CPSLViews
+from common.data.statistics import placeholder
+from common.engine import MethodContext
 from common.ops.resize_chain import resample_labels
 from common.ops.ring import RingBank
 from common.ops.sinkhorn import sinkhorn
@@ -213,8 +215,7 @@ def small_method(s: Sizes) -> CPSL:
         words += ["method.sampling=uniform", "method.cutmix=0.0"]
         words += ["model.options={blocks: [1, 1, 1, 1], width: 8, head_channels: 16}"]
         cfg = load_config(CONFIG, words)
-        options = {key: value for key, value in cfg.method.items() if key != "name"}
-        method = CPSL(cfg, options)
+        method = CPSL(cfg, MethodContext(placeholder(cfg.model.num_classes)))
     method.model, method.teacher = Outputs(), Outputs()
     full_banks(method)
     return method

@@ -80,11 +80,10 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
 
 def choose(against: list[str] | None, cfg: Config, supervised: bool) -> dict[str, tuple[str, ...]]:
     """The forms by name, the config itself first. ValueError for an unknown one."""
+    plain = supervised and not cfg.remedies
     if against is None:
-        ce = cfg.method.get("heads", {}).get("decode", {}).get("loss", "ce") == "ce"
-        against = (["blv"] if ce else []) if supervised else ["joint", "recommended"]
-    heads = cfg.method.get("heads", {})
-    forms: dict[str, tuple[str, ...]] = {heads.get("decode", {}).get("loss", "as configured"): ()}
+        against = (["blv"] if plain else []) if supervised else ["joint", "recommended"]
+    forms: dict[str, tuple[str, ...]] = {"ce" if plain else "as configured": ()}
     for text in against:
         name, sign, words = text.partition(":")
         if not sign and name not in FORMS:

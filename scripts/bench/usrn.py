@@ -25,6 +25,7 @@ from semi_sup.usrn import USRN
 
 GAIN = 8.0  # of the classifiers
 MEMORY_BAR, FAST_BAR = 0.7, 1.5
+SMALLEST = 1e-6  # of a term, for its relative difference
 SAME, SAME_NORM = 1e-5, 1e-4  # relative differences allowed to losses and to the gradient's norm
 OURS, LITERAL, FAST = "ours", "literal", "channels_last + bf16"
 FORMS: dict[str, tuple[type[USRN], tuple[str, ...]]] = {
@@ -97,7 +98,10 @@ def same_step(forms: dict[str, Form]) -> dict[str, float]:
     if not ours["kept"] > 0 or not ours["vetoed"] > 0:
         raise ValueError(f"of the pseudo-labels {ours['kept']} are kept and {ours['vetoed']} vetoed: both must occur")
     limits = {**dict.fromkeys(("loss", "Ls", "Ls_sub", "Lu_sub", "Lu_reg"), SAME), "grad_norm": SAME_NORM}
-    apart = {name: abs(ours[name] - theirs[name]) / abs(theirs[name]) for name in limits}
+    apart = {}
+    for name in limits:
+        size = max(abs(theirs[name]), SMALLEST)  # a term may be 0 in both, where no label is sure enough
+        apart[name] = abs(ours[name] - theirs[name]) / size
     found = {name: measure.require(name, apart[name], limit) for name, limit in limits.items()}
     return {**found, "kept": ours["kept"], "vetoed": ours["vetoed"]}
 

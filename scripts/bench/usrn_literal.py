@@ -26,9 +26,9 @@ class LiteralUSRN(USRN):
         labeled, unlabeled = streams["labeled"], streams["unlabeled"]
         logits, sub_logits = self.both(self.features(labeled["image"]))
         terms = {"Ls": full_size(logits, labeled["label"]), "Ls_sub": full_size(sub_logits, labeled["sub_label"])}
-        strong, weak = (self.features(unlabeled[view]) for view in ("strong", "weak"))
-        label, sub_label = pseudo_labels(*self.both(pooled(weak)), self.parents, self.options.threshold)
-        logits, sub_logits = self.both(pooled(strong))
+        logits, sub_logits = self.both(pooled(self.features(unlabeled["strong"])))
+        weak = self.both(pooled(self.features(unlabeled["weak"])))
+        label, sub_label = pseudo_labels(*weak, self.parents, self.options.threshold)
         terms |= {"Lu_sub": confident(sub_logits, *sub_label), "Lu_reg": confident(logits, *label)}
         return {**terms, "loss": sum(terms.values())}
 
