@@ -33,12 +33,20 @@ def _guarded(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
+        return _say(error)
+
+
+def _say(error: Exception) -> int:
+    """Print the one line about an error; its exit code."""
+    try:
         if os.environ.get("LTS_TRACEBACK"):
             traceback.print_exception(error)
 
         line, code = describe(error)
         print(f"error: {line}", file=sys.stderr, flush=True)
         return code
+    except RuntimeError as cause:  # torch interrupts whatever runs when a loader process dies
+        return _say(cause)
 
 
 def describe(error: Exception) -> tuple[str, int]:

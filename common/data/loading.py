@@ -56,10 +56,18 @@ def batches(
         generator=torch.Generator(),  # else making an iterator would advance torch's global generator
     )
 
-    for batch in loader:
+    for batch in _watched(loader):
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _watched(loader: DataLoader) -> Iterator[Any]:
+    """What the loader gives; a process whose connection breaks before torch sees it dead has the same error."""
+    try:
+        yield from loader
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("DataLoader worker exited unexpectedly") from error
 
 
 def only(samples: list[Any]) -> Any:
