@@ -164,9 +164,10 @@ def _convert_tuple(args: Sequence[Any], value: Any, where: str) -> tuple:
     if len(hints) != len(value):
         raise ConfigError(f"{where}: expected {len(hints)} values, got {shown(value)}")
 
-    pairs = zip(hints, value, strict=True)
-
-    return tuple(convert(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(pairs))
+    items = []
+    for i, (hint, item) in enumerate(zip(hints, value, strict=True)):
+        items.append(convert(hint, item, f"{where}[{i}]"))
+    return tuple(items)
 
 
 def _convert_union(args: Sequence[Any], value: Any, where: str) -> Any:

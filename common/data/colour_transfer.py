@@ -47,13 +47,18 @@ def rgb_to_lab(pixels: np.ndarray) -> torch.Tensor:
 def lab_to_rgb(lab: torch.Tensor) -> np.ndarray:
     """float32 (3, H, W) → uint8 (H, W, 3), clipped to the sRGB range and truncated."""
     y = (lab[0] + 16) / 116
-    f = torch.stack((lab[1] / 500 + y, y, (y - lab[2] / 200).clamp_(min=0)))
-    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787)
-    linear = (_INVERSE.float() @ xyz.flatten(1)).view_as(xyz)
-    curve = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
-    rgb = torch.where(linear > 0.0031308, curve, 12.92 * linear).clamp_(0, 1)
+    x = lab[1] / 500 + y
+    z = (y - lab[2] / 200).clamp_(min=0)
+    f = torch.stack((x, y, z))
 
-    return (rgb * 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    dark = (f - 16 / 116) / 7.787
+    xyz = torch.where(f > 0.2068966, f**3, dark)
+    linear = (_INVERSE.float() @ xyz.flatten(1)).view_as(xyz)
+
+    curve = 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055
+    rgb = torch.where(linear > 0.0031308, curve, 12.92 * linear)
+    pixels = (rgb.clamp_(0, 1) * 255).to(torch.uint8)
+    return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def colour_statistics(lab: torch.Tensor) -> ColourStatistics:

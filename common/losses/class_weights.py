@@ -4,6 +4,7 @@ Weighted cross-entropy of a classifier that is a bias alone ends at p ∝ π · 
 sum of the weights at hand, which varies from batch to batch; here the divisor stays the number of pixels.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ Normalise = Literal["expected", "mean", "none"]
 
 
 @dataclass(frozen=True)
-class ClassWeights:
+class ClassWeights(ABC):
     """normalise: `expected` Σ π_k w_k = 1, so that the mean loss keeps its size; `mean`: the mean of w is 1 (inverse
     weights then shrink the loss of dense labels several times). start: share of the training after which the weights
     apply, from 0 on (deferred re-weighting, LDAM-DRW: 0.8)."""
@@ -25,9 +26,9 @@ class ClassWeights:
     normalise: Normalise = "expected"
     start: Share = 0.0
 
+    @abstractmethod
     def raw(self, counts: Counts) -> Tensor:
         """w (K,) of the classes that occur, before normalisation."""
-        raise NotImplementedError
 
     def vector(self, counts: Counts) -> Tensor:
         """w (K,), normalised over the classes that occur; the others weigh 1."""

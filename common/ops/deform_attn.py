@@ -315,10 +315,11 @@ def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
     (column, x, moves_x), (row, y, moves_y) = axis(x, width), axis(y, height)
     stride = (width + 2).to(kind)
     head = torch.arange(heads, dtype=kind, device=value.device).view(heads, 1)
-    image = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1) * (
-        table_rows // batch
-    )
-    rows = (row * stride).add_(column).add_(start + stride + 1).mul_(heads).add_(head + image)
+    number = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1)
+    image = number * (table_rows // batch)
+
+    cell = (row * stride).add_(column).add_(start + stride + 1)
+    rows = cell.mul_(heads).add_(head + image)
     flat = (t.view(-1, levels * points) for t in (x, y, moves_x, moves_y))
     return _Corners(rows.view(-1, levels * points), stride * heads, *flat)
 

@@ -29,11 +29,17 @@ def _sample_position(locations, levels, sample, level, live, LEVELS, ACC: tl.con
     height = tl.load(levels + level)
     width = tl.load(levels + LEVELS + level)
     first = tl.load(levels + 2 * LEVELS + level)
-    x = tl.load(locations + 2 * sample, mask=live, other=-2.0).to(ACC) * width - 0.5
-    y = tl.load(locations + 2 * sample + 1, mask=live, other=-2.0).to(ACC) * height - 0.5
-    inside = live & (x > -1) & (y > -1) & (x < width) & (y < height)
-    x, y = tl.where(inside, x, 0.0), tl.where(inside, y, 0.0)
-    left, top = tl.floor(x), tl.floor(y)
+
+    place = locations + 2 * sample
+    x = tl.load(place, mask=live, other=-2.0).to(ACC) * width - 0.5
+    y = tl.load(place + 1, mask=live, other=-2.0).to(ACC) * height - 0.5
+
+    inside = live & (x > -1) & (y > -1)
+    inside = inside & (x < width) & (y < height)
+    x = tl.where(inside, x, 0.0)
+    y = tl.where(inside, y, 0.0)
+    left = tl.floor(x)
+    top = tl.floor(y)
     return left.to(tl.int32), top.to(tl.int32), x - left, y - top, height, width, first, inside
 
 

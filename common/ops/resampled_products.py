@@ -111,7 +111,15 @@ def _pairs(h: int, w: int, reach: int) -> Iterator[_Pair]:
     for dy in range(min(reach, h - 1) + 1):
         for dx in range(-reach if dy else 0, reach + 1):
             rows = slice(0, h - dy)
-            columns = slice(max(0, -dx), max(0, w - max(0, dx)))
+            rows_there = slice(dy, h)
+
+            right = max(0, dx)
+            left = max(0, -dx)
+            columns = slice(left, max(0, w - right))
+            columns_there = slice(right, max(0, w - left))
+
+            entry = (dy, rows, reach + dx, columns)
             here = (slice(None), rows, columns)
-            there = (slice(None), slice(dy, h), slice(max(0, dx), max(0, w + min(0, dx))))
-            yield _Pair((dy, rows, reach + dx, columns), here, there, 1 if dy == dx == 0 else 2)
+            there = (slice(None), rows_there, columns_there)
+            itself = dy == 0 and dx == 0
+            yield _Pair(entry, here, there, 1 if itself else 2)

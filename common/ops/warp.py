@@ -47,16 +47,24 @@ def warp_maps(
 
 def _source(warp: Tensor, size: Size, crop: Size) -> Tensor:
     """Where each cell centre of the view lies in the crop, in cells: (B, h, w, 2) as x, y; cell i covers [i, i + 1)."""
-    (h, w) = size
-    (height, width) = crop
+    h, w = size
+    height, width = crop
+
+    def centres(cells: int, side: int) -> Tensor:
+        """Centres of the cells along a side of the crop, in pixels."""
+        return (torch.arange(cells, device=warp.device, dtype=torch.float32) + 0.5) * (
+            side / cells
+        )
 
     with torch.autocast(warp.device.type, enabled=False):
-        y = (torch.arange(h, device=warp.device, dtype=torch.float32) + 0.5) * (height / h)
-        x = (torch.arange(w, device=warp.device, dtype=torch.float32) + 0.5) * (width / w)
+        y = centres(h, height)[:, None]
+        x = centres(w, width)
         m = warp.float()[:, :2, :, None, None]  # (B, row, column, 1, 1)
-        xy = m[:, :, 0] * x + m[:, :, 1] * y[:, None] + m[:, :, 2]
+        moved = m[:, :, 0] * x + m[:, :, 1] * y + m[:, :, 2]
 
-        return torch.stack((xy[:, 0] * (w / width), xy[:, 1] * (h / height)), -1)
+        across = moved[:, 0] * (w / width)
+        down = moved[:, 1] * (h / height)
+        return torch.stack((across, down), -1)
 
 
 def _nearest(source: Tensor, size: Size) -> tuple[Tensor, Tensor]:
