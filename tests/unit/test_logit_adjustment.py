@@ -129,7 +129,8 @@ def test_a_checkpoint_tells_the_counts_of_its_run(tmp_path):
 def test_adjusting_twice_is_said(tmp_path):
     cfg = config(tmp_path, remedies={"logits": {"name": "logit_adjustment"}})
     with pytest.warns(UserWarning, match="remedies.logits logit_adjustment has adjusted the network in training"):
-        offsets_of(cfg, pixels=PIXELS)
+        offsets = offsets_of(cfg, pixels=PIXELS)
+    assert torch.equal(offsets, post_hoc_offsets(PIXELS, 0.5))
 
 
 def test_an_evaluation_names_it():

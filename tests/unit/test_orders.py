@@ -198,4 +198,5 @@ def test_orders_that_cannot_be_are_refused_in_one_line(tmp_path):
 def test_repeat_factors_that_are_all_one_are_said_to_change_nothing(tmp_path):
     source = make_folder(tmp_path, images=4)
     with pytest.warns(UserWarning, match="repeat_factor changes nothing here: every image has the repeat factor 1"):
-        make_streams(make(tmp_path, {"order": "repeat_factor"}, source=source), 0)
+        stream = make_streams(make(tmp_path, {"order": "repeat_factor"}, source=source), 0)["s"]
+    assert sorted(stream.order.index(draw) for draw in range(4)) == [0, 1, 2, 3]

@@ -93,7 +93,13 @@ def test_stages_are_rehearsed_with_their_files(tmp_path, name):
         torch.save(warm.model.state_dict(), tmp_path / "teacher.pth")
         options = {"teacher": str(tmp_path / "teacher.pth")}
     cfg = replace(cfg, method={"name": name, **options})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     rehearse(cfg, uda_method)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    (tmp_path / ("teacher.pth" if name == "distill" else "prototypes.pt")).unlink()
+    with pytest.raises((ValueError, OSError), match="teacher.pth|prototypes.pt"):
+        rehearse(cfg, uda_method)
 
 
 @pytest.mark.parametrize("program", ["fully_sup/train.py", "fully_sup/test.py", "uda/train.py", "uda/test.py"])

@@ -398,7 +398,8 @@ def test_a_slot_that_a_method_does_not_have():
 def test_idle_and_double_choices_are_said():
     pixels = Counts.from_pixels([900_000, 90_000, 50_000])
     with pytest.warns(UserWarning, match="effective_number gives every class the same weight"):
-        make("effective_number", pixels, of="pixels", beta=0.99)
+        idle = make("effective_number", pixels, of="pixels", beta=0.99)
+    torch.testing.assert_close(idle.weights, torch.ones(3), rtol=1e-3, atol=0)
     with pytest.warns(UserWarning, match="twice"):
         build_loss({**section("logit_adjustment"), **section("inverse")}, LossContext(COUNTS))
 
