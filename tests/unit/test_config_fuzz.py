@@ -5,6 +5,7 @@ seed. `test_config_sections.py` mutates values.
 """
 
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,19 @@ def mutated_text(text: str, rng: random.Random) -> str:
     return text
 
 
+def beside_its_parents(source: Path, folder: Path) -> Path:
+    """A new file in a copy of the tree of configs, where the `base:` of `source` is found."""
+    system = source.relative_to(ROOT).parts[0]
+    copy = folder / system
+    if not copy.exists():
+        shutil.copytree(ROOT / system / "configs", copy / "configs")
+    return copy / source.relative_to(ROOT / system).with_name(f"mutated{source.suffix}")
+
+
 def read_mutated_text(seed: int, folder: Path) -> bool:
     rng = random.Random(seed)
     source = rng.choice(SHIPPED)
-    path = folder / f"mutated{source.suffix}"
+    path = beside_its_parents(source, folder)
     content = mutated_text(source.read_text(encoding="utf-8"), rng).encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
         place = rng.randrange(len(content) + 1)
