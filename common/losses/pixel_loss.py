@@ -126,22 +126,21 @@ class PixelLoss(nn.Module):
             )
             return self(large, label, progress=progress)
 
-        total = partial(self.total, progress=progress)
-        loss = upsampled_sum(logits, label, total, align_corners=align_corners) / self.divisor(
-            label
-        )
-        return (
-            loss + self.set_terms(logits, thinned(label, size_of(logits)))
-            if self.sets
-            else loss
-        )
+        total_of_image = partial(self.total, progress=progress)
+        total = upsampled_sum(logits, label, total_of_image, align_corners=align_corners)
+        loss = total / self.divisor(label)
+        if not self.sets:
+            return loss
+
+        small_label = thinned(label, size_of(logits))
+        return loss + self.set_terms(logits, small_label)
 
     @property
     def needs_whole_batch(self) -> bool:
         """Whether the loss can only be made of the logits of all images at label size."""
-        return isinstance(self.focus, HardPixels) or any(
-            term.at == "label" for term in self.sets
-        )
+        if isinstance(self.focus, HardPixels):
+            return True
+        return any(term.at == "label" for term in self.sets)
 
     @property
     def hardest_fraction(self) -> float | None:
