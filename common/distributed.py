@@ -93,9 +93,8 @@ def all_max(tensor: Tensor) -> Tensor:
 
 def all_mean(tensor: Tensor) -> Tensor:
     """Elementwise mean over ranks, in place."""
-    if dist.is_initialized() and world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
+    if dist.is_initialized():
+        all_sum(tensor).div_(world_size())
     return tensor
 
 

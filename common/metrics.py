@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common import distributed
 from common.data.imbalance import ABSENT, GROUPS
 
 Convention = Literal["nan_mean", "absent_zero", "ltss", "detectron2"]
@@ -78,12 +79,9 @@ class ConfusionMatrix:
     def reduce(self) -> Tensor:
         """The matrix of all ranks, int64 (K, K) on the CPU; what this rank holds stays as it is."""
         total = self.matrix.clone()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            if dist.get_backend() == "nccl":
-                total = total.cuda()
-            dist.all_reduce(total)
-
-        return total.cpu()
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            total = total.cuda()
+        return distributed.all_sum(total).cpu()
 
 
 def scores(matrix: Tensor | np.ndarray, convention: Convention) -> dict[str, Any]:

@@ -74,11 +74,14 @@ def image_margins(geometry: Tensor, size: tuple[int, int], margins: Margins) -> 
     columns = torch.where(flip > 0, shown - 1 - columns, columns)
     row = rows + y
     column = columns + x
-    inside = ((row < height)[:, :, None]) & ((columns >= 0) & (column < width))[:, None]
+    inside_down = row < height
+    inside_across = (columns >= 0) & (column < width)
 
     row = row * height0 // height
     column = column * width0 // width
     down = (row >= margins.top) & (row < height0 - margins.bottom)
     across = (column >= margins.left) & (column < width0 - margins.right)
 
-    return (inside & down[:, :, None] & across[:, None]).float()
+    counts_down = inside_down & down
+    counts_across = inside_across & across
+    return (counts_down[:, :, None] & counts_across[:, None]).float()

@@ -95,15 +95,17 @@ def draw_pixels(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     ends = [*starts[1:], label.size]
 
     chosen = [np.empty(0, np.int64)]
-
     for class_id, start, end in zip(classes.tolist(), starts, ends, strict=True):
-        if class_id != IGNORE:
-            chosen.append(rng.choice(order[start:end], min(end - start, PIXELS), replace=False))
+        if class_id == IGNORE:
+            continue
+        count = min(end - start, PIXELS)
+        chosen.append(rng.choice(order[start:end], count, replace=False))
 
-    rows, columns = np.divmod(np.concatenate(chosen), label.shape[1])
-    shares = np.stack([(rows + 0.5) / label.shape[0], (columns + 0.5) / label.shape[1]], axis=1)
-
-    return shares.astype(np.float32)
+    height, width = label.shape
+    rows, columns = np.divmod(np.concatenate(chosen), width)
+    down = (rows + 0.5) / height
+    across = (columns + 0.5) / width
+    return np.stack([down, across], axis=1).astype(np.float32)
 
 
 def _parse(path: Path, count: int) -> np.ndarray:

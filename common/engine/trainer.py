@@ -30,9 +30,8 @@ class Trainer:
     """The method with its optimisers: what one step does, and what a checkpoint holds besides weights."""
 
     def __init__(self, cfg: Config, method: Method, device: torch.device):
-        # `train` is where frozen norms are frozen
         self.cfg = cfg
-        self.method = method.train()
+        self.method = method.train()  # where frozen norms are frozen
         self.device = device
         self.optimizers = optim.build_optimizers(method.parameter_groups())
         self.parameters = [

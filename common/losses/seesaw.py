@@ -9,9 +9,10 @@ with N the queries matched to each class so far and s the softmax. Two further l
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common import distributed
 
 
 class SeesawLoss(nn.Module):
@@ -58,12 +59,16 @@ class SeesawLoss(nn.Module):
 
     def _log_factor(self, classes: Tensor, label: Tensor, counts: Tensor) -> Tensor:
         """ln(M_ij · C_ij) (N, M, K); it is 0 at the query's own class."""
+        true_class = label.unsqueeze(2)
         seen = counts.clamp(min=1).float().log()  # (N, K)
-        mitigation = self.p * (seen.unsqueeze(1) - seen.gather(1, label).unsqueeze(2))
+        seen_true = seen.gather(1, label).unsqueeze(2)
+        mitigation = self.p * (seen.unsqueeze(1) - seen_true)
+
         score = classes.log_softmax(-1)
-        own = score.gather(2, label.unsqueeze(2)).exp().clamp(min=self.eps).log()
-        own_position = label.unsqueeze(2) == torch.arange(self.num_classes, device=label.device)
-        compensation = (self.q * (score - own)).clamp_(min=0).masked_fill_(own_position, 0)
+        score_true = score.gather(2, true_class).exp().clamp(min=self.eps).log()
+        compensation = (self.q * (score - score_true)).clamp_(min=0)
+        is_true = true_class == torch.arange(self.num_classes, device=label.device)
+        compensation.masked_fill_(is_true, 0)
 
         return mitigation.clamp_(max=0) + compensation
 
@@ -74,10 +79,7 @@ class SeesawLoss(nn.Module):
             return self.counts.expand(len(labels), -1)
 
         index = torch.arange(self.num_classes, device=labels.device)
-        new = (labels.unsqueeze(2) == index).sum(1)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(new)
-
+        new = distributed.all_sum((labels.unsqueeze(2) == index).sum(1))
         counts = self.counts + new.cumsum(0)
         self.counts.copy_(counts[-1])
 

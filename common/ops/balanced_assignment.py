@@ -292,17 +292,23 @@ class Repair:
 def exact_labels(costs: Costs, scan: Scan, prices: Tensor, slack: float = 0.0) -> Tensor:
     """Labels int64 (n,) of exact sizes from a scan that is near them; costs may grow by `slack` in all."""
     n, k = costs.n, costs.k
-    labels, price = scan.labels.cpu().numpy(), prices.cpu().numpy()
+    labels = scan.labels.cpu().numpy()
+    price = prices.cpu().numpy()
+
     small = np.zeros(k, bool)
     small[price.argsort(kind="stable")[: -n % k]] = True  # least in demand
+    largest = -(-n // k)
     sizes = np.bincount(labels, minlength=k)
-    surplus = sizes - (-(-n // k) - small)
+    surplus = sizes - (largest - small)
+
     if (surplus > 0).any():
         # a cluster gives first who loses least by it
         quota = n if n <= EXACT_BELOW else 2 * surplus.clip(0) + 512
         order = np.lexsort((scan.margin.cpu().numpy(), labels))
         rank = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
-        rows = np.sort(order[rank < np.broadcast_to(quota, k)[labels[order]]])
+        quotas = np.broadcast_to(quota, k)
+        rows = np.sort(order[rank < quotas[labels[order]]])
+
         cost = costs.take(rows).cpu().numpy() + price
         slack = slack / int(surplus.clip(0).sum())
         labels[rows] = Repair(cost, price, labels[rows], surplus, small, slack).run()

@@ -287,12 +287,14 @@ def _float(x: Tensor) -> Tensor:
 def _with_border(value: Tensor, shapes: Shapes) -> Tensor:
     """(B, S, M, D) → (B, R, M, D), each level with a border of one pixel of zeros."""
     batch, _, heads, channels = value.shape
-    table = value.new_zeros(batch, sum((h + 2) * (w + 2) for h, w in shapes), heads, channels)
-    first = start = 0
-    for h, w in shapes:
-        level = table[:, start : start + (h + 2) * (w + 2)].unflatten(1, (h + 2, w + 2))
-        level[:, 1:-1, 1:-1] = value[:, first : first + h * w].unflatten(1, (h, w))
-        first, start = first + h * w, start + (h + 2) * (w + 2)
+    inner = [h * w for h, w in shapes]
+    outer = [(h + 2) * (w + 2) for h, w in shapes]
+    table = value.new_zeros(batch, sum(outer), heads, channels)
+
+    levels = zip(table.split(outer, 1), value.split(inner, 1), shapes, strict=True)
+    for level, pixels, (h, w) in levels:
+        bordered = level.unflatten(1, (h + 2, w + 2))
+        bordered[:, 1:-1, 1:-1] = pixels.unflatten(1, (h, w))
     return table
 
 
@@ -311,8 +313,11 @@ def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
         lower = torch.minimum(position.floor().to(kind).clamp_(min=-1), size.to(kind) - 1)
         return lower, position - lower, moves
 
-    x, y = _float(locations).reshape(batch, queries, heads, levels * points, 2).unbind(-1)
-    (column, x, moves_x), (row, y, moves_y) = axis(x, width), axis(y, height)
+    samples = levels * points
+    x, y = _float(locations).reshape(batch, queries, heads, samples, 2).unbind(-1)
+    column, x, moves_x = axis(x, width)
+    row, y, moves_y = axis(y, height)
+
     stride = (width + 2).to(kind)
     head = torch.arange(heads, dtype=kind, device=value.device).view(heads, 1)
     number = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1)
@@ -320,8 +325,8 @@ def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
 
     cell = (row * stride).add_(column).add_(start + stride + 1)
     rows = cell.mul_(heads).add_(head + image)
-    flat = (t.view(-1, levels * points) for t in (x, y, moves_x, moves_y))
-    return _Corners(rows.view(-1, levels * points), stride * heads, *flat)
+    flat = (t.view(-1, samples) for t in (x, y, moves_x, moves_y))
+    return _Corners(rows.view(-1, samples), stride * heads, *flat)
 
 
 def _corner_rows(at: _Corners, heads: int) -> Tensor:

@@ -79,10 +79,14 @@ def _visible(seen: Tensor, cutout: Tensor | None, crop: Size) -> Tensor:
     if cutout is None:
         return seen
 
-    h, w = seen.shape[-2:]
     y0, x0, y1, x1 = cutout.long()[:, :, None].unbind(1)
-    rows, columns = (torch.arange(n, device=seen.device) for n in (h, w))
-    down = (rows >= y0 * h // crop[0]) & (rows < y1 * h // crop[0])
-    across = (columns >= x0 * w // crop[1]) & (columns < x1 * w // crop[1])
 
+    def cut(first: Tensor, end: Tensor, cells: int, side: int) -> Tensor:
+        """Which cells along a side of the crop are cut out."""
+        cell = torch.arange(cells, device=seen.device)
+        return (cell >= first * cells // side) & (cell < end * cells // side)
+
+    h, w = seen.shape[-2:]
+    down = cut(y0, y1, h, crop[0])
+    across = cut(x0, x1, w, crop[1])
     return seen & ~(down[:, :, None] & across[:, None, :])

@@ -32,12 +32,14 @@ def check_config_file(path: Path) -> None:
 def counterparts(path: Path) -> list[str]:
     """The configs here that have the file name of `path`: of its data set, where its folders name one; else of all."""
     named = {part.lower().replace("-", "_") for part in path.parts[:-1]}
-    every = (found for found in sorted(CONFIGS.rglob("*.yaml")) if "_base_" not in found.parts)
-    same = [found for found in every if found.name == path.name]
+    runnable = [
+        found for found in sorted(CONFIGS.rglob("*.yaml")) if "_base_" not in found.parts
+    ]
+    same = [found for found in runnable if found.name == path.name]
 
     def shared(found: Path) -> int:
         return len(named & set(found.relative_to(CONFIGS).parts[:-1]))
 
     best = max(map(shared, same), default=0)
-
-    return [str(found.relative_to(HERE)) for found in same if shared(found) == best][:MOST]
+    nearest = [found for found in same if shared(found) == best]
+    return [str(found.relative_to(HERE)) for found in nearest[:MOST]]

@@ -49,13 +49,17 @@ def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -
 
     def bands(length: int) -> Tensor:
         position = torch.arange(length, device=like.device)
-        return (position >= length - window).long() + (position >= length - shift).long()
+        last_window = position >= length - window
+        wrapped = position >= length - shift
+        return last_window.long() + wrapped.long()
 
     region = 3 * bands(height)[:, None] + bands(width)
-    region = to_windows(region[None, :, :, None], window)[0, :, :, 0]
-    apart = region[:, None, :, None] != region[:, None, None, :]
+    windows = to_windows(region[None, :, :, None], window)[0, :, :, 0]
+    here = windows[:, None, :, None]
+    there = windows[:, None, None, :]
 
-    return torch.zeros((), dtype=like.dtype, device=like.device).masked_fill(apart, -100.0)
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return zero.masked_fill(here != there, -100.0)
 
 
 class WindowAttention(nn.Module):

@@ -49,6 +49,7 @@ class UPerHead(PSPHead):
         for lateral in reversed(laterals):
             levels.insert(0, lateral + self.resize(levels[0], lateral))
 
-        outputs = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)] + [deepest]
-
-        return self.fpn_bottleneck(torch.cat([self.resize(x, outputs[0]) for x in outputs], 1))
+        outputs = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=False)]
+        outputs.append(deepest)
+        finest = [self.resize(x, outputs[0]) for x in outputs]
+        return self.fpn_bottleneck(torch.cat(finest, 1))

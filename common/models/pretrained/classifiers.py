@@ -77,15 +77,15 @@ def _in_order(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     with torch.device("meta"):
         own = timm.create_model(name).state_dict()
 
-    theirs = [(key, value) for key, value in state.items() if not key.endswith(COUNTER)]
-    ours = [(key, value.shape) for key, value in own.items() if not key.endswith(COUNTER)]
-    same = len(theirs) == len(ours) and all(
-        t.shape == s for (_, t), (_, s) in zip(theirs, ours, strict=True)
-    )
-    if not same or {key for key, _ in theirs} == {key for key, _ in ours}:
+    theirs = {key: value for key, value in state.items() if not key.endswith(COUNTER)}
+    ours = {key: value for key, value in own.items() if not key.endswith(COUNTER)}
+    if theirs.keys() == ours.keys():
         return state
 
-    return {key: value for (key, _), (_, value) in zip(ours, theirs, strict=True)}
+    shapes = [value.shape for value in theirs.values()]
+    if shapes != [value.shape for value in ours.values()]:
+        return state
+    return dict(zip(ours, theirs.values(), strict=True))
 
 
 def _reason(error: Exception) -> str:
