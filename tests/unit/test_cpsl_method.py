@@ -1,4 +1,4 @@
-"""CPSL's step: who gets a gradient from what, rectification, sampling, mixing, bank, counts, the release's files."""
+"""CPSL's step: who gets a gradient from what, rectification, teacher, bank, counts, the release's files."""
 
 from dataclasses import replace
 
@@ -10,13 +10,10 @@ import torch.nn.functional as F
 from common.config import Config, ConfigError, ModelConfig
 from common.losses.blv import variation_weights
 from tests.contexts import context
-from uda.base import known_prototypes, read_distribution, read_prototypes, rectified, to_grid
+from uda.base import known_prototypes, read_distribution, read_prototypes, rectified
 from uda.cpsl import CPSL
 from uda.distill import Distill
-from uda.mixing import Box, draw_box, paste, paste_labels
 from uda.proda import ProDA
-from uda.pseudo_labels import MEMORY, best_class, class_sums, enough
-from uda.sampling import class_balanced
 from uda.warmup import WarmUp
 
 CLASSES, CROP, FULL = 5, (32, 48), (64, 96)
@@ -206,41 +203,6 @@ def test_bank_of_normalised_prototypes_scores_like_the_current_rows(cfg, options
     assert losses[0] != pytest.approx(losses[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("quota", [[0.5, 0.2, 0.15, 0.1, 0.05], [0.97, 0.01, 0.01, 0.005, 0.005]])
-def test_class_balanced_sampling_follows_the_distribution(quota):
-    labels = torch.arange(CLASSES).repeat(2, 400)
-    labels[:, ::7] = -1
-    index = class_balanced(labels, torch.tensor(quota), 100)
-    assert all(len(set(row.tolist())) == 100 for row in index)
-    for row in labels.gather(1, index):
-        counts = torch.bincount(row, minlength=CLASSES)
-        assert (row >= 0).all() and counts.sum() == 100
-        assert (counts >= 1).all(), "every class that is present gets a pixel"
-        assert all(abs(counts[k] - 100 * quota[k]) <= 5 for k in range(CLASSES))
-
-
-def test_absent_and_scarce_classes_leave_their_quota_to_the_others():
-    labels = torch.full((1, 300), 0)
-    labels[0, :3] = 1
-    row = labels.gather(1, class_balanced(labels, torch.tensor([0.1, 0.8, 0.1]), 50))
-    assert torch.bincount(row[0], minlength=3).tolist() == [47, 3, 0]
-
-
-def test_cutmix_equals_pasting_at_full_size():
-    torch.manual_seed(0)
-    for _ in range(50):
-        box = draw_box((32, 48), 1.0)
-        assert abs((box.y1 - box.y0) * (box.x1 - box.x0) / (32 * 48) - 0.5) < 0.05
-        label = torch.randint(0, 5, (2, 8, 12))
-        source = torch.randint(-1, 5, (2, 32, 48), dtype=torch.int16)
-        full = F.interpolate(label[:, None].float(), scale_factor=4.0, mode="nearest")[:, 0].long()
-        full[:, box.y0 : box.y1, box.x0 : box.x1] = source[:, box.y0 : box.y1, box.x0 : box.x1].long()
-        assert torch.equal(paste_labels(label, source, box), full[:, ::4, ::4])
-    assert draw_box((32, 48), 0.0) is None
-    with pytest.raises(ValueError, match="same batch_size and crop"):
-        paste(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 9), Box(0, 4, 0, 4))
-
-
 def test_blv_counts_are_refreshed_and_saved(cfg, options):
     """Source pixels, and as many target pixels by the shares of the pseudo-labels."""
     counts = torch.tensor([1000, 500, 200, 100, 50])
@@ -354,31 +316,6 @@ def test_prodas_prototypes_do_not_depend_on_the_micro_batches(cfg, tmp_path):
         results.append(method.prototypes)
         assert not torch.equal(method.prototypes, torch.load(tmp_path / "prototypes.pt"))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("cells, fewest", [(129 * 257, 10), (17 * 33, 1), (96 * 161, 5), (257 * 513, 40)])
-def test_how_many_cells_a_class_needs_goes_with_the_grid(cells, fewest):
-    """Ten on the release's grid of 2048×1024 images."""
-    counts = torch.tensor([[fewest - 1, fewest, cells - 2 * fewest + 1], [cells, 0, 0]], dtype=torch.float64)
-    assert enough(counts).tolist() == [[False, True, True], [True, False, False]]
-
-
-def test_prototype_sums_equal_masked_means():
-    logits, features = torch.randn(CLASSES, 6, 7), torch.randn(8, 6, 7)
-    sums, counts = class_sums(logits, features)
-    for k in range(CLASSES):
-        mask = logits.argmax(0) == k
-        assert counts[k] == mask.sum()
-        torch.testing.assert_close(sums[k], features[:, mask].sum(1))
-    assert MEMORY == 3000
-
-
-def test_hard_labels_in_bands_equal_the_whole_resize():
-    p = torch.randn(1, CLASSES, 9, 13).softmax(1)
-    label, confidence = best_class(p, (64, 96), rows=7)
-    whole = to_grid(p, (64, 96))[0].max(0)
-    torch.testing.assert_close(confidence, whole.values)
-    assert (label == whole.indices).float().mean() > 0.999
 
 
 def test_files_of_the_release_are_read(tmp_path):

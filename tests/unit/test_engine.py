@@ -1,7 +1,6 @@
 """The loop and its checkpoints on a tiny method: resume, accumulation, parts, non-finite losses, signals."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -11,44 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from common import distributed
-from common.config import Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, StreamConfig, TrainConfig
+from common.config import Config, EvalConfig
 from common.engine import checkpoint, fit
 from common.engine.method import move_average
 from common.engine.trainer import NonFiniteLoss
-from common.files import DRAFT, follow, write_json
-from tests.contexts import BareMethod
-
-CPU = torch.device("cpu")
-
-
-class Tiny(BareMethod):
-    """Dropout, BN, a moving-average teacher and a counter: all that a checkpoint has to hold."""
-
-    def __init__(self, cfg, parts=1, poison=None, norm=nn.BatchNorm1d, dropout=0.5):
-        super().__init__(cfg)
-        self.backwards, self.poison = parts, poison
-        self.model = nn.Sequential(nn.Linear(4, 8), norm(8), nn.Dropout(dropout), nn.Linear(8, 1))
-        self.teacher = deepcopy(self.model)
-        self.teacher.requires_grad_(False)
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, streams, step):
-        x = streams["labeled"]["x"]
-        if self.backwards == 1:
-            return self.term(x, step)
-        return (self.term(x, step) for _ in range(self.backwards))
-
-    def term(self, x, step):
-        loss = F.mse_loss(self.model(x), x.sum(1, keepdim=True)) / self.backwards
-        return {"loss": loss * (float("nan") if step == self.poison else 1), "mse": loss}
-
-    def after_step(self, step):
-        move_average(self.teacher, self.model, 0.9)
-        self.count += 1
+from tests.unit.tiny_method import CPU, Tiny, assert_equal, config, stop_at, streams, train
 
 
 @pytest.mark.parametrize("statistics", ["averaged", "copied"])
@@ -69,54 +37,6 @@ def test_a_teachers_buffers(statistics):
     for name, value in expected.items():
         torch.testing.assert_close(teacher.state_dict()[name], value)
     assert teacher.num_batches_tracked == 10
-
-
-def config(tmp_path, steps=20, **train):
-    return Config(
-        name="tiny",
-        output=str(tmp_path),
-        model=ModelConfig(name="none", num_classes=1),
-        data=DataConfig(streams={"labeled": StreamConfig(batch_size=8)}),
-        optim=OptimConfig(lr=0.05),
-        train=TrainConfig(steps=steps, **{"save_every": 5, "log_every": 1} | train),
-        eval=EvalConfig(every=10),
-    )
-
-
-def streams(cfg, micro=1):
-    def open_at(step):
-        def batches():
-            for t in range(step, 10**6):
-                for m in range(micro):
-                    generator = torch.Generator().manual_seed(t * micro + m)
-                    yield {"x": torch.randn(8 // micro, 4, generator=generator)}
-
-        return {"labeled": batches()}
-
-    return open_at
-
-
-def train(cfg, method=None, resume=False, **kwargs):
-    torch.manual_seed(0)
-    method = method or Tiny(cfg)
-    fit(cfg, method, streams(cfg), device=CPU, resume=resume, **kwargs)
-    return method.state_dict()
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def stop_at(number):
-    """An `evaluate` that sends this process SIGTERM at the given step."""
-
-    def evaluate(step):
-        if step == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return {"miou": 0.0}
-
-    return evaluate
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
@@ -163,142 +83,6 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert [p.name for p in checkpoint.steps(folder)] == ["step_00000010", "step_00000015", "step_00000020"]
     assert (folder / "best").resolve().name == "step_00000010"
     assert (folder / "last").resolve().name == "step_00000020"
-
-
-class Killed(BaseException):
-    """The process ends here and now."""
-
-
-def kill_in(monkeypatch, module, name, when):
-    """The call of `module.name` for which `when(arguments)` holds does not come about: the process is gone."""
-    real = getattr(module, name)
-
-    def wrapped(*args, **kwargs):
-        if when(*args, **kwargs):
-            raise Killed
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, wrapped)
-
-
-def links(cfg):
-    folder = cfg.folder / "checkpoints"
-    return {name: follow(folder / name).resolve().name for name in ("best", "last")}
-
-
-SCORES = {8: 0.9, 16: 0.5, 24: 0.6, 32: 0.7}
-MOMENTS = {  # between which writes of step 8 the kill falls
-    "before its folder has a name": (checkpoint, "seal", lambda draft, facts: facts["step"] == 8),
-    "before last points at it": (checkpoint, "link", lambda path, target: target.name == "step_00000008"),
-    "before its score is recorded": (checkpoint, "write_scores", lambda folder, scores: 8 in scores),
-    "before best points at it": (checkpoint, "link", lambda path, target: path.name == "best"),
-    "before older ones are pruned": (checkpoint, "prune", lambda folder, keep, best: best == 8),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_the_best_outlives_a_kill_at_any_moment(tmp_path, monkeypatch, moment):
-    cfg = config(tmp_path, steps=32, save_every=4)
-    cfg = Config(**{**cfg.__dict__, "eval": EvalConfig(every=8)})
-    evaluate = lambda step: {"miou": SCORES[step]}  # noqa: E731
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_in(patch, *MOMENTS[moment])
-        train(cfg, evaluate=evaluate)
-
-    train(cfg, evaluate=evaluate, resume=True)
-    assert links(cfg) == {"best": "step_00000008", "last": "step_00000032"}
-    assert [path.name for path in checkpoint.steps(cfg.folder / "checkpoints")] == [
-        "step_00000008", "step_00000028", "step_00000032",
-    ]  # fmt: skip
-
-
-def test_a_kill_after_the_last_step_leaves_the_evaluation_to_the_resume(tmp_path):
-    cfg = config(tmp_path)
-    evaluated = []
-
-    def evaluate(step, fails=True):
-        evaluated.append(step)
-        if step == 20 and fails:
-            raise ValueError("val/0007.png: damaged")
-        return {"miou": step / 100}
-
-    with pytest.raises(ValueError, match="0007.png"):
-        train(cfg, evaluate=evaluate)
-    assert links(cfg) == {"best": "step_00000010", "last": "step_00000020"}  # nothing was lost
-
-    train(cfg, evaluate=lambda step: evaluate(step, fails=False), resume=True)
-    assert evaluated == [10, 20, 20] and links(cfg)["best"] == "step_00000020"
-    train(cfg, evaluate=evaluate, resume=True)
-    assert evaluated == [10, 20, 20]  # a whole run is not evaluated again
-
-
-def test_undefined_scores_are_never_the_best(tmp_path):
-    cfg = config(tmp_path)
-    scores = {10: None, 20: float("nan")}
-    train(cfg, evaluate=lambda step: {"miou": scores[step]})
-    assert not (cfg.folder / "checkpoints" / "best").exists()
-    assert checkpoint.best_step({1: None, 3: 0.5, 2: 0.5, 4: 0.1}) == 2
-    assert checkpoint.best_step({1: None}) is None
-
-
-@pytest.mark.parametrize("content", ["{", '{"8": "high"}', '{"8": 1e999}', '{"x": 1}', "[1]"])
-def test_damaged_scores_are_named(tmp_path, content):
-    (tmp_path / checkpoint.SCORES).write_text(content)
-    with pytest.raises(ValueError, match="scores.json: .*; remove it"):
-        checkpoint.read_scores(tmp_path, 10)
-
-
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
-    cfg = config(tmp_path)
-    train(cfg)
-    found = checkpoint.steps(cfg.folder / "checkpoints")
-    for path in found:
-        (path / "state.pt").unlink()
-    before = {path: path.read_bytes() for path in cfg.folder.rglob("*") if path.is_file()}
-
-    with pytest.warns(UserWarning, match="torn"), pytest.raises(ValueError, match="all are damaged: .*start anew") as e:
-        train(cfg, resume=True)
-    assert all(path.name in str(e.value) for path in found)
-    assert {path: path.read_bytes() for path in cfg.folder.rglob("*") if path.is_file()} == before
-
-
-def test_without_symbolic_links_a_run_saves_resumes_and_keeps_its_best(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "symlink", refuse)
-    scores = {10: 0.9, 20: 0.1}
-    cfg = config(tmp_path / "a", steps=12)
-    train(cfg, evaluate=lambda step: {"miou": scores.get(step)})
-    cfg = Config(**{**cfg.__dict__, "train": TrainConfig(steps=20, save_every=5, log_every=1)})
-    train(cfg, evaluate=lambda step: {"miou": scores[step]}, resume=True)
-    assert links(cfg) == {"best": "step_00000010", "last": "step_00000020"}
-    assert not (cfg.folder / "checkpoints" / "last").is_symlink()
-
-
-def test_drafts_of_killed_runs_go(tmp_path):
-    cfg = config(tmp_path)
-    folder = cfg.folder / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / f"{DRAFT}12345678-step_00000003").mkdir()
-    (folder / f"{DRAFT}12345678-last").write_text("")
-    train(cfg)
-    assert not list(folder.glob(".*"))
-
-
-def test_a_run_whose_folder_is_removed_says_so(tmp_path):
-    cfg = config(tmp_path)
-
-    def evaluate(step):
-        shutil.rmtree(cfg.folder)
-        write_json(cfg.folder / "evaluation.json", {})
-
-    with pytest.raises(OSError, match="evaluation.json: cannot be written: the folder .*tiny is not there"):
-        train(cfg, evaluate=evaluate)  # and not the error of closing the log
-
-    with pytest.raises(OSError, match="tiny: the run's folder is gone"):
-        train(cfg, evaluate=lambda step: shutil.rmtree(cfg.folder))
-    assert not cfg.folder.exists()
 
 
 @pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32"), ("bf16", "fp16")])
@@ -452,41 +236,3 @@ def test_half_precision_trains_and_resumes(tmp_path, precision):
     whole = train(cfg)
     shutil.rmtree(cfg.folder / "checkpoints" / "step_00000020")
     assert_equal(whole, train(cfg, resume=True))
-
-
-@pytest.fixture
-def gpus(monkeypatch):
-    """A machine that says it has four GPUs; returns the list of those that are made current."""
-    taken = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: None)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    return taken
-
-
-@pytest.mark.parametrize(("asked", "index"), [(None, 0), ("cuda", 0), ("cuda:3", 3)])
-def test_device_of_one_process(gpus, asked, index):
-    assert distributed.start(asked) == torch.device("cuda", index) and gpus == [torch.device("cuda", index)]
-    assert distributed.start("cpu") == CPU
-
-
-def test_each_rank_takes_its_own_gpu(gpus, monkeypatch):
-    for name, value in (("RANK", "6"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "2")):
-        monkeypatch.setenv(name, value)
-    for asked in (None, "cuda"):
-        assert distributed.start(asked) == torch.device("cuda", 2)
-    with pytest.raises(ValueError, match="--device cuda:0: 8 processes would share this GPU; give --device cuda,"):
-        distributed.start("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(ValueError, match="--device cuda: GPU 4 is asked for, and torch finds 4"):
-        distributed.start("cuda")
-
-
-@pytest.mark.parametrize("asked", ["gpu", "cuda:first", "cuda0"])
-def test_device_that_is_none(gpus, asked):
-    with pytest.raises(ValueError, match=f"--device {asked}: give cpu, cuda or cuda:N"):
-        distributed.start(asked)
-    assert not gpus

@@ -1,0 +1,46 @@
+"""Which device a process takes, and what is said of one that it cannot have."""
+
+import pytest
+import torch
+
+from common import distributed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine that says it has four GPUs; returns the list of those that are made current."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return taken
+
+
+@pytest.mark.parametrize(("asked", "index"), [(None, 0), ("cuda", 0), ("cuda:3", 3)])
+def test_device_of_one_process(gpus, asked, index):
+    assert distributed.start(asked) == torch.device("cuda", index) and gpus == [torch.device("cuda", index)]
+    assert distributed.start("cpu") == CPU
+
+
+def test_each_rank_takes_its_own_gpu(gpus, monkeypatch):
+    for name, value in (("RANK", "6"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    for asked in (None, "cuda"):
+        assert distributed.start(asked) == torch.device("cuda", 2)
+    with pytest.raises(ValueError, match="--device cuda:0: 8 processes would share this GPU; give --device cuda,"):
+        distributed.start("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="--device cuda: GPU 4 is asked for, and torch finds 4"):
+        distributed.start("cuda")
+
+
+@pytest.mark.parametrize("asked", ["gpu", "cuda:first", "cuda0"])
+def test_device_that_is_none(gpus, asked):
+    with pytest.raises(ValueError, match=f"--device {asked}: give cpu, cuda or cuda:N"):
+        distributed.start(asked)
+    assert not gpus

@@ -1,0 +1,105 @@
+"""The config section `remedies`: what it refuses, what it says, and how its counts are refreshed."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.config import ConfigError
+from common.losses import build
+from common.losses.build import LossContext, Row, build_loss
+from common.losses.class_weights import Power
+from common.losses.counts import Counts
+from common.losses.equalization import Equalization
+from common.losses.focal import PAT, Focal
+from common.losses.logit_adjustment import LogitAdjustment
+from tests.unit.remedy_examples import COUNTS, PIXELS, example, make, section
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"logits": {"name": "blw"}}, "logits.name: unknown 'blw'; did you mean 'blv'"),
+        ({"logits": {"tau": 1.0}}, "logits.name: "),
+        ({"logits": {"name": "focal"}}, "unknown 'focal'"),
+        ({"logits": {"name": "logit_adjustment", "taus": 1.0}}, "unknown key 'taus'; did you mean 'tau'"),
+        ({"class_weight": {"name": "inverse", "rho": 1.0}}, "class_weight.rho: inverse fixes it to 1.0"),
+        ({"logits": {"name": "ldam"}}, "cosine classifier"),
+        ({"counts": {"refresh": 10}}, "makes no pseudo-labels"),
+        ({"counts": {"refresh": -1}}, "refresh: -1 is less than 0"),
+        ({"losses": {}}, "unknown key 'losses'"),
+    ],
+)
+def test_refused(chosen, message):
+    with pytest.raises(ConfigError, match="remedies") as caught:
+        build_loss(chosen, LossContext(COUNTS))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chosen", [section("hard_pixels"), section("lovasz")])
+def test_refused_where_a_batch_is_never_whole(chosen):
+    with pytest.raises(ConfigError, match="never has|set it to network"):
+        build_loss(chosen, LossContext(COUNTS, full_size=False))
+
+
+def test_a_slot_that_a_method_does_not_have():
+    with pytest.raises(ConfigError, match="no such slot; it has: logits"):
+        build_loss(section("focal"), LossContext(COUNTS, slots=("logits",)))
+
+
+def test_idle_and_double_choices_are_said():
+    pixels = Counts.from_pixels([900_000, 90_000, 50_000])
+    with pytest.warns(UserWarning, match="effective_number gives every class the same weight"):
+        idle = make("effective_number", pixels, of="pixels", beta=0.99)
+    torch.testing.assert_close(idle.weights, torch.ones(3), rtol=1e-3, atol=0)
+    with pytest.warns(UserWarning, match="twice"):
+        build_loss({**section("logit_adjustment"), **section("inverse")}, LossContext(COUNTS))
+
+
+def test_pseudo_labels_refresh_every_vector():
+    chosen = {**section("sqrt"), **section("logit_adjustment"), "counts": {"refresh": 2}}
+    with pytest.warns(UserWarning, match="twice"):
+        loss = build_loss(chosen, LossContext(COUNTS, pseudo_labels="pixels"))
+    loss.count(torch.tensor([2, 2, 2, -1]), area=10.0)
+    loss.after_step(0)
+    torch.testing.assert_close(loss.offsets, LogitAdjustment().vector(COUNTS).float())
+    loss.after_step(1)
+
+    after = Counts(PIXELS + torch.tensor([0, 0, 30.0]), COUNTS.images, 10.0)
+    torch.testing.assert_close(loss.offsets, LogitAdjustment().vector(after).float())
+    torch.testing.assert_close(loss.weights, Power(rho=0.5).vector(after).float())
+
+    with pytest.warns(UserWarning, match="twice"):
+        restored = build_loss(chosen, LossContext(COUNTS, pseudo_labels="pixels"))
+    restored.load_state_dict(loss.state_dict())
+    assert torch.equal(restored.offsets, loss.offsets) and torch.equal(restored.weights, loss.weights)
+
+
+def test_the_rare_of_equalization():
+    counts = Counts.from_pixels([50, 30, 16, 3, 1, 0])
+    assert Equalization(tail=0.05).vector(counts).tolist() == [0, 0, 0, 1, 1, 0]
+
+
+def test_a_new_loss_is_one_file_and_one_row(monkeypatch):
+    """What docs/extending.md says: a dataclass that does what its slot asks for, and a row."""
+
+    @dataclass(frozen=True)
+    class Squared:
+        factor: float = 1.0
+
+        def __call__(self, loss, logits, label):
+            return self.factor * loss.square()
+
+    monkeypatch.setitem(build.LOSSES, "squared", Row("focus", Squared))
+    logits, label = example()
+    each = F.cross_entropy(logits, label, ignore_index=-1, reduction="none")
+    expected = 2 * each.square().sum() / (label >= 0).sum()
+    torch.testing.assert_close(make("squared", factor=2.0)(logits, label), expected)
+
+
+def test_focal_and_pat_take_gradient_through_their_factor_unless_detached():
+    z = torch.tensor([[0.3, -0.2]], dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0])
+    for remedy in (Focal(), PAT()):
+        assert torch.autograd.gradcheck(lambda z, r=remedy: r(F.cross_entropy(z, y, reduction="none"), z, y), z)
