@@ -109,7 +109,11 @@ def test_wrong_values(seeds):
         expect_config_or_one_line(lambda path=path, tree=tree: open_sections(path, tree))
 
 
-@pytest.mark.parametrize("path", [path for path in SHIPPED if "toy" in path.parts], ids=lambda path: path.stem)
+# task.yaml is what its stages share, and no config of a run
+TOY = [path for path in SHIPPED if "toy" in path.parts and path.stem != "task"]
+
+
+@pytest.mark.parametrize("path", TOY, ids=lambda path: path.stem)
 def test_shipped_values_pass(path):
     try:
         open_sections(path, tree_of(path))
