@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -203,12 +204,14 @@ def test_the_command_decides_what_a_signal_means(here, number, code):
     """An interrupt reaches both, as from a keyboard; the step waits for the command's own end."""
     (here / "program.py").write_text(
         "import sys, time\n"
-        "try:\n    open('calls', 'w').write('x')\n    time.sleep(600)\n"
+        "try:\n    open('calls', 'w').write('x')\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(0.3)\n    sys.exit(7)\n"
     )
     words = [sys.executable, "-m", "common.steps", "labels", sys.executable, "program.py", "plain.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(words, cwd=here, env=environment, start_new_session=True)
+    # tests that run in the background of a shell inherit that interrupts are ignored
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, cwd=here, env=environment, start_new_session=True, preexec_fn=heeding)
     try:
         while not calls():
             time.sleep(0.02)
@@ -217,6 +220,6 @@ def test_the_command_decides_what_a_signal_means(here, number, code):
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        assert process.wait(timeout=600) == code
+        assert process.wait(timeout=60) == code
     finally:
         process.kill()
