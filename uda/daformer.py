@@ -26,11 +26,11 @@ from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
 from common.losses.counts import PseudoUnit
 from common.losses.feature_distance import cells_of, feature_distance
-from common.models import Segmentor, build_network
+from common.models import SegmentationModel, Segmentor, build_network
 from common.models.frozen import Frozen
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
-from common.ops.resize import resize
+from common.ops.resize import resize, size_of
 from uda.confidence import Margins, pseudo_labels, valid_pixels
 
 SIGMA = (0.15, 1.15)  # of the blur, in pixels
@@ -51,13 +51,10 @@ class DAFormerConfig:
     """The `method:` section of DAFormer. Defaults are the paper's."""
 
     adapt: bool = True  # False: source only
-    momentum: Share = (
-        0.999  # of θ', which it reaches at step 1000: (t + 1) / (t + 2) after step t
-    )
+    momentum: Share = 0.999  # of θ', reached at step 1000: (t + 1) / (t + 2) after step t
     threshold: Share = 0.968  # τ
-    teacher_mode: Literal["train", "eval"] = (
-        "train"  # train: batch statistics of the target crops, without dropout
-    )
+    # train: batch statistics of the target crops, without dropout
+    teacher_mode: Literal["train", "eval"] = "train"
     margins: Margins = Margins()
     jitter: Share = 0.8  # probability; the release's 0.2 is that of no jitter
     jitter_strength: Share = 0.2
@@ -66,10 +63,10 @@ class DAFormerConfig:
 
 
 class View(NamedTuple):
-    """Crops as the network takes them (B, 3, H, W), and their labels (B, H, W), None for targets."""
+    """Crops as the network takes them (B, 3, H, W), and their labels (B, H, W)."""
 
     image: Tensor
-    label: Tensor | None
+    label: Tensor
 
 
 class Pseudo(NamedTuple):
@@ -86,8 +83,8 @@ class DAFormer(Method):
     pseudo-labels join them every N steps. On several ranks q is that of each rank's own crops.
     """
 
-    Options = DAFormerConfig
-    Network: type[nn.Module] = Segmentor
+    Options: type[DAFormerConfig] = DAFormerConfig
+    Network: type[SegmentationModel] = Segmentor
     fitting = "daformer or deeplabv2_reduced"
     backwards = 2
     pseudo_labels: PseudoUnit | None = "shares"
@@ -105,6 +102,7 @@ class DAFormer(Method):
         self.imagenet = (
             self._imagenet_backbone(cfg) if self.options.feature_distance.weight else None
         )
+        self.things: Tensor | None
         self.register_buffer("things", self._things(cfg, context), persistent=False)
         self.teacher = (
             deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
@@ -147,7 +145,7 @@ class DAFormer(Method):
                 replace(cfg.model, checkpoint=None), self.Network, self.fitting, cfg.name
             )
 
-        return Frozen(deepcopy(model.backbone))
+        return Frozen(deepcopy(model.get_submodule("backbone")))
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -159,35 +157,36 @@ class DAFormer(Method):
         if self.teacher is None:
             return
 
-        target = self.opened(streams["target"], labelled=False)
-        if target.image.shape != source.image.shape:
+        target = self.normalised(streams["target"])
+        if target.shape != source.image.shape:
             raise ValueError(
-                f"ClassMix: source crops {tuple(source.image.shape)} and target crops {tuple(target.image.shape)} "
+                f"ClassMix: source crops {tuple(source.image.shape)} and target crops {tuple(target.shape)} "
                 "differ; give both streams the same batch_size and crop"
             )
 
-        pseudo = self.look(target, streams["target"])
+        pseudo = self.look(self.teacher, target, streams["target"])
         yield from self.target_parts(source, target, pseudo, progress)
 
     def target_parts(
-        self, source: View, target: View, pseudo: Pseudo, progress: float
+        self, source: View, target: Tensor, pseudo: Pseudo, progress: float
     ) -> Iterator[Losses]:
-        """What a step learns from target images."""
+        """What a step learns from target images (B, 3, H, W)."""
         yield self.mixed_terms(source, target, pseudo, progress)
 
-    def opened(self, batch: Batch, labelled: bool = True) -> View:
-        image = self.model.normalise(batch["image"], batch.get("extent"))
-        label = self.model.pad_label(batch["label"]).long() if labelled else None
-        return View(image, label)
+    def normalised(self, batch: Batch) -> Tensor:
+        return self.model.normalise(batch["image"], batch.get("extent"))
+
+    def opened(self, batch: Batch) -> View:
+        label = self.model.pad_label(batch["label"])
+        return View(self.normalised(batch), label.long())
 
     def student(
         self, view: View, progress: float, weight: Tensor | None = None
     ) -> tuple[Losses, Tensor]:
         """The loss `ce` of a view, with what it is made of, and the backbone's last map. weight: (B, H, W)."""
         out = self.model.segment(view.image)
-        return {"ce": self.cross_entropy(out["logits"], view.label, progress, weight)}, out[
-            "features"
-        ][-1]
+        loss = self.cross_entropy(out["logits"], view.label, progress, weight)
+        return {"ce": loss}, out["features"][-1]
 
     def cross_entropy(
         self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None
@@ -197,7 +196,7 @@ class DAFormer(Method):
         if weight is None:
             return self.loss.upsampled(logits, label, align_corners=corners, progress=progress)
 
-        large = resize(logits.float(), tuple(label.shape[-2:]), corners)
+        large = resize(logits.float(), size_of(label), corners)
         return self.loss(large, label, progress=progress, pixel_weight=weight)
 
     def seen_by_backbone(self, image: Tensor) -> Tensor:
@@ -210,16 +209,16 @@ class DAFormer(Method):
         if self.imagenet is None:
             return terms
 
-        distance = self.distance(features, source)
+        distance = self.distance(self.imagenet, features, source)
         loss = terms["loss"] + self.options.feature_distance.weight * distance
 
         return {**terms, "loss": loss, "feature_distance": distance}
 
-    def distance(self, features: Tensor, source: View) -> Tensor:
-        """Feature distance of the backbone's last map (B, C, h, w)."""
+    def distance(self, imagenet: Frozen, features: Tensor, source: View) -> Tensor:
+        """Feature distance of the backbone's last map (B, C, h, w) and that of `imagenet`, φ."""
         chosen = self.options.feature_distance
         with torch.no_grad():
-            frozen = self.imagenet(self.seen_by_backbone(source.image))[-1]
+            frozen = imagenet(self.seen_by_backbone(source.image))[-1]
             if chosen.cells == "all":
                 where = torch.ones_like(frozen[:, 0], dtype=torch.bool)
             elif self.things is None:
@@ -227,20 +226,16 @@ class DAFormer(Method):
                     "feature distance: no data set row says which classes are things; set cells: all"
                 )
             else:
-                where = cells_of(
-                    source.label, tuple(features.shape[-2:]), self.things, chosen.share
-                )
+                where = cells_of(source.label, size_of(features), self.things, chosen.share)
 
         return feature_distance(features, frozen, where)
 
     @torch.no_grad()
-    def look(self, target: View, batch: Batch) -> Pseudo:
-        """What the teacher says of the target crops."""
-        set_teacher_mode(self.teacher, self.options.teacher_mode)
-        size = tuple(target.image.shape[-2:])
-        logits = resize(
-            self.teacher.segment(target.image)["logits"], size, self.model.align_corners
-        )
+    def look(self, teacher: SegmentationModel, target: Tensor, batch: Batch) -> Pseudo:
+        """What the teacher says of target crops (B, 3, H, W)."""
+        set_teacher_mode(teacher, self.options.teacher_mode)
+        size = size_of(target)
+        logits = resize(teacher.segment(target)["logits"], size, teacher.align_corners)
 
         label, share = pseudo_labels(logits, self.options.threshold)
         valid = valid_pixels(batch, size, self.options.margins).expand(label.shape)
@@ -249,10 +244,10 @@ class DAFormer(Method):
         return Pseudo(label, share * valid)
 
     def mixed_terms(
-        self, source: View, target: View, pseudo: Pseudo, progress: float
+        self, source: View, target: Tensor, pseudo: Pseudo, progress: float
     ) -> Losses:
         mask = class_mask(source.label, choose_classes(source.label, self.model.num_classes))
-        image = self.distorted(paste(mask, source.image, target.image))
+        image = self.distorted(paste(mask, source.image, target))
         label = paste(mask, source.label, pseudo.label)
         weight = paste(mask, torch.ones_like(pseudo.weight), pseudo.weight)
 

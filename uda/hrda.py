@@ -15,6 +15,7 @@ from torch import Tensor
 from common.config.bounds import Share, Side
 from common.engine.method import Losses
 from common.models.hrda import HRDANetwork
+from common.ops.resize import size_of
 from uda.daformer import DAFormer, DAFormerConfig, View
 from uda.mic import MIC, MICConfig
 
@@ -31,12 +32,13 @@ class HRDA(DAFormer):
 
     Options = HRDAConfig
     Network = HRDANetwork
+    model: HRDANetwork
     fitting = "hrda"
 
     def student(
         self, view: View, progress: float, weight: Tensor | None = None
     ) -> tuple[Losses, Tensor]:
-        box = self.model.draw_box(tuple(view.image.shape[-2:]))
+        box = self.model.draw_box(size_of(view.image))
         out = self.model.segment_crop(view.image, box)
         fused = self.cross_entropy(out["logits"], view.label, progress, weight)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.config.bounds import NotNegative, Share, Side
 from common.engine.method import Losses
 from common.ops.block_mask import block_mask, block_noise
+from common.ops.resize import size_of
 from uda.daformer import DAFormer, DAFormerConfig, Pseudo, View, named
 
 
@@ -37,17 +38,17 @@ class MICConfig(DAFormerConfig):
 class MIC(DAFormer):
     """Batches as in `daformer.DAFormer`."""
 
-    Options = MICConfig
+    Options: type[MICConfig] = MICConfig
     backwards = 3
 
     def target_parts(
-        self, source: View, target: View, pseudo: Pseudo, progress: float
+        self, source: View, target: Tensor, pseudo: Pseudo, progress: float
     ) -> Iterator[Losses]:
         yield from super().target_parts(source, target, pseudo, progress)
         yield self.masked_terms(source, target, pseudo, progress)
 
     def masked_terms(
-        self, source: View, target: View, pseudo: Pseudo, progress: float
+        self, source: View, target: Tensor, pseudo: Pseudo, progress: float
     ) -> Losses:
         image, label, weight = self.to_mask(source, target, pseudo)
         losses, _ = self.student(View(self.hidden(image), label), progress, weight)
@@ -55,19 +56,19 @@ class MIC(DAFormer):
         return {**terms, "loss": self.options.mask_weight * terms["loss"]}
 
     def to_mask(
-        self, source: View, target: View, pseudo: Pseudo
+        self, source: View, target: Tensor, pseudo: Pseudo
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Image, label and pixel weight of what is to be masked."""
         if self.options.masked == "target":
-            return self.distorted(target.image), pseudo.label, pseudo.weight
+            return self.distorted(target), pseudo.label, pseudo.weight
 
-        half = len(target.image) // 2
+        half = len(target) // 2
         if half == 0:
             raise ValueError(
                 "method.masked: separate takes half of each batch; set batch_size to 2 or more a process"
             )
 
-        image = torch.cat((source.image[:half], target.image[:half]))
+        image = torch.cat((source.image[:half], target[:half]))
         label = torch.cat((source.label[:half], pseudo.label[:half]))
         weight = torch.cat((torch.ones_like(pseudo.weight[:half]), pseudo.weight[:half]))
 
@@ -76,4 +77,4 @@ class MIC(DAFormer):
     def hidden(self, image: Tensor) -> Tensor:
         """Normalised images with 0, the mean colour, in the hidden blocks."""
         noise = block_noise(image, self.options.mask_block)
-        return image * block_mask(noise, tuple(image.shape[-2:]), self.options.mask_ratio)
+        return image * block_mask(noise, size_of(image), self.options.mask_ratio)

@@ -37,11 +37,11 @@ class SegmentationModel(nn.Module, ABC):
         divisor: images are padded at the bottom and right to a multiple of it, with 0 after normalisation.
     """
 
-    heads: tuple[str, ...] = (
-        "decode",
-    )  # what a loss has to train: `logits` (decode), `aux`, …
+    heads: tuple[str, ...] = ("decode",)  # what losses train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self, num_classes: int, mean, std, align_corners: bool = False, divisor: int = 1

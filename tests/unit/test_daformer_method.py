@@ -201,7 +201,7 @@ def test_padding_of_target_crops_is_not_learned(tmp_path):
     method = small("daformer/toy", tmp_path, "method.threshold=0.0")
     data = batches()
     data["target"]["extent"] = torch.tensor([[64, 50], [40, 96]], dtype=torch.int32)
-    pseudo = method.look(method.opened(data["target"], labelled=False), data["target"])
+    pseudo = method.look(method.teacher, method.normalised(data["target"]), data["target"])
     assert pseudo.weight[0, :, :50].eq(1).all() and not pseudo.weight[0, :, 50:].any()
     assert pseudo.weight[1, :40].eq(1).all() and not pseudo.weight[1, 40:].any()
 
@@ -221,8 +221,8 @@ def test_remedies_do_not_reach_teacher_and_feature_distance(tmp_path):
         method = small(name, tmp_path)
         method.model.eval()  # no dropped paths
         torch.manual_seed(3)
-        source, target = (method.opened(batches()[key], key == "source") for key in ("source", "target"))
-        found.append((method.source_terms(source, 0.0), method.look(target, batches()["target"])))
+        source, target = method.opened(batches()["source"]), method.normalised(batches()["target"])
+        found.append((method.source_terms(source, 0.0), method.look(method.teacher, target, batches()["target"])))
     (plain, pseudo), (blv, other) = found
     assert torch.equal(plain["feature_distance"], blv["feature_distance"])
     assert torch.equal(pseudo.label, other.label) and torch.equal(pseudo.weight, other.weight)
@@ -238,17 +238,17 @@ def test_source_only_reads_no_target(tmp_path):
 
 def test_masked_image_and_its_labels(tmp_path):
     method = small("mic/toy", tmp_path, "method.jitter=0", "method.blur=0")
-    source, target = (method.opened(batches()[key], key == "source") for key in ("source", "target"))
-    pseudo = method.look(target, batches()["target"])
+    source, target = method.opened(batches()["source"]), method.normalised(batches()["target"])
+    pseudo = method.look(method.teacher, target, batches()["target"])
     image, label, weight = method.to_mask(source, target, pseudo)
-    assert torch.equal(image, target.image) and label is pseudo.label and weight is pseudo.weight
+    assert torch.equal(image, target) and label is pseudo.label and weight is pseudo.weight
     hidden = method.hidden(image)
     shown = (hidden != 0).any(1)
     assert torch.equal(hidden, image * shown[:, None]) and 0 < shown.float().mean() < 1
 
     method = small("mic/toy", tmp_path, "method.masked=separate")
     image, label, weight = method.to_mask(source, target, pseudo)
-    assert torch.equal(image[0], source.image[0]) and torch.equal(image[1], target.image[0])
+    assert torch.equal(image[0], source.image[0]) and torch.equal(image[1], target[0])
     assert torch.equal(label, torch.stack((source.label[0], pseudo.label[0]))) and weight[0].eq(1).all()
 
 
