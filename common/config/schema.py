@@ -151,6 +151,7 @@ class TrainConfig:
     log_every: Interval = 50
     save_every: Interval = 1000
     keep: Count = 2  # newest checkpoints; the best one stays as well
+    branch: str | None = None  # a checkpoint's folder of another run, which this one goes on from
 
 
 @dataclass(frozen=True)

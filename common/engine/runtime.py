@@ -14,7 +14,7 @@ from common import distributed
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.statistics import placeholder
 from common.data.streams import check_division
-from common.engine import optim
+from common.engine import checkpoint, optim
 from common.engine.method import Batch, Method, MethodContext
 from common.models import SegmentationModel
 from common.models.pretrained.containers import find_weights
@@ -122,6 +122,7 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
     Raises ValueError.
     """
     _require_weights(cfg.model)
+    _require_branch(cfg.train.branch)
     check_division(cfg.data, cfg.train.devices, distributed.world_size())
 
     with warnings.catch_warnings(), torch.device("meta"):
@@ -144,6 +145,11 @@ def _require_weights(cfg: ModelConfig) -> None:
             find_weights(cfg.pretrained)
         except FileNotFoundError as error:
             raise ValueError(f"model.pretrained: {error}") from error
+
+
+def _require_branch(path: str | None) -> None:
+    if path is not None and not (Path(path) / checkpoint.WEIGHTS).is_file():
+        raise ValueError(f"train.branch: {path}: no checkpoint; give a folder such as RUN/checkpoints/step_00001000")
 
 
 def prepare(

@@ -42,7 +42,7 @@ def fit(
 
         if (
             evaluate is not None
-            and step > 0
+            and trainer.saved(step)
             and trainer.due(step)
             and step not in trainer.scores
         ):

@@ -162,6 +162,10 @@ class Trainer:
     def folder(self) -> Path:
         return self.cfg.folder / "checkpoints"
 
+    def saved(self, step: int) -> bool:
+        """Whether this run has a checkpoint of `step`."""
+        return checkpoint.path_of(self.folder, step).is_dir()
+
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, on rank 0."""
         if distributed.rank() == 0:
@@ -183,25 +187,43 @@ class Trainer:
         distributed.barrier()
 
     def begin(self) -> int:
-        """Step 0 of a new run. Raises ValueError where the folder holds an earlier one."""
+        """The first step of a new run: 0, or that of `train.branch`. ValueError where the folder holds an earlier one."""
         checkpoint.refuse_earlier(self.cfg.folder)
-        return 0
+        return self._branch()
+
+    def _branch(self) -> int:
+        """Go on from another run's checkpoint as if it had been this run's own; its step, 0 where none is named."""
+        if self.cfg.train.branch is None:
+            return 0
+
+        step = self._restore(Path(self.cfg.train.branch))
+        if step >= self.cfg.train.steps:
+            raise ValueError(
+                f"train.branch: {self.cfg.train.branch} is of step {step}, so nothing is left of "
+                f"{self.cfg.train.steps} steps; raise train.steps"
+            )
+
+        return step
+
+    def _restore(self, path: Path) -> int:
+        """Weights, optimisers and loss scale of a checkpoint; its step."""
+        state = checkpoint.restore(path, self.method)
+        optim.restore(self.optimizers, state["optimizers"], path)
+        self._restore_scaler(state["scaler"], path)
+
+        return state["step"]
 
     def resume(self) -> int:
-        """Restore the newest whole checkpoint of the run and return its step; 0 where the run has none yet.
+        """Restore the newest whole checkpoint of the run and return its step; `begin`'s where the run has none yet.
 
         Rates, decay and momentum are those of this run's config: they may differ from the checkpoint's. Raises
         ValueError where all checkpoints are damaged, or are of another method, model or optimiser.
         """
         path = checkpoint.newest(self.folder)
         if path is None:
-            return 0
+            return self._branch()
 
-        state = checkpoint.restore(path, self.method)
-        optim.restore(self.optimizers, state["optimizers"], path)
-        self._restore_scaler(state["scaler"], path)
-
-        step = state["step"]
+        step = self._restore(path)
         self.scores = checkpoint.read_scores(self.folder, until=step)
         if (
             distributed.rank() == 0

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     assert_equal(whole, train(cfg, resume=True))
     log = [json.loads(line) for line in (cfg.folder / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["kind"] == "train"] == list(range(1, 21))
+
+
+def test_a_branch_with_the_same_settings_is_the_run_itself(tmp_path):
+    whole = train(config(tmp_path / "a"))
+    fork = checkpoint.path_of(tmp_path / "a" / "tiny" / "checkpoints", 15)
+    branch = train(config(tmp_path / "b", branch=str(fork)))
+    assert_equal(whole, branch)
+
+
+def test_a_branch_is_a_run_of_its_own(tmp_path):
+    """It resumes from its own checkpoints, and its scores are its own."""
+    train(config(tmp_path / "a"), evaluate=lambda step: {"miou": 0.9})
+    fork = checkpoint.path_of(tmp_path / "a" / "tiny" / "checkpoints", 10)
+    cfg = replace(config(tmp_path / "b", branch=str(fork)), eval=EvalConfig(every=5))
+    with pytest.raises(SystemExit):
+        train(cfg, evaluate=stop_at(15), resume=True)
+    assert checkpoint.newest(cfg.folder / "checkpoints").name == "step_00000015"
+    assert min(checkpoint.read_scores(cfg.folder / "checkpoints", until=20)) > 10
+
+    whole = train(config(tmp_path / "c", branch=str(fork)))
+    assert_equal(whole, train(cfg, resume=True))
+
+
+def test_a_branch_without_a_step_left_is_refused(tmp_path):
+    train(config(tmp_path / "a"))
+    last = tmp_path / "a" / "tiny" / "checkpoints" / "last"
+    with pytest.raises(ValueError, match="is of step 20, so nothing is left of 20 steps; raise train.steps"):
+        train(config(tmp_path / "b", branch=str(last)))
 
 
 def test_saving_and_evaluating_change_nothing(tmp_path):
