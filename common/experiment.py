@@ -11,7 +11,7 @@ import torch
 
 from common import distributed
 from common.config import Config, ConfigError
-from common.data import SegmentationDataset, check, make_loaders, make_streams
+from common.data import DatasetRow, SegmentationDataset, check, make_loaders, make_streams
 from common.data.coverage import coverage_warnings
 from common.data.groups import grouping, groups_config
 from common.data.statistics import Statistics, class_statistics
@@ -85,6 +85,12 @@ class Experiment:
                 raise ConfigError(
                     f"{self.cfg.name}: model.num_classes is {wanted}, but data set {dataset.row.name!r} ({name}) has "
                     f"{known} classes; make them equal"
+                )
+
+        for name, stream in self.streams.items():
+            if stream.dataset.source.labels:
+                same_classes(
+                    f"{self.cfg.name}: data.streams.{name}", stream.dataset.row, self.val.row
                 )
 
     def open(self, step: int) -> Streams:
@@ -176,6 +182,30 @@ class Experiment:
 
         if self.counted is not None:
             self.counts = counts_of(*self.counted)
+
+
+def same_classes(where: str, row: DatasetRow, val: DatasetRow) -> None:
+    """Whether labels mean in training what they mean in validation, for data sets with as many classes.
+
+    ConfigError where both name the same classes in different orders; a warning where names differ.
+    """
+    pairs = zip(row.classes, val.classes, strict=True)
+    k, (ours, theirs) = next(
+        ((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1]), (0, ("", ""))
+    )
+    if ours == theirs:
+        return
+
+    apart = (
+        f"{where}: class {k} is {ours!r} in {row.name!r}, but {theirs!r} in {val.name!r} (val)"
+    )
+    if set(row.classes) == set(val.classes):
+        raise ConfigError(
+            f"{apart}, which have the same classes in different orders; list `classes` of both in one, and bring the "
+            "stored values to it by `label_map`"
+        )
+
+    warnings.warn(f"{apart}: equal numbers are taken for one class", stacklevel=3)
 
 
 def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:

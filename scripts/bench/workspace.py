@@ -17,6 +17,8 @@ from scripts.bench.families import Family
 Size = tuple[int, int]
 REAL_SIZE: dict[str, Size] = {  # height, width of an image, by the data set's folder
     "cityscapes": (1024, 2048),
+    "acdc": (1080, 1920),
+    "dark_zurich": (1080, 1920),
     "gta5": (1052, 1914),
     "synthia": (760, 1280),
     "voc": (375, 500),

@@ -101,6 +101,30 @@ def test_cityscapes_layout(tmp_path):
         assert np.array_equal(loaded, np.where(expected[raw] == 255, IGNORE, expected[raw]))
 
 
+@pytest.mark.parametrize(
+    "layout, domain, conditions, labelled",
+    [
+        ("acdc", "fog", {"fog", "night", "rain", "snow"}, ("train", "val")),
+        ("dark_zurich", "dusk", {"night"}, ("val",)),
+    ],
+)
+def test_layouts_of_adverse_conditions(tmp_path, layout, domain, conditions, labelled):
+    root = toy.make(layout, tmp_path / layout, train=8, val=3, size=(64, 128))
+    row, seen = DATASETS[layout], set()
+    for split, first, count in (("train", 0, 8), ("val", 1_000_000, 3)):
+        records = sorted(row.layout(root, split, None), key=lambda record: record.name.partition("frame")[2])
+        assert len(records) == count and all((r.label is not None) == (split in labelled) for r in records)
+        for i, record in enumerate(records):
+            seen |= conditions & set(record.image.parts)
+            scene = street_scene(0, domain, first + i, (64, 128))
+            assert np.array_equal(read(record.image), scene.image)
+            if record.label is not None:
+                loaded = row.label_table(record.label).read(record.label)
+                assert all((loaded[scene.label == raw] == k).all() for k, raw in enumerate(EVALUATED))
+                assert (loaded[~np.isin(scene.label, EVALUATED)] == IGNORE).all()
+    assert seen == conditions
+
+
 def test_gta5_layout(tmp_path):
     root = toy.make("gta5", tmp_path / "gta", train=2, size=(64, 128))
     assert sorted(os.listdir(root / "images")) == sorted(os.listdir(root / "labels")) == ["00001.png", "00002.png"]

@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -226,6 +227,57 @@ def _with_cities(folder: Path | None) -> list[Path]:
         folder,
         *sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."),
     ]
+
+
+@dataclass(frozen=True)
+class Adverse:
+    """rgb_anon/…/*_rgb_anon.png and gt/…/*_gt_label{TrainIds,Ids}.png: ACDC and Dark Zurich.
+
+    A split lies in <condition>/<split> as ACDC comes, in <split>/<condition> as Dark Zurich comes, with or without the
+    folders of the drives, or in <split> alone, where its files were brought together. The first of these that is there
+    is read. Splits without a folder below gt have no labels.
+    conditions: which of them the set has; others in the same tree are left out.
+    """
+
+    conditions: tuple[str, ...]
+
+    def __call__(
+        self, root: Path, split: str, lines: Sequence[str] | None = None
+    ) -> list[Record]:
+        image_folder(root, list(chain(*self._places("rgb_anon", split))))
+        folder = below(root, "rgb_anon")
+        images = self._pngs(root, "rgb_anon", split)
+        if not images:
+            raise ValueError(f"{folder}: no images of split {split!r} here (*_rgb_anon.png)")
+
+        label_of = {path.stem: path for path in self._pngs(root, "gt", split)}
+
+        def record(path: Path) -> Record:
+            key = path.stem.removesuffix("_rgb_anon") + "_gt_label"
+            return Record(
+                path.stem, path, label_of.get(key + "TrainIds") or label_of.get(key + "Ids")
+            )
+
+        return [record(path) for path in pick(images, lines, folder, "_rgb_anon")]
+
+    def _places(self, kind: str, split: str) -> tuple[list[str], ...]:
+        """The three arrangements, each the folders of a split below the root."""
+        return (
+            [f"{kind}/{condition}/{split}" for condition in self.conditions],
+            [f"{kind}/{split}/{condition}" for condition in self.conditions],
+            [f"{kind}/{split}"],
+        )
+
+    def _pngs(self, root: Path, kind: str, split: str) -> list[Path]:
+        """The files of the first arrangement that is there."""
+        for places in self._places(kind, split):
+            folders = [below(root, place) for place in places]
+            folders = [folder for folder in folders if folder.is_dir()]
+            if folders:
+                inner = [place for folder in folders for place in _with_cities(folder)]
+                return [path for place in inner for path in visible_files(place, (".png",))]
+
+        return []
 
 
 def voc(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:

@@ -160,6 +160,13 @@ def _cityscapes(name: str, keep: tuple[int, ...]) -> DatasetRow:
     )
 
 
+def _adverse(name: str, conditions: tuple[str, ...]) -> DatasetRow:
+    """ACDC and Dark Zurich, labelled as Cityscapes; training counts are not published."""
+    maps = (("_labelTrainIds", {k: k for k in _ALL}), ("", _RAW))
+    layout = layouts.Adverse(conditions)
+    return _street(name, name, _ALL, counts=None, maps=maps, layout=layout)
+
+
 def _synthia(name: str, keep: tuple[int, ...]) -> DatasetRow:
     layout = Paired("RGB", "GT/LABELS", unsplit=True)
     maps = (("", _SYNTHIA),)
@@ -234,6 +241,8 @@ _ROWS = (
     _synthia("synthia", _SIXTEEN),
     _synthia("synthia13", _THIRTEEN),
     _synthia("synthia19", _ALL),
+    _adverse("acdc", ("fog", "night", "rain", "snow")),
+    _adverse("dark_zurich", ("night",)),
     DatasetRow("voc", "voc", VOC_CLASSES, colour_map(21), layouts.voc),
     DatasetRow(
         "camvid",

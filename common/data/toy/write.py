@@ -1,14 +1,9 @@
-"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of seven data sets.
+"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of nine data sets.
 
 Every picture is a pure function of (seed, domain, its number, size); a folder is complete when its marker
 `toy.json` is there. Programs read these folders as they read the real ones.
 """
 
-import glob
-import json
-import os
-import re
-import shutil
 import struct
 import warnings
 import zlib
@@ -21,15 +16,17 @@ from PIL import Image
 
 from common.data.catalogue.registry import DATASETS
 from common.data.toy.canvas import DOMAINS, RAW_IDS
+from common.data.toy.folder import MARKER, write_once
 from common.data.toy.glyphs import ADE_RANKS, ade_scene, voc_scene
 from common.data.toy.people import mhp_scene
 from common.data.toy.scene import street_scene
 from common.files import load_json, read_artifact
 
-MARKER = "toy.json"
 VERSION = 2  # of the drawings: raise it when a picture changes
 _VAL_START = 1_000_000  # number of the first validation scene
 _TRAIN_RAW = tuple(RAW_IDS[name] for name in DATASETS["cityscapes"].classes)
+_TRAIN_IDS = np.full(256, 255, np.uint8)  # of raw ids
+_TRAIN_IDS[list(_TRAIN_RAW)] = np.arange(len(_TRAIN_RAW))
 _RAW_NAMES = {raw: name for name, raw in RAW_IDS.items()}
 _SYNTHIA_IDS = {  # SYNTHIA's label ids; void (0) where SYNTHIA shows no such thing
     "sky": 1, "building": 2, "road": 3, "sidewalk": 4, "fence": 5, "vegetation": 6, "pole": 7, "car": 8,
@@ -38,7 +35,6 @@ _SYNTHIA_IDS = {  # SYNTHIA's label ids; void (0) where SYNTHIA shows no such th
 }  # fmt: skip
 
 Size = tuple[int, int]
-Fill = Callable[[Path, Counter], None]
 
 
 def write_cityscapes(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 256), seed: int = 0,
@@ -50,8 +46,6 @@ def write_cityscapes(root: str | Path, train: int = 96, val: int = 32, size: Siz
     params = _params("cityscapes", train, val, size, seed, domain) | {
         "train_ids": bool(train_ids)
     }
-    table = np.full(256, 255, np.uint8)
-    table[list(_TRAIN_RAW)] = np.arange(len(_TRAIN_RAW))
 
     def fill(base: Path, counts: Counter) -> None:
         for split, index, number in _numbers(train, val):
@@ -69,11 +63,45 @@ def write_cityscapes(root: str | Path, train: int = 96, val: int = 32, size: Siz
             if train_ids:
                 _save(
                     base / "gtFine" / split / f"{stem}_gtFine_labelTrainIds.png",
-                    table[scene.label],
+                    _TRAIN_IDS[scene.label],
                 )
             _count(counts, scene.label, _RAW_NAMES)
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
+
+
+def write_acdc(root: str | Path, train: int = 96, val: int = 32, size: Size = (126, 224), seed: int = 0,
+               domain: str = "fog") -> Path:  # fmt: skip
+    """rgb_anon/<condition>/<split>/GOPR…/*_rgb_anon.png and gt/…/*_gt_labelTrainIds.png (255 ignored).
+
+    The four conditions take turns; all pictures are of one domain.
+    """
+    params = _params("acdc", train, val, size, seed, domain)
+
+    def fill(base: Path, counts: Counter) -> None:
+        for split, index, number in _numbers(train, val):
+            condition = ("fog", "night", "rain", "snow")[index % 4]
+            drive = f"{condition}/{split}/GOPR{400 + index % 4:04d}"
+            scene = street_scene(seed, domain, number, size)
+            _save_adverse(base, drive, index, scene.image, scene.label, labelled=True)
+            _count(counts, scene.label, _RAW_NAMES)
+
+    return write_once(root, params, fill)
+
+
+def write_dark_zurich(root: str | Path, train: int = 96, val: int = 32, size: Size = (126, 224), seed: int = 0,
+                      domain: str = "dusk") -> Path:  # fmt: skip
+    """rgb_anon/<split>/night/GOPR…/*_rgb_anon.png, and gt/… of `val` alone, as `train` has no labels."""
+    params = _params("dark_zurich", train, val, size, seed, domain)
+
+    def fill(base: Path, counts: Counter) -> None:
+        for split, index, number in _numbers(train, val):
+            drive = f"{split}/night/GOPR{351 if split == 'train' else 356:04d}"
+            scene = street_scene(seed, domain, number, size)
+            _save_adverse(base, drive, index, scene.image, scene.label, labelled=split == "val")
+            _count(counts, scene.label, _RAW_NAMES)
+
+    return write_once(root, params, fill)
 
 
 def write_gta5(root: str | Path, train: int = 96, val: int = 0, size: Size = (128, 232), seed: int = 0,
@@ -91,7 +119,7 @@ def write_gta5(root: str | Path, train: int = 96, val: int = 0, size: Size = (12
             _save_palette(base / "labels" / f"{index + 1:05d}.png", scene.label, palette)
             _count(counts, scene.label, _RAW_NAMES)
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 def write_synthia(root: str | Path, train: int = 96, val: int = 0, size: Size = (128, 216), seed: int = 0,
@@ -118,7 +146,7 @@ def write_synthia(root: str | Path, train: int = 96, val: int = 0, size: Size = 
             )
             _count(counts, label, names)
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 def write_voc(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
@@ -145,7 +173,7 @@ def write_voc(root: str | Path, train: int = 96, val: int = 32, size: Size = (12
         for split, file in (("train", "train_aug.txt"), ("val", "val.txt")):
             (base / "ImageSets" / "Segmentation" / file).write_text("".join(lists[split]))
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 def write_ade20k_full(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
@@ -165,7 +193,7 @@ def write_ade20k_full(root: str | Path, train: int = 96, val: int = 32, size: Si
             _save(base / "annotations_detectron2" / folder / f"{name}.tif", scene.label)
             _count(counts, scene.label, {k: f"class {k}" for k in range(847)})
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 def write_coco_stuff_lt(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
@@ -190,7 +218,7 @@ def write_coco_stuff_lt(root: str | Path, train: int = 96, val: int = 32, size: 
             _save(base / "annotations" / f"{split}2017" / f"{number:012d}.png", label)
             _count(counts, label, dict(enumerate(row.classes)))
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 def write_mhpv2_lt(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
@@ -207,13 +235,15 @@ def write_mhpv2_lt(root: str | Path, train: int = 96, val: int = 32, size: Size 
             _save(base / "annotations" / split / f"{number}.png", label)
             _count(counts, scene.label, names)
 
-    return _once(root, params, fill)
+    return write_once(root, params, fill)
 
 
 LAYOUTS: dict[str, Callable[..., Path]] = {
     "cityscapes": write_cityscapes,
     "gta5": write_gta5,
     "synthia": write_synthia,
+    "acdc": write_acdc,
+    "dark_zurich": write_dark_zurich,
     "voc": write_voc,
     "ade20k_full": write_ade20k_full,
     "coco_stuff_lt": write_coco_stuff_lt,
@@ -315,6 +345,16 @@ def _save(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array).save(path, **options)
 
 
+def _save_adverse(
+    base: Path, drive: str, index: int, image: np.ndarray, label: np.ndarray, labelled: bool
+) -> None:
+    """An image of ACDC or Dark Zurich in the folder `drive`, and its raw ids as train ids."""
+    stem = f"{drive}/{Path(drive).name}_frame_{index + 1:06d}"
+    _save(base / "rgb_anon" / f"{stem}_rgb_anon.png", image)
+    if labelled:
+        _save(base / "gt" / f"{stem}_gt_labelTrainIds.png", _TRAIN_IDS[label])
+
+
 def _save_palette(
     path: Path, label: np.ndarray, palette: dict[int, tuple[int, int, int]]
 ) -> None:
@@ -322,67 +362,3 @@ def _save_palette(
     image = Image.frombytes("P", label.shape[::-1], label.tobytes())
     image.putpalette([channel for k in range(256) for channel in palette.get(k, (0, 0, 0))])
     image.save(path)
-
-
-def _complete(root: Path, params: dict) -> bool:
-    """Whether `root` holds exactly this set. ValueError where it holds files that are no toy set."""
-    marker = root / MARKER
-    if marker.is_file():
-        found = read_artifact(
-            marker, lambda path: load_json(path)["params"], "remove the folder to write it anew"
-        )
-        return found == params
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(
-            f"{root}: holds something that is no toy set ({MARKER} is missing); choose another root"
-        )
-    return False
-
-
-def _once(root: str | Path, params: dict, fill: Fill) -> Path:
-    """Fills a folder beside `root` and renames it, so that `root` is the old set or the new one, never half of it."""
-    root = Path(root).absolute()
-    _remove_leftovers(root)
-    if _complete(root, params):
-        return root
-    part, old = (root.parent / f".{root.name}.{os.getpid()}.{end}" for end in ("part", "old"))
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        counts: Counter = Counter()
-        fill(part, counts)
-        (part / MARKER).write_text(
-            json.dumps({"params": params, "pixels": counts}, indent=1) + "\n"
-        )
-        if _complete(root, params):  # another process was faster
-            return root
-        if root.exists():
-            root.rename(old)
-        part.rename(root)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return root
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Remove what killed processes left beside `root`; the number in such a folder's name is its process."""
-    for path in root.parent.glob(f".{glob.escape(root.name)}.*"):
-        match = re.fullmatch(
-            r"\.(\d{1,9})\.(part|old)", path.name.removeprefix(f".{root.name}")
-        )
-        if match and not _is_running(int(match[1])):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    """Whether there is such a process; true where the system cannot be asked."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)  # no signal, only the check
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
