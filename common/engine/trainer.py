@@ -187,7 +187,7 @@ class Trainer:
         distributed.barrier()
 
     def begin(self) -> int:
-        """The first step of a new run: 0, or that of `train.branch`. ValueError where the folder holds an earlier one."""
+        """The first step of a new run: 0, or that of `train.branch`. ValueError where its folder holds one already."""
         checkpoint.refuse_earlier(self.cfg.folder)
         return self._branch()
 
