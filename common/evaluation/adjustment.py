@@ -5,13 +5,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from common.config import Config, ConfigError
 from common.files import load_json, read_artifact
 from common.losses.logit_adjustment import post_hoc_offsets
-from common.models.pretrained.containers import weight_file
+from common.models.pretrained.containers import read_metadata
 
 IN_TRAINING = ("logit_adjustment", "balanced_softmax")
 COUNTS = "class_pixels"  # in a checkpoint's metadata, and in a run's statistics.json
@@ -56,16 +55,8 @@ def offsets_of(
 
 
 def _of_checkpoint(path: str | Path | None) -> list[int] | None:
-    file = weight_file(path) if path is not None else None
-    if file is None or file.suffix != ".safetensors":
-        return None
-    return read_artifact(file, _told)
-
-
-def _told(file: Path) -> list[int] | None:
-    with safe_open(file, "pt") as opened:
-        stored = (opened.metadata() or {}).get(COUNTS)
-    return None if stored is None else _counts(json.loads(stored))
+    stored = None if path is None else read_metadata(path).get(COUNTS)
+    return None if stored is None else read_artifact(path, lambda _: _counts(json.loads(stored)))
 
 
 def _of_run(path: Path) -> list[int] | None:

@@ -63,19 +63,23 @@ def write_test(folder: Path, cfg: Config, result: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(cfg, folder / "config.yaml")
     write_json(folder / "evaluation.json", result)
-    write_json(folder / "run.json", _made(cfg))
+    write_json(folder / "run.json", made(cfg, KIND))
     print(f"scores written to {folder / 'evaluation.json'}")
 
 
-def _made(cfg: Config) -> dict[str, Any]:
+def made(
+    cfg: Config, kind: str, started: float | None = None, finished: float | None = None
+) -> dict[str, Any]:
+    """How a folder of this kind was made, for its run.json. started, finished: seconds since the epoch."""
+    spent = None if started is None or finished is None else (finished - started) / 60
     return {
-        "kind": KIND,
+        "kind": kind,
         "name": cfg.name,
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "seed": cfg.seed,
-        "started": time.strftime("%Y-%m-%d %H:%M"),
-        "minutes": None,
+        "started": time.strftime("%Y-%m-%d %H:%M", time.localtime(started)),
+        "minutes": None if spent is None else round(spent, 3),
         "machine": describe_machine(),
     }
 

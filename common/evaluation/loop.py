@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,59 +51,89 @@ def evaluate(
     `identity` (what was evaluated and how), `logit_adjustment` (τ), `images`, `seconds`, `ms_per_image`. ValueError
     for data without labels or classes that do not fit.
     """
-    _check(dataset, cfg, offsets)
+    check(dataset, cfg, offsets)
     chosen = chosen_images(dataset, cfg)
     mine = chosen[rank::world]
-    shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
-
-    matrix = ConfusionMatrix(len(dataset.row.classes), device)
-    single = PerImage(dataset, chosen, device) if per_image and cfg.per_image else None
+    tally = Tally(dataset, chosen, cfg, device, save_predictions, keep, panels, per_image)
     start = time.monotonic()
 
-    predictions = _predictions(model, dataset, mine, cfg, device, offsets)
-    with contextlib.closing(predictions):
-        for sample, pred in predictions:
-            counted = matrix.update(pred, sample["label"].to(device))
-            if single is not None:
-                single.add(sample["index"], counted)
-            if keep is not None:
-                keep(sample["name"], pred)
-            panel = panels if sample["index"] in shown else None
-            _save_pictures(sample, pred, dataset.row, save_predictions, panel)
+    with prediction(model, mine) as bar:
+        for samples in sample_batches(dataset, mine, cfg):
+            predicted = predict_batch(model, samples, dataset.row, cfg, device, offsets)
+            tally.add(samples, predicted)
+            bar.update(len(samples))
 
-    total = matrix.reduce()
-    seconds = time.monotonic() - start
-    if single is not None:
-        single.write(Path(per_image))
-    return _scores(total, dataset, chosen, cfg, groups) | _times(seconds, len(mine))
+    result = tally.result(groups)
+    return result | times(time.monotonic() - start, len(mine))
 
 
-def _times(seconds: float, images: int) -> dict[str, float]:
+class Tally:
+    """What is counted of one model's predictions, and kept of them; the arguments are those of `evaluate`."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        chosen: Sequence[int],
+        cfg: EvalConfig,
+        device: torch.device | str,
+        save_predictions: str | Path | None = None,
+        keep: Callable[[str, Tensor], None] | None = None,
+        panels: str | Path | None = None,
+        per_image: str | Path | None = None,
+    ):
+        self.dataset = dataset
+        self.chosen = chosen
+        self.cfg = cfg
+        self.device = device
+        self.save_predictions = save_predictions
+        self.keep = keep
+        self.panels = panels
+        self.per_image = per_image
+
+        self.matrix = ConfusionMatrix(len(dataset.row.classes), device)
+        self.single = PerImage(dataset, chosen, device) if per_image and cfg.per_image else None
+        self.shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
+
+    def add(self, samples: Sequence[dict[str, Any]], predicted: Sequence[Tensor]) -> None:
+        """Count the predicted classes (H, W) of some samples."""
+        for sample, pred in zip(samples, predicted, strict=True):
+            counted = self.matrix.update(pred, sample["label"].to(self.device))
+            if self.single is not None:
+                self.single.add(sample["index"], counted)
+            if self.keep is not None:
+                self.keep(sample["name"], pred)
+            panels = self.panels if sample["index"] in self.shown else None
+            _save_pictures(sample, pred, self.dataset.row, self.save_predictions, panels)
+
+    def result(self, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
+        """What an evaluation says, its times apart; the counts are those of all ranks."""
+        total = self.matrix.reduce()
+        if self.single is not None:
+            self.single.write(Path(self.per_image))
+
+        return {
+            **summarise(total, self.dataset.row, self.cfg.convention, groups),
+            "identity": identity(self.dataset, self.chosen, self.cfg),
+            "logit_adjustment": self.cfg.logit_adjustment,
+            "images": len(self.chosen),
+        }
+
+
+def times(seconds: float, images: int) -> dict[str, float]:
     """How long this rank took for its images."""
     pace = 1000 * seconds / max(images, 1)
     return {"seconds": round(seconds, 3), "ms_per_image": round(pace, 3)}
 
 
-def _predictions(
-    model: nn.Module,
-    dataset: Any,
-    indices: Sequence[int],
-    cfg: EvalConfig,
-    device: torch.device | str,
-    offsets: Tensor | None,
-) -> Generator[tuple[dict[str, Any], Tensor], None, None]:
-    """Each sample with its predicted classes (H, W), under a bar; the model is in evaluation mode until the end."""
-    mirrored = mirrored_classes(dataset.row)
-
+@contextlib.contextmanager
+def prediction(model: nn.Module, indices: Sequence[int]) -> Iterator[Any]:
+    """A bar for the images that are evaluated; the model is in evaluation mode meanwhile, and makes no graph."""
     with (
         torch.no_grad(),
         evaluation_mode(model),
         console.bar(what="evaluating", total=len(indices)) as bar,
     ):
-        for samples in sample_batches(dataset, indices, cfg):
-            predicted = _predict(model, samples, cfg, device, mirrored, offsets)
-            yield from zip(samples, predicted, strict=True)
-            bar.update(len(samples))
+        yield bar
 
 
 def _save_pictures(
@@ -120,23 +150,7 @@ def _save_pictures(
         save_panel(Path(panels), sample, pred, row)
 
 
-def _scores(
-    matrix: Tensor,
-    dataset: Any,
-    chosen: Sequence[int],
-    cfg: EvalConfig,
-    groups: Mapping[str, Sequence[str]] | None,
-) -> dict[str, Any]:
-    """What an evaluation says, its times apart."""
-    return {
-        **summarise(matrix, dataset.row, cfg.convention, groups),
-        "identity": identity(dataset, chosen, cfg),
-        "logit_adjustment": cfg.logit_adjustment,
-        "images": len(chosen),
-    }
-
-
-def _check(dataset: Any, cfg: EvalConfig, offsets: Tensor | None) -> None:
+def check(dataset: Any, cfg: EvalConfig, offsets: Tensor | None) -> None:
     if cfg.logit_adjustment and offsets is None:
         raise ValueError(
             f"eval.logit_adjustment: {cfg.logit_adjustment:g} needs the offsets that it stands for"
@@ -172,15 +186,16 @@ def mirrored_classes(row: Any) -> list[int] | None:
     return classes
 
 
-def _predict(
+def predict_batch(
     model: Any,
-    samples: list[dict[str, Any]],
+    samples: Sequence[dict[str, Any]],
+    row: Any,
     cfg: EvalConfig,
     device: torch.device | str,
-    mirrored: Sequence[int] | None,
     offsets: Tensor | None,
 ) -> list[Tensor]:
     """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree."""
+    mirrored = mirrored_classes(row)
     together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
     batches = [samples] if together else [[sample] for sample in samples]
     result: list[Tensor] = []

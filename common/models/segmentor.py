@@ -132,8 +132,14 @@ class SegmentationModel(nn.Module, ABC):
 
     def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the images' size."""
+        return self.scores_of(self.infer(images), images, size)
+
+    def scores_of(
+        self, out: dict[str, Any], images: Tensor, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """What `predict` makes of the outputs of `infer`."""
         geometry = self._geometry(images, size)
-        return self.scores(self.infer(images), geometry, (0, geometry.size[0]))
+        return self.scores(out, geometry, (0, geometry.size[0]))
 
     @torch.no_grad()
     def labels(
@@ -143,9 +149,19 @@ class SegmentationModel(nn.Module, ABC):
 
         The label is the argmax of `predict`; scores are made for a band of rows at a time. offsets: (K,), see `adjust`.
         """
+        return self.labels_of(self.infer(images), images, size, offsets)
+
+    @torch.no_grad()
+    def labels_of(
+        self,
+        out: dict[str, Any],
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `labels` makes of the outputs of `infer`."""
         geometry = self._geometry(images, size)
         batch = images.shape[0]
-        out = self.infer(images)
         (height, width) = geometry.size
         if offsets is not None:
             out = self.adjust(out, offsets.to(images.device))

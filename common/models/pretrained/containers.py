@@ -115,6 +115,19 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return read_artifact(path, lambda _: tensors(state_dict(raw)))
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a checkpoint of ours says of itself (the file that `weight_file` finds); {} for files of other kinds."""
+    file = weight_file(path)
+    if file.suffix != ".safetensors":
+        return {}
+    return read_artifact(file, _metadata)
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
 def load_tensor(path: Path) -> Tensor:
     """The one tensor in a file of torch.save, or array in one of numpy.save; real and finite.
 

@@ -1,0 +1,61 @@
+"""Where a network's classifier is: the one module whose output the network's logits are."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ConfigError, ModelConfig
+from common.models import SegmentationModel, build_model
+
+SIDE = 256  # of the image that is looked at; nothing is computed for it
+
+
+def find_classifier(config: ModelConfig, where: str) -> str:
+    """The name of the module that gives the logits (B, K, h, w) of features (B, D, h, w), pixel by pixel.
+
+    ConfigError, which begins with `where`, for networks whose logits are made of more than that: several scales, a sum
+    of dilated convolutions, queries, kernels that pixels refine.
+    """
+    with torch.device("meta"):
+        network = build_model(replace(config, pretrained=False, checkpoint=None)).eval()
+        found = last_module(network, torch.empty(1, 3, SIDE, SIDE))
+
+    if found is None:
+        raise ConfigError(
+            f"{where}: model.name: {config.name!r}: its logits are not those of one 1×1 classifier, which is all that "
+            "is changed after training; set eval.logit_adjustment, or train with a remedy"
+        )
+
+    return found
+
+
+@torch.no_grad()
+def last_module(network: SegmentationModel, images: Tensor) -> str | None:
+    """The name of the classifier whose output is the network's, None where that is none's."""
+    outputs: dict[str, Any] = {}
+    hooks = []
+    for name, module in modules(network).items():
+
+        def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            outputs[name] = (inputs[0], output)
+
+        hooks.append(module.register_forward_hook(keep))
+
+    logits = network.infer(images).get("logits")
+    for hook in hooks:
+        hook.remove()
+
+    for name, (features, output) in outputs.items():
+        if output is logits and features.shape[-2:] == output.shape[-2:]:
+            return name
+
+    return None
+
+
+def modules(network: SegmentationModel) -> dict[str, nn.Module]:
+    """The network's classifiers by name, those that are modules."""
+    every = dict(network.named_modules())
+    return {name: every[name] for name in network.classifiers if name in every}
+
