@@ -8,6 +8,11 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
     collect    the confusion matrix of every image of the final runs that are done → the file of results
     page       the page of what the results say
 
+A remedy with one strength has nothing to choose: it is fixed by the plan. With `branch: STEP` the final runs of
+remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
+comes before is trained once. What `collect` finds joins what the file of results holds of earlier calls, whatever the
+machine.
+
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
 
@@ -54,6 +59,7 @@ class Plan:
     settings: tuple[str, ...] = ()  # of all runs
     seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
     tuning_seed: Whole = 0
+    branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
     threads: Count = 1
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
 
@@ -66,11 +72,19 @@ class Plan:
         if self.tuning_seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
 
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.remedies))
+
+    def tuned(self) -> dict[str, Mapping[str, tuple[str, ...]]]:
+        """The remedies of which a strength has to be chosen."""
+        return {name: tried for name, tried in self.remedies.items() if len(tried) > 1}
+
     def tuning(self) -> Jobs:
-        """A run for each strength."""
+        """A run for each strength that has to be compared with another."""
         strengths = {
             f"{name}-{i}": (*self.tune, *settings)
-            for name, tried in self.remedies.items()
+            for name, tried in self.tuned().items()
             for i, settings in enumerate(tried.values())
         }
         return self._jobs("tune", strengths, (self.tuning_seed,))
@@ -84,16 +98,25 @@ class Plan:
         }
 
     def _jobs(self, part: str, runs: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]) -> Jobs:
-        places = {"{data}": data_folder(), "{lists}": str(ROOT / self.output / "lists")}
         return Jobs(
             command=self.command,
             config=self.config,
             output=f"{self.output}/{part}",
-            runs={name: [_placed(text, places) for text in settings] for name, settings in runs.items()},
+            runs={name: self._entry(part, name, settings) for name, settings in runs.items()},
             settings=self.settings,
             seeds=seeds,
             threads=self.threads,
         )
+
+    def _entry(self, part: str, name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+        """A run as a file of jobs has it."""
+        places = {"{data}": data_folder(), "{lists}": str(ROOT / self.output / "lists")}
+        placed = [_placed(text, places) for text in settings]
+        if self.branch is None or name == self.baseline or part not in self.final:
+            return {"settings": placed}
+
+        trunk = f"{self.output}/{part}/{self.baseline}_{{seed}}/checkpoints/step_{self.branch:08d}"
+        return {"settings": [*placed, f"train.branch={trunk}"], "after": self.baseline}
 
 
 def _placed(text: str, places: Mapping[str, str]) -> str:
@@ -116,6 +139,9 @@ def main() -> int:
     run_many.check_pool(args)
     plan = typed(Plan, read_tree(Path(args.plan)), args.plan)
 
+    if args.step == "tune" and not plan.tuned():
+        print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
+        return 0
     if args.step in ("tune", "final"):
         return train(plan, args)
     if args.step == "choose":
@@ -123,18 +149,38 @@ def main() -> int:
     elif args.step == "collect":
         collect(plan)
     else:
-        page(plan)
+        page(plan, args.plan)
     return 0
 
 
 def train(plan: Plan, args: argparse.Namespace) -> int:
     """Run the trainings of a step; its exit code."""
-    parts = [plan.tuning()] if args.step == "tune" else list(plan.finals(read_choices(plan)).values())
     write_lists(plan)
-    runs = [run for jobs in parts for run in runs_of(jobs, args)]
+    runs = runs_of(plan.tuning(), args) if args.step == "tune" else missing(plan, args)
     ended = run_all(runs, args.at_once, args.minutes)
     print(table(runs))
     return run_many.exit_code(ended)
+
+
+def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
+    """The final runs that the file of results does not hold, and those that they begin at."""
+    choices = read_choices(plan)
+    known = read_results(plan)
+    found = []
+    for split, jobs in plan.finals(choices).items():
+        runs = runs_of(jobs, args)
+        absent = [run for run in runs if not _is_recorded(known, split, run, choices)]
+        needed = {run.after for run in absent}
+        found += [run for run in runs if run in absent or run.label in needed]
+
+    return found
+
+
+def _is_recorded(known: Mapping[str, Any] | None, split: str, run: Run, choices: Mapping[str, Any]) -> bool:
+    """Whether the results hold this run, with the strength that is chosen now."""
+    runs = {} if known is None else known["splits"].get(split, {"runs": {}})["runs"]
+    record = runs.get(run.name, {}).get(str(run.seed))
+    return record is not None and record["strength"] == choices[run.name]["chosen"]
 
 
 def runs_of(jobs: Jobs, args: argparse.Namespace | None = None) -> list[Run]:
@@ -158,15 +204,20 @@ def choose(plan: Plan, force: bool) -> None:
     """Write the strength of each remedy that has the highest mIoU on the tuning images."""
     path = ROOT / plan.choices
     refuse_to_overwrite([path], force)
-    runs = {run.name: run for run in runs_of(plan.tuning())}
-    choices = {}
+    runs = {run.name: run for run in runs_of(plan.tuning())} if plan.tuned() else {}
+    choices: dict[str, Any] = {}
     for name, strengths in plan.remedies.items():
+        if len(strengths) == 1:
+            choices[name] = {"chosen": next(iter(strengths)), "tried": {}}
+            continue
+
         tried = {strength: _tuned(runs[f"{name}-{i}"]) for i, strength in enumerate(strengths)}
         choices[name] = {
             "chosen": max(tried, key=lambda strength: tried[strength]["miou"]),
             "by_tail": max(tried, key=lambda strength: tried[strength]["miou_tail"]),
             "tried": tried,
         }
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, choices)
     print("\n".join(f"{name}: {choice['chosen']}" for name, choice in choices.items()))
@@ -200,37 +251,73 @@ def read_choices(plan: Plan) -> dict[str, Any]:
 def collect(plan: Plan) -> None:
     """Write what the final runs that are done say, compactly: every statistic can be made from it."""
     choices = read_choices(plan)
-    splits = {split: _split(runs_of(jobs)) for split, jobs in plan.finals(choices).items()}
-    splits = {name: split for name, split in splits.items() if split}
+    known = read_results(plan)
+    splits = {} if known is None else dict(known["splits"])
+    for name, jobs in plan.finals(choices).items():
+        found = _split(runs_of(jobs), choices)
+        if found is not None:
+            splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
+
     if not splits:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
+    results = {
+        "config": plan.config,
+        "settings": list(plan.settings),
+        "branch": plan.branch,
+        "remedies": {name: list(strengths[choices[name]["chosen"]]) for name, strengths in plan.remedies.items()},
+        "choices": choices,
+        "splits": splits,
+    }
     path = ROOT / plan.results
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"remedies": list(plan.remedies), "choices": choices, "splits": splits}, separators=(",", ":"))
     with replacing(path) as draft:
-        draft.write_text(text)
+        draft.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False))
+
     done = {name: sum(len(seeds) for seeds in split["runs"].values()) for name, split in splits.items()}
     print(f"{path}: " + ", ".join(f"{count} runs of {name}" for name, count in done.items()))
 
 
-def _split(runs: list[Run]) -> dict[str, Any] | None:
+def read_results(plan: Plan) -> dict[str, Any] | None:
+    """What earlier calls of `collect` have left, None where there was none."""
+    path = ROOT / plan.results
+    return read_json(path) if path.is_file() else None
+
+
+def _joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The runs of a split that were known, and those that were found, which replace others of the same seed."""
+    if known is None:
+        return found
+    if known["identity"] != found["identity"] or known["images"] != found["images"]:
+        raise ValueError(f"{where}: holds results of other images or settings; give the plan another `results`")
+
+    names = [*known["runs"], *(name for name in found["runs"] if name not in known["runs"])]
+    runs = {name: {**known["runs"].get(name, {}), **found["runs"].get(name, {})} for name in names}
+    return {**found, "runs": runs}
+
+
+def _split(runs: list[Run], choices: Mapping[str, Any]) -> dict[str, Any] | None:
     """The runs of one split that are done; None where none is."""
     first: dict[str, Any] | None = None
     found: dict[str, Any] = {}
     for run in runs:
         if state_of(run) != "done":
             continue
-        result, kept = read_json(run.folder / "evaluation.json"), read_per_image(run.folder / FILE)
+
+        result = read_json(run.folder / "evaluation.json")
+        kept = read_per_image(run.folder / FILE)
         first = first or {"result": result, "images": kept.names}
         if parts := differences(result, first["result"]):
             raise ValueError(f"{run.title}: does not compare with the other runs: {'; '.join(parts)}")
 
         made = read_json(run.folder / "run.json")
-        record = {key: made.get(key) for key in ("minutes", "commit")} | {"matrices": packed(kept.matrices)}
+        record = {key: made.get(key) for key in ("minutes", "commit", "machine")}
+        record |= {"strength": choices[run.name]["chosen"], "matrices": packed(kept.matrices)}
         found.setdefault(run.name, {})[str(run.seed)] = record
+
     if first is None:
         return None
+
     classes = first["result"]["per_class"]
     return {
         "classes": [item["name"] for item in classes],
@@ -248,10 +335,8 @@ def packed(matrices: np.ndarray) -> list[list[int]]:
     return [np.stack([row.nonzero()[0], row[row.nonzero()]], 1).ravel().tolist() for row in flat]
 
 
-def page(plan: Plan) -> None:
-    path = ROOT / plan.results
-    results = read_json(path) if path.is_file() else None
-    text = evidence_page.page(results)
+def page(plan: Plan, file: str) -> None:
+    text = evidence_page.page(read_results(plan), file)
     (ROOT / plan.page).write_text(text, encoding="utf-8")
     print(ROOT / plan.page)
 

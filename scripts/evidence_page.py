@@ -10,27 +10,71 @@ from common.comparison import Difference, head_and_tail, holm, of_differences, p
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 HEAD = """# Which remedies help
 
-Made by `python scripts/evidence.py page PLAN` from the results of its other steps; nothing here is written by hand.
-Strengths are chosen on images of their own, with a seed of their own; then every remedy is trained with the seeds of
-the baseline, and differences are taken seed by seed. The last checkpoint counts. In percent; ± is half of a 95 %
-interval by Student's t over seeds; "better" and "worse" are said where Holm's p over all remedies of a table is below
-0.05. Such intervals speak of other seeds on the same images, not of other scenes.
+Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
+Every remedy is trained with the seeds of the baseline, and differences are taken seed by seed. The last checkpoint
+counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better" and "worse" are said where Holm's p
+over all remedies of a table is below 0.05. Such intervals speak of other seeds on the same images, not of other scenes.
 """
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
-def page(results: Mapping[str, Any] | None) -> str:
-    """Markdown. results: what the step `collect` has left; None: nothing."""
+def page(results: Mapping[str, Any] | None, plan: str) -> str:
+    """Markdown. results: what the step `collect` has left; None: nothing. plan: the file of the comparison."""
+    head = HEAD.format(plan=plan)
     if results is None:
-        return HEAD + NOTHING
-    parts = [HEAD, choices_table(results["choices"])]
-    parts += [section(name, split, results["remedies"]) for name, split in results["splits"].items()]
+        return head + NOTHING
+
+    parts = [head, protocol(results), strengths(results)]
+    parts += [section(name, split, list(results["remedies"])) for name, split in results["splits"].items()]
+
     return "\n".join(parts)
+
+
+def protocol(results: Mapping[str, Any]) -> str:
+    """What was trained, from when on, and where."""
+    settings = " ".join(results["settings"])
+    lines = ["## Protocol", "", f"`{results['config']}` with `{settings}`."]
+    if results["branch"] is not None:
+        lines.append(
+            f"Up to step {results['branch']} a seed's runs are one and the same, without any remedy; "
+            "each remedy is in force from there on."
+        )
+
+    lines.append(f"Trained on {'; '.join(machines(results))}.")
+    return "\n".join([*lines, ""])
+
+
+def machines(results: Mapping[str, Any]) -> list[str]:
+    """Every machine that a run was trained on, in words."""
+    found = {}
+    for split in results["splits"].values():
+        for seeds in split["runs"].values():
+            for run in seeds.values():
+                machine = run["machine"] or {}
+                chip = machine.get("gpu") or f"{machine.get('threads')} thread(s) of {machine.get('processor')}"
+                found[f"{chip}, torch {machine.get('torch')}, commit {run['commit']}"] = None
+
+    return list(found)
+
+
+def strengths(results: Mapping[str, Any]) -> str:
+    """The settings of every remedy; where several strengths were tried, which was chosen, and what they scored."""
+    lines = ["## Strengths", "", "| remedy | strength | settings |", "|---|---|---|"]
+    for name, settings in results["remedies"].items():
+        lines.append(f"| {name} | {results['choices'][name]['chosen']} | `{' '.join(settings)}` |")
+
+    tuned = {name: choice for name, choice in results["choices"].items() if choice["tried"]}
+    if tuned:
+        lines += ["", "Chosen on images of their own, with a seed of their own:", "", choices_table(tuned)]
+    else:
+        lines += ["", "One strength each, fixed before any training: **nothing is tuned, the baseline neither.**"]
+
+    return "\n".join([*lines, ""])
 
 
 def choices_table(choices: Mapping[str, Any]) -> str:
     """What was chosen, and among what."""
-    lines = ["## Strengths", "", "| remedy | chosen | best for the tail | tried: mIoU / mIoU(tail) |"]
+    lines = ["| remedy | chosen | best for the tail | tried: mIoU / mIoU(tail) |"]
     lines.append("|---|---|---|---|")
     for name, choice in choices.items():
         tried = "; ".join(
@@ -38,7 +82,8 @@ def choices_table(choices: Mapping[str, Any]) -> str:
             for strength, scores in choice["tried"].items()
         )
         lines.append(f"| {name} | {choice['chosen']} | {choice['by_tail']} | {tried} |")
-    return "\n".join([*lines, ""])
+
+    return "\n".join(lines)
 
 
 def section(name: str, split: Mapping[str, Any], remedies: list[str]) -> str:

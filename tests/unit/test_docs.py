@@ -7,14 +7,15 @@ import runpy
 import shlex
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from common.config import load_config
+from common.config import load_config, read_tree, typed
 from common.jobs import plan
+from scripts.evidence import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -22,7 +23,10 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/**/*.md", "fully_sup/**/*.md", "semi_sup/**/*.md", "uda/**/*.md", "ltss_*/**/*.md")
     for path in ROOT.glob(pattern)
 )
-JOBS = ROOT / "scripts" / "jobs"
+LOADERS = {  # of files that are no configs, by their folder
+    ROOT / "scripts" / "jobs": plan,
+    ROOT / "scripts" / "evidence_plans": lambda path: typed(Plan, read_tree(path), path.name),
+}
 PROGRAMS = ("python", "sh", "torchrun")
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -223,7 +227,7 @@ def check_config(folder: Path, words: tuple[str, ...]) -> None:
         files = [path.resolve() for path in folder.glob(name)]
         assert files, name
         for path in files:
-            plan(path) if path.parent == JOBS else load_config(path, changes)
+            LOADERS.get(path.parent, partial(load_config, overrides=changes))(path)
     if changes and not named and "CONFIG" in words:
         load_config(ROOT / "fully_sup/configs/small/upernet_r18_camvid.yaml", changes)
 
