@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds `common`, configs and weights
 DRAFT = ".draft-"  # how the name of an unfinished file or folder begins
 LINK = "link: "  # how a text file begins that stands for a symbolic link
 MANIFEST = "manifest.json"

@@ -15,9 +15,8 @@ import zipfile
 from pathlib import Path
 
 from common import cli
-from common.files import refuse_to_overwrite, replacing
+from common.files import PROJECT, refuse_to_overwrite, replacing
 from common.models.backbones.timm_features import PREFIX, timm_features
-from common.models.pretrained.containers import PROJECT
 
 BACKBONES = {f"efficientnet_lite{n}": f"tf_efficientnet_lite{n}" for n in range(3)}  # name → timm's name
 

@@ -1,8 +1,8 @@
-"""Configurations: frozen dataclasses read from YAML or JSON, with one `base:` parent and dotted overrides.
+"""Configurations: frozen dataclasses read from YAML or JSON, with `base:` parents and dotted overrides.
 
 `load_config` reads any config of the four systems. schema.py: what the keys are; bounds.py: what a field allows beyond
-its type; typed.py: mappings as dataclasses; text.py: YAML and JSON; references.py: files of other steps; load.py:
-files, overrides, the resolved config.
+its type; typed.py: mappings as dataclasses; text.py: YAML and JSON; layers.py: a file and its parents; references.py:
+files of other steps; load.py: overrides, the resolved config.
 """
 
 from common.config.errors import ConfigError, nearest, pick, shown

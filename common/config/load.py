@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 from common.config.errors import ConfigError, shown
+from common.config.layers import layers, merge, merged
 from common.config.references import resolved, run_of
 from common.config.schema import Config, DataConfig, SourceConfig
 from common.config.text import parse
@@ -60,65 +61,9 @@ def _with_paths(config: Config, where: str, file: Path | None) -> Config:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The nested mapping of a config file, merged over its `base:` (a path relative to the file)."""
-    path = _resolved(path)
-    if path in seen:
-        raise ConfigError(f"{path}: `base` leads back to itself")
-
-    text = _read(path, f"{seen[-1]}: base: " if seen else "")
-    kind = "JSON" if path.suffix == ".json" else "YAML"
-
-    try:
-        tree = parse(text, kind)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a config is a mapping, not {type(tree).__name__}")
-
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            f"{path}: base: expected the name of a config file, got {shown(base)}"
-        )
-
-    return _merge(read_tree(path.parent / base, (*seen, path)), tree)
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
-        raise ConfigError(
-            f"{str(path)[:300]}: cannot read the config ({error.__class__.__name__})"
-        ) from error
-
-
-def _read(path: Path, named_by: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(
-            f"{named_by}{str(path)[:300]}: cannot read the config ({error.strerror})"
-        ) from error
-    except UnicodeDecodeError as error:
-        place = f"byte {error.start} is 0x{error.object[error.start]:02x}"
-        raise ConfigError(
-            f"{named_by}{path}: the config is not UTF-8 text ({place}); save it as UTF-8"
-        ) from error
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins; mappings merge key by key, anything else (lists too) is replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-
-    return merged
+def read_tree(path: Path) -> dict[str, Any]:
+    """The nested mapping of a config file, merged over its `base:` parents (see `common.config.layers`)."""
+    return merged(layers(path))
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -142,21 +87,23 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {shown(override)}: {error}") from error
 
     if isinstance(value, dict) and isinstance(tree.get(last), dict):
-        value = _merge(tree[last], value)
+        value = merge(tree[last], value)
 
     tree[last] = value
 
 
 def _inherit(data: DataConfig) -> DataConfig:
-    """Streams and `val` take dataset, root and folder from `data` where they give no dataset of their own."""
+    """Streams and `val` take dataset, root and folder from `data` where they give no dataset of their own; what they
+    say of `folder` themselves lies over that."""
 
     def complete(source: Source) -> Source:
         if source.dataset:
             return source
         root = data.root if source.root is None else source.root
-        return dataclasses.replace(
-            source, dataset=data.dataset, root=root, folder=source.folder or data.folder
-        )
+        folder = source.folder or data.folder
+        if source.folder and data.folder:
+            folder = {**data.folder, **source.folder}
+        return dataclasses.replace(source, dataset=data.dataset, root=root, folder=folder)
 
     streams = {name: complete(stream) for name, stream in data.streams.items()}
     return dataclasses.replace(data, streams=streams, val=complete(data.val))

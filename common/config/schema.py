@@ -42,7 +42,8 @@ class SourceConfig:
     maps: Mapping[str, str] = field(
         default_factory=dict
     )  # sample key -> folder with an earlier step's files
-    folder: Mapping[str, Any] | None = None  # the whole description when dataset is "folder"
+    # the whole description when dataset is "folder"; a stream's lies over that of `data`
+    folder: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

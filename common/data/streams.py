@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from common.config import DataConfig, TrainConfig, typed
+from common.config import DataConfig, TrainConfig, pick, typed
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
 from common.data.orders import Order, SamplerConfig, generator, make_order
@@ -63,7 +63,7 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
 
     for name, config in data.streams.items():
         where = f"data.streams.{name}.augment"
-        transform = build_transform(config.augment, where)
+        transform = build_transform(_augment(data, name), where)
         dataset = SegmentationDataset(config)
         dataset.transform = transform.for_dataset(dataset, data.workers, cache, where)
 
@@ -72,6 +72,18 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
 
     return streams
+
+
+def _augment(data: DataConfig, name: str) -> Mapping[str, Any]:
+    """The augmentation of a stream; a name in its `colour_from` stands for that stream's images."""
+    augment = data.streams[name].augment
+    lender = augment.get("colour_from")
+    if not isinstance(lender, str):
+        return augment
+
+    source = pick(data.streams, lender, f"data.streams.{name}.augment.colour_from")
+    images = {key: getattr(source, key) for key in ("dataset", "root", "split", "list", "folder")}
+    return {**augment, "colour_from": images}
 
 
 def make_loaders(

@@ -29,14 +29,15 @@ def task(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("uda")
     make("gta5", root / "datasets/toy_gta5", train=4, val=0, size=(64, 128), seed=0, domain="render")
     make("cityscapes", root / "datasets/toy_cityscapes", train=4, val=2, size=(64, 128), seed=0, domain="day")
-    shutil.copytree(ROOT / "uda/configs/toy", root / "toy")
+    for folder in ("toy", "_base_"):
+        shutil.copytree(ROOT / "uda/configs" / folder, root / folder)
     tree = yaml.safe_load((root / "toy/task.yaml").read_text())
     for stream in tree["data"]["streams"].values():
         stream["augment"] |= {"crop": [32, 48], "width": 128}
         stream["batch_size"] = 2
     tree["model"]["options"] |= {"width": 8, "head_channels": 16, "features": 16}
     (root / "toy/task.yaml").write_text(yaml.safe_dump(tree))
-    for path in (root / "toy").glob("*.yaml"):
+    for path in (*(root / "toy").glob("*.yaml"), *(root / "_base_/cpsl_small").glob("*.yaml")):
         text = path.read_text().replace("runs/toy", f"{root}/runs").replace("datasets/toy_", f"{root}/datasets/toy_")
         path.write_text(text.replace("bank: 4096", "bank: 128").replace("samples: 128", "samples: 32"))
     call("uda/train.py", root / "toy", "--stage", "warm_up", *QUICK)

@@ -14,8 +14,9 @@ PYTHON = f"""#!/bin/sh
 case "$2" in common.steps) exec {sys.executable} "$@" ;; esac
 echo "$*" >>"$CALLS"
 case "$*" in *"$FAILS"*) exit 2 ;; esac
-case "$*" in ../* | *--check* | *--history*) exit ;; esac
-output=$RUNS program=$1
+case "$*" in */scripts/* | *--check* | *--history*) exit ;; esac
+output=$RUNS
+case $1 in -m) shift && set -- "${{1#*.}}.py" "$@" ;; esac
 for word; do
     case $word in *.yaml | *.json) name=$(basename "${{word%.*}}") ;; esac
     case $word in output=*) output=${{word#output=}} ;; esac
@@ -45,7 +46,8 @@ def driver(tmp_path):
     (tmp_path / "bin/python").write_text(PYTHON)
     (tmp_path / "bin/python").chmod(0o755)
 
-    def run(system, *words, fails="nothing", code=0, **environment):
+    def run(system, *words, fails="nothing", code=0, here=None, **environment):
+        """here: the working directory, where that is not the system's folder."""
         folder, calls = tmp_path / system, tmp_path / "calls"
         folder.mkdir(exist_ok=True)
         shutil.copy(ROOT / system / "main.sh", folder)
@@ -63,8 +65,9 @@ def driver(tmp_path):
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        command = ["sh", "main.sh", *words]
-        done = subprocess.run(command, cwd=folder, env={**os.environ, **given}, capture_output=True, text=True)
+        command = ["sh", "main.sh" if here is None else str(folder / "main.sh"), *words]
+        environment = {**os.environ, **given}
+        done = subprocess.run(command, cwd=here or folder, env=environment, capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return calls.read_text().splitlines(), done.stdout + done.stderr
 
@@ -73,7 +76,7 @@ def driver(tmp_path):
 
 def steps_of(calls: list[str]) -> list[str]:
     """Program and config of each call that belongs to a run."""
-    words = [call.split() for call in calls if not call.startswith("../")]
+    words = [call.split() for call in calls if "/scripts/" not in call.split()[0]]
     return [f"{w[0]} {Path(next(x for x in w if x.endswith(('.yaml', '.json')))).stem}" for w in words]
 
 
@@ -174,3 +177,51 @@ def test_semi_supervised(driver, tmp_path):
     assert steps_of(calls) == USRN
     _, out = driver("semi_sup", "toy_1over9", code=2)
     assert out.startswith("error: usage") and "toy_1over8_usrn" in out
+
+
+# A folder of one's own ------------------------------------------------------------------------------------------------
+
+OWN = """
+data:
+  dataset: folder
+  folder: {name: factory, images: i, labels: l, classes: [a, b]}
+model: {num_classes: 2}
+output: out
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A working directory with a task folder in it, and folders that hide modules if Python looks there first."""
+    here = tmp_path / "my work"
+    for name in ("common", "semi_sup", "uda", "task"):
+        (here / name).mkdir(parents=True)
+    (here / "task/task.yaml").write_text(OWN)
+    for name in ("warm_up", "stage1", "stage2", "stage3"):
+        (here / f"task/{name}.yaml").write_text(f"base: [uda/configs/_base_/cpsl_small/{name}.yaml, task.yaml]")
+    for name in ("baseline", "usrn"):
+        (here / f"task/{name}.yaml").write_text(f"base: [semi_sup/configs/_base_/usrn/{name}.yaml, task.yaml]")
+    return here
+
+
+def test_a_folder_of_ones_own(driver, own):
+    """Its configs may lie anywhere; what they name and what the steps leave counts from where the driver starts."""
+    calls, _ = driver("uda", "task", here=own, RUNS="out")
+    programs = [step.split(".py")[0] for step in (CHECK, *UDA, HISTORY)]
+    assert [call.split()[:2] for call in calls] == [["-m", f"uda.{program}"] for program in programs]
+    assert calls[1] == "-m uda.train task/warm_up.yaml --resume"
+    assert sorted(path.name for path in (own / "out").iterdir()) == ["stage1", "stage2", "stage3", "warm_up"]
+    calls, out = driver("uda", "task/", here=own, RUNS="out")
+    assert len(calls) == 2 and out.count("done already") == 10
+
+    calls, _ = driver("semi_sup", "task", here=own, RUNS="out")
+    assert calls[0].endswith("/scripts/prepare_splits.py task/usrn.yaml")
+    assert calls[1] == "-m semi_sup.main --config task/baseline.yaml --resume"
+    assert (own / "out/usrn/report.html").exists() and (own / "out/baseline/features").exists()
+    calls, _ = driver("semi_sup", "task", here=own, RUNS="out", ALGORITHM="normal_kmeans")
+    labels = "name=usrn_normal_kmeans data.streams.labeled.maps.sub_label=run:baseline/label_subcls_normal_kmeans"
+    assert calls[-1] == f"-m semi_sup.main --config task/usrn.yaml --test {labels}"
+
+    for system, missing in (("uda", "task/stage1_blv.yaml"), ("semi_sup", "task/blv.yaml")):
+        _, out = driver(system, "task", "blv", here=own, code=2)
+        assert out.startswith("error: usage") and f"there is no {missing}" in out and out.count("\n") == 1

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import ConfigError, SourceConfig
+from common.config import ConfigError, EvalConfig, SourceConfig
 from common.data import IGNORE, SegmentationDataset, resolve
 from common.data.catalogue.folder import folder_row
 from common.data.labels import LabelTable
+from common.evaluation.identity import differences, identity
 from ltss_benchmark.datasets import preparation
 from tests.unit.data_files import classes, folder_options, make_folder, picture, save, save_palette
 
@@ -39,6 +40,8 @@ def row(**options):
     ({"ignore_colours": [RED]}, r"ignore_colours is for encoding: rgb; index labels have `ignore`"),
     ({"images": "pictures/{Split}"}, r"images: \{Split\} stands for nothing; write \{split\}"),
     ({"labels": "masks/{}"}, r"labels: \{\} stands for nothing"),
+    ({"name": "a/b"}, r"name: 'a/b' is no name; give letters, digits, blanks and _ . - \(80 at most\)"),
+    ({"name": ""}, r"name: '' is no name"),
     ({"images": "y"}, r"images and labels are one folder, 'y'"),
 ])  # fmt: skip
 def test_contradictions_are_refused(options, message):
@@ -141,6 +144,27 @@ def test_the_error_names_link_and_variable(here):
         r"to the folder that holds synthia/, or link it: ln -s WHERE_IT_IS datasets/synthia",
     ):
         resolve(SourceConfig(dataset="synthia"))  # fmt: skip
+
+
+def test_a_set_with_a_name_is_found_as_a_row_is(here, monkeypatch):
+    folder = {**folder_options(), "name": "factory"}
+    make_folder(here / "datasets" / "factory", images=1)
+    row, root = resolve(SourceConfig(dataset="folder", folder=folder))
+    assert (row.name, str(root)) == ("factory", "datasets/factory")
+    monkeypatch.setenv("LTS_DATA", str(here))
+    with pytest.raises(ValueError, match=rf"data set 'factory': no folder {here}/factory \(\$LTS_DATA\)"):
+        resolve(SourceConfig(dataset="folder", folder=folder))
+    with pytest.raises(ValueError, match="dataset: folder needs `root`, or a `name` in its `folder` section"):
+        resolve(SourceConfig(dataset="folder", folder=folder_options()))
+
+
+def test_results_say_the_name(tmp_path):
+    source = make_folder(tmp_path, images=2)
+    named = dataclasses.replace(source, folder={**source.folder, "name": "factory 2"})
+    mine, plain = (identity(SegmentationDataset(s), [0], EvalConfig()) for s in (named, source))
+    assert (mine["dataset"], plain["dataset"]) == ("factory 2", "folder")
+    assert {**mine, "dataset": "folder"} == plain  # the name is no part of what is compared: labels and files are
+    assert not differences({"identity": mine}, {"identity": plain})
 
 
 # Trees of Cityscapes, GTA5, SYNTHIA -----------------------------------------------------------------------------------

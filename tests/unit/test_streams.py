@@ -33,6 +33,22 @@ def equal(a, b):
     return all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
 
 
+def test_a_stream_lends_its_colours_by_name(data):
+    source, lender = data.streams["labeled"], data.streams["other"]
+    images = {"dataset": "folder", "root": lender.root, "folder": lender.folder}
+
+    def sample(colour_from):
+        augment = {"recipe": "cpsl", "crop": [16, 16], "colour_from": colour_from}
+        streams = {"labeled": dataclasses.replace(source, augment=augment), "other": lender}
+        return make_streams(dataclasses.replace(data, streams=streams), 0)["labeled"].sample(3)
+
+    assert torch.equal(sample("other")["image"], sample(images)["image"])
+    assert not torch.equal(sample("other")["image"], sample(None)["image"])
+    message = "data.streams.labeled.augment.colour_from: unknown 'othr'; did you mean 'other'"
+    with pytest.raises(ConfigError, match=message):
+        sample("othr")
+
+
 def test_every_epoch_shows_every_image_once():
     order = Order(13, 0, "s")
     epochs = [[order.index(13 * e + k) for k in range(13)] for e in range(5)]

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from common.config import ConfigError, typed
+from common.config import ConfigError, shown, typed
 from common.data.catalogue.layouts import Paired, Record, below
 from common.data.catalogue.lists import read_list
 from common.data.catalogue.row import DatasetRow, colour_map
 from common.data.labels import IGNORE, MOST_CLASSES, Colour, colour_codes
 
 WHERE = "data.folder"  # how errors name the section
+UNNAMED = "folder"  # what a set is called that gives itself no name
 UNLABELLED = 255  # the value without a class, unless the section gives it one or names others
 
 
@@ -20,6 +21,7 @@ UNLABELLED = 255  # the value without a class, unless the section gives it one o
 class FolderConfig:
     """A data set described wholly in the config (`dataset: folder`); paths are relative to `root`.
 
+    name: what tables, reports and results call it; a set with a name is also found without `root`, as a row is.
     images, labels: folders, `{split}` stands for the split. lists: split → file of image names (else all images).
     image_end, label_end: endings of the names that differ (`_leftImg8bit`, `_gtFine_labelIds`), with or without suffix.
     encoding: `index` (8- or 16-bit, grey or palette) or `rgb` (a colour is a class, by `palette`).
@@ -43,19 +45,21 @@ class FolderConfig:
     tail: tuple[str, ...] = ()
     counts: tuple[int, ...] | None = None
     flip_pairs: tuple[tuple[int, int], ...] = ()
+    name: str = UNNAMED
 
 
-def folder_row(options: Mapping[str, Any], name: str = "folder") -> DatasetRow:
+def folder_row(options: Mapping[str, Any]) -> DatasetRow:
     """The row that a `folder` section describes. ConfigError for what contradicts itself."""
     config = typed(FolderConfig, options, WHERE)
+    _check_name(config.name)
     _check_paths(config)
     _check_classes(config)
     _check_pairs(config.flip_pairs, len(config.classes))
     values, ignore = _coloured(config) if config.encoding == "rgb" else _indexed(config)
 
     return DatasetRow(
-        name=name,
-        folder=name,
+        name=config.name,
+        folder=config.name,
         classes=config.classes,
         palette=config.palette or colour_map(len(config.classes)),
         layout=_Listed(
@@ -166,6 +170,14 @@ def _stored_values(config: FolderConfig) -> dict[int, int]:
 
 def _name(config: FolderConfig, k: int) -> str:
     return f"({config.classes[k]})"
+
+
+def _check_name(name: str) -> None:
+    """A name that files of the cache can have, too."""
+    if not re.fullmatch(r"\w[\w .-]{0,79}", name):
+        raise ConfigError(
+            f"{WHERE}: name: {shown(name)} is no name; give letters, digits, blanks and _ . - (80 at most)"
+        )
 
 
 def _check_paths(config: FolderConfig) -> None:

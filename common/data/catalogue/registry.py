@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.config import SourceConfig
 from common.data.catalogue import layouts
-from common.data.catalogue.folder import folder_row
+from common.data.catalogue.folder import UNNAMED, folder_row
 from common.data.catalogue.layouts import Paired, any_case
 from common.data.catalogue.ltss import LTSS_ROWS
 from common.data.catalogue.row import DatasetRow, colour_map
@@ -261,11 +261,7 @@ DATASETS: dict[str, DatasetRow] = {row.name: row for row in _ROWS}
 def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
     """The row and the root folder of a source. ValueError says what was looked for and how to set it."""
     if source.dataset == "folder":
-        if source.folder is None or source.root is None:
-            raise ValueError(
-                "dataset: folder needs `root` and a `folder` section that describes it"
-            )
-        row = folder_row(source.folder)
+        row = _described(source)
     elif source.dataset in DATASETS:
         row = DATASETS[source.dataset]
     else:
@@ -283,6 +279,17 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
         )
 
     return row.named(root), root
+
+
+def _described(source: SourceConfig) -> DatasetRow:
+    """The row of a source that describes itself."""
+    if source.folder is None:
+        raise ValueError("dataset: folder needs a `folder` section that describes it")
+
+    row = folder_row(source.folder)
+    if source.root is None and row.name == UNNAMED:
+        raise ValueError("dataset: folder needs `root`, or a `name` in its `folder` section")
+    return row
 
 
 def home(row: DatasetRow) -> tuple[Path, str]:

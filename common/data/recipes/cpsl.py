@@ -45,7 +45,7 @@ class CPSLViews(Recipe):
     blur, jitter: how probable the two are in the strong view (CPSL's 0.5; ProDA has neither, 0).
     full: also the whole image at `base`, as `full` (the teacher's input).
     colour_from: a source whose images lend their LAB colour statistics, one drawn for each sample (GTA5 takes
-    Cityscapes train).
+    Cityscapes train); in a config also the name of another stream.
     """
 
     crop: Size = (512, 896)

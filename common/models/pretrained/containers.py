@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common.files import MANIFEST, damage, follow, load_array, read_artifact
+from common.files import MANIFEST, PROJECT, damage, follow, load_array, read_artifact
 from common.pickles import NUMPY, Inert, check, load, plain
 
 ZIP = b"PK\x03\x04"  # torch files since 1.6
@@ -30,7 +30,6 @@ LEGACY_PICKLES = (
     5  # that number, the protocol, the machine, the value, the names of its storages
 )
 WEIGHTS = "model.safetensors"
-PROJECT = Path(__file__).resolve().parents[3]
 
 # what a file holds, and its metadata (safetensors only)
 Contents = tuple[dict[str, Any], dict[str, str]]
