@@ -1,10 +1,10 @@
 """Lists of labelled and unlabelled images: python scripts/prepare_splits.py CONFIG [key=value …] [--labelled N].
 
 Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
-number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), unless it is given. The
-training split is put into one order that depends on the seed alone: first a few images that together show every class,
-then the others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows
-every class.
+number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), or the share that ends
+that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split is put into one order
+that depends on the seed alone: first a few images that together show every class, then the others at random. The
+labelled images are its first N, so the lists of one seed are nested and every list shows every class.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     if labelled.exists():
         chosen = SegmentationDataset(replace(dataset.source, list=str(labelled))).records
     else:
-        chosen = first(dataset, args.labelled or number(labelled), args.seed, cfg)
+        chosen = first(dataset, args.labelled or number(labelled, len(dataset)), args.seed, cfg)
         write(labelled, chosen)
 
     if unlabelled is not None and not unlabelled.exists():
@@ -56,11 +56,17 @@ def list_of(cfg: Config, stream: str) -> Path | None:
     return None
 
 
-def number(path: Path) -> int:
+def number(path: Path, images: int) -> int:
+    """The number of labelled images, of so many, that a list is named after."""
     match = re.match(r"\d+", path.name) or re.fullmatch(r"\d+", path.parent.name)
-    if not match:
+    if match:
+        return int(match[0])
+
+    share = re.search(r"(?:^|_)1_([1-9]\d*)$", path.parent.name)
+    if not share:
         raise ValueError(f"{path}: neither file nor folder is named after the number of images; give --labelled")
-    return int(match[0])
+
+    return -(-images // int(share[1]))
 
 
 def whole(source: SourceConfig) -> SegmentationDataset:

@@ -12,6 +12,7 @@ from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
 from semi_sup.subclasses import check_counts, chosen_counts
+from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import UniMatch
 from semi_sup.unimatch_v2 import UniMatchV2
 from semi_sup.usrn import USRN, Baseline, SelfTraining
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "usrn": USRN,
     "unimatch": UniMatch,
     "unimatch_v2": UniMatchV2,
+    "u2pl": U2PL,
 }
 SUB_LABEL = "sub_label"  # sample key, and map of the labelled stream
 # in the folder of subclass labels: their numbers, and of which images they are

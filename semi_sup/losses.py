@@ -77,6 +77,13 @@ def gated_labels_by_product(
     return torch.where(confidence > threshold, label, IGNORE)
 
 
+def share(label: Tensor, valid: Tensor | None) -> Tensor:
+    """Labelled pixels among those that count: bool `valid`, None for all."""
+    return (label != IGNORE).sum() / (
+        label.numel() if valid is None else valid.sum().clamp(min=1)
+    )
+
+
 def pseudo_label_loss(
     logits: Tensor, label: Tensor, valid: Tensor | None = None, total: Total = cross_entropy_sum
 ) -> Tensor:

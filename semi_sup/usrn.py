@@ -42,7 +42,7 @@ from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from common.ops.resize import Size, size_of
-from semi_sup.losses import confident_labels, pseudo_label_loss, unlabelled_losses
+from semi_sup.losses import confident_labels, pseudo_label_loss, share, unlabelled_losses
 from semi_sup.subclasses import chosen_counts, parents
 
 CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled losses live
@@ -345,13 +345,6 @@ class USRN(SelfTraining):
         }
 
         return {"loss": loss, **terms}
-
-
-def share(label: Tensor, valid: Tensor | None) -> Tensor:
-    """Labelled cells among those that count."""
-    return (label != IGNORE).sum() / (
-        label.numel() if valid is None else valid.sum().clamp(min=1)
-    )
 
 
 def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:

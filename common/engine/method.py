@@ -148,7 +148,7 @@ def move_average(
     teacher: nn.Module,
     student: nn.Module,
     momentum: float,
-    statistics: Literal["averaged", "copied"] = "averaged",
+    statistics: Literal["averaged", "copied", "own"] = "averaged",
 ) -> None:
     """teacher ← momentum · teacher + (1 − momentum) · student, for parameters and floating-point buffers.
 
@@ -156,12 +156,14 @@ def move_average(
     weights lag needs statistics that lag alike, or in evaluation mode it normalises by another network's. Integer
     buffers (counts of batches) are copied.
 
-    statistics: "copied" takes floating-point buffers as they are, for a teacher that normalises by its own batch.
+    statistics: "copied" takes floating-point buffers as they are, for a teacher that normalises by its own batch; "own"
+    leaves all buffers alone, for one that gathers them in training passes of its own.
     """
     ours: list[Tensor] = list(teacher.parameters())
     theirs: list[Tensor] = list(student.parameters())
 
-    for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
+    pairs = zip(teacher.buffers(), student.buffers(), strict=True)
+    for mine, other in pairs if statistics != "own" else ():
         if statistics == "averaged" and mine.is_floating_point():
             ours.append(mine)
             theirs.append(other)

@@ -18,7 +18,11 @@ from common.models.backbones import (
     require_stride_4,
 )
 from common.models.deeplabv2_cpsl import deeplabv2
-from common.models.deeplabv3plus_detectron2 import deeplabv3plus_d2, deeplabv3plus_unimatch
+from common.models.deeplabv3plus_detectron2 import (
+    deeplabv3plus_d2,
+    deeplabv3plus_u2pl,
+    deeplabv3plus_unimatch,
+)
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
 from common.models.dpt import dpt
 from common.models.heads.daformer import DAFormerHead, Fusion
@@ -317,6 +321,7 @@ MODELS: dict[str, Callable[[ModelConfig], SegmentationModel]] = {
     "usrn": usrn,
     "deeplabv3plus_d2": deeplabv3plus_d2,
     "deeplabv3plus_unimatch": deeplabv3plus_unimatch,
+    "deeplabv3plus_u2pl": deeplabv3plus_u2pl,
     "dpt": dpt,
     "mask2former": mask2former,
 }

@@ -1,15 +1,22 @@
-"""DeepLabV3+ (ECCV 2018) as detectron2's DeepLab project builds it, and as UniMatch (CVPR 2023) does.
+"""DeepLabV3+ (ECCV 2018) as detectron2's DeepLab project builds it, as UniMatch (CVPR 2023) and U2PL (CVPR 2022) do.
 
-Both: ResNet at stride 16, ASPP, the finest map reduced to 48 channels, decoder at stride 4. They differ in switches:
+All: ResNet, ASPP, the finest map reduced in channels, decoder at stride 4. They differ in switches:
 
-                 every block of the last stage    pooled branch of the ASPP    resizing           dropout
-    detectron2   has dilation 2                   has a bias                   half-pixel         0.1, after the ASPP
-    UniMatch     but the first one, which has 1   has a batch norm             aligned corners    none
+                               detectron2              UniMatch                U2PL
+    stride, last stage         16; dilations 2 2 2     16; dilations 1 2 2     8; dilations 4 8 16
+    rates of the ASPP          6 12 18                 6 12 18                 12 24 36
+    its pooled branch          has a bias              has a batch norm        has a batch norm
+    what joins its branches    1×1 convolution         1×1 convolution         3×3 convolution
+    channels of the finest     48                      48                      256
+    decoder's convolutions     have no bias            have no bias            have a bias
+    dropout                    0.1, after the ASPP     none                    0.1 of channels, after each of them
+    auxiliary head             none                    none                    on the map before the last
+    resizing                   half-pixel              aligned corners         aligned corners
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +24,12 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
 from common.config.bounds import Length, Rate, Side, Width
-from common.models.backbones import build_backbone, pixel_statistics, require_stride_4
+from common.models.backbones import (
+    build_backbone,
+    is_timm,
+    pixel_statistics,
+    require_stride_4,
+)
 from common.models.segmentor import EncoderDecoder, Extents
 from common.ops.resize import resize
 
@@ -33,48 +45,59 @@ class DeepLabV3PlusD2Options:
     dilations: Annotated[tuple[Side, ...], Length(0, 16)] = (6, 12, 18)
     dropout: Rate = 0.1  # after the ASPP
     pool_norm: bool = False  # the pooled branch has a batch norm instead of a bias
+    project_kernel: Literal[1, 3] = 1  # of the convolution that joins the branches
+    bias: bool = False  # of the finest map's and the decoder's convolutions
+    channel_dropout: Rate = 0.0  # of whole channels, after the ASPP, the decoder's and the auxiliary convolutions
+    auxiliary: bool = False  # a head on the map before the last
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 
 
 class ConvNormReLU(nn.Module):
-    """Convolution without bias that keeps the size, batch norm, ReLU."""
-
-    def __init__(self, channels: int, out: int, kernel: int = 1, dilation: int = 1):
-        super().__init__()
-        padding = kernel // 2 * dilation
-        self.conv = nn.Conv2d(
-            channels, out, kernel, padding=padding, dilation=dilation, bias=False
-        )
-        self.norm = nn.BatchNorm2d(out)
-        nn.init.kaiming_uniform_(self.conv.weight, a=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.norm(self.conv(x)), inplace=True)
-
-
-class PyramidPooling(nn.Module):
-    """Atrous spatial pyramid pooling: 1×1, dilated 3×3 and pooled branches, joined by a 1×1 convolution.
-
-    The release pools with a window of the training crop's size; at that size, and here at any, it is the global mean.
-    """
+    """Convolution that keeps the size, batch norm, ReLU, dropout of whole channels."""
 
     def __init__(
         self,
         channels: int,
         out: int,
-        dilations: tuple[int, ...],
-        dropout: float,
-        pool_norm: bool = False,
+        kernel: int = 1,
+        dilation: int = 1,
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
     ):
         super().__init__()
+        padding = kernel // 2 * dilation
+        self.conv = nn.Conv2d(
+            channels, out, kernel, padding=padding, dilation=dilation, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out)
+        self.dropout = dropout
+        nn.init.kaiming_uniform_(self.conv.weight, a=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)), inplace=True)
+        return F.dropout2d(x, self.dropout, self.training) if self.dropout else x
+
+
+class PyramidPooling(nn.Module):
+    """Atrous spatial pyramid pooling: 1×1, dilated 3×3 and pooled branches, joined by a convolution.
+
+    detectron2 pools with a window of the training crop's size; at that size, and here at any, it is the global mean.
+    """
+
+    def __init__(self, channels: int, options: DeepLabV3PlusD2Options):
+        super().__init__()
+        o = options
+        out = o.channels
         branches = [ConvNormReLU(channels, out)] + [
-            ConvNormReLU(channels, out, 3, d) for d in dilations
+            ConvNormReLU(channels, out, 3, d) for d in o.dilations
         ]
         self.branches = nn.ModuleList(branches)
-        self.pool = ConvNormReLU(channels, out) if pool_norm else nn.Conv2d(channels, out, 1)
-        self.project = ConvNormReLU(out * (len(branches) + 1), out)
-        self.dropout = nn.Dropout(dropout)
-        if not pool_norm:
+        self.pool = ConvNormReLU(channels, out) if o.pool_norm else nn.Conv2d(channels, out, 1)
+        joined = out * (len(branches) + 1)
+        self.project = ConvNormReLU(joined, out, o.project_kernel, dropout=o.channel_dropout)
+        self.dropout = nn.Dropout(o.dropout)
+        if not o.pool_norm:
             nn.init.kaiming_uniform_(self.pool.weight, a=1)
             nn.init.zeros_(self.pool.bias)
 
@@ -111,20 +134,38 @@ class DeepLabV3PlusD2(EncoderDecoder):
         super().__init__(num_classes, mean, std, align_corners)
         o = options
         self.backbone = backbone
-        finest, *_, coarsest = backbone.channels
-        self.aspp = PyramidPooling(coarsest, o.channels, o.dilations, o.dropout, o.pool_norm)
-        self.lateral = ConvNormReLU(finest, o.lateral_channels)
-        self.fuse = nn.Sequential(
-            ConvNormReLU(o.channels + o.lateral_channels, o.channels, 3),
-            ConvNormReLU(o.channels, o.channels, 3),
-        )
+        finest, *_, last_but_one, coarsest = backbone.channels
+        self.aspp = PyramidPooling(coarsest, o)
+        self.lateral = ConvNormReLU(finest, o.lateral_channels, bias=o.bias)
+        widths = (o.channels + o.lateral_channels, o.channels)
+        convs = {"bias": o.bias, "dropout": o.channel_dropout}
+        self.fuse = nn.Sequential(*(ConvNormReLU(n, o.channels, 3, **convs) for n in widths))
         self.predictor = nn.Conv2d(o.channels, num_classes, 1)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
 
-    def segment(self, x: Tensor) -> dict[str, Any]:
-        features = self.fused(*self.encode(x))
-        return {"logits": self.predictor(features), "features": features, "aux": []}
+        self.auxiliary_head: nn.Module | None = None
+        if o.auxiliary:
+            self.heads = ("decode", "aux")
+            self.classifiers = ("predictor", "auxiliary_head.1")
+            self.auxiliary_head = nn.Sequential(
+                ConvNormReLU(last_but_one, o.channels, 3, **convs),
+                nn.Conv2d(o.channels, num_classes, 1),
+            )
+
+    def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
+        """Normalised images (B, 3, H, W) to `logits`, `features`, and `aux`: a list of the auxiliary head's logits,
+        empty without such a head or `auxiliary`."""
+        finest, *_, last_but_one, coarsest = self.backbone(x)
+        features = self.fused(finest, coarsest)
+        used = auxiliary and self.auxiliary_head is not None
+        aux = [self.auxiliary_head(last_but_one)] if used else []
+
+        return {"logits": self.predictor(features), "features": features, "aux": aux}
+
+    def infer(self, images: Tensor) -> dict[str, Any]:
+        """`segment` without the auxiliary head."""
+        return self.segment(self.normalise(images), auxiliary=False)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Normalised images (B, 3, H, W) to the maps that the decoder reads: the finest and the coarsest one."""
@@ -147,7 +188,7 @@ class DeepLabV3PlusD2(EncoderDecoder):
 
 
 class DeepLabV3PlusUniMatch(DeepLabV3PlusD2):
-    """UniMatch's: logits are enlarged to the image's size, whatever it is, with aligned corners."""
+    """UniMatch's and U2PL's: logits are enlarged to the image's size, whatever it is, with aligned corners."""
 
     average_softmax = True
 
@@ -204,6 +245,37 @@ def deeplabv3plus_unimatch(config: ModelConfig) -> DeepLabV3PlusUniMatch:
         )
 
     backbone = build_backbone(config, **{"output_stride": 16, **options.backbone})
+    require_stride_4(backbone, "DeepLabV3+")
+
+    return DeepLabV3PlusUniMatch(
+        backbone, config.num_classes, *pixel_statistics(config), options
+    )
+
+
+U2PL: dict[str, Any] = {
+    "lateral_channels": 256,
+    "dilations": (12, 24, 36),
+    "dropout": 0.0,
+    "pool_norm": True,
+    "project_kernel": 3,
+    "bias": True,
+    "channel_dropout": 0.1,
+    "auxiliary": True,
+}
+U2PL_RESNET = {"output_stride": 8, "multi_grid": (2, 2, 4), "ceil_pool": True}
+
+
+def deeplabv3plus_u2pl(config: ModelConfig) -> DeepLabV3PlusUniMatch:
+    """U2PL's network of a config with a ResNet of three blocks in its last stage (the release takes resnet101s), or
+    with any network of timm that has a map of stride 4."""
+    options = typed(DeepLabV3PlusD2Options, {**U2PL, **config.options}, "model.options")
+    if not config.align_corners:
+        raise ConfigError(
+            "model.align_corners: U2PL's DeepLabV3+ resizes with aligned corners; set it to true"
+        )
+
+    own = {"output_stride": 8} if is_timm(config) else U2PL_RESNET
+    backbone = build_backbone(config, **{**own, **options.backbone})
     require_stride_4(backbone, "DeepLabV3+")
 
     return DeepLabV3PlusUniMatch(

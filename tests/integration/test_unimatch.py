@@ -1,4 +1,4 @@
-"""UniMatch and UniMatch V2 through the command line on a toy set, and a resumed training to the bit."""
+"""UniMatch, UniMatch V2 and U2PL's base through the command line on a toy set, and a resumed training to the bit."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ CONFIGS = ROOT / "semi_sup" / "configs"
 CASES = {  # config: crop, what is logged, further settings
     "unimatch/toy_1over8_unimatch": (32, {"Lx", "Lfp", "Ls", "kept"}, ()),
     "unimatch_v2/toy_1over8_unimatch_v2": (28, {"Lx", "Ls", "kept"}, ("remedies.logits={name: blv}",)),
+    "u2pl_base/toy_1over8_u2pl": (33, {"Lx", "Laux", "Lu", "kept"}, ("method.copied_steps=1", "method.cutmix=true")),
 }
 
 
@@ -36,7 +37,7 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-def settings(root: Path, crop: int) -> list[str]:
+def settings(config: str, root: Path, crop: int) -> list[str]:
     streams = []
     for name, prefix in (("labeled", ""), ("unlabeled", "un")):
         streams += [
@@ -47,7 +48,7 @@ def settings(root: Path, crop: int) -> list[str]:
     return [
         f"data.root={root}/voc", f"output={root}/saved", *streams, "data.workers=0", "eval.workers=0", "eval.every=100",
         "eval.panels=1", "train.threads=1", "train.log_every=1", "train.steps=4", "train.save_every=2", "train.keep=9",
-        "method.threshold=0.0", "optim.warmup=0",
+        "optim.warmup=0", *(() if "u2pl" in config else ("method.threshold=0.0",)),
     ]  # fmt: skip
 
 
@@ -55,13 +56,13 @@ def settings(root: Path, crop: int) -> list[str]:
 def test_training_resumes_bit_for_bit_and_tests(config, data):
     crop, logged, more = CASES[config]
     path = CONFIGS / f"{config}.yaml"
-    words = ["--config", path, *settings(data, crop), *more, "--device", "cpu"]
-    here(prepare_splits, path, *settings(data, crop))
+    words = ["--config", path, *settings(config, data, crop), *more, "--device", "cpu"]
+    here(prepare_splits, path, *settings(config, data, crop))
     here(main, *words)
     folder = data / "saved" / path.stem
     whole = weights(folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert logged <= lines[0].keys() and lines[0]["kept"] == 1
+    assert logged <= lines[0].keys() and ("u2pl" in config or lines[0]["kept"] == 1)
 
     shutil.rmtree(folder / "checkpoints" / "step_00000004")  # as if it had been killed after step 3
     here(main, *words, "--resume")

@@ -19,6 +19,7 @@ SWIN = {"dim": 16, "depths": (1, 2, 1, 1), "heads": (1, 2, 2, 2)}
 USRN = {"blocks": (1, 1, 1, 1), "width": 8, "channels": 16, "low_channels": 8}
 VIT = {"neck": "mln", "auxiliary_level": 3, "backbone": {"dim": 32, "heads": 2, "taps": (0, 1, 2, 3), "grid": 4}}
 DPT = {"widths": (4, 6, 8, 8), "channels": 4, "backbone": {"dim": 16, "heads": 2, "taps": (0, 1, 2, 3), "grid": 3}}
+U2PL = {"channels": 8, "lateral_channels": 4, "channel_dropout": 0.0, "backbone": {"multi_grid": [2, 2]}}
 SMALL = {
     "upernet": ModelConfig("upernet", 5, "resnet18", options=PYRAMID),
     "upernet_no_aux": ModelConfig("upernet", 5, "resnet18", options={"channels": 8, "auxiliary": False}),
@@ -36,6 +37,7 @@ SMALL = {
     "deeplabv3plus_unimatch": ModelConfig(
         "deeplabv3plus_unimatch", 5, "resnet18", options={"channels": 8, "lateral_channels": 4}, align_corners=True
     ),
+    "deeplabv3plus_u2pl": ModelConfig("deeplabv3plus_u2pl", 5, "resnet18", options=U2PL, align_corners=True),
     "dpt": ModelConfig("dpt", 5, "dinov2_small", options=DPT, align_corners=True),
 }
 # of the logits for `images()`; the others': a quarter
@@ -46,6 +48,7 @@ SIZES = {
     "upernet_vit": (20, 24),
     "deeplabv3plus": (18, 24),
     "usrn": (18, 24),
+    "deeplabv3plus_u2pl": (18, 24),
     "dpt": (40, 56),
 }
 

@@ -36,6 +36,7 @@ RECIPES = {
     "usrn": {"crop": [16, 16], "base": 64},
     "cpsl": {"crop": [16, 16], "width": 64},
     "detectron2": {"crop": [16, 16], "short_edges": [40, 60]},
+    "u2pl": {"crop": [16, 16]},
 }
 
 

@@ -20,6 +20,7 @@ from common.data.recipes.cpsl import CPSLViews
 from common.data.recipes.detectron2 import Detectron2
 from common.data.recipes.mmseg import MMSeg
 from common.data.recipes.recipe import Recipe
+from common.data.recipes.u2pl import U2PL
 from common.data.recipes.unimatch import UniMatchViews
 from common.data.recipes.usrn import USRNViews
 
@@ -51,6 +52,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "cpsl": CPSLViews,
     "usrn": USRNViews,
     "unimatch": UniMatchViews,
+    "u2pl": U2PL,
     "detectron2": Detectron2,
 }
 

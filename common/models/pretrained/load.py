@@ -6,12 +6,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.models.pretrained import cpsl, daformer, detectron2, mmseg, unimatch, usrn
+from common.models.pretrained import cpsl, daformer, detectron2, mmseg, u2pl, unimatch, usrn
 from common.models.pretrained.containers import read, short, state_dict, tensors
 from common.models.pretrained.timm import fits_backbone
 
 # Each reader has matches(raw) -> bool and convert(raw, model) -> {our name: tensor}; the first that matches is taken.
-READERS = (mmseg, cpsl, usrn, unimatch, detectron2)
+READERS = (mmseg, cpsl, usrn, unimatch, u2pl, detectron2)
 
 
 def load_weights(
