@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from common.metrics import Convention, scores
+from common.metrics import Convention, defined_mean, scores
 
 LEVEL = 0.95
 
@@ -123,27 +123,11 @@ def head_and_tail(
     rest = [k for k in range(len(matrix)) if k not in set(tail)]
     return {
         "miou": got["miou"],
-        "miou_tail": _mean(got["iou"][list(tail)]),
-        "miou_head": _mean(got["iou"][rest]),
+        "miou_tail": defined_mean(got["iou"][list(tail)]),
+        "miou_head": defined_mean(got["iou"][rest]),
         "macc": got["macc"],
         "aacc": got["aacc"],
     }
-
-
-def _mean(values: np.ndarray) -> float:
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if len(defined) else float("nan")
-
-
-def precision_and_recall(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each class: precision, recall, and predicted over true pixels (K,); NaN where undefined."""
-    matrix = np.asarray(matrix, np.float64)
-    hits = np.diagonal(matrix)
-    truth = matrix.sum(1)
-    predicted = matrix.sum(0)
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return hits / predicted, hits / truth, np.where(truth > 0, predicted / truth, np.nan)
 
 
 # Words --------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Images are (B, 3, h, w) in 0–255; scores are (B, K, H, W) at `size`, the origi
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -153,9 +153,8 @@ def predict_scores(
     if not _augmented(cfg):
         return predict(images, size)
 
-    softmax = getattr(network(model), "average_softmax", True)
     options = {
-        "softmax": softmax,
+        "softmax": _softmaxed(network(model)),
         "rescale": _rescale(cfg),
         "mirrored_classes": mirrored_classes,
     }
@@ -174,24 +173,47 @@ def predict_labels(
     """Predicted classes (B, H, W), int64: the argmax of `predict_scores`.
 
     Without test-time augmentation no K-channel map is made at `size`: whole mode leaves that to the model, and of the
-    mean of the windows only a band of rows is resized at a time.
+    mean of the windows only a band of rows is resized at a time (`score_bands`).
     offsets: (K,), of post-hoc logit adjustment (`common.evaluation.adjustment`); see `adjusted`.
     """
-    if _augmented(cfg):
-        scores = predict_scores(model, images, cfg, size, mirrored_classes)
-        return adjusted(scores, offsets, logits=False).argmax(1)
-
-    if cfg.mode == "whole":
+    if cfg.mode == "whole" and not _augmented(cfg):
         return (
             model.labels(images, size)[0]
             if offsets is None
             else model.labels(images, size, offsets)[0]
         )
 
-    scores = _single(model, cfg)(images, None)
-    logits = getattr(network(model), "average_softmax", True)
+    bands = score_bands(model, images, cfg, size, mirrored_classes, offsets)
+    return torch.cat([scores.argmax(1) for _, scores in bands], 1)
 
-    return _argmax(adjusted(scores, offsets, logits), size, network(model).align_corners)
+
+def score_bands(
+    model: Any,
+    images: Tensor,
+    cfg: EvalConfig,
+    size: Size | None = None,
+    mirrored_classes: Sequence[int] | None = None,
+    offsets: Tensor | None = None,
+) -> Iterator[tuple[Size, Tensor]]:
+    """Rows [a, b) after rows, each with the scores (B, K, b−a, W) whose argmax `predict_labels` gives."""
+    net = network(model)
+    if _augmented(cfg):
+        scores = predict_scores(model, images, cfg, size, mirrored_classes)
+        logits = _logits(net) and not _softmaxed(net)
+        yield (0, scores.shape[-2]), adjusted(scores, offsets, logits)
+    elif cfg.mode == "whole":
+        yield from model.bands(images, size, offsets)
+    else:
+        scores = _single(model, cfg)(images, None)
+        yield from _bands(adjusted(scores, offsets, _logits(net)), size, net.align_corners)
+
+
+def probabilities(model: Any, cfg: EvalConfig, scores: Tensor) -> Tensor:
+    """Class probabilities, float32, of the scores (B, K, h, w) of `score_bands`."""
+    net = network(model)
+    if _augmented(cfg) and _softmaxed(net):
+        return F.normalize(scores.float(), p=1)  # their sum is 1 unless they were adjusted
+    return net.probabilities(scores)
 
 
 def adjusted(scores: Tensor, offsets: Tensor | None, logits: bool) -> Tensor:
@@ -204,18 +226,27 @@ def adjusted(scores: Tensor, offsets: Tensor | None, logits: bool) -> Tensor:
     return scores + offsets if logits else scores * (offsets - offsets.max()).exp()
 
 
-def _argmax(scores: Tensor, size: Size | None, align_corners: bool) -> Tensor:
-    """The classes (B, H, W) with the highest of the scores (B, K, h, w) resized to `size`."""
+def _bands(
+    scores: Tensor, size: Size | None, align_corners: bool
+) -> Iterator[tuple[Size, Tensor]]:
+    """Scores (B, K, h, w) resized to `size`, a band of rows at a time."""
     batch, classes = scores.shape[:2]
     height, width = size = size or tuple(scores.shape[-2:])
-    label = torch.empty(batch, height, width, dtype=torch.int64, device=scores.device)
     step = max(BAND // (batch * classes * width), 1)
 
     for start in range(0, height, step):
         rows = (start, min(start + step, height))
-        label[:, slice(*rows)] = resize_rows(scores, size, rows, align_corners).argmax(1)
+        yield rows, resize_rows(scores, size, rows, align_corners)
 
-    return label
+
+def _logits(net: Any) -> bool:
+    """Whether a network's scores are logits."""
+    return getattr(net, "scores_are_logits", True)
+
+
+def _softmaxed(net: Any) -> bool:
+    """Whether test-time augmentation averages the softmax of a network's scores."""
+    return getattr(net, "average_softmax", True)
 
 
 def _single(model: Any, cfg: EvalConfig) -> Predict:

@@ -95,7 +95,7 @@ def scores(matrix: Tensor | np.ndarray, convention: Convention) -> dict[str, Any
     return {
         "convention": convention,
         "miou": counts.mean_iou(np.ones(len(counts.iou), bool)),
-        "macc": _mean(counts.acc),
+        "macc": defined_mean(counts.acc),
         "aacc": _ratio(counts.hits.sum(), total),
         "fwiou": _ratio(np.nansum(counts.iou * counts.truth), total),
         "iou": counts.iou,
@@ -105,7 +105,7 @@ def scores(matrix: Tensor | np.ndarray, convention: Convention) -> dict[str, Any
 
 def tail_miou(iou: np.ndarray, ids: Sequence[int]) -> float:
     """Plain mean IoU over the class ids of the tail; undefined classes are left out, NaN when none is left."""
-    return _mean(np.asarray(iou, np.float64)[list(ids)])
+    return defined_mean(np.asarray(iou, np.float64)[list(ids)])
 
 
 def group_scores(
@@ -135,6 +135,18 @@ def group_scores(
         result[level] = {group: counts.mean_iou(names == group) for group in GROUPS}
 
     return result
+
+
+def precision_and_recall(
+    matrix: Tensor | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class: precision, recall, and predicted over true pixels (K,); NaN where undefined, in any convention."""
+    matrix = np.asarray(matrix, np.float64)
+    hits = np.diagonal(matrix)
+    truth = matrix.sum(1)
+    predicted = matrix.sum(0)
+
+    return _divide(hits, predicted), _divide(hits, truth), _divide(predicted, truth)
 
 
 class _Counts:
@@ -173,5 +185,6 @@ def _ratio(total: float, count: float) -> float:
     return float(total / count) if count else float("nan")
 
 
-def _mean(values: np.ndarray) -> float:
+def defined_mean(values: np.ndarray) -> float:
+    """The mean of the values that are not NaN; NaN where none is left."""
     return _ratio(np.nansum(values), np.isfinite(values).sum())

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, holm, of_differences, paired, precision_and_recall, verdict
+from common.comparison import Difference, head_and_tail, holm, of_differences, paired, verdict
+from common.metrics import precision_and_recall
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 HEAD = """# Which remedies help

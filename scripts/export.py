@@ -30,7 +30,7 @@ class Scores(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         scores = self.model.predict(images)
-        return adjusted(scores, self.offsets, logits=self.model.average_softmax)
+        return adjusted(scores, self.offsets, logits=self.model.scores_are_logits)
 
 
 def main() -> None:

@@ -187,6 +187,9 @@ class EvalConfig:
     panels: Whole = 4  # images kept for the report
     max_images: Count | None = None
     per_image: bool = False  # keep the confusion matrix of every image: RUN/per_image.npz
+    # pixels that tolerant IoU and boundary F forgive; 0: these are not scored
+    boundary: Annotated[int, AtLeast(0), AtMost(32)] = 0
+    calibration: bool = False  # score the class probabilities, too
 
     def __post_init__(self):
         if self.mode == "slide" and self.crop is None:

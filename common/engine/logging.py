@@ -19,6 +19,16 @@ from common import console, distributed
 from common.config import Config, save_config
 from common.files import replacing, write_json
 
+CLASS_SCORES = (
+    "iou",
+    "precision",
+    "recall",
+    "tolerant_iou",
+    "boundary_f",
+    "ece",
+    "mass",
+)  # shown by TensorBoard
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, accelerator and versions, as results have to name them."""
@@ -160,8 +170,9 @@ class RunLog:
             self.board.add_scalar(f"val/{name}", value, step)
 
         for item in result.get("per_class", ()):
-            if item["iou"] is not None:
-                self.board.add_scalar(f"val_iou/{item['name']}", item["iou"], step)
+            for key in CLASS_SCORES:
+                if item.get(key) is not None:
+                    self.board.add_scalar(f"val_{key}/{item['name']}", item[key], step)
 
         for path in sorted((self.folder / "panels").glob("*_prediction.png")):
             picture = np.asarray(Image.open(path).convert("RGB"))

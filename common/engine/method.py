@@ -75,6 +75,12 @@ class Method(nn.Module, ABC):
         post-hoc logit adjustment."""
         return self.network.labels(images, size, offsets)
 
+    def bands(
+        self, images: Tensor, size: tuple[int, int] | None = None, offsets: Tensor | None = None
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Rows [a, b) after rows with the class scores that `labels` decides by."""
+        return self.network.bands(images, size, offsets)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups for the engine; each names its optimiser, so an adversary is one more group."""
         return parameter_groups(self, self.optim)

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 
 from common import console
 from common.config import EvalConfig
+from common.evaluation.calibration import Calibration
 from common.evaluation.identity import identity
 from common.evaluation.per_image import PerImage
 from common.evaluation.pictures import save_panel, save_prediction
 from common.evaluation.samples import chosen_images, evenly, sample_batches
-from common.evaluation.summary import summarise
-from common.inference import predict_labels
-from common.metrics import ConfusionMatrix
+from common.evaluation.sums import Sums
+from common.inference import predict_labels, probabilities, score_bands
 
 
 def evaluate(
@@ -47,9 +48,10 @@ def evaluate(
     per_image: file for the confusion matrix of every image, where `cfg.per_image` asks for it.
 
     Returns scores in 0..1 (None where undefined): `convention`, `miou`, `miou_tail`, `macc`, `aacc`, `fwiou`,
-    `groups`, `per_class` (id, name, color, tail, groups, iou, acc, pixels, train_pixels), `confusion` (rows truth),
-    `identity` (what was evaluated and how), `logit_adjustment` (τ), `images`, `seconds`, `ms_per_image`. ValueError
-    for data without labels or classes that do not fit.
+    `groups`, `per_class` (id, name, color, tail, groups, iou, acc, precision, recall, pixels, train_pixels),
+    `confusion` (rows truth), `identity` (what was evaluated and how), `logit_adjustment` (τ), `images`, `seconds`,
+    `ms_per_image`; with `cfg.boundary` and `cfg.calibration` what `with_boundaries` and `with_calibration` of
+    summary.py add. ValueError for data without labels or classes that do not fit.
     """
     check(dataset, cfg, offsets)
     chosen = chosen_images(dataset, cfg)
@@ -59,7 +61,9 @@ def evaluate(
 
     with prediction(model, mine) as bar:
         for samples in sample_batches(dataset, mine, cfg):
-            predicted = predict_batch(model, samples, dataset.row, cfg, device, offsets)
+            predicted = predict_batch(
+                model, samples, dataset.row, cfg, device, offsets, tally.sums.calibration
+            )
             tally.add(samples, predicted)
             bar.update(len(samples))
 
@@ -90,14 +94,14 @@ class Tally:
         self.panels = panels
         self.per_image = per_image
 
-        self.matrix = ConfusionMatrix(len(dataset.row.classes), device)
+        self.sums = Sums(dataset.row, cfg, device)
         self.single = PerImage(dataset, chosen, device) if per_image and cfg.per_image else None
         self.shown = {chosen[i] for i in evenly(len(chosen), cfg.panels)} if panels else set()
 
     def add(self, samples: Sequence[dict[str, Any]], predicted: Sequence[Tensor]) -> None:
         """Count the predicted classes (H, W) of some samples."""
         for sample, pred in zip(samples, predicted, strict=True):
-            counted = self.matrix.update(pred, sample["label"].to(self.device))
+            counted = self.sums.add(pred, sample["label"].to(self.device))
             if self.single is not None:
                 self.single.add(sample["index"], counted)
             if self.keep is not None:
@@ -107,12 +111,12 @@ class Tally:
 
     def result(self, groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Any]:
         """What an evaluation says, its times apart; the counts are those of all ranks."""
-        total = self.matrix.reduce()
+        summary = self.sums.summary(groups)
         if self.single is not None:
             self.single.write(Path(self.per_image))
 
         return {
-            **summarise(total, self.dataset.row, self.cfg.convention, groups),
+            **summary,
             "identity": identity(self.dataset, self.chosen, self.cfg),
             "logit_adjustment": self.cfg.logit_adjustment,
             "images": len(self.chosen),
@@ -193,8 +197,12 @@ def predict_batch(
     cfg: EvalConfig,
     device: torch.device | str,
     offsets: Tensor | None,
+    calibration: Calibration | None = None,
 ) -> list[Tensor]:
-    """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree."""
+    """Predicted classes of every sample at its label's size; one pass for the whole batch where all sizes agree.
+
+    What the probabilities were is counted in `calibration`, if there is one.
+    """
     mirrored = mirrored_classes(row)
     together = len({(s["image"].shape, s["label"].shape) for s in samples}) == 1
     batches = [samples] if together else [[sample] for sample in samples]
@@ -203,6 +211,29 @@ def predict_batch(
     for batch in batches:
         images = torch.stack([sample["image"] for sample in batch]).to(device)
         size = tuple(batch[0]["label"].shape)
-        result += predict_labels(model, images, cfg, size, mirrored, offsets).unbind()
+        if calibration is None:
+            labels = predict_labels(model, images, cfg, size, mirrored, offsets)
+        else:
+            truth = torch.stack([sample["label"] for sample in batch]).to(device)
+            bands = score_bands(model, images, cfg, size, mirrored, offsets)
+            labels = _calibrated(bands, truth, partial(probabilities, model, cfg), calibration)
+
+        result += labels.unbind()
 
     return result
+
+
+def _calibrated(
+    bands: Iterator[tuple[tuple[int, int], Tensor]],
+    truth: Tensor,
+    to_probabilities: Callable[[Tensor], Tensor],
+    calibration: Calibration,
+) -> Tensor:
+    """The classes (B, H, W) with the highest scores of each band, whose probabilities are counted on the way."""
+    labels = []
+
+    for rows, scores in bands:
+        calibration.update(to_probabilities(scores), truth[:, slice(*rows)])
+        labels.append(scores.argmax(1))
+
+    return torch.cat(labels, 1)

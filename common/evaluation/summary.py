@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from common.metrics import group_scores, scores, tail_miou
+from common.evaluation.boundaries import Boundaries
+from common.evaluation.calibration import FLOOR, Calibration
+from common.metrics import (
+    defined_mean,
+    group_scores,
+    precision_and_recall,
+    scores,
+    tail_miou,
+)
 
 
 def summarise(
@@ -21,6 +29,7 @@ def summarise(
     got = scores(matrix, convention)
     counts = np.asarray(matrix)
     pixels = counts.sum(1)
+    precision, recall, _ = precision_and_recall(counts)
     per_class = [
         {
             "id": k,
@@ -30,6 +39,8 @@ def summarise(
             "groups": {level: str(names[k]) for level, names in (groups or {}).items()},
             "iou": _number(got["iou"][k]),
             "acc": _number(got["acc"][k]),
+            "precision": _number(precision[k]),
+            "recall": _number(recall[k]),
             "pixels": int(pixels[k]),
             "train_pixels": row.counts[k] if row.counts else None,
         }
@@ -55,6 +66,56 @@ def summarise(
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def with_boundaries(result: dict[str, Any], boundaries: Boundaries) -> dict[str, Any]:
+    """A summary with `tolerant_iou` and `boundary_f` of each class, their means and those of the tail.
+
+    The means are over the defined values, whatever the convention of IoU is.
+    """
+    got = boundaries.scores()
+    tail = _tail(result)
+    means = {
+        "tolerant_miou": defined_mean(got["tolerant_iou"]),
+        "tolerant_miou_tail": tail_miou(got["tolerant_iou"], tail),
+        "boundary_f": defined_mean(got["boundary_f"]),
+        "boundary_f_tail": tail_miou(got["boundary_f"], tail),
+    }
+    return {
+        **result,
+        **{name: _number(value) for name, value in means.items()},
+        "boundary": {"pixels": boundaries.radius},
+        "per_class": _extended(result, got),
+    }
+
+
+def with_calibration(result: dict[str, Any], calibration: Calibration) -> dict[str, Any]:
+    """A summary with `ece` of the best class, `ece_tail`, and of each class `ece` and `mass` (see `calibration.py`).
+
+    `ece_tail` is the mean over the tail classes that have one.
+    """
+    got = calibration.scores()
+    return {
+        **result,
+        "ece": _number(got.ece),
+        "ece_tail": _number(tail_miou(got.class_ece, _tail(result))),
+        "calibration": {"floor": FLOOR, **got.bins},
+        "per_class": _extended(result, {"ece": got.class_ece, "mass": got.mass}),
+    }
+
+
+def _tail(result: Mapping[str, Any]) -> list[int]:
+    return [item["id"] for item in result["per_class"] if item["tail"]]
+
+
+def _extended(
+    result: Mapping[str, Any], values: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """The result's `per_class` with further values (K,) of each."""
+    return [
+        {**item, **{name: _number(value[item["id"]]) for name, value in values.items()}}
+        for item in result["per_class"]
+    ]
 
 
 def rescore(result: dict[str, Any], convention: str) -> dict[str, Any]:

@@ -34,7 +34,9 @@ class Variants(nn.Module):
     the others read them.
     """
 
-    def __init__(self, network: SegmentationModel, place: str, classifiers: Sequence[nn.Module]):
+    def __init__(
+        self, network: SegmentationModel, place: str, classifiers: Sequence[nn.Module]
+    ):
         super().__init__()
         network.set_submodule(place, Stack(classifiers))
         self.network = network
@@ -72,6 +74,12 @@ class Variants(nn.Module):
         """As a network's."""
         return self.network.labels_of(self._infer(images), images, size, offsets)
 
+    def bands(
+        self, images: Tensor, size: tuple[int, int] | None = None, offsets: Tensor | None = None
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """As a network's."""
+        return self.network.bands_of(self._infer(images), images, size, offsets)
+
 
 def parts(logits: Tensor, count: int) -> tuple[Tensor, ...]:
     """Logits (B, V·K, h, w) as those of each variant, in the same memory format: it decides how sums are rounded."""
@@ -106,7 +114,9 @@ def evaluate_variants(
     with prediction(model, chosen) as bar:
         for samples in sample_batches(dataset, chosen, cfg):
             for variant, tally in zip(model.each(), tallies, strict=True):
-                predicted = predict_batch(variant, samples, dataset.row, cfg, device, offsets)
+                predicted = predict_batch(
+                    variant, samples, dataset.row, cfg, device, offsets, tally.sums.calibration
+                )
                 tally.add(samples, predicted)
             bar.update(len(samples))
 

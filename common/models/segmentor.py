@@ -4,7 +4,7 @@ A family implements `segment`; one whose classes are not the channels of `logits
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,7 @@ class SegmentationModel(nn.Module, ABC):
     heads: tuple[str, ...] = ("decode",)  # what losses train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
+    scores_are_logits = True  # False: probabilities, or sums of them
     mean: Tensor
     std: Tensor
 
@@ -160,27 +161,41 @@ class SegmentationModel(nn.Module, ABC):
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What `labels` makes of the outputs of `infer`."""
-        geometry = self._geometry(images, size)
-        batch = images.shape[0]
-        (height, width) = geometry.size
-        if offsets is not None:
-            out = self.adjust(out, offsets.to(images.device))
+        shape = (images.shape[0], *self._geometry(images, size).size)
+        label = torch.empty(shape, dtype=torch.int64, device=images.device)
+        confidence = torch.empty(shape, dtype=torch.float32, device=images.device)
 
-        label = torch.empty(batch, height, width, dtype=torch.int64, device=images.device)
-        confidence = torch.empty(
-            batch, height, width, dtype=torch.float32, device=images.device
-        )
-        step = max(
-            BAND.get(images.device.type, BAND["cuda"]) // (batch * self.num_classes * width), 1
-        )
-
-        for start in range(0, height, step):
-            rows = (start, min(start + step, height))
-            band = self.scores(out, geometry, rows)
+        for rows, band in self.bands_of(out, images, size, offsets):
             best, label[:, slice(*rows)] = band.max(1)
             confidence[:, slice(*rows)] = self.confidence(band, best)
 
         return label, confidence
+
+    def bands(
+        self, images: Tensor, size: tuple[int, int] | None = None, offsets: Tensor | None = None
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Rows [a, b) after rows, each with its class scores (B, K, b-a, W): what `labels` decides by."""
+        return self.bands_of(self.infer(images), images, size, offsets)
+
+    def bands_of(
+        self,
+        out: dict[str, Any],
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        offsets: Tensor | None = None,
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """What `bands` makes of the outputs of `infer`."""
+        geometry = self._geometry(images, size)
+        (height, width) = geometry.size
+        if offsets is not None:
+            out = self.adjust(out, offsets.to(images.device))
+
+        band = BAND.get(images.device.type, BAND["cuda"])
+        step = max(band // (images.shape[0] * self.num_classes * width), 1)
+
+        for start in range(0, height, step):
+            rows = (start, min(start + step, height))
+            yield rows, self.scores(out, geometry, rows)
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""
@@ -194,6 +209,10 @@ class SegmentationModel(nn.Module, ABC):
     def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
         """Probability (B, h, w) of the best class, of scores (B, K, h, w) and their maximum; softmax, as for logits."""
         return (best.float() - scores.float().logsumexp(1)).exp_()
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Class probabilities, float32, of scores (B, K, h, w); `confidence` is the highest."""
+        return scores.float().softmax(1)
 
     def upsample(self, x: Tensor, geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of a map (B, C, h, w) resized to the net's input, freed of padding, resized to the final size."""

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from common.comparison import head_and_tail, holm, of_differences, paired, pairs_needed, power, verdict
-from common.comparison import precision_and_recall as rates
+from common.metrics import precision_and_recall as rates
 
 
 @pytest.mark.parametrize("n", [2, 5, 16])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError, ModelConfig, typed
@@ -74,6 +75,7 @@ class Mask2Former(SegmentationModel):
     heads = ("queries",)
     classifiers = ("decoder.class_embed",)
     average_softmax = False  # scores are sums of probabilities already
+    scores_are_logits = False
 
     def __init__(
         self, backbone: nn.Module, num_classes: int, mean, std, options: Mask2FormerOptions
@@ -152,6 +154,10 @@ class Mask2Former(SegmentationModel):
     def confidence(self, scores: Tensor, best: Tensor) -> Tensor:
         """The best class's share of all scores."""
         return best / scores.sum(1).clamp(min=torch.finfo(scores.dtype).tiny)
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Every class's share of all scores."""
+        return F.normalize(scores.float(), p=1)
 
 
 def mask2former(config: ModelConfig) -> Mask2Former:
