@@ -22,7 +22,9 @@ from common.data.statistics import repeat_factors
 from common.files import refuse_to_overwrite, write_json
 from common.losses.build import LOSSES, LossContext, build_loss
 from common.losses.counts import Counts
+from common.losses.pixel_loss import PixelLoss
 from common.models import build_model
+from common.models.cosine import SCALE, cosine_scale
 
 LOOKED_AT = 64  # labels that are opened for the width of the classes
 SIDE = 256  # of the image that tells the network's stride
@@ -70,19 +72,32 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
         "stride": stride,
         "classes": classes_of(dataset, statistics, stride, losses, samplers),
         "losses": {name: {"slot": LOSSES[name].slot, "span": span(values)} for name, values in losses.items()},
+        "refused": {name: why for name in losses if (why := refusal(name, cfg, counts))},
         "anywhere": [name for name, row in LOSSES.items() if row.slot in ("focus", "sets")],
         "repeat_factor": samplers["repeat_factor"],
     }
 
 
-def of_loss(name: str, counts: Counts) -> list[float]:
-    """The vector (K,) that a remedy with its default options makes of the counts: offsets or margins, or weights."""
-    slot = LOSSES[name].slot
-    context = LossContext(counts, cosine=30.0)  # as if the network had a cosine classifier
+def made(name: str, counts: Counts, cosine: float | None) -> PixelLoss:
+    """The loss of one remedy of logits or class weights with its default options."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a remedy changes nothing is said by the page
-        loss = build_loss({slot: {"name": name}}, context)
-    if slot == "class_weight":
+        return build_loss({LOSSES[name].slot: {"name": name}}, LossContext(counts, cosine=cosine))
+
+
+def refusal(name: str, cfg: Config, counts: Counts) -> str:
+    """Why a remedy cannot be had with the config's classifier; empty where it can."""
+    try:
+        made(name, counts, cosine_scale(cfg.model))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def of_loss(name: str, counts: Counts) -> list[float]:
+    """The vector (K,) that a remedy makes of the counts: offsets or margins, or weights."""
+    loss = made(name, counts, SCALE)  # as if the network had the classifier that it needs
+    if LOSSES[name].slot == "class_weight":
         return loss.weights.tolist()
     amplitude = getattr(loss.logits, "amplitude", 1.0)  # of noise: what it reaches, not its mean
     return (amplitude * loss.offsets).tolist()
@@ -209,6 +224,8 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         acts = f"{what} that differ by up to {item['span']:.3g}"
         inert = "changes nothing: all classes are treated alike"
         found[f"{item['slot']} {name}"] = acts if item["span"] > INERT else inert
+        if name in result["refused"]:
+            found[f"{item['slot']} {name}"] += f"; {result['refused'][name]}"
 
     for level, item in result["repeat_factor"].items():
         low, mean, high = (item[key] for key in ("lowest", "mean", "highest"))

@@ -15,6 +15,7 @@ from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.models import SegmentationModel
+from common.models.cosine import cosine_scale
 
 Batch = Mapping[str, Any]  # collated samples of one stream
 Losses = dict[str, Tensor]  # "loss" is back-propagated, every other scalar is logged
@@ -94,6 +95,7 @@ def pixel_loss(
     facts: what the method says of itself, further fields of `LossContext`.
     """
     counts = Counts.from_statistics(context.statistics)
+    facts = {"cosine": cosine_scale(cfg.model), **facts}
     return build_loss(section, LossContext(counts, **facts), f"{cfg.name}: remedies")
 
 

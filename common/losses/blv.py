@@ -40,7 +40,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "absent": "floor",
     },
     # GCL (Li et al., CVPR 2022) on a cosine classifier of scale s = 30: s · a · |ε| with a = ½, ε ~ N(0, ⅓) in ±1.
-    "gcl": {"coefficient": "max", "limit": "folded", "sigma": 1 / 3, "sign": -1, "amplitude": 15.0},
+    "gcl": {
+        "coefficient": "max", "limit": "folded", "sigma": 1 / 3, "sign": -1, "amplitude": 15.0, "scale": 30.0,
+    },
 }  # fmt: skip
 
 
@@ -90,6 +92,9 @@ class BLV:
     sign: Literal[1, -1] = 1
     amplitude: NotNegative = (
         1.0  # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
+    )
+    scale: Positive | None = (
+        None  # s of the cosine classifier that it is for; None: any classifier
     )
     centre: bool = False  # subtract the mean of the limited draw
     average: Average | None = None  # None: as the method averages

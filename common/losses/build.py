@@ -177,12 +177,10 @@ def _check(
             f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
         )
 
-    needs_cosine = getattr(chosen["logits"], "needs_cosine", False)
-    if remedies.logits is not None and needs_cosine and context.cosine is None:
-        raise ConfigError(
-            f"{where}.logits.name: {remedies.logits['name']} needs a cosine classifier, on other logits it lowers "
-            "rare classes; set model.options.classifier: cosine"
-        )
+    if remedies.logits is not None:
+        scale = getattr(chosen["logits"], "scale", None)
+        _check_classifier(remedies.logits["name"], scale, context.cosine, f"{where}.logits")
+
     if context.full_size:
         return
     if isinstance(chosen["focus"], HardPixels):
@@ -195,6 +193,23 @@ def _check(
             raise ConfigError(
                 f"{where}.sets[{i}].at: {term.at!r} is not to be had in this method; set it to network"
             )
+
+
+def _check_classifier(name: str, wanted: float | None, given: float | None, where: str) -> None:
+    """ConfigError where a remedy is stated for a cosine classifier of one scale, and the network has none of it."""
+    if wanted is None:
+        return
+
+    if given is None:
+        raise ConfigError(
+            f"{where}.name: {name} needs a cosine classifier, which its size is stated for; set "
+            "model.options.classifier: cosine, of a network that classifies pixels"
+        )
+    if given != wanted:
+        raise ConfigError(
+            f"{where}.scale: {name} is for a cosine classifier of scale {wanted:g}, and model.options.scale is "
+            f"{given:g}; make them equal"
+        )
 
 
 def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:

@@ -22,8 +22,6 @@ class LDAM:
     margin: NotNegative = 0.5
     scale: Positive = 30.0
 
-    needs_cosine = True
-
     def vector(self, counts: Counts) -> Tensor:
         """s · m (K,); a class without labels has no margin, and does not set the largest."""
         margins = where_present(counts.pixels.clamp(min=1).pow(-0.25), counts.pixels, 0.0)

@@ -17,6 +17,7 @@ from common.models.backbones import (
     pixel_statistics,
     require_stride_4,
 )
+from common.models.cosine import split_options, use_cosine
 from common.models.deeplabv2_cpsl import deeplabv2
 from common.models.deeplabv3plus_detectron2 import (
     deeplabv3plus_d2,
@@ -164,9 +165,12 @@ def knet(config: ModelConfig) -> Segmentor:
     )
     auxiliary = _auxiliary(config, options, backbone.channels)
 
-    return segmentor(
+    model = segmentor(
         config, backbone, KNetHead(generate, stages=options.stages), auxiliary_head=auxiliary
     )
+    model.pixel_classifiers = ()  # its weights are kernels, too
+
+    return model
 
 
 def ocrnet(config: ModelConfig) -> Segmentor:
@@ -348,7 +352,11 @@ def build_model(config: ModelConfig) -> SegmentationModel:
     Under `torch.device("meta")` nothing is allocated or read. Raises ConfigError for an unknown model or option,
     ValueError for weights that do not fit.
     """
-    model = pick(MODELS, config.name, "model.name")(config)
+    of_classifier, rest = split_options(config)
+    model = pick(MODELS, config.name, "model.name")(rest)
+    if of_classifier.cosine is not None:
+        use_cosine(model, of_classifier.cosine, config.name)
+
     if config.checkpoint and torch.get_default_device().type != "meta":
         load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)
 

@@ -148,6 +148,7 @@ class DeepLabV2(SegmentationModel):
     """
 
     classifiers = ("layer5.head.1",)
+    pixel_classifiers = classifiers
     backbone = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(

@@ -120,6 +120,7 @@ class DeepLabV3PlusD2(EncoderDecoder):
     """`segment` gives `logits` (B, K, H/4, W/4) and `features`, what the classifier reads."""
 
     classifiers = ("predictor",)
+    pixel_classifiers = classifiers
     average_softmax = False  # detectron2 averages logits
 
     def __init__(

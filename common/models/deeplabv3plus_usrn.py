@@ -251,6 +251,9 @@ class DeepLabV3Plus(SegmentationModel):
                 options.channels, subclasses, options.dropout[2]
             )
         self.classifiers = ("classifier.1",)
+        self.pixel_classifiers = (
+            ("classifier.1", "classifier_SubCls.1") if self.dual else self.classifiers
+        )
 
     def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 to what `segment` takes, padded by reflection at the bottom and right."""

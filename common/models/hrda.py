@@ -78,6 +78,9 @@ class HRDANetwork(SegmentationModel):
         self.classifiers = tuple(
             name for name, _ in self.named_modules() if name.endswith("conv_seg")
         )
+        self.pixel_classifiers = tuple(
+            name for name in self.classifiers if "scale_attention" not in name
+        )
 
     def context(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) at half size."""

@@ -39,6 +39,7 @@ class SegmentationModel(nn.Module, ABC):
 
     heads: tuple[str, ...] = ("decode",)  # what losses train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
+    pixel_classifiers: tuple[str, ...] = ()  # 1×1 convolutions, which may be cosine classifiers
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
     scores_are_logits = True  # False: probabilities, or sums of them
     mean: Tensor
@@ -275,6 +276,7 @@ class Segmentor(SegmentationModel):
         self.classifiers = tuple(
             name for name, _ in self.named_modules() if name.endswith("conv_seg")
         )
+        self.pixel_classifiers = self.classifiers
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to a dict: `logits` (B, K, h, w), `aux` (list of logits), `features`

@@ -43,7 +43,8 @@ OPTIMA = [
 @pytest.mark.parametrize(("chosen", "expected"), OPTIMA, ids=lambda v: str(v)[:60])
 def test_optimum_of_a_bias(chosen, expected):
     label = torch.repeat_interleave(torch.arange(3), torch.tensor([90, 9, 1]))[None, None]
-    loss = build_loss(chosen, LossContext(COUNTS, cosine=30.0))
+    scale = chosen.get("logits", {}).get("scale", 30.0)
+    loss = build_loss(chosen, LossContext(COUNTS, cosine=scale))
     bias = torch.zeros(3, requires_grad=True)
     optimiser = torch.optim.LBFGS([bias], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
@@ -121,7 +122,7 @@ def test_blv_of_full_amplitude_is_logit_adjustment():
 
 def test_gcl_is_a_preset_of_blv():
     remedy = make("gcl").logits
-    assert remedy == BLV(coefficient="max", limit="folded", sigma=1 / 3, sign=-1, amplitude=15.0)
+    assert remedy == BLV(coefficient="max", limit="folded", sigma=1 / 3, sign=-1, amplitude=15.0, scale=30.0)
     torch.manual_seed(0)
     draws = remedy.draw(torch.empty(1, 1, 400, 400))
     assert draws.mean().item() == pytest.approx(0.266, abs=2e-3)

@@ -61,6 +61,8 @@ def test_the_figures_are_those_of_the_labels(config, tmp_path, monkeypatch, caps
     every = {name for name, row in LOSSES.items()}
     assert every == {*result["losses"], *result["anywhere"]}
     assert all(name in printed for name in every)
+    assert sorted(result["refused"]) == ["gcl", "ldam"]
+    assert "needs a cosine classifier" in next(line for line in printed.splitlines() if "logits ldam" in line)
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "changes nothing" in lines["sampler repeat_factor, image 0.001"]
     assert "class2, from 2 of 4 images" in lines["sampler rare_class"]
@@ -69,3 +71,9 @@ def test_the_figures_are_those_of_the_labels(config, tmp_path, monkeypatch, caps
 def test_the_samplers_options_are_the_streams(config, monkeypatch, capsys):
     printed = run(monkeypatch, capsys, config, "data.streams.labeled.sampler.min_pixels=81")
     assert "refused: no image has enough of class2" in printed
+
+
+def test_a_cosine_classifier_allows_margins(config, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "remedies.json"
+    run(monkeypatch, capsys, config, "model.options.classifier=cosine", "--json", out)
+    assert json.loads(out.read_text())["refused"] == {}

@@ -26,6 +26,7 @@ from tests.unit.remedy_examples import COUNTS, PIXELS, example, make, section
         ({"logits": {"name": "logit_adjustment", "taus": 1.0}}, "unknown key 'taus'; did you mean 'tau'"),
         ({"class_weight": {"name": "inverse", "rho": 1.0}}, "class_weight.rho: inverse fixes it to 1.0"),
         ({"logits": {"name": "ldam"}}, "cosine classifier"),
+        ({"logits": {"name": "gcl"}}, "cosine classifier"),
         ({"counts": {"refresh": 10}}, "makes no pseudo-labels"),
         ({"counts": {"refresh": -1}}, "refresh: -1 is less than 0"),
         ({"losses": {}}, "unknown key 'losses'"),
