@@ -1,7 +1,8 @@
 """Comparing methods by runs that are paired: same seed, same images, one thing changed.
 
 A difference of two methods is the mean over seeds of (method − baseline), with the interval of Student's t over these
-differences. Of several methods against one baseline the p-values are Holm's. Scores may be fractions or points.
+differences. Of several methods against one baseline the p-values are Holm's. Two single runs are compared by resampling
+the images that both were evaluated on. Scores may be fractions or points.
 """
 
 import math
@@ -11,28 +12,30 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from common.metrics import Convention, defined_mean, scores
+from common.metrics import Convention, class_counts, defined_mean, score_counts
 
 LEVEL = 0.95
+RESAMPLES = 10_000
+CHUNK = 500  # resamples that are scored at once
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of n paired differences. None where one pair says nothing: spread, interval and p-value."""
+    """The mean of n paired differences, or a difference over n images. None where one pair says nothing: spread,
+    interval and p-value."""
 
     mean: float
     n: int
     sd: float | None = None  # of the differences, n − 1 in the denominator
     half_width: float | None = None  # of the interval around the mean
     p: float | None = None  # two-sided, that the mean of the differences is 0
+    bounds: tuple[float, float] | None = None  # of an interval that is not symmetric
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        return (
-            None
-            if self.half_width is None
-            else (self.mean - self.half_width, self.mean + self.half_width)
-        )
+        if self.bounds is not None or self.half_width is None:
+            return self.bounds
+        return self.mean - self.half_width, self.mean + self.half_width
 
 
 def paired(
@@ -119,15 +122,117 @@ def head_and_tail(
 
     Fractions; NaN for a group of which no class is defined.
     """
-    got = scores(matrix, convention)
-    rest = [k for k in range(len(matrix)) if k not in set(tail)]
+    got = scores_of_counts(class_counts(matrix), tail, convention)
+    del got["iou"]
+    return {name: float(value) for name, value in got.items()}
+
+
+def scores_of_counts(
+    counts: np.ndarray, tail: Sequence[int], convention: Convention
+) -> dict[str, np.ndarray]:
+    """The scores of `head_and_tail` (…), and `iou` (…, K), of `metrics.class_counts` (…, 3, K)."""
+    got = score_counts(counts, convention)
+    rest = [k for k in range(counts.shape[-1]) if k not in set(tail)]
     return {
         "miou": got["miou"],
-        "miou_tail": defined_mean(got["iou"][list(tail)]),
-        "miou_head": defined_mean(got["iou"][rest]),
+        "miou_tail": defined_mean(got["iou"][..., list(tail)]),
+        "miou_head": defined_mean(got["iou"][..., rest]),
         "macc": got["macc"],
         "aacc": got["aacc"],
+        "iou": got["iou"],
     }
+
+
+# Resampled images ---------------------------------------------------------------------------------------------------
+
+
+def bootstrap(
+    method: np.ndarray,
+    baseline: np.ndarray,
+    tail: Sequence[int],
+    convention: Convention = "nan_mean",
+    *,
+    blocks: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> tuple[dict[str, Difference], list[Difference]]:
+    """Differences of two runs, with percentile intervals over resampled images (Efron and Tibshirani 1993, chapter 13).
+
+    method, baseline: confusion matrices (N, K, K) of the same images; both get the same resamples, each scored as a
+    whole. blocks: (N,) numbers; images of one block are drawn together, since frames of a video are not independent.
+    Gives the differences of `head_and_tail` by name and of the IoU of each class; `n` counts blocks. A class that a
+    resample does not show is left out of it. ValueError for other shapes or fewer than two blocks.
+    """
+    if method.shape != baseline.shape or method.ndim != 3:
+        raise ValueError(
+            f"matrices of shapes {method.shape} and {baseline.shape} are not of the same images"
+        )
+
+    sums = [_block_sums(class_counts(matrices), blocks) for matrices in (method, baseline)]
+    count = len(sums[0])
+    if count < 2:
+        raise ValueError(f"{count} block of images cannot be resampled; give two or more")
+
+    change = _change(*(part.sum(0) for part in sums), tail, convention)
+    draw = np.random.default_rng(seed)
+    drawn = []
+
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        weights = draw.multinomial(count, np.full(count, 1 / count), size)
+        parts = [np.tensordot(weights, part, 1) for part in sums]
+        drawn.append(_change(*parts, tail, convention))
+
+    values = np.concatenate(drawn)
+    found = [_resampled(change[i], values[:, i], count, level) for i in range(len(change))]
+    names = ("miou", "miou_tail", "miou_head", "macc", "aacc")
+    return dict(zip(names, found[: len(names)], strict=True)), found[len(names) :]
+
+
+def _block_sums(counts: np.ndarray, blocks: Sequence[int] | None) -> np.ndarray:
+    """Counts (N, 3, K) summed over the images of each block."""
+    if blocks is None:
+        return counts
+
+    _, place = np.unique(np.asarray(blocks), return_inverse=True)
+    total = np.zeros((place.max() + 1, *counts.shape[1:]))
+    np.add.at(total, place, counts)
+
+    return total
+
+
+def _change(
+    method: np.ndarray, baseline: np.ndarray, tail: Sequence[int], convention: Convention
+) -> np.ndarray:
+    """Of counts (…, 3, K): the differences of all scores, then of all IoUs (…, 5 + K)."""
+    sides = []
+
+    for counts in (method, baseline):
+        got = scores_of_counts(counts, tail, convention)
+        iou = got.pop("iou")
+        sides.append(np.concatenate([np.stack(list(got.values()), -1), iou], -1))
+
+    return sides[0] - sides[1]
+
+
+def _resampled(mean: float, values: np.ndarray, count: int, level: float) -> Difference:
+    """The difference `mean`, and what its resampled values say of it."""
+    values = values[np.isfinite(values)]
+    if not np.isfinite(mean) or not len(values):
+        return Difference(float(mean), count)
+
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    beyond = min((values <= 0).sum(), (values >= 0).sum())
+
+    return Difference(
+        mean=float(mean),
+        n=count,
+        sd=float(values.std()),
+        half_width=float(high - low) / 2,
+        p=min(1.0, 2 * float(beyond + 1) / (len(values) + 1)),
+        bounds=(float(low), float(high)),
+    )
 
 
 # Words --------------------------------------------------------------------------------------------------------------

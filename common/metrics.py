@@ -90,22 +90,38 @@ def scores(matrix: Tensor | np.ndarray, convention: Convention) -> dict[str, Any
     Gives `miou`, `macc`, `aacc`, `fwiou` (floats; NaN when nothing was counted), `iou` and `acc` (float64 (K,), NaN
     for an undefined class), and `convention`. Sources: module docstring.
     """
-    counts = _Counts(matrix, convention)
-    total = counts.truth.sum()
+    got = score_counts(class_counts(matrix), convention)
+    means = {name: float(got[name]) for name in ("miou", "macc", "aacc", "fwiou")}
+    return {"convention": convention, **means, "iou": got["iou"], "acc": got["acc"]}
+
+
+def class_counts(matrix: Tensor | np.ndarray) -> np.ndarray:
+    """Right, true and predicted pixels of each class, float64 (…, 3, K), of matrices (…, K, K).
+
+    They are all that scores are made of, and exact up to 2^53 pixels.
+    """
+    matrix = np.asarray(matrix)
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    return np.stack([hits, matrix.sum(-1), matrix.sum(-2)], -2).astype(np.float64)
+
+
+def score_counts(counts: np.ndarray, convention: Convention) -> dict[str, np.ndarray]:
+    """The scores of many matrices at once, from `class_counts` (…, 3, K): `iou` and `acc` (…, K), others (…)."""
+    made = _Counts(counts, convention)
+    total = made.truth.sum(-1)
     return {
-        "convention": convention,
-        "miou": counts.mean_iou(np.ones(len(counts.iou), bool)),
-        "macc": defined_mean(counts.acc),
-        "aacc": _ratio(counts.hits.sum(), total),
-        "fwiou": _ratio(np.nansum(counts.iou * counts.truth), total),
-        "iou": counts.iou,
-        "acc": counts.acc,
+        "miou": made.mean_iou(np.ones(made.iou.shape[-1], bool)),
+        "macc": defined_mean(made.acc),
+        "aacc": _divide(made.hits.sum(-1), total),
+        "fwiou": _divide(np.nansum(made.iou * made.truth, -1), total),
+        "iou": made.iou,
+        "acc": made.acc,
     }
 
 
 def tail_miou(iou: np.ndarray, ids: Sequence[int]) -> float:
     """Plain mean IoU over the class ids of the tail; undefined classes are left out, NaN when none is left."""
-    return defined_mean(np.asarray(iou, np.float64)[list(ids)])
+    return float(defined_mean(np.asarray(iou, np.float64)[list(ids)]))
 
 
 def group_scores(
@@ -116,7 +132,7 @@ def group_scores(
     groups: level ("image", "pixel") -> each class's group, K names; absent classes are in no mean. All levels
     use the same IoU, only the grouping differs; both index sets of the convention are intersected with the group.
     """
-    counts = _Counts(matrix, convention)
+    counts = _Counts(class_counts(matrix), convention)
     result: dict[str, dict[str, float]] = {}
 
     for level, names in groups.items():
@@ -132,7 +148,7 @@ def group_scores(
                 f"{level} level: {min(unknown)!r} is not one of {', '.join((*GROUPS, ABSENT))}"
             )
 
-        result[level] = {group: counts.mean_iou(names == group) for group in GROUPS}
+        result[level] = {group: float(counts.mean_iou(names == group)) for group in GROUPS}
 
     return result
 
@@ -141,27 +157,20 @@ def precision_and_recall(
     matrix: Tensor | np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each class: precision, recall, and predicted over true pixels (K,); NaN where undefined, in any convention."""
-    matrix = np.asarray(matrix, np.float64)
-    hits = np.diagonal(matrix)
-    truth = matrix.sum(1)
-    predicted = matrix.sum(0)
-
+    hits, truth, predicted = class_counts(matrix)
     return _divide(hits, predicted), _divide(hits, truth), _divide(predicted, truth)
 
 
 class _Counts:
-    """What the scores of a confusion matrix are made of, float64 (exact up to 2^53 pixels)."""
+    """Scores of classes, and which of them count, of counts (…, 3, K)."""
 
-    def __init__(self, matrix: Tensor | np.ndarray, convention: Convention):
+    def __init__(self, counts: np.ndarray, convention: Convention):
         if convention not in CONVENTIONS:
             raise ValueError(
                 f"convention {convention!r} is not one of {', '.join(CONVENTIONS)}"
             )
 
-        matrix = np.asarray(matrix)
-        self.hits = np.diagonal(matrix).astype(np.float64)
-        self.truth = matrix.sum(1).astype(np.float64)
-        predicted = matrix.sum(0).astype(np.float64)
+        self.hits, self.truth, predicted = np.moveaxis(counts, -2, 0)
         self.acc = _divide(self.hits, self.truth)
         self.iou = _divide(self.hits, self.truth + predicted - self.hits)
         if convention == "absent_zero":
@@ -173,18 +182,17 @@ class _Counts:
             self.truth + predicted > 0 if convention == "ltss" else np.isfinite(self.iou)
         )
 
-    def mean_iou(self, members: np.ndarray) -> float:
-        return _ratio(np.nansum(self.iou[members]), (members & self.counted).sum())
+    def mean_iou(self, members: np.ndarray) -> np.ndarray:
+        """The mean (…) over the classes of which `members` (K,) is true."""
+        total = np.nansum(self.iou[..., members], -1)
+        return _divide(total, self.counted[..., members].sum(-1))
 
 
 def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The ratio of float64 arrays (…), NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
 
-def _ratio(total: float, count: float) -> float:
-    return float(total / count) if count else float("nan")
-
-
-def defined_mean(values: np.ndarray) -> float:
-    """The mean of the values that are not NaN; NaN where none is left."""
-    return _ratio(np.nansum(values), np.isfinite(values).sum())
+def defined_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis of the values that are not NaN (…); NaN where none is left."""
+    return _divide(np.nansum(values, -1), np.isfinite(values).sum(-1))
