@@ -107,6 +107,7 @@ Positive = Annotated[float, Above(0)]
 NotNegative = Annotated[float, AtLeast(0)]
 Share = Annotated[float, AtLeast(0), AtMost(1)]
 Rate = Annotated[float, AtLeast(0), Below(1)]  # dropout, momentum: at 1 nothing would be left
+Momentum = Annotated[float, Above(0), Below(1)]  # of a moving average
 Scale = Annotated[float, AtLeast(0.01), AtMost(100)]  # of an image's size
 
 Size = tuple[Side, Side]  # height, width

@@ -15,6 +15,7 @@ from common.config.bounds import (
     Classes,
     Count,
     Length,
+    Momentum,
     NotNegative,
     Pattern,
     Positive,
@@ -153,6 +154,8 @@ class TrainConfig:
     save_every: Interval = 1000
     keep: Count = 2  # newest checkpoints; the best one stays as well
     branch: str | None = None  # a checkpoint's folder of another run, which this one goes on from
+    ema: Momentum | None = None  # of the average of weights, which then predicts; None: there is none
+    patience: Count | None = None  # evaluations without a new best score that end the run
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from common.files import (
 
 WEIGHTS, STATE = FILES = ("model.safetensors", "state.pt")
 SCORES = "scores.json"
+MODEL, AVERAGE = "model.", "average."  # in a state dict: the network, and its averaged weights (train.ema)
 
 Scores = dict[int, float | None]  # by step; None where the score is undefined
 
@@ -134,10 +135,16 @@ def newest(folder: Path) -> Path | None:
 def restore(path: Path, method: nn.Module) -> dict[str, Any]:
     """Load the method's state from `path` and return the training state.
 
+    Where the method averages its weights and the checkpoint does not, the average begins at the checkpoint's weights.
     Raises ValueError, naming the first few keys, where the checkpoint is of another method, model or class count.
     """
     tensors = read_artifact(path / WEIGHTS, load_file)
     own = method.state_dict()
+    if not any(name.startswith(AVERAGE) for name in tensors):
+        averaged = [name for name in own if name.startswith(AVERAGE)]
+        sources = {name: MODEL + name.removeprefix(AVERAGE) for name in averaged}
+        tensors |= {name: tensors[source] for name, source in sources.items() if source in tensors}
+
     state = read_artifact(path / STATE, _load_state)
 
     wrong = sorted(set(tensors) ^ set(own)) + sorted(
@@ -165,6 +172,12 @@ def best_step(scores: Scores) -> int | None:
     """The step of the highest score, the first one of several; None where none is defined."""
     defined = {step: score for step, score in sorted(scores.items()) if score is not None}
     return max(defined, key=lambda step: defined[step], default=None)
+
+
+def evaluations_since_best(scores: Scores) -> int:
+    """How many evaluations came after the best one; all of them where no score is defined."""
+    best = best_step(scores)
+    return sum(best is None or step > best for step in scores)
 
 
 def write_scores(folder: Path, scores: Scores) -> None:

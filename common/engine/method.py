@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from common.config import Config, pick, typed
+from common.config import Config, ConfigError, pick, typed
 from common.data import DatasetRow, Statistics
+from common.engine.checkpoint import AVERAGE, MODEL
 from common.engine.optim import parameter_groups
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
@@ -42,7 +44,7 @@ class Method(nn.Module, ABC):
     options: Any  # an instance of it
     backwards = 1
     compiles = True  # False: a training pass runs parts of the network, not its call, which `train.compile` compiles
-    predict_prefix = "model."  # where the network that `predict` uses stands in the state dict
+    predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__()
@@ -59,6 +61,26 @@ class Method(nn.Module, ABC):
 
     def after_step(self, step: int) -> None:
         """What follows the optimiser's step: a teacher's moving average, queues, counts."""
+
+    def keep_average(self, where: str) -> None:
+        """From now on a moving average of the network's weights is what predicts (`train.ema`).
+
+        Raises ConfigError, which begins with `where`, for a method that has a teacher to predict.
+        """
+        if self.predict_prefix != MODEL:
+            name = type(self).__name__
+            raise ConfigError(
+                f"{where}: train.ema: {name} predicts with its teacher, an average of weights already; set it to null"
+            )
+
+        self.average = deepcopy(self.network).requires_grad_(False)
+        self.predict_prefix = AVERAGE
+
+    def update_average(self, momentum: float, step: int) -> None:
+        """Move the average after 0-based `step`. Its momentum grows as (1 + t) / (10 + t) up to `momentum`, so that the
+        weights at the start are forgotten in a short run, too."""
+        network = self.get_submodule(MODEL.rstrip("."))
+        move_average(self.average, network, min((1 + step) / (10 + step), momentum))
 
     @property
     def network(self) -> SegmentationModel:

@@ -127,7 +127,7 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come when the method is built in earnest
-        method = build(cfg, MethodContext(placeholder(cfg.model.num_classes)))
+        method = _built(cfg, build, MethodContext(placeholder(cfg.model.num_classes)))
         optim.build_optimizers(method.parameter_groups())
 
     if cfg.train.compile and not method.compiles:
@@ -163,7 +163,7 @@ def prepare(
     Every rank builds the same weights. `compile` needs a C compiler on the CPU and Triton on CUDA.
     """
     torch.manual_seed(cfg.seed)
-    method = build(cfg, context)
+    method = _built(cfg, build, context)
     method = distributed.synchronise_batchnorm(method, cfg.model.norm, device).to(device)
     if cfg.train.channels_last:
         method = method.to(memory_format=torch.channels_last)
@@ -171,6 +171,17 @@ def prepare(
     if cfg.train.compile:
         for network in trained_networks(method):
             network.compile()
+
+    return method
+
+
+def _built(
+    cfg: Config, build: Callable[[Config, MethodContext], Method], context: MethodContext
+) -> Method:
+    """The method, with an average of its weights where `train.ema` asks for one."""
+    method = build(cfg, context)
+    if cfg.train.ema is not None:
+        method.keep_average(cfg.name)
 
     return method
 

@@ -80,6 +80,8 @@ class Trainer:
         self.scaler.update()
         distributed.average_batchnorm(self.method)
         self.method.after_step(step)
+        if self.cfg.train.ema is not None:
+            self.method.update_average(self.cfg.train.ema, step)
         self.costs.step()
 
         return total
@@ -150,6 +152,18 @@ class Trainer:
             checkpoint.prune(
                 self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores)
             )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many evaluations as `train.patience` says have passed without a new best score."""
+        patience = self.cfg.train.patience
+        return patience is not None and checkpoint.evaluations_since_best(self.scores) >= patience
+
+    @property
+    def standstill(self) -> str:
+        """What ends a run that is exhausted, in words."""
+        score, patience = self.cfg.eval.best, self.cfg.train.patience
+        return f"no better eval.best ({score}) in {patience} evaluations"
 
     def agree(self, received: list[int]) -> None:
         """Learn whether any rank was asked to stop while no step was done, as in an evaluation."""
