@@ -97,7 +97,7 @@ def timed(step: Callable[[int], None], number: int) -> float:
 
 
 def on_cpu(system: Resident, number: int) -> dict[str, Any]:
-    """Operators of a step: by part, those that are views or allocations, and the most frequent ones."""
+    """Operators of a step: by part, those that start nothing, and the most frequent ones."""
     counted = operators.count(system.trainer, system.streams, number)
     parts = {part: counted.of_part(part) for part in operators.PARTS}
 

@@ -11,15 +11,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.engine.trainer import Streams, Trainer
 
 PARTS = ("forward", "backward", "update")
-# Beside views, what starts nothing on a GPU: memory is taken from a pool, a range of the profiler is opened.
-IDLE = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "profiler.")
+# Beside views, what starts nothing on a GPU: memory is taken from a pool, an optimiser reads its step number, which is
+# on the host, a range of the profiler is opened.
+IDLE = (
+    "aten.empty",
+    "aten.new_empty",
+    "aten._unsafe_view",
+    "aten.lift_fresh",
+    "aten._local_scalar_dense",
+    "profiler.",
+)
 
 
 class Operators(TorchDispatchMode):
     """Counts what is dispatched while it is entered, below autograd: its backward operators are counted too.
 
     calls: by (part, operator) those that work on data, each of which starts one kernel on a GPU or more.
-    idle: the number of the others, views and allocations.
+    idle: the number of the others: views, allocations, numbers read on the host.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from scripts.bench.families import family_of, official
 
 @dataclass(frozen=True)
 class System:
-    """An official config, the images of each of its streams in a step, and what makes it tiny: narrow, with all layers."""
+    """An official config, the images of each of its streams in a step, and what makes it narrow with all layers."""
 
     config: str
     batch: int
