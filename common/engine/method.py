@@ -192,12 +192,18 @@ def move_average(
     ours: list[Tensor] = list(teacher.parameters())
     theirs: list[Tensor] = list(student.parameters())
 
+    copies: list[Tensor] = []
+    originals: list[Tensor] = []
+
     pairs = zip(teacher.buffers(), student.buffers(), strict=True)
     for mine, other in pairs if statistics != "own" else ():
         if statistics == "averaged" and mine.is_floating_point():
             ours.append(mine)
             theirs.append(other)
         else:
-            mine.copy_(other)
+            copies.append(mine)
+            originals.append(other)
 
     torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
+    if copies:
+        torch._foreach_copy_(copies, originals)

@@ -1,7 +1,7 @@
 """Parameter groups by name, optimisers by group, and the learning-rate schedule as a function of the step."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +62,29 @@ def build_optimizers(groups: Iterable[dict[str, Any]]) -> dict[str, torch.optim.
     """One optimiser for each name in the groups' "optimizer"; every group remembers its own initial lr."""
     by_name: dict[str, list[dict[str, Any]]] = {}
     for group in groups:
-        group = dict(group)
+        group = {**group, "params": list(group["params"])}
         by_name.setdefault(group.pop("optimizer"), []).append(
             group | {"initial_lr": group["lr"]}
         )
 
     return {
-        name: OPTIMIZERS[name](members, lr=members[0]["lr"])
+        name: OPTIMIZERS[name](members, lr=members[0]["lr"], **_implementation(members))
         for name, members in by_name.items()
     }
+
+
+def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
+    """All tensors in one operator: on CUDA the fused kernel, whose rounding is its own; elsewhere lists of tensors,
+    which give the numbers of the loop over them bit for bit."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return {"fused": True} if devices == {"cuda"} else {"foreach": True}
 
 
 def restore(
     optimizers: dict[str, torch.optim.Optimizer], saved: Mapping[str, Any], where: Path
 ) -> None:
-    """Load the state dicts `saved` by `where`, but keep the rates, decay and momentum of this run's config.
+    """Load the state dicts `saved` by `where`, but keep the rates, decay and momentum of this run's config, and the
+    kind of kernel that this device has.
 
     Raises ValueError where the optimisers or their groups are others.
     """
@@ -89,14 +97,13 @@ def restore(
         )
 
     for name, optimizer in optimizers.items():
-        settings = [
-            {k: v for k, v in group.items() if k != "params"}
-            for group in optimizer.param_groups
+        groups = [
+            {**configured, "params": group["params"]}
+            for configured, group in zip(
+                optimizer.param_groups, saved[name]["param_groups"], strict=True
+            )
         ]
-        optimizer.load_state_dict(saved[name])
-
-        for group, configured in zip(optimizer.param_groups, settings, strict=True):
-            group.update(configured)
+        optimizer.load_state_dict({**saved[name], "param_groups": groups})
 
 
 def _layout(states: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:
@@ -141,6 +148,34 @@ def rates(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, float]:
         for key, opt in optimizers.items()
         for group in opt.param_groups
     }
+
+
+def take_gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+    """The gradients, which the parameters then have no more: a backward pass that finds none leaves its own in their
+    place, where it would else add to each of them in an operator of its own."""
+    taken = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+
+    return taken
+
+
+def add_gradients(
+    parameters: list[nn.Parameter], before: Sequence[torch.Tensor | None]
+) -> None:
+    """Add `before`, of earlier backward passes, to the parameters' gradients, all together."""
+    new: list[torch.Tensor] = []
+    old: list[torch.Tensor] = []
+
+    for parameter, gradient in zip(parameters, before, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif gradient is not None:
+            new.append(parameter.grad)
+            old.append(gradient)
+
+    if new:
+        torch._foreach_add_(new, old)
 
 
 def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import distributed
 from common.config import Config, to_tree
 from common.engine import checkpoint, optim, runtime
+from common.engine.counters import BatchCounters
 from common.engine.logging import RunLog
 from common.engine.method import Batch, Losses, Method, Parts
 from common.files import link
@@ -37,6 +38,7 @@ class Trainer:
         self.parameters = [
             p for o in self.optimizers.values() for g in o.param_groups for p in g["params"]
         ]
+        self.counters = BatchCounters(method)
         self.source = Parts(method)
         self.parts: nn.Module = self.source
         if distributed.world_size() > 1:
@@ -54,18 +56,8 @@ class Trainer:
         received: the signals that this rank was sent.
         """
         optim.set_learning_rates(self.optimizers, step, self.cfg.optim, self.cfg.train.steps)
-        total: dict[str, torch.Tensor] = {}
-
-        for micro in range(self.accumulate):
-            batch = self.costs.load(streams)
-            runtime.seed_step(
-                self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step
-            )
-
-            for name, value in self._backward(
-                batch, step, micro == self.accumulate - 1
-            ).items():
-                total[name] = total.get(name, 0) + value / self.accumulate
+        with self.counters.held():
+            total = self._gradients(step, streams)
 
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
@@ -86,6 +78,24 @@ class Trainer:
 
         return total
 
+    def _gradients(self, step: int, streams: Streams) -> Losses:
+        """Back-propagate all micro-batches of the step; returns the means of their scalars."""
+        total: Losses = {}
+
+        for micro in range(self.accumulate):
+            batch = self.costs.load(streams)
+            runtime.seed_step(
+                self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step
+            )
+            found = self._backward(batch, step, micro == self.accumulate - 1)
+            _add(total, {name: self._share(value) for name, value in found.items()})
+
+        return total
+
+    def _share(self, value: torch.Tensor) -> torch.Tensor:
+        """What a micro-batch has in the step's mean."""
+        return value if self.accumulate == 1 else value / self.accumulate
+
     def _backward(self, batch: Mapping[str, Batch], step: int, last_micro: bool) -> Losses:
         """Back-propagate every part of one micro-batch; returns its detached scalars, the losses summed."""
         merged: Losses = {}
@@ -97,14 +107,23 @@ class Trainer:
             with self._synchronised(last):
                 with precision:
                     losses = self.parts(batch if part == 0 else None, step)
-                self.scaler.scale(losses["loss"] / self.accumulate).backward()
+                self._back_propagate(self.scaler.scale(self._share(losses["loss"])))
 
-            for name, value in losses.items():
-                merged[name] = merged.get(name, 0) + value.detach()
+            _add(merged, {name: value.detach() for name, value in losses.items()})
 
         self.source.finish()
 
         return merged
+
+    def _back_propagate(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one part to those of the parts before. DDP adds them itself, as it averages the sum."""
+        if isinstance(self.parts, DistributedDataParallel):
+            loss.backward()
+            return
+
+        before = optim.take_gradients(self.parameters)
+        loss.backward()
+        optim.add_gradients(self.parameters, before)
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Where a backward pass averages gradients over the ranks: in the last one of a step alone."""
@@ -258,3 +277,9 @@ class Trainer:
                 else "its loss scale is left out"
             )
             warnings.warn(f"{path}: saved with another train.precision: {what}", stacklevel=2)
+
+
+def _add(total: Losses, more: Losses) -> None:
+    """Add scalars to those of the same name."""
+    for name, value in more.items():
+        total[name] = total[name] + value if name in total else value

@@ -15,6 +15,7 @@ from torch import nn
 
 from common.config import Config, EvalConfig
 from common.engine import checkpoint, fit
+from common.engine.counters import BatchCounters
 from common.engine.method import move_average
 from common.engine.trainer import NonFiniteLoss
 from tests.unit.tiny_method import CPU, Tiny, assert_equal, config, stop_at, streams, train
@@ -182,6 +183,28 @@ def test_a_method_comes_to_its_end_after_the_last_part(tmp_path):
     cfg = config(tmp_path, steps=2)
     train(cfg, Ends(cfg))
     assert ended == [True, True]
+
+
+class Kept(nn.BatchNorm1d):
+    """Without momentum: its statistics are the mean of all, which needs the number of passes."""
+
+    def __init__(self, channels):
+        super().__init__(channels, momentum=None)
+
+
+@pytest.mark.parametrize("norm, counted", [(nn.BatchNorm1d, 3), (Kept, 9)])
+def test_batch_norm_counts_steps(tmp_path, norm, counted):
+    """Not the three passes of each, except where the counter is of use; the teacher has the student's."""
+    cfg = config(tmp_path, steps=3)
+    state = train(cfg, Tiny(cfg, parts=3, norm=norm))
+    counters = {int(state[f"{net}.1.num_batches_tracked"]) for net in ("model", "teacher")}
+    assert counters == {counted}
+    passes = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    passes[1].num_batches_tracked.fill_(7)
+    with BatchCounters(passes).held():
+        for _ in range(3):
+            passes(torch.randn(4, 4))
+    assert int(passes[1].num_batches_tracked) == 8 and "1.num_batches_tracked" in passes.state_dict()
 
 
 def test_every_line_of_the_log_says_what_steps_cost(tmp_path, capsys):

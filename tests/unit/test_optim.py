@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.config import Config, ConfigError, GroupConfig, ModelConfig, OptimConfig, TrainConfig
-from common.engine import fit
+from common.engine import fit, optim
 from common.engine.optim import build_optimizers, clip_gradients, learning_rate, parameter_groups
 from tests.contexts import BareMethod
 
@@ -147,3 +147,73 @@ def test_other_optimisers_or_groups_cannot_be_resumed(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         run(tmp_path, 2, resume=True, lr=0.01, **changes)
     assert "\n" not in str(error.value)
+
+
+# All tensors together -------------------------------------------------------------------------------------------------
+
+
+def updates(make, name: str, steps: int = 4) -> list[torch.Tensor]:
+    """Weights after some updates with random gradients, by the optimisers that `make` gives for parameter groups."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [nn.Parameter(torch.randn(size, generator=generator)) for size in ((7, 3), (5,), (2, 3, 3))]
+    common = {"optimizer": name, "lr": 0.02}
+    common |= {"momentum": 0.9} if name == "sgd" else {"betas": (0.9, 0.99)}
+    groups = [
+        {"params": weights[:1], "weight_decay": 0.1, "name": "a", **common},
+        {"params": weights[1:], "weight_decay": 0.0, "name": "b", **common},
+    ]
+    optimizer = make(groups)[name]
+    for _ in range(steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+    return weights
+
+
+def by_loops(groups) -> dict[str, torch.optim.Optimizer]:
+    """Torch's own, one tensor after the other."""
+    name = groups[0]["optimizer"]
+    plain = [{key: value for key, value in group.items() if key != "optimizer"} for group in groups]
+    return {name: optim.OPTIMIZERS[name](plain, lr=1.0, foreach=False)}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_updates_of_all_tensors_together_are_those_of_each(name):
+    """Bit for bit on the CPU."""
+    pairs = zip(updates(build_optimizers, name), updates(by_loops, name), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_run_goes_on_with_the_kernels_of_its_device(tmp_path, monkeypatch, name):
+    """Saved where lists are updated, resumed where one fused kernel is."""
+    whole = run(tmp_path / "whole", 4, lr=0.01, name=name)
+    run(tmp_path / "parts", 2, lr=0.01, name=name)
+    monkeypatch.setattr(optim, "_implementation", lambda groups: {"fused": True})
+    seen = []
+    original = optim.restore
+    monkeypatch.setattr(optim, "restore", lambda *args: seen.append(args[0]) or original(*args))
+    method = run(tmp_path / "parts", 4, resume=True, lr=0.01, name=name)
+    torch.testing.assert_close(method.fast, whole.fast)
+    assert all(group["fused"] and not group["foreach"] for group in seen[0][name].param_groups)
+
+
+def test_gradients_of_parts_are_added_as_torch_adds_them():
+    weights = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+    plain = [nn.Parameter(weight.detach().clone()) for weight in weights]
+
+    def parts(of):
+        yield (of[0] * 3.3).sum() + of[1].square().sum()
+        yield of[0].square().sum()
+
+    for loss in parts(plain):
+        loss.backward()
+    for loss in parts(weights):
+        before = optim.take_gradients(weights)
+        assert all(weight.grad is None for weight in weights)
+        loss.backward()
+        optim.add_gradients(weights, before)
+
+    assert weights[2].grad is None
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(weights[:2], plain, strict=False))
