@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.config import EvalConfig
+from common.config import ConfigError, EvalConfig
 from common.ops.resize import resize, resize_rows
 
 Size = tuple[int, int]
@@ -34,8 +34,11 @@ def slide(
     stride: Size,
     size: Size | None = None,
     window_batch: int = 4,
+    softmax: bool = False,
 ) -> Tensor:
     """Mean of the class scores of overlapping windows, then resized to `size` (MMSegmentation's rule).
+
+    softmax: of the windows' probabilities instead, as UniMatch averages.
 
     crop, stride: height and width of a window and of its steps. An axis has max(⌈(length − crop) / stride⌉, 0) + 1
     windows; the last one is shifted back to fit, and an image smaller than the crop is one window, unpadded.
@@ -53,6 +56,7 @@ def slide(
         places = every[first : first + window_batch]
         windows = torch.stack([images[b, :, y : y + tall, x : x + wide] for b, y, x in places])
         scores = model.predict(windows, None)
+        scores = scores.softmax(1) if softmax else scores
         if total is None:
             total = scores.new_zeros((len(images), scores.shape[1], height, width))
 
@@ -154,7 +158,7 @@ def predict_scores(
         return predict(images, size)
 
     options = {
-        "softmax": _softmaxed(network(model)),
+        "softmax": _softmaxed(network(model), cfg),
         "rescale": _rescale(cfg),
         "mirrored_classes": mirrored_classes,
     }
@@ -199,19 +203,20 @@ def score_bands(
     net = network(model)
     if _augmented(cfg):
         scores = predict_scores(model, images, cfg, size, mirrored_classes)
-        logits = _logits(net) and not _softmaxed(net)
+        logits = _logits(net, cfg) and not _softmaxed(net, cfg)
         yield (0, scores.shape[-2]), adjusted(scores, offsets, logits)
     elif cfg.mode == "whole":
         yield from model.bands(images, size, offsets)
     else:
         scores = _single(model, cfg)(images, None)
-        yield from _bands(adjusted(scores, offsets, _logits(net)), size, net.align_corners)
+        scores = adjusted(scores, offsets, _logits(net, cfg))
+        yield from _bands(scores, size, net.align_corners)
 
 
 def probabilities(model: Any, cfg: EvalConfig, scores: Tensor) -> Tensor:
     """Class probabilities, float32, of the scores (B, K, h, w) of `score_bands`."""
     net = network(model)
-    if _augmented(cfg) and _softmaxed(net):
+    if cfg.window_softmax or _augmented(cfg) and _softmaxed(net, cfg):
         return F.normalize(scores.float(), p=1)  # their sum is 1 unless they were adjusted
     return net.probabilities(scores)
 
@@ -239,23 +244,31 @@ def _bands(
         yield rows, resize_rows(scores, size, rows, align_corners)
 
 
-def _logits(net: Any) -> bool:
-    """Whether a network's scores are logits."""
-    return getattr(net, "scores_are_logits", True)
+def _logits(net: Any, cfg: EvalConfig) -> bool:
+    """Whether the scores of one pass over an image, by windows or whole, are logits."""
+    return getattr(net, "scores_are_logits", True) and not cfg.window_softmax
 
 
-def _softmaxed(net: Any) -> bool:
-    """Whether test-time augmentation averages the softmax of a network's scores."""
-    return getattr(net, "average_softmax", True)
+def _softmaxed(net: Any, cfg: EvalConfig) -> bool:
+    """Whether test-time augmentation averages the softmax of such scores."""
+    return getattr(net, "average_softmax", True) and not cfg.window_softmax
 
 
 def _single(model: Any, cfg: EvalConfig) -> Predict:
     if cfg.mode == "whole":
         return partial(whole, model)
 
+    net = network(model)
+    if cfg.window_softmax and not getattr(net, "scores_are_logits", True):
+        raise ConfigError(
+            f"eval.window_softmax: the scores of {type(net).__name__} are no logits; set it to false"
+        )
+
     crop = cfg.crop
     stride = cfg.stride or cfg.crop
-    return lambda images, size: slide(model, images, crop, stride, size, cfg.window_batch)
+    options = (cfg.window_batch, cfg.window_softmax)
+
+    return lambda images, size: slide(model, images, crop, stride, size, *options)
 
 
 def _rescale(cfg: EvalConfig) -> Rescale:

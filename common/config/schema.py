@@ -167,6 +167,7 @@ class EvalConfig:
     crop: Size | None = None  # slide: window height, width
     stride: Size | None = None  # of the windows; None: their size
     window_batch: Count = 4
+    window_softmax: bool = False  # slide: average the windows' probabilities, not their logits
     short_edge: Side | None = (
         None  # shorter side of the net's input; None: the image's own size
     )
@@ -207,6 +208,9 @@ class EvalConfig:
             raise ValueError(
                 f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}"
             )
+
+        if self.window_softmax and self.mode != "slide":
+            raise ValueError(f"window_softmax: has no effect in mode: {self.mode}; set mode: slide")
 
         for name in ("max_edge", "scaled_max_edge"):
             if getattr(self, name) is not None and self.short_edge is None:

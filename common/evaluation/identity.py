@@ -57,6 +57,7 @@ def _settings(cfg: EvalConfig) -> dict[str, Any]:
         "mode": cfg.mode,
         "crop": list(cfg.crop) if slides else None,
         "stride": list(cfg.stride or cfg.crop) if slides else None,
+        "window_softmax": cfg.window_softmax,
         "short_edge": cfg.short_edge,
         "max_edge": cfg.max_edge,
         "scales": scales,

@@ -71,3 +71,38 @@ def test_training_resumes_bit_for_bit_and_tests(config, data):
     here(main, "--test", "--resume", folder, "--device", "cpu")
     tested = json.loads(next((folder / "test").glob("*/evaluation.json")).read_text())
     assert tested["miou"] == json.loads((folder / "evaluation.json").read_text())["miou"]
+
+
+COCO = {  # config: crop, small network
+    "unimatch/coco_1_512_r101": (33, ("model.backbone=resnet18", "model.norm=bn", "model.options={channels: 8}")),
+    "unimatch_v2/coco_1_512_dinov2_small": (
+        28,
+        (
+            "model.options={widths: [4, 6, 8, 8], channels: 4, "
+            "backbone: {dim: 16, heads: 2, taps: [0, 1, 2, 3], grid: 3}}",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("config", COCO)
+def test_coco_trains_from_an_official_list(config, tmp_path):
+    """Lines of image and mask; the unlabelled images, which no list names, are the others."""
+    root, (crop, network) = tmp_path / "coco", COCO[config]
+    make("coco", root, train=8, val=1, size=(40, 48), seed=0, domain="day")
+    lists = tmp_path / "1_512"
+    lists.mkdir()
+    names = [f"train2017/{k:012d}.jpg masks/{k:012d}.png" for k in (1, 4)]
+    (lists / "labeled.txt").write_text("\n".join(names))
+    streams = [f"data.streams.{key}.list={lists}/{key}.txt" for key in ("labeled", "unlabeled")]
+    streams += [f"data.streams.{key}.batch_size=2" for key in ("labeled", "unlabeled")]
+    streams += [f"data.streams.{key}.augment.crop=[{crop},{crop}]" for key in ("labeled", "unlabeled")]
+    more = ["data.workers=0", "eval.workers=0", "train.threads=1", "train.steps=2", "model.pretrained=false"]
+    words = [f"data.root={root}", f"output={tmp_path}/saved", *streams, *more, *network]
+
+    path = CONFIGS / f"{config}.yaml"
+    here(prepare_splits, path, *words)
+    here(main, "--config", path, *words, "--device", "cpu")
+    assert len((lists / "unlabeled.txt").read_text().split()) == 6
+    result = json.loads((tmp_path / "saved" / path.stem / "evaluation.json").read_text())
+    assert result["step"] == 2 and len(result["per_class"]) == 81

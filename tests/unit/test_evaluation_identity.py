@@ -76,6 +76,10 @@ def test_other_meanings_of_the_same_files_differ(tmp_path):
         ({"short_edge": 512, "max_edge": 2048}, ["short_edge 512 against none", "max_edge 2048 against none"]),
         ({"convention": "ltss"}, ["convention ltss against nan_mean"]),
         ({"mode": "slide", "crop": (8, 9)}, ["mode slide against whole", "crop [8, 9]", "stride [8, 9]"]),
+        (
+            {"mode": "slide", "crop": (8, 9), "window_softmax": True},
+            ["mode slide against whole", "crop [8, 9]", "stride [8, 9]", "window_softmax True against False"],
+        ),
         ({"crop": (8, 9)}, []),  # of no effect without sliding windows
         ({"batch_size": 4, "workers": 0, "window_batch": 1, "panels": 0, "best": "macc"}, []),
     ],

@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import EvalConfig
-from common.inference import multi_scale, predict_labels, predict_scores, slide, whole, window_starts
+from common.config import ConfigError, EvalConfig
+from common.inference import (
+    multi_scale,
+    predict_labels,
+    predict_scores,
+    probabilities,
+    score_bands,
+    slide,
+    whole,
+    window_starts,
+)
 from common.models.segmentor import SegmentationModel
 
 
@@ -162,3 +171,57 @@ def test_wrong_settings_are_named():
         slide(model, images, (4, 4), (0, 4))
     with pytest.raises(ValueError, match="eval.scales is empty"):
         multi_scale(model.predict, images, (), False)
+
+
+class Given(SegmentationModel):
+    """The logits of each window are those that its first pixel asks for."""
+
+    def __init__(self, table):
+        super().__init__(2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        self.table = torch.tensor(table)
+
+    def segment(self, x):
+        logits = self.table[x[:, 0, 0, 0].long()]
+        return {"logits": logits[..., None, None].expand(-1, -1, *x.shape[2:])}
+
+
+def test_windows_are_averaged_as_logits_or_as_probabilities():
+    """Three windows over the third pixel: one sure of class 0, two less sure of class 1."""
+    model = Given([[4.0, 0.0], [0.0, 1.5], [0.0, 1.5]])
+    image = torch.zeros(1, 3, 1, 5)
+    image[0, 0, 0] = torch.arange(5.0)
+    plain = EvalConfig(mode="slide", crop=(1, 3), stride=(1, 1))
+    soft = EvalConfig(mode="slide", crop=(1, 3), stride=(1, 1), window_softmax=True)
+
+    torch.testing.assert_close(predict_scores(model, image, plain)[0, :, 0, 2], torch.tensor([4.0, 3.0]) / 3)
+    high, low = 1 / (1 + math.exp(-4)), 1 / (1 + math.exp(1.5))
+    expected = torch.tensor([high + 2 * low, 3 - high - 2 * low]) / 3
+    torch.testing.assert_close(predict_scores(model, image, soft)[0, :, 0, 2], expected)
+    assert predict_labels(model, image, plain)[0, 0, 2] == 0 and predict_labels(model, image, soft)[0, 0, 2] == 1
+
+    once_more = EvalConfig(mode="slide", crop=(1, 5), window_softmax=True, scales=(1.0, 1.0))
+    torch.testing.assert_close(predict_scores(model, image, once_more)[0, 0, 0, 0], torch.tensor(high))
+    offsets = torch.tensor([0.0, 3.0])  # of post-hoc adjustment, which adds to logits
+    once = EvalConfig(mode="slide", crop=(1, 5), window_softmax=True)
+    assert predict_labels(model, image, once, offsets=offsets)[0, 0, 0] == 0
+    assert predict_labels(model, image, once, offsets=1.5 * offsets)[0, 0, 0] == 1
+
+
+def test_softmax_of_windows_that_cannot_be():
+    with pytest.raises(ValueError, match="window_softmax: has no effect in mode: whole"):
+        EvalConfig(window_softmax=True)
+    model = Given([[0.0, 1.0]])
+    model.scores_are_logits = False
+    with pytest.raises(ConfigError, match="window_softmax: the scores of Given are no logits"):
+        predict_labels(model, torch.zeros(1, 3, 2, 2), EvalConfig(mode="slide", crop=(2, 2), window_softmax=True))
+
+
+def test_probabilities_of_windows_that_were_averaged_as_such():
+    model, image = Given([[4.0, 0.0], [0.0, 1.5]]), torch.zeros(1, 3, 2, 3)
+    image[..., 1:] = 1
+    cfg = EvalConfig(mode="slide", crop=(2, 2), stride=(1, 1), window_softmax=True)
+    scores = predict_scores(model, image, cfg)
+    (_, band), *rest = score_bands(model, image, cfg)
+    assert not rest and torch.equal(band, scores)
+    torch.testing.assert_close(probabilities(model, cfg, band), scores)
+    torch.testing.assert_close(scores.sum(1), torch.ones(1, 2, 3))

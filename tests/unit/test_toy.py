@@ -167,6 +167,33 @@ def test_voc_layout(tmp_path):
         assert image.size == (128, 170)  # upright: width, height
 
 
+def test_coco_layout(tmp_path):
+    """The scenes of VOC under COCO's ids; official lists name image and mask, ours the image alone."""
+    root = toy.make("coco", tmp_path / "coco", train=8, val=2)
+    row, voc = DATASETS["coco"], DATASETS["voc"]
+    assert row.num_classes == 81 and row.classes[:4] == ("background", "person", "bicycle", "car")
+    pairs = set()
+    for split, n in (("train", 8), ("val", 2)):
+        dataset = SegmentationDataset(SourceConfig(dataset="coco", root=str(root), split=split))
+        assert len(dataset) == n
+        for k, name in enumerate(dataset.names):
+            scene = voc_scene(0, "day", int(name), (128, 170)).label
+            pairs |= set(zip(dataset.load(k)["label"].ravel().tolist(), scene.ravel().tolist(), strict=True))
+    names = {(row.classes[coco], voc.classes[k]) for coco, k in pairs if k != 255}
+    same = {coco for coco, other in names if coco == other}
+    assert len(pairs) > 6 and (0, 255) in pairs and "background" in same and len(same) > 3
+
+    name = dataset.names[0]
+    for line in (f"val2017/{name}.jpg masks/{name}.png", name):
+        (tmp_path / "list.txt").write_text(line)
+        source = SourceConfig(dataset="coco", root=str(root), split="val", list=str(tmp_path / "list.txt"))
+        assert SegmentationDataset(source).names == [name]
+    (root / "masks").rename(root / "val2017_masks")
+    (root / "masks").mkdir()
+    (root / "val2017_masks").rename(root / "masks" / "val2017")
+    assert all(record.label is not None for record in row.layout(root, "val", None))
+
+
 def test_ade20k_full_layout(tmp_path):
     assert len(set(ADE_IDS)) >= 60 and 255 in ADE_IDS and max(ADE_IDS) == 846
     root = toy.make("ade20k_full", tmp_path / "ade", train=12, val=2)

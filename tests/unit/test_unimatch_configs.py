@@ -17,11 +17,13 @@ UNLABELLED = {  # images of the official lists
     "pascal/1_16": 9920, "pascal/1_8": 9259, "pascal/1_4": 7936, "pascal/u2pl_1_16": 9920, "pascal/u2pl_1_8": 9259,
     "pascal/u2pl_1_4": 7936, "cityscapes/1_16": 2789, "cityscapes/1_8": 2603, "cityscapes/1_4": 2231,
     "cityscapes/1_2": 1487, "ade20k/1_64": 19894, "ade20k/1_32": 19579, "ade20k/1_16": 18947, "ade20k/1_8": 17684,
-    "ade20k/1_4": 15158,
+    "ade20k/1_4": 15158, "coco/1_512": 118055, "coco/1_256": 117824, "coco/1_128": 117362, "coco/1_64": 116438,
+    "coco/1_32": 114590,
 }  # fmt: skip
 EPOCHS = {  # by method and data set
-    ("unimatch", "voc"): 80, ("unimatch", "cityscapes"): 240,
+    ("unimatch", "voc"): 80, ("unimatch", "cityscapes"): 240, ("unimatch", "coco"): 30,
     ("unimatch_v2", "voc"): 60, ("unimatch_v2", "cityscapes"): 180, ("unimatch_v2", "ade20k"): 60,
+    ("unimatch_v2", "coco"): 20,
 }  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def test_shipped_configs_load(name):
 RATED = (
     "unimatch/pascal_92_r50.yaml",
     "unimatch/cityscapes_1_16_r101.yaml",
+    "unimatch/coco_1_512_xception65.yaml",
     "unimatch_v2/pascal_92_dinov2_small.yaml",
     "unimatch_v2/ade20k_1_64_dinov2_large.yaml",
 )
@@ -69,7 +72,7 @@ def test_learning_rates_are_the_releases(name):
         rates |= {names[id(p)]: group["lr"] for p in group["params"]}
     backbone = {rate for key, rate in rates.items() if key.startswith("model.backbone.")}
     rest = {rate for key, rate in rates.items() if not key.startswith("model.backbone.")}
-    v1 = {"voc": (1e-3, 1e-2), "cityscapes": (5e-3, 5e-3)}
+    v1 = {"voc": (1e-3, 1e-2), "cityscapes": (5e-3, 5e-3), "coco": (4e-3, 4e-2)}
     expected = v1[cfg.data.dataset] if name.startswith("unimatch/") else (5e-6, 2e-4)
     assert [*backbone, *rest] == pytest.approx(list(expected))
 

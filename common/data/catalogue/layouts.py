@@ -280,6 +280,20 @@ class Adverse:
         return []
 
 
+def coco(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
+    """train2017 and val2017 (here or below images/) and masks of the same names: of both in masks/, or of each in a
+    folder there."""
+    part = f"{split}2017"
+    folder = image_folder(root, [part, f"images/{part}"])
+    own = below(root, f"masks/{part}")
+    masks = LabelFiles(own if own.is_dir() else below(root, "masks"), (".png",))
+
+    return [
+        Record(path.stem, path, masks.of(path.stem))
+        for path in pick(files(folder, (".jpg",)), lines, folder)
+    ]
+
+
 def voc(root: Path, split: str, lines: Sequence[str] | None = None) -> list[Record]:
     """VOCdevkit/VOC2012 (or VOC2012, or the root itself): JPEGImages, labels of SegmentationClassAug, else
     SegmentationClass.

@@ -58,6 +58,12 @@ def class_table(name: str) -> ClassTable:
     return ClassTable(ids, counts, tuple(_GROUP_LETTERS[cell[2]] for cell in cells), names)
 
 
+def coco_things() -> tuple[str, ...]:
+    """COCO's 80 things, which come first among the classes of COCO-Stuff."""
+    table = class_table("coco_stuff_lt")
+    return tuple(name for k, name in zip(table.ids, table.names, strict=True) if k <= 90)
+
+
 def _row(
     name: str, folder: str, table: str, layout: Paired, images: int | None = None, **fields
 ) -> DatasetRow:

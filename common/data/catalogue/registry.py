@@ -11,7 +11,7 @@ from common.config import SourceConfig
 from common.data.catalogue import layouts
 from common.data.catalogue.folder import UNNAMED, folder_row
 from common.data.catalogue.layouts import Paired, any_case
-from common.data.catalogue.ltss import LTSS_ROWS
+from common.data.catalogue.ltss import LTSS_ROWS, coco_things
 from common.data.catalogue.row import DatasetRow, colour_map
 from common.data.labels import IGNORE
 
@@ -209,6 +209,8 @@ VOC_CLASSES = (
         "tvmonitor",
     ),
 )
+# what is no thing is a class too: it is trained and counted
+COCO_CLASSES = ("background", *coco_things())
 CAMVID_CLASSES = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
     *("sign", "fence", "car", "pedestrian", "bicyclist"),
@@ -244,6 +246,7 @@ _ROWS = (
     _adverse("acdc", ("fog", "night", "rain", "snow")),
     _adverse("dark_zurich", ("night",)),
     DatasetRow("voc", "voc", VOC_CLASSES, colour_map(21), layouts.voc),
+    DatasetRow("coco", "coco", COCO_CLASSES, colour_map(81), layouts.coco),
     DatasetRow(
         "camvid",
         "camvid",

@@ -1,4 +1,4 @@
-"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of nine data sets.
+"""Toy data sets: procedural long-tailed scenes on disk in the real layouts of ten data sets.
 
 Every picture is a pure function of (seed, domain, its number, size); a folder is complete when its marker
 `toy.json` is there. Programs read these folders as they read the real ones.
@@ -32,6 +32,10 @@ _SYNTHIA_IDS = {  # SYNTHIA's label ids; void (0) where SYNTHIA shows no such th
     "sky": 1, "building": 2, "road": 3, "sidewalk": 4, "fence": 5, "vegetation": 6, "pole": 7, "car": 8,
     "traffic sign": 9, "person": 10, "bicycle": 11, "motorcycle": 12, "parking": 13, "traffic light": 15, "rider": 17,
     "bus": 19, "wall": 21,
+}  # fmt: skip
+_COCO_NAMES = {  # of VOC's classes, where COCO has another one
+    "aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle", "pottedplant": "potted plant",
+    "sofa": "couch", "tvmonitor": "tv",
 }  # fmt: skip
 
 Size = tuple[int, int]
@@ -176,6 +180,26 @@ def write_voc(root: str | Path, train: int = 96, val: int = 32, size: Size = (12
     return write_once(root, params, fill)
 
 
+def write_coco(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
+               domain: str = "day") -> Path:  # fmt: skip
+    """train2017, val2017 (jpg) and masks (8-bit png of both): the scenes of VOC, their outlines background."""
+    params = _params("coco", train, val, size, seed, domain)
+    row = DATASETS["coco"]
+    names = [_COCO_NAMES.get(name, name) for name in DATASETS["voc"].classes]
+    table = np.zeros(256, np.uint8)
+    table[: len(names)] = [row.classes.index(name) for name in names]
+
+    def fill(base: Path, counts: Counter) -> None:
+        for split, _, number in _numbers(train, val):
+            scene = voc_scene(seed, domain, number, size)
+            label = table[scene.label]
+            _save(base / f"{split}2017" / f"{number:012d}.jpg", scene.image)
+            _save(base / "masks" / f"{number:012d}.png", label)
+            _count(counts, label, dict(enumerate(row.classes)))
+
+    return write_once(root, params, fill)
+
+
 def write_ade20k_full(root: str | Path, train: int = 96, val: int = 32, size: Size = (128, 170), seed: int = 0,
                       domain: str = "day") -> Path:  # fmt: skip
     """images_detectron2 (jpg) and annotations_detectron2 (uint16 tif, 65535 unlabelled), training and validation.
@@ -245,6 +269,7 @@ LAYOUTS: dict[str, Callable[..., Path]] = {
     "acdc": write_acdc,
     "dark_zurich": write_dark_zurich,
     "voc": write_voc,
+    "coco": write_coco,
     "ade20k_full": write_ade20k_full,
     "coco_stuff_lt": write_coco_stuff_lt,
     "mhpv2_lt": write_mhpv2_lt,
