@@ -31,7 +31,7 @@ DIGEST = "sha256:"
 # keys that say where a result lies, how it is shown or how fast it comes, not what it is
 HARMLESS = {
     "name", "output", "runs", "data.workers", "data.cache", "train.threads", "train.log_every", "train.save_every",
-    "train.keep", "eval.workers", "eval.window_batch", "eval.panels",
+    "train.keep", "eval.workers", "eval.window_batch", "eval.panels", "log",
 }  # fmt: skip
 
 

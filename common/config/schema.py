@@ -219,6 +219,17 @@ class EvalConfig:
                 )
 
 
+@dataclass(frozen=True)
+class LogConfig:
+    """Where a run is shown, beside the console and its own log."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+
+    def __post_init__(self):
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers: {', '.join(self.trackers)}: name each once")
+
+
 def _exceeds(size: tuple[int, int], limit: tuple[int, int]) -> bool:
     return size[0] > limit[0] or size[1] > limit[1]
 
@@ -236,6 +247,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     name: str = ""  # the run's folder is <output>/<name>; empty: the config file's stem
     output: str = "runs"
     runs: Mapping[str, str] = field(

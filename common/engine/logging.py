@@ -1,4 +1,4 @@
-"""What a run leaves behind: console lines, `log.jsonl`, TensorBoard scalars and `run.json`."""
+"""What a run leaves behind: console lines, `log.jsonl`, what trackers show, and `run.json`."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from PIL import Image
 
 from common import console, distributed
 from common.config import Config, save_config
+from common.engine.trackers import open_trackers
 from common.files import replacing, write_json
 
 CLASS_SCORES = (
@@ -27,7 +28,8 @@ CLASS_SCORES = (
     "boundary_f",
     "ece",
     "mass",
-)  # shown by TensorBoard
+)  # shown by trackers
+SETTINGS = ("step", "images", "logit_adjustment")  # of an evaluation's numbers those that are no curve
 
 
 def describe_machine() -> dict[str, Any]:
@@ -84,17 +86,13 @@ class RunLog:
         if not self.active:
             return
 
-        from torch.utils.tensorboard import (
-            SummaryWriter,
-        )  # here, since it takes a second to import
-
         self.folder = cfg.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         save_config(cfg, self.folder / "config.yaml")
         earlier = _truncate(self.folder / "log.jsonl", start_step)
         self.earlier_minutes = earlier if start_step else 0.0
         self.file = (self.folder / "log.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start_step)
+        self.trackers = open_trackers(cfg, start_step)
         self._describe()
 
     def _describe(self, minutes: float | None = None) -> None:
@@ -140,14 +138,10 @@ class RunLog:
             }
         )
 
-        for name, value in scalars.items():
-            self.board.add_scalar(f"train/{name}", value, step)
-
-        for name, value in rates.items():
-            self.board.add_scalar(f"lr/{name}", value, step)
-
-        for name, value in costs.items():
-            self.board.add_scalar(f"cost/{name}", value, step)
+        curves = {f"train/{name}": value for name, value in scalars.items()}
+        curves |= short_names(rates)
+        curves |= {f"cost/{name}": value for name, value in costs.items()}
+        self._show(curves, step)
 
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.cfg.train.steps - step)))
         cost = f"data {costs['data_seconds']:.3f} s/step  {costs['memory_gib']:.1f} GiB"
@@ -157,7 +151,7 @@ class RunLog:
         )
 
     def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Record validation metrics; per-class values go to TensorBoard."""
+        """Record validation metrics; per-class values and pictures go to the trackers."""
         if not self.active:
             return
 
@@ -166,25 +160,26 @@ class RunLog:
             {"kind": "eval", "step": step, "convention": result.get("convention"), **scalars}
         )
 
-        for name, value in scalars.items():
-            self.board.add_scalar(f"val/{name}", value, step)
-
+        curves = {f"val/{key}": value for key, value in scalars.items() if key not in SETTINGS}
         for item in result.get("per_class", ()):
-            for key in CLASS_SCORES:
-                if item.get(key) is not None:
-                    self.board.add_scalar(f"val_{key}/{item['name']}", item[key], step)
+            known = {key: item[key] for key in CLASS_SCORES if item.get(key) is not None}
+            curves |= {f"val_{key}/{item['name']}": value for key, value in known.items()}
 
+        self._show(curves, step)
         for path in sorted((self.folder / "panels").glob("*_prediction.png")):
-            picture = np.asarray(Image.open(path).convert("RGB"))
-            self.board.add_image(
-                f"prediction/{path.stem.partition('_')[0]}", picture, step, dataformats="HWC"
-            )
+            stem = path.stem.partition("_")[0]
+            for tracker in self.trackers:
+                tracker.picture(f"prediction/{stem}", side_by_side(path.parent, stem), step)
 
         shown = {"mIoU": result.get("miou"), "mIoU(tail)": result.get("miou_tail")}
         text = "  ".join(
             f"{name} {100 * value:.2f}" for name, value in shown.items() if value is not None
         )
         self.message(f"step {step}  {text}")
+
+    def _show(self, curves: Mapping[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.scalars(curves, step)
 
     def message(self, text: str) -> None:
         """A line on the console."""
@@ -219,7 +214,26 @@ class RunLog:
         if self.active:
             self._describe(self.minutes)
             self.file.close()
-            self.board.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+
+def short_names(rates: Mapping[str, float]) -> dict[str, float]:
+    """Tags of learning rates, which are named OPTIMISER/GROUP: of each the part in which they differ."""
+    if len(rates) == 1:
+        return {"lr": next(iter(rates.values()))}
+
+    optimisers = {name.partition("/")[0] for name in rates}
+    if len(optimisers) > 1:
+        return {f"lr/{name}": rate for name, rate in rates.items()}
+
+    return {f"lr/{name.partition('/')[2]}": rate for name, rate in rates.items()}
+
+
+def side_by_side(folder: Path, stem: str) -> np.ndarray:
+    """The image, the truth and the prediction of a panel, beside each other (H, 3·W, 3)."""
+    names = ("image", "truth", "prediction")
+    return np.hstack([np.asarray(Image.open(folder / f"{stem}_{name}.png").convert("RGB")) for name in names])
 
 
 def _record(line: str) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from common import distributed
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.statistics import placeholder
 from common.data.streams import check_division
-from common.engine import checkpoint, optim
+from common.engine import checkpoint, optim, trackers
 from common.engine.method import Batch, Method, MethodContext
 from common.models import SegmentationModel
 from common.models.pretrained.containers import find_weights
@@ -123,6 +123,7 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
     """
     _require_weights(cfg.model)
     _require_branch(cfg.train.branch)
+    trackers.require(cfg)
     check_division(cfg.data, cfg.train.devices, distributed.world_size())
 
     with warnings.catch_warnings(), torch.device("meta"):
