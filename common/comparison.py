@@ -8,6 +8,7 @@ the images that both were evaluated on. Scores may be fractions or points.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -78,6 +79,25 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
         adjusted[name] = highest
 
     return adjusted
+
+
+def paired_by_seed(
+    values: Mapping[str, Mapping[Any, float]], baseline: str
+) -> dict[str, tuple[Difference, float | None]]:
+    """Method → its difference to the baseline over the seeds that both have, and Holm's p over the methods.
+
+    values: method → seed → score. Methods without a seed in common with the baseline are left out.
+    """
+    found = {}
+
+    for method, scored in values.items():
+        seeds = [seed for seed in scored if seed in values[baseline]]
+        if method != baseline and seeds:
+            before = [values[baseline][seed] for seed in seeds]
+            found[method] = paired([scored[seed] for seed in seeds], before)
+
+    adjusted = holm({method: difference.p for method, difference in found.items()})
+    return {method: (difference, adjusted[method]) for method, difference in found.items()}
 
 
 def power(pairs: int, sd: float, effect: float, level: float = LEVEL) -> float:
@@ -238,17 +258,26 @@ def _resampled(mean: float, values: np.ndarray, count: int, level: float) -> Dif
 # Words --------------------------------------------------------------------------------------------------------------
 
 
+def number(difference: Difference, points: float = 100.0) -> str:
+    """A difference in points, with half of its interval where there is one; "–" where it is undefined."""
+    if not math.isfinite(difference.mean):
+        return "–"
+
+    text = f"{points * difference.mean:+.1f}"
+    half = difference.half_width
+    return text if half is None else f"{text} ± {points * half:.1f}"
+
+
 def verdict(
     difference: Difference, p: float | None, points: float = 100.0, level: float = LEVEL
 ) -> str:
     """What a difference says, in words. p: adjusted for the other methods. points: how many a score of 1 is."""
-    mean = points * difference.mean
+    said = number(difference, points)
     if difference.half_width is None or p is None:
-        return f"{mean:+.1f} points in one pair, which says nothing about other seeds"
+        return f"{said} points in one pair, which says nothing about other seeds"
 
-    half = points * difference.half_width
-    text = f"{mean:+.1f} ± {half:.1f} points over {difference.n} pairs"
+    text = f"{said} points over {difference.n} pairs"
     if p < 1 - level:
-        return f"{text}: {'better' if mean > 0 else 'worse'}"
+        return f"{text}: {'better' if difference.mean > 0 else 'worse'}"
 
     return f"{text}: not told apart"

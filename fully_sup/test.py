@@ -10,7 +10,7 @@ from typing import Any
 
 from common import cli, distributed
 from common.config import load_config
-from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
 from common.files import refuse_to_overwrite, write_json
@@ -52,8 +52,8 @@ def main() -> None:
     model = load_model(cfg.model, args.checkpoint)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
-    panels = None if args.json else folder / "panels"
-    outputs = {"save_predictions": args.save_predictions, "panels": panels}
+    kept = {} if args.json else kept_in(folder)
+    outputs = {"save_predictions": args.save_predictions, **kept}
     result = experiment.score(model.to(device), device, args.checkpoint, **outputs)
     result |= {"checkpoint": args.checkpoint}
     print_result(result)

@@ -19,7 +19,7 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare, rehearse
-from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.experiment import Experiment, print_result
 from common.models import load_model
 from ltss_benchmark import launch, results
@@ -192,7 +192,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
         keep = results.Predictions(inference / name) if args.save_predictions else None
 
         result = experiment.score(
-            model, device, weights, cfg=options, keep=keep, panels=folder / "panels"
+            model, device, weights, cfg=options, keep=keep, **kept_in(folder)
         )
         result |= {"checkpoint": str(weights)}
         if keep is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, holm, of_differences, paired, verdict
+from common.comparison import Difference, head_and_tail, number, of_differences, paired_by_seed, verdict
 from common.metrics import precision_and_recall
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
@@ -103,7 +103,7 @@ def section(name: str, split: Mapping[str, Any], remedies: list[str]) -> str:
     lines = [head, main_table(matrices, baseline, split, compared), tail_table(matrices, baseline, split)]
     lines.append("In words:\n")
     for remedy in compared["miou_tail"]:
-        words = [f"{SCORES[key]} {sentence(compared[key][remedy])}" for key in ("miou", "miou_tail", "miou_head")]
+        words = [f"{SCORES[key]} {verdict(*compared[key][remedy])}" for key in ("miou", "miou_tail", "miou_head")]
         lines.append(f"- **{remedy}**: {'; '.join(words)}.")
     lines += [f"- **{name}**: no seed in common with the baseline yet." for name in unpaired(matrices, baseline)]
     return "\n".join([*lines, ""])
@@ -129,19 +129,11 @@ def compare(
     matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any], key: str
 ) -> dict[str, tuple[Difference, float | None]]:
     """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies."""
-    found = {}
-    for remedy in matrices:
-        seeds = [seed for seed in matrices[remedy] if seed in matrices[baseline]]
-        if remedy == baseline or not seeds:
-            continue
-        ours, theirs = ([score(matrices[name][seed], split, key) for seed in seeds] for name in (remedy, baseline))
-        found[remedy] = paired(ours, theirs)
-    adjusted = holm({remedy: difference.p for remedy, difference in found.items()})
-    return {remedy: (difference, adjusted[remedy]) for remedy, difference in found.items()}
-
-
-def sentence(compared: tuple[Difference, float | None]) -> str:
-    return verdict(*compared)
+    values = {
+        remedy: {seed: score(matrix, split, key) for seed, matrix in seeds.items()}
+        for remedy, seeds in matrices.items()
+    }
+    return paired_by_seed(values, baseline)
 
 
 def main_table(
@@ -161,11 +153,6 @@ def main_table(
         words = ", ".join(f"{SCORES[key]} {100 * sd:.1f}" for key, sd in spread.items())
         lines += ["", f"Standard deviation of one run of {baseline} over its seeds: {words}."]
     return "\n".join([*lines, ""])
-
-
-def number(difference: Difference) -> str:
-    text = f"{100 * difference.mean:+.1f}"
-    return text if difference.half_width is None else f"{text} ± {100 * difference.half_width:.1f}"
 
 
 def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from common import cli, distributed
 from common.config import Config, config_of, load_config
 from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
-from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.experiment import Experiment, print_result
 from common.files import follow
 from common.models import load_model
@@ -189,7 +189,7 @@ def test(cfg: Config, args: argparse.Namespace) -> None:
     model, device = open_network(cfg, args)
 
     folder = folder_of_test(cfg, experiment.val, args.resume)
-    outputs = {"save_predictions": cfg.folder / "preds", "panels": folder / "panels"}
+    outputs = {"save_predictions": cfg.folder / "preds", **kept_in(folder)}
     result = experiment.score(model, device, args.resume, **outputs) | {
         "checkpoint": str(args.resume)
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
-from common.evaluation.folder import folder_of_test, write_test
+from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
 from common.files import load_json, read_artifact, refuse_to_overwrite
@@ -53,7 +53,7 @@ def main() -> None:
 
     checkpoint = checkpoint_of(cfg, args.checkpoint)
     folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
-    outputs = {"save_predictions": args.save_predictions, "panels": folder / "panels"}
+    outputs = {"save_predictions": args.save_predictions, **kept_in(folder)}
     result = experiment.score(model, device, checkpoint, **outputs)
     result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}
     print_result(result)

@@ -17,6 +17,7 @@ from common import distributed
 from common.config import Config, save_config
 from common.engine.logging import commit, describe_machine
 from common.evaluation.identity import identity
+from common.evaluation.per_image import FILE as PER_IMAGE
 from common.evaluation.samples import chosen_images
 from common.files import write_json
 from common.models.pretrained.containers import WEIGHTS, weight_file
@@ -43,6 +44,11 @@ def folder_of_test(
     words += ["tta"] if cfg.eval.flip or tuple(cfg.eval.scales) != (1.0,) else []
 
     return cfg.folder / FOLDER / f"{'_'.join(words)}-{digest}"
+
+
+def kept_in(folder: Path) -> dict[str, Path]:
+    """Arguments of `evaluate`: where a test keeps its panels and, if the config asks for them, its images' matrices."""
+    return {"panels": folder / "panels", "per_image": folder / PER_IMAGE}
 
 
 def _name(file: Path) -> str:
