@@ -11,8 +11,9 @@ folder for each, with its evaluation and no checkpoint; call this again with the
 import argparse
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from common.experiment import Experiment, counts_of, print_result
 from common.files import read_artifact, refuse_to_overwrite, remove, write_json
 from common.losses.counts import Counts
 from common.models import SegmentationModel, load_model
+from common.models.disalign import Aligned
 from common.models.pretrained.containers import read_metadata, weight_file
-from common.rebalance import Given, build_stage2, find_classifier
+from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_features
+from common.rebalance.features import Features
 
 KIND = "rebalance"  # in the run.json of a result
 SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc"}
@@ -40,7 +43,7 @@ SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a finished run's folder, or a checkpoint of one")
-    parser.add_argument("name", help="logit_adjustment or tau_norm")
+    parser.add_argument("name", help=", ".join(STAGE2))
     parser.add_argument("words", nargs="*", default=[], metavar="key=value", help="options of NAME; section.key=value")
     parser.add_argument("--output", metavar="DIR", help="default: the run's folder with _NAME at its end")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
@@ -53,6 +56,25 @@ def main() -> None:
         print_result(next(iter(results.values())))
     else:
         print(curve(results))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that was trained, and its run. place: the name of its classifier. file: the weights."""
+
+    file: Path
+    experiment: Experiment
+    network: SegmentationModel
+    place: str
+    device: torch.device
+
+    @property
+    def cfg(self) -> Config:
+        return self.experiment.cfg
+
+    @property
+    def step(self) -> int:
+        return step_of(self.file)
 
 
 def rebalance(
@@ -71,33 +93,31 @@ def rebalance(
     cfg = config_of_run(file, [word for word in words if word not in options])
     refuse_unfinished(Path(run), file, cfg)
     remedies = build_stage2(name, options)
-    place = find_classifier(cfg.model, f"{name}: {cfg.name}")
+    where = f"{name}: {cfg.name}"
+    place = find_classifier(cfg.model, where)
 
     top = Path(output or f"{folder_of(file, cfg)}_{name}")
     folders = {strength: top / strength for strength in remedies}
-    make_room(folders.values(), file, force)
+    earlier = refuse_earlier(folders.values(), file, force)
 
     experiment = Experiment(cfg, counted=cli.labelled_stream(cfg), train=False)
     target = one_process(device)
     runtime.configure(cfg.train, target)
-    network = load_network(cfg, file, target)
+    trained = Trained(file, experiment, load_network(cfg, file, target), place, target)
 
-    given = Given(cfg, Counts.from_statistics(experiment.counted.statistics), f"{name}: {cfg.name}")
-    trained = network.get_submodule(place)
-    classifiers = {strength: remedy(trained, given) for strength, remedy in remedies.items()}
-    results = score(experiment, network, place, list(classifiers.values()), list(folders.values()), file, target)
+    given = given_of(trained, where)
+    classifier = trained.network.get_submodule(place)
+    classifiers = {strength: remedy(classifier, given) for strength, remedy in remedies.items()}
 
+    for path in earlier:
+        remove(path)
+    results = score(trained, list(classifiers.values()), list(folders.values()))
     facts = {"checkpoint": str(file), "name": name}
     found = {}
     for (strength, remedy), result in zip(remedies.items(), results, strict=True):
         found[strength] = {**result, KIND: {**facts, "options": asdict(remedy)}}
 
-    if len(found) == 1:
-        save_network(network, place, classifiers[""], top, experiment, file)
-    counts = counts_of(*experiment.counted)
-    for strength, result in found.items():
-        leave(folders[strength], cfg, counts, result, started)
-
+    leave(trained, classifiers, folders, found, started)
     return found
 
 
@@ -135,16 +155,16 @@ def folder_of(file: Path, cfg: Config) -> Path:
     return checkpoints.parent if checkpoints.name == "checkpoints" else cfg.folder
 
 
-def make_room(folders: Any, file: Path, force: bool) -> None:
-    """Refuse to replace an earlier result, or with `force` remove it; the run itself is never touched."""
+def refuse_earlier(folders: Iterable[Path], file: Path, force: bool) -> list[Path]:
+    """Refuse to replace an earlier result; with `force`, what is to be removed. The run itself is never touched."""
+    folders = list(folders)
     for folder in folders:
         if file.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{folder}: holds the checkpoint that is read; give another --output")
 
-    there = [folder / name for folder in folders for name in ("config.yaml", "evaluation.json", "checkpoints")]
-    refuse_to_overwrite(there, force)
-    for path in there:
-        remove(path)
+    written = [folder / name for folder in folders for name in ("config.yaml", "evaluation.json", "checkpoints")]
+    refuse_to_overwrite(written, force)
+    return written
 
 
 def one_process(device: str | None) -> torch.device:
@@ -159,58 +179,77 @@ def load_network(cfg: Config, file: Path, device: torch.device) -> SegmentationM
     return network.to(memory_format=torch.channels_last) if cfg.train.channels_last else network
 
 
+def given_of(trained: Trained, where: str) -> Given:
+    """What a remedy may ask for."""
+    cfg = trained.cfg
+    dataset, statistics = trained.experiment.counted
+
+    @cache
+    def features(mib: int) -> Features:
+        options = {"mib": mib, "seed": cfg.seed, "device": trained.device}
+        return read_features(trained.network, trained.place, dataset, statistics, cfg.eval, **options)
+
+    return Given(cfg, Counts.from_statistics(statistics), where, features)
+
+
 # What is left -------------------------------------------------------------------------------------------------------
 
 
-def score(
-    experiment: Experiment,
-    network: SegmentationModel,
-    place: str,
-    classifiers: list[nn.Module],
-    folders: list[Path],
-    file: Path,
-    device: torch.device,
-) -> list[dict[str, Any]]:
+def score(trained: Trained, classifiers: list[nn.Module], folders: list[Path]) -> list[dict[str, Any]]:
     """The evaluation of the network with each classifier on the run's validation set, by the run's settings."""
-    cfg = experiment.cfg
-    variants = Variants(network, place, classifiers).to(device)
-    offsets = offsets_of(cfg, file, experiment.counted.statistics.pixel_count.tolist())
+    experiment, device = trained.experiment, trained.device
+    variants = Variants(trained.network, trained.place, classifiers).to(device)
+    pixels = experiment.counted.statistics.pixel_count.tolist()
+    offsets = offsets_of(trained.cfg, trained.file, pixels)
     options = {"device": device, "groups": experiment.levels(), "offsets": offsets}
-    results = evaluate_variants(variants, experiment.val, cfg.eval, folders, **options)
+    results = evaluate_variants(variants, experiment.val, trained.cfg.eval, folders, **options)
 
     rule = {"group_rule": experiment.grouping.rule} if experiment.grouping else {}
-    return [{"step": step_of(file), **result, **rule} for result in results]
+    return [{"step": trained.step, **result, **rule} for result in results]
 
 
 def leave(
-    folder: Path, cfg: Config, counts: Mapping[str, Any], result: Mapping[str, Any], started: float
+    trained: Trained,
+    classifiers: Mapping[str, nn.Module],
+    folders: Mapping[str, Path],
+    results: Mapping[str, Mapping[str, Any]],
+    started: float,
 ) -> None:
-    """The files of a run, as far as there was one: no training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(named(cfg, folder), folder / "config.yaml")
-    write_json(folder / "statistics.json", counts)
-    write_json(folder / "run.json", made(named(cfg, folder), KIND, started, time.time()))
+    """Write the folder of every strength, its evaluation last; a single one has a checkpoint."""
+    counts = counts_of(*trained.experiment.counted)
+    for strength, folder in folders.items():
+        classifier = classifiers[strength]
+        cfg = config_of_result(trained, classifier, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(folders) == 1:
+            save_network(trained, classifier, cfg)
 
-    scalars = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
-    (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", **scalars}) + "\n")
-    write_json(folder / "evaluation.json", result)
+        save_config(cfg, folder / "config.yaml")
+        write_json(folder / "statistics.json", counts)
+        write_json(folder / "run.json", made(cfg, KIND, started, time.time()))
+        result = results[strength]
+        scalars = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+        (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", **scalars}) + "\n")
+        write_json(folder / "evaluation.json", result)
 
 
-def named(cfg: Config, folder: Path) -> Config:
-    return replace(cfg, name=folder.name, output=str(folder.parent))
+def config_of_result(trained: Trained, classifier: nn.Module, folder: Path) -> Config:
+    """The run's config, with the place of the result and whatever the network now has."""
+    model = trained.cfg.model
+    if isinstance(classifier, Aligned):
+        model = replace(model, disalign=trained.place)
+    return replace(trained.cfg, model=model, name=folder.name, output=str(folder.parent))
 
 
-def save_network(
-    network: SegmentationModel, place: str, classifier: nn.Module, folder: Path, experiment: Experiment, file: Path
-) -> None:
+def save_network(trained: Trained, classifier: nn.Module, cfg: Config) -> None:
     """The checkpoint of a result: the network alone, which everything that reads checkpoints takes as it is."""
-    network.set_submodule(place, classifier)
+    trained.network.set_submodule(trained.place, classifier)
     metadata = {
         "predict_prefix": "",
-        "config": json.dumps(to_tree(named(experiment.cfg, folder))),
-        "class_pixels": json.dumps(experiment.counted.statistics.pixel_count.tolist()),
+        "config": json.dumps(to_tree(cfg)),
+        "class_pixels": json.dumps(trained.experiment.counted.statistics.pixel_count.tolist()),
     }
-    checkpoint.save(folder / "checkpoints", step_of(file), network, {}, metadata)
+    checkpoint.save(cfg.folder / "checkpoints", trained.step, trained.network, {}, metadata)
 
 
 def curve(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -90,6 +90,9 @@ class ModelConfig:
     std: tuple[Positive, Positive, Positive] | None = None
     align_corners: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    disalign: str | None = (
+        None  # the classifier that DisAlign's calibration follows; scripts/rebalance.py sets it
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from common.models.deeplabv3plus_detectron2 import (
     deeplabv3plus_unimatch,
 )
 from common.models.deeplabv3plus_usrn import deeplabv3plus, usrn
+from common.models.disalign import align
 from common.models.dpt import dpt
 from common.models.heads.daformer import DAFormerHead, Fusion
 from common.models.heads.deeplabv2 import DeepLabV2Head
@@ -356,6 +357,8 @@ def build_model(config: ModelConfig) -> SegmentationModel:
     model = pick(MODELS, config.name, "model.name")(rest)
     if of_classifier.cosine is not None:
         use_cosine(model, of_classifier.cosine, config.name)
+    if config.disalign is not None:
+        align(model, config.disalign)
 
     if config.checkpoint and torch.get_default_device().type != "meta":
         load_weights(model, config.checkpoint, reset_classifier=config.reset_classifier)

@@ -8,6 +8,8 @@ from typing import Any
 
 from common.config import ConfigError, pick, typed
 from common.config.text import parse
+from common.rebalance.crt import ClassifierRetraining
+from common.rebalance.disalign import DisAlign
 from common.rebalance.given import Stage2
 from common.rebalance.logit_adjustment import FoldedAdjustment
 from common.rebalance.tau_norm import TauNorm
@@ -15,6 +17,8 @@ from common.rebalance.tau_norm import TauNorm
 STAGE2: dict[str, type] = {
     "logit_adjustment": FoldedAdjustment,
     "tau_norm": TauNorm,
+    "crt": ClassifierRetraining,
+    "disalign": DisAlign,
 }
 
 
@@ -35,7 +39,7 @@ def build_stage2(name: str, words: Sequence[str]) -> dict[str, Stage2]:
         return {"": typed(remedy, _parsed(fixed), name)}
 
     (key,) = several
-    found = {
+    found: dict[str, Stage2] = {
         f"{key}_{text}": typed(remedy, _parsed({**fixed, key: text}), name) for text in values[key]
     }
     if len(set(found.values())) < len(values[key]):

@@ -1,5 +1,6 @@
 """What a remedy after training is given beside the classifier, and what it has to be."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,15 +8,20 @@ from torch import nn
 
 from common.config import Config, ConfigError
 from common.losses.counts import Counts
+from common.rebalance.features import Features
 
 
-@dataclass
+@dataclass(frozen=True)
 class Given:
-    """The run of a trained network. counts: of its training labels. where: begins the messages of errors."""
+    """The run of a trained network. counts: of its training labels. where: begins the messages of errors.
+
+    features: what the classifier reads of the training images, in so many MiB; it takes a pass over them.
+    """
 
     cfg: Config
     counts: Counts
     where: str
+    features: Callable[[int], Features]
 
 
 class Stage2(Protocol):

@@ -7,7 +7,6 @@ import warnings
 from copy import deepcopy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from common.config import ConfigError
@@ -33,9 +32,8 @@ class FoldedAdjustment:
             warn_of_others(given)
 
         adjusted = deepcopy(trained)
-        offsets = post_hoc_offsets(given.counts.pixels, self.tau)
-        with torch.no_grad():
-            adjusted.bias += offsets.to(adjusted.bias)
+        offsets = post_hoc_offsets(given.counts.pixels.tolist(), self.tau).to(trained.bias)
+        adjusted.bias = nn.Parameter(trained.bias.detach() + offsets)
 
         return adjusted
 

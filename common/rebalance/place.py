@@ -36,10 +36,10 @@ def last_module(network: SegmentationModel, images: Tensor) -> str | None:
     """The name of the classifier whose output is the network's, None where that is none's."""
     outputs: dict[str, Any] = {}
     hooks = []
-    for name, module in modules(network).items():
+    for name, module in pointwise(network).items():
 
         def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-            outputs[name] = (inputs[0], output)
+            outputs[name] = output
 
         hooks.append(module.register_forward_hook(keep))
 
@@ -47,15 +47,15 @@ def last_module(network: SegmentationModel, images: Tensor) -> str | None:
     for hook in hooks:
         hook.remove()
 
-    for name, (features, output) in outputs.items():
-        if output is logits and features.shape[-2:] == output.shape[-2:]:
-            return name
-
-    return None
+    return next((name for name, output in outputs.items() if output is logits), None)
 
 
-def modules(network: SegmentationModel) -> dict[str, nn.Module]:
-    """The network's classifiers by name, those that are modules."""
+def pointwise(network: SegmentationModel) -> dict[str, nn.Module]:
+    """The network's classifiers by name, those that see one place of a map at a time."""
     every = dict(network.named_modules())
-    return {name: every[name] for name in network.classifiers if name in every}
-
+    found = {name: every[name] for name in network.classifiers if name in every}
+    return {
+        name: module
+        for name, module in found.items()
+        if getattr(module, "kernel_size", (1, 1)) == (1, 1)
+    }

@@ -46,9 +46,9 @@ class Small(SegmentationModel):
         return {"logits": self.head(x)}
 
 
-def given(**changes):
+def given(features=None, **changes):
     cfg = Config(ModelConfig("none", 4), **changes)
-    return Given(cfg, Counts.from_pixels(PIXELS), "remedy: run")
+    return Given(cfg, Counts.from_pixels(PIXELS), "remedy: run", lambda mib: features)
 
 
 def remedy(name, *words):
@@ -146,6 +146,7 @@ OTHERS = {
     "mask2former": ModelConfig("mask2former", 5, "resnet18"),
 }
 NETWORKS = SMALL | OTHERS
+NETWORKS["hrda"] = replace(SMALL["hrda"], options={"channels": 16, "crop": (256, 256)})
 
 
 @pytest.mark.parametrize("name", PLACES)
