@@ -192,12 +192,13 @@ class DAFormer(Method):
         self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None
     ) -> Tensor:
         """The loss, with its remedies, of logits at the network's stride."""
-        corners = self.model.align_corners
-        if weight is None:
-            return self.loss.upsampled(logits, label, align_corners=corners, progress=progress)
-
-        large = resize(logits.float(), size_of(label), corners)
-        return self.loss(large, label, progress=progress, pixel_weight=weight)
+        return self.loss.upsampled(
+            logits,
+            label,
+            align_corners=self.model.align_corners,
+            progress=progress,
+            pixel_weight=weight,
+        )
 
     def seen_by_backbone(self, image: Tensor) -> Tensor:
         """What the feature distance compares features of."""

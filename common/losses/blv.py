@@ -24,6 +24,8 @@ from common.config import ConfigError, pick, shown, typed
 from common.config.bounds import NotNegative, Positive
 from common.losses.counts import Counts
 from common.losses.cross_entropy import Average
+from common.ops.counter_noise import Noise
+from common.ops.upsampled_loss import Change
 
 # The release's class counts: the GTA5 histogram, with the leading digit of `car` (id 13) lost. It gave them to
 # Cityscapes models. Kept only to reproduce the release; counts come from the training labels otherwise.
@@ -138,10 +140,25 @@ class BLV:
         variation = self.draw(logits, progress).mul_(weight)
         return torch.add(logits.float(), variation, alpha=self.sign * self.amplitude)
 
+    def change(self, vector: Tensor, progress: float) -> Change:
+        """z' − z, for the fused loss, which draws noise of the same law itself."""
+        scale = self.strength(progress)
+        shift = draw_mean(self, scale) if self.centre else 0.0
+        factor = self.sign * self.amplitude
+        if self.noise == "constant":
+            return Change(vector * (factor * (scale - shift)))
+
+        spread = self.sigma * scale if self.noise == "gaussian" else scale
+        return Change(vector * factor, Noise(self.noise, self.limit, spread, shift))
+
+    def strength(self, progress: float) -> float:
+        """What the draws are multiplied by, in [0, 1]."""
+        return 1.0 if self.schedule == "constant" else 1.0 - abs(2.0 * progress - 1.0)
+
     @torch.no_grad()
     def draw(self, like: Tensor, progress: float = 0.0) -> Tensor:
         """Limited draws e of the shape and device of `like`, float32."""
-        scale = 1.0 if self.schedule == "constant" else 1.0 - abs(2.0 * progress - 1.0)
+        scale = self.strength(progress)
         e = self._unlimited(torch.empty_like(like, dtype=torch.float32), scale)
 
         if self.limit == "positive":

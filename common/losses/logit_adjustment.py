@@ -15,6 +15,7 @@ from torch import Tensor
 
 from common.config.bounds import NotNegative
 from common.losses.counts import Counts, Unit, where_present
+from common.ops.upsampled_loss import Change
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class LogitAdjustment:
         self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
     ) -> Tensor:
         return logits.float() + vector.view(1, -1, *[1] * (logits.dim() - 2))
+
+    def change(self, vector: Tensor, progress: float) -> Change:
+        """z' − z, for the fused loss."""
+        return Change(vector)
 
 
 def post_hoc_offsets(pixels: Sequence[float], tau: float) -> Tensor:

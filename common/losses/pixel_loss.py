@@ -9,7 +9,7 @@ Without remedies it is plain cross-entropy, bit for bit.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from common.losses.cross_entropy import Average
 from common.losses.hard_pixel import HardPixels
 from common.losses.upsampled import upsampled_sum
 from common.ops.resize import Size, size_of
+from common.ops.upsampled_loss import Change, fuses, upsampled_loss
 
 
 class LogitsRemedy(Protocol):
@@ -31,6 +32,13 @@ class LogitsRemedy(Protocol):
     def __call__(
         self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class AdditiveRemedy(Protocol):
+    """A remedy of the slot `logits` that adds to them what neither they nor the label decide: it can be fused."""
+
+    def change(self, vector: Tensor, progress: float) -> Change: ...
 
 
 class ClassWeightRemedy(Protocol):
@@ -113,27 +121,80 @@ class PixelLoss(nn.Module):
         return loss + self.set_terms(logits, label) if self.sets else loss
 
     def upsampled(
-        self, logits: Tensor, label: Tensor, *, align_corners: bool, progress: float = 0.0
+        self,
+        logits: Tensor,
+        label: Tensor,
+        *,
+        align_corners: bool,
+        progress: float = 0.0,
+        pixel_weight: Tensor | None = None,
+        by_image: bool = True,
     ) -> Tensor:
-        """The same of logits (B, K, h, w) at the network's stride, enlarged to the label one image at a time.
+        """The same of logits (B, K, h, w) at the network's stride, enlarged to the label.
 
-        No map of the whole batch at full size is kept, where the remedies allow it; terms over regions see the logits
-        as they are, and the label thinned out, if they are `at: network`.
+        Where it can be, it is fused, and nothing is kept at full size. Else one image is enlarged at a time, or the
+        whole batch where the remedies or the caller ask for it; terms over regions see the logits as they are, and the
+        label thinned out, if they are `at: network`.
+
+        by_image: False for a loss that is not fused to enlarge the batch, and show it to the terms over regions.
         """
-        if self.needs_whole_batch:
+        whole = not by_image or pixel_weight is not None
+        fused = self.fuses(logits, label, align_corners)
+        if self.needs_whole_batch or (whole and (self.sets or not fused)):
             large = F.interpolate(
                 logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners
             )
-            return self(large, label, progress=progress)
+            return self(large, label, progress=progress, pixel_weight=pixel_weight)
 
-        total_of_image = partial(self.total, progress=progress)
-        total = upsampled_sum(logits, label, total_of_image, align_corners=align_corners)
+        total = self.upsampled_total(
+            logits,
+            label,
+            align_corners=align_corners,
+            progress=progress,
+            pixel_weight=pixel_weight,
+        )
         loss = total / self.divisor(label)
         if not self.sets:
             return loss
 
         small_label = thinned(label, size_of(logits))
         return loss + self.set_terms(logits, small_label)
+
+    def upsampled_total(
+        self,
+        logits: Tensor,
+        label: Tensor,
+        *,
+        align_corners: bool,
+        progress: float = 0.0,
+        pixel_weight: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the pixels' losses of logits at the network's stride, fused or one image at a time; weights of pixels
+        only where it is fused."""
+        if not self.fuses(logits, label, align_corners):
+            total_of_image = partial(self.total, progress=progress)
+            return upsampled_sum(logits, label, total_of_image, align_corners=align_corners)
+
+        change = None
+        if isinstance(self.logits, AdditiveRemedy):
+            change = self.logits.change(self.offsets, progress)
+
+        return upsampled_loss(
+            logits,
+            label,
+            align_corners=align_corners,
+            change=change,
+            class_weight=self.weight(progress),
+            pixel_weight=pixel_weight,
+        )
+
+    def fuses(self, logits: Tensor, label: Tensor, align_corners: bool) -> bool:
+        """Whether the pixel loss of these logits is one fused operation: remedies that only add to logits and weigh
+        classes, on a device that has the kernels."""
+        additive = self.logits is None or isinstance(self.logits, AdditiveRemedy)
+        if self.focus is not None or not additive:
+            return False
+        return fuses(logits, size_of(label), align_corners)
 
     @property
     def needs_whole_batch(self) -> bool:

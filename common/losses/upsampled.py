@@ -9,13 +9,19 @@ from torch.autograd.function import once_differentiable
 
 from common.data import IGNORE
 from common.losses.cross_entropy import cross_entropy_sum
+from common.ops.resize import size_of
+from common.ops.upsampled_loss import fuses, upsampled_loss
 
 Total = Callable[[Tensor, Tensor], Tensor]
 
 
 def upsampled_cross_entropy(logits: Tensor, label: Tensor, *, align_corners: bool) -> Tensor:
     """Mean cross-entropy over labelled pixels of logits (B, K, h, w) enlarged to the label; 0 without any."""
-    total = upsampled_sum(logits, label, cross_entropy_sum, align_corners=align_corners)
+    if fuses(logits, size_of(label), align_corners):
+        total = upsampled_loss(logits, label, align_corners=align_corners)
+    else:
+        total = upsampled_sum(logits, label, cross_entropy_sum, align_corners=align_corners)
+
     return total / (label != IGNORE).sum().clamp(min=1)
 
 

@@ -41,7 +41,7 @@ def resize_rows(
     if height == out_height:
         x = x[..., start - first : stop - first, :]
     else:
-        low, high, weight = _taps(height, out_height, rows, align_corners, x)
+        low, high, weight = taps(height, out_height, rows, align_corners, x)
         x = torch.lerp(
             x.index_select(-2, low - first), x.index_select(-2, high - first), weight
         )
@@ -71,7 +71,7 @@ def _source(row, height: int, out_height: int, align_corners: bool):
     return (row + 0.5) * (height / out_height) - 0.5
 
 
-def _taps(
+def taps(
     height: int, out_height: int, rows: tuple[int, int], align_corners: bool, like: Tensor
 ):
     """The two source rows of each output row, and the weight of the second (n, 1)."""
