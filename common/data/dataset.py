@@ -102,9 +102,7 @@ class SegmentationDataset:
         label = self.row.label_table(record.label).read(record.label)
         if label.shape != size:
             if self.row.resize_labels:
-                return label[_nearest(size[0], label.shape[0])][
-                    :, _nearest(size[1], label.shape[1])
-                ]
+                return resized_label(label, size)
             raise ValueError(_mismatch(record.label, label.shape, record.image, size))
 
         return label
@@ -150,6 +148,13 @@ def _ids(raw: np.ndarray, path: Path) -> np.ndarray:
         )
 
     return label.astype(np.int16)
+
+
+def resized_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label brought to (height, width) by its nearest pixels, rounding down."""
+    rows = _nearest(size[0], label.shape[0])
+    columns = _nearest(size[1], label.shape[1])
+    return label[rows][:, columns]
 
 
 def _nearest(size: int, stored: int) -> np.ndarray:

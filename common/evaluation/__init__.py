@@ -3,6 +3,7 @@
 from common.evaluation.loop import evaluate, evaluation_mode, mirrored_classes
 from common.evaluation.pictures import write_label
 from common.evaluation.samples import network_input
+from common.evaluation.score_files import pair_dataset, pair_folders, plain_row, score_files
 from common.evaluation.summary import summarise
 from common.evaluation.table import format_table
 
@@ -12,6 +13,10 @@ __all__ = [
     "format_table",
     "mirrored_classes",
     "network_input",
+    "pair_dataset",
+    "pair_folders",
+    "plain_row",
+    "score_files",
     "summarise",
     "write_label",
 ]

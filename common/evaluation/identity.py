@@ -22,14 +22,18 @@ def identity(dataset: Any, indices: Sequence[int], cfg: EvalConfig) -> dict[str,
     `labels`: hash of the classes and of what stored values mean; `convention`; and the keys of `eval` that change a
     score, None where the others make them void (a crop without sliding windows).
     """
+    return {**identity_of_labels(dataset, indices, cfg.convention), **_settings(cfg)}
+
+
+def identity_of_labels(dataset: Any, indices: Sequence[int], convention: str) -> dict[str, Any]:
+    """The part of an identity that says nothing of how predictions were made."""
     return {
         "dataset": dataset.row.name,
         "split": dataset.source.split,
         "images": len(indices),
         "files": _files(dataset, indices),
         "labels": _hash(json.dumps(dataset.row.meaning)),
-        "convention": cfg.convention,
-        **_settings(cfg),
+        "convention": convention,
     }
 
 

@@ -33,13 +33,23 @@ def stored_values(row: Any) -> np.ndarray:
     Where labels are coded by colour, or a class has no value of its own, these are the class ids.
     """
     ids = np.arange(len(row.classes))
-    if not row.label_maps or row.encoding == "rgb":
+    if not in_stored_values(row):
         return ids
 
-    _, mapping = row.label_maps[-1]  # the last entry is the files' general form
-    lowest = {k: value for value, k in sorted(mapping.items(), reverse=True)}
+    lowest = {k: value for value, k in sorted(_general_form(row).items(), reverse=True)}
+    return np.array([lowest[k] for k in ids])
 
-    return np.array([lowest[k] for k in ids]) if set(ids.tolist()) <= lowest.keys() else ids
+
+def in_stored_values(row: Any) -> bool:
+    """Whether `save_prediction` writes the values of the data set's label files, and not class ids."""
+    if not row.label_maps or row.encoding == "rgb":
+        return False
+    return set(range(len(row.classes))) <= set(_general_form(row).values())
+
+
+def _general_form(row: Any) -> Mapping[int, int]:
+    """Stored value → class id in those label files whose names have no ending of their own: the last entry."""
+    return row.label_maps[-1][1]
 
 
 def save_panel(folder: Path, sample: dict[str, Any], pred: Tensor, row: Any) -> None:

@@ -263,14 +263,9 @@ DATASETS: dict[str, DatasetRow] = {row.name: row for row in _ROWS}
 
 def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
     """The row and the root folder of a source. ValueError says what was looked for and how to set it."""
-    if source.dataset == "folder":
-        row = _described(source)
-    elif source.dataset in DATASETS:
-        row = DATASETS[source.dataset]
-    else:
-        raise ValueError(
-            f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder"
-        )
+    row = row_of(source)
+    if source.root is None and row.name == UNNAMED:
+        raise ValueError("dataset: folder needs `root`, or a `name` in its `folder` section")
 
     root, origin = (
         (Path(source.root).expanduser(), "`root` of the config") if source.root else home(row)
@@ -284,15 +279,19 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
     return row.named(root), root
 
 
-def _described(source: SourceConfig) -> DatasetRow:
-    """The row of a source that describes itself."""
+def row_of(source: SourceConfig) -> DatasetRow:
+    """The row that a source names, or that it describes; no file is looked at. ValueError where it does neither."""
+    if source.dataset in DATASETS:
+        return DATASETS[source.dataset]
+
+    if source.dataset != "folder":
+        raise ValueError(
+            f"dataset {source.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder"
+        )
     if source.folder is None:
         raise ValueError("dataset: folder needs a `folder` section that describes it")
 
-    row = folder_row(source.folder)
-    if source.root is None and row.name == UNNAMED:
-        raise ValueError("dataset: folder needs `root`, or a `name` in its `folder` section")
-    return row
+    return folder_row(source.folder)
 
 
 def home(row: DatasetRow) -> tuple[Path, str]:
