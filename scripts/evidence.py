@@ -5,6 +5,7 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
     tune       every strength of every remedy, trained with one seed and scored on the tuning images
     choose     the strength of each with the highest mIoU there → the file of choices; commit it before the next step
     final      the chosen strengths with every seed, on the final splits
+    after      what is changed in the baseline's trained classifier (`after` of the plan), in every strength
     collect    the confusion matrix of every image of the final runs that are done → the file of results
     page       the page of what the results say
 
@@ -18,12 +19,10 @@ Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last`
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,102 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other sc
 
 from common import cli
 from common.config import read_tree, typed
-from common.config.bounds import Count, Whole
 from common.data.catalogue.lists import read_list, write_list
 from common.evaluation.identity import differences
 from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
-from common.jobs.plan import ROOT, Jobs, plan_of
+from common.jobs.plan import ROOT
 from scripts import evidence_page, run_many
+from scripts.evidence_plan import STRENGTHS, Plan, data_folder, runs_of
 
-STEPS = ("tune", "choose", "final", "collect", "page")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A comparison. Files are relative to the repository."""
-
-    command: str
-    config: str
-    output: str
-    choices: str
-    results: str
-    page: str
-    tune: tuple[str, ...]  # settings by which the tuning images are evaluated
-    final: Mapping[str, tuple[str, ...]]  # split → settings
-    remedies: Mapping[str, Mapping[str, tuple[str, ...]]]  # name → strength → settings; the first is the baseline
-    settings: tuple[str, ...] = ()  # of all runs
-    seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
-    tuning_seed: Whole = 0
-    branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
-    threads: Count = 1
-    lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
-
-    def __post_init__(self):
-        if not self.remedies:
-            raise ValueError("remedies: names no baseline")
-        for name, strengths in self.remedies.items():
-            if not strengths:
-                raise ValueError(f"remedies.{name}: names no strength")
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
-
-    @property
-    def baseline(self) -> str:
-        return next(iter(self.remedies))
-
-    def tuned(self) -> dict[str, Mapping[str, tuple[str, ...]]]:
-        """The remedies of which a strength has to be chosen."""
-        return {name: tried for name, tried in self.remedies.items() if len(tried) > 1}
-
-    def tuning(self) -> Jobs:
-        """A run for each strength that has to be compared with another."""
-        strengths = {
-            f"{name}-{i}": (*self.tune, *settings)
-            for name, tried in self.tuned().items()
-            for i, settings in enumerate(tried.values())
-        }
-        return self._jobs("tune", strengths, (self.tuning_seed,))
-
-    def finals(self, choices: Mapping[str, Any]) -> dict[str, Jobs]:
-        """Split → a run for each remedy and seed."""
-        chosen = {name: self.remedies[name][choices[name]["chosen"]] for name in self.remedies}
-        return {
-            split: self._jobs(split, {name: (*own, *settings) for name, settings in chosen.items()}, self.seeds)
-            for split, own in self.final.items()
-        }
-
-    def _jobs(self, part: str, runs: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]) -> Jobs:
-        return Jobs(
-            command=self.command,
-            config=self.config,
-            output=f"{self.output}/{part}",
-            runs={name: self._entry(part, name, settings) for name, settings in runs.items()},
-            settings=self.settings,
-            seeds=seeds,
-            threads=self.threads,
-        )
-
-    def _entry(self, part: str, name: str, settings: tuple[str, ...]) -> dict[str, Any]:
-        """A run as a file of jobs has it."""
-        places = {"{data}": data_folder(), "{lists}": str(ROOT / self.output / "lists")}
-        placed = [_placed(text, places) for text in settings]
-        if self.branch is None or name == self.baseline or part not in self.final:
-            return {"settings": placed}
-
-        trunk = f"{self.output}/{part}/{self.baseline}_{{seed}}/checkpoints/step_{self.branch:08d}"
-        return {"settings": [*placed, f"train.branch={trunk}"], "after": self.baseline}
-
-
-def _placed(text: str, places: Mapping[str, str]) -> str:
-    for word, value in places.items():
-        text = text.replace(word, value)
-    return text.replace("{", "{{").replace("}", "}}")  # what is left in braces is a value, not a word to fill in
-
-
-def data_folder() -> str:
-    return os.environ.get("LTS_DATA", str(ROOT / "datasets"))
+STEPS = ("tune", "choose", "final", "after", "collect", "page")
 
 
 def main() -> int:
@@ -142,7 +55,7 @@ def main() -> int:
     if args.step == "tune" and not plan.tuned():
         print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
         return 0
-    if args.step in ("tune", "final"):
+    if args.step in ("tune", "final", "after"):
         return train(plan, args)
     if args.step == "choose":
         choose(plan, args.force)
@@ -156,10 +69,22 @@ def main() -> int:
 def train(plan: Plan, args: argparse.Namespace) -> int:
     """Run the trainings of a step; its exit code."""
     write_lists(plan)
-    runs = runs_of(plan.tuning(), args) if args.step == "tune" else missing(plan, args)
+    runs = wanted(plan, args)
     ended = run_all(runs, args.at_once, args.minutes)
     print(table(runs))
     return run_many.exit_code(ended)
+
+
+def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:
+    """The runs of a step."""
+    if args.step == "tune":
+        return runs_of(plan.tuning(), args)
+    if args.step == "final":
+        return missing(plan, args)
+
+    trained = {run.title: run for jobs in plan.finals(read_choices(plan)).values() for run in runs_of(jobs, args)}
+    runs = [run for jobs in plan.afters().values() for run in runs_of(jobs, args)]
+    return [run for run in runs if state_of(trained[f"{run.output}/{plan.baseline}_{run.seed}"]) == "done"]
 
 
 def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
@@ -181,12 +106,6 @@ def _is_recorded(known: Mapping[str, Any] | None, split: str, run: Run, choices:
     runs = {} if known is None else known["splits"].get(split, {"runs": {}})["runs"]
     record = runs.get(run.name, {}).get(str(run.seed))
     return record is not None and record["strength"] == choices[run.name]["chosen"]
-
-
-def runs_of(jobs: Jobs, args: argparse.Namespace | None = None) -> list[Run]:
-    if args is None:
-        return plan_of(jobs, jobs.output)
-    return plan_of(jobs, jobs.output, args.seeds, args.device, args.threads)
 
 
 def write_lists(plan: Plan) -> None:
@@ -254,7 +173,11 @@ def collect(plan: Plan) -> None:
     known = read_results(plan)
     splits = {} if known is None else dict(known["splits"])
     for name, jobs in plan.finals(choices).items():
-        found = _split(runs_of(jobs), choices)
+        results_of_split = _trained(runs_of(jobs), choices)
+        if plan.after:
+            results_of_split += _after(runs_of(plan.afters()[name]))
+
+        found = _split(results_of_split)
         if found is not None:
             splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
 
@@ -267,6 +190,7 @@ def collect(plan: Plan) -> None:
         "branch": plan.branch,
         "remedies": {name: list(strengths[choices[name]["chosen"]]) for name, strengths in plan.remedies.items()},
         "choices": choices,
+        "after": {name: [after.name, *after.options] for name, after in plan.after.items()},
         "splits": splits,
     }
     path = ROOT / plan.results
@@ -296,24 +220,56 @@ def _joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: st
     return {**found, "runs": runs}
 
 
-def _split(runs: list[Run], choices: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The runs of one split that are done; None where none is."""
+class Result(NamedTuple):
+    """A result of a run."""
+
+    run: Run
+    folder: Path
+    name: str  # under which it is recorded
+    strength: str
+
+
+def _trained(runs: list[Run], choices: Mapping[str, Any]) -> list[Result]:
+    """The results of trainings that are done."""
+    return [
+        Result(run, run.folder, run.name, choices[run.name]["chosen"]) for run in runs if state_of(run) == "done"
+    ]
+
+
+def _after(runs: list[Run]) -> list[Result]:
+    """The results of changed classifiers, one a strength."""
+    return [
+        Result(run, folder, f"{run.name} {folder.name}", folder.name)
+        for run in runs
+        if state_of(run) == "done"
+        for folder in sorted((run.folder / STRENGTHS).iterdir(), key=_number)
+    ]
+
+
+def _number(folder: Path) -> tuple[float, str]:
+    """In the order of the numbers that end their names, tau_0.5 before tau_1."""
+    end = folder.name.rpartition("_")[2]
+    try:
+        return float(end), folder.name
+    except ValueError:
+        return 0.0, folder.name
+
+
+def _split(results: list[Result]) -> dict[str, Any] | None:
+    """What the results of one split say; None where there is none."""
     first: dict[str, Any] | None = None
     found: dict[str, Any] = {}
-    for run in runs:
-        if state_of(run) != "done":
-            continue
-
-        result = read_json(run.folder / "evaluation.json")
-        kept = read_per_image(run.folder / FILE)
+    for run, folder, name, strength in results:
+        result = read_json(folder / "evaluation.json")
+        kept = read_per_image(folder / FILE)
         first = first or {"result": result, "images": kept.names}
         if parts := differences(result, first["result"]):
             raise ValueError(f"{run.title}: does not compare with the other runs: {'; '.join(parts)}")
 
-        made = read_json(run.folder / "run.json")
+        made = read_json(folder / "run.json")
         record = {key: made.get(key) for key in ("minutes", "commit", "machine")}
-        record |= {"strength": choices[run.name]["chosen"], "matrices": packed(kept.matrices)}
-        found.setdefault(run.name, {})[str(run.seed)] = record
+        record |= {"strength": strength, "matrices": packed(kept.matrices)}
+        found.setdefault(name, {})[str(run.seed)] = record
 
     if first is None:
         return None
@@ -336,9 +292,15 @@ def packed(matrices: np.ndarray) -> list[list[int]]:
 
 
 def page(plan: Plan, file: str) -> None:
-    text = evidence_page.page(read_results(plan), file)
-    (ROOT / plan.page).write_text(text, encoding="utf-8")
-    print(ROOT / plan.page)
+    """Write the page and its pictures."""
+    path = ROOT / plan.page
+    results = read_results(plan)
+    path.write_text(evidence_page.page(results, file), encoding="utf-8")
+    for name, picture in evidence_page.pictures(results, file).items() if results else ():
+        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).write_text(picture, encoding="utf-8")
+
+    print(path)
 
 
 if __name__ == "__main__":

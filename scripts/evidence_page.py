@@ -1,13 +1,16 @@
 """The page of scripts/evidence.py: what its file of results says, in tables and sentences."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.comparison import Difference, head_and_tail, number, of_differences, paired_by_seed, verdict
 from common.metrics import precision_and_recall
+from scripts import evidence_plot
 
+Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 HEAD = """# Which remedies help
 
@@ -26,9 +29,57 @@ def page(results: Mapping[str, Any] | None, plan: str) -> str:
         return head + NOTHING
 
     parts = [head, protocol(results), strengths(results)]
-    parts += [section(name, split, list(results["remedies"])) for name, split in results["splits"].items()]
+    for name, split in results["splits"].items():
+        parts.append(section(name, split, list(results["remedies"]), list(results["after"]), picture_of(plan, name)))
 
     return "\n".join(parts)
+
+
+def picture_of(plan: str, split: str) -> str:
+    """Where the plot of a split lies, seen from the page."""
+    return f"images/evidence_{Path(plan).stem}_{split}.svg"
+
+
+def pictures(results: Mapping[str, Any], plan: str) -> dict[str, str]:
+    """File, seen from the page → SVG, of each split with something to compare."""
+    found = {}
+    for name, split in results["splits"].items():
+        changes = changes_of(split, list(results["remedies"]), list(results["after"]))
+        if changes is not None:
+            found[picture_of(plan, name)] = evidence_plot.plot(*changes)
+
+    return found
+
+
+def changes_of(
+    split: Mapping[str, Any], remedies: list[str], after: list[str]
+) -> tuple[dict[str, evidence_plot.Change], dict[str, list[evidence_plot.Change]]] | None:
+    """What the plot shows: the change of every remedy, and those of every strength after training."""
+    baseline = remedies[0]
+    if baseline not in split["runs"]:
+        return None
+
+    matrices = matrices_of(split, list(split["runs"]))
+    head, tail = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
+    changes = {name: (head[name][0], tail[name][0]) for name in head}
+    curves = {name: [changes[run] for run in of_curve(split, name) if run in changes] for name in after}
+    points = {name: changes[name] for name in remedies if name in changes}
+
+    return (points, curves) if changes else None
+
+
+def of_curve(split: Mapping[str, Any], name: str) -> list[str]:
+    """The recorded results of one remedy after training, a strength each, in order."""
+    return [run for run in split["runs"] if run.startswith(f"{name} ")]
+
+
+def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Of the runs that are recorded: name → seed → confusion matrix of all images."""
+    return {
+        name: {seed: total_of(run["matrices"], len(split["classes"])) for seed, run in split["runs"][name].items()}
+        for name in names
+        if name in split["runs"]
+    }
 
 
 def protocol(results: Mapping[str, Any]) -> str:
@@ -87,26 +138,48 @@ def choices_table(choices: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def section(name: str, split: Mapping[str, Any], remedies: list[str]) -> str:
+def section(
+    name: str, split: Mapping[str, Any], remedies: list[str], after: list[str], picture: str
+) -> str:
     """The tables of one split. Remedies without a pair with the baseline are named as such."""
-    runs = {remedy: split["runs"][remedy] for remedy in remedies if remedy in split["runs"]}
     baseline = remedies[0]
     head = f"## Split {name}: {len(split['images'])} images\n"
-    if baseline not in runs:
+    if baseline not in split["runs"]:
         return f"{head}\nNo run of the baseline is done, so nothing can be compared.\n"
 
-    matrices = {
-        remedy: {seed: total_of(run["matrices"], len(split["classes"])) for seed, run in seeds.items()}
-        for remedy, seeds in runs.items()
-    }
+    matrices = matrices_of(split, remedies)
     compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
-    lines = [head, main_table(matrices, baseline, split, compared), tail_table(matrices, baseline, split)]
-    lines.append("In words:\n")
-    for remedy in compared["miou_tail"]:
-        words = [f"{SCORES[key]} {verdict(*compared[key][remedy])}" for key in ("miou", "miou_tail", "miou_head")]
-        lines.append(f"- **{remedy}**: {'; '.join(words)}.")
-    lines += [f"- **{name}**: no seed in common with the baseline yet." for name in unpaired(matrices, baseline)]
+    lines = [head]
+    if changes_of(split, remedies, after) is not None:
+        lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
+    lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
+    lines += words(compared, unpaired(matrices, baseline))
+    for remedy in after:
+        lines.append(after_training(remedy, split, baseline))
+
     return "\n".join([*lines, ""])
+
+
+def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
+    """A sentence a remedy."""
+    lines = ["In words:\n"]
+    for remedy in compared["miou_tail"]:
+        said = [f"{SCORES[key]} {verdict(*compared[key][remedy])}" for key in ("miou", "miou_tail", "miou_head")]
+        lines.append(f"- **{remedy}**: {'; '.join(said)}.")
+
+    lines += [f"- **{name}**: no seed in common with the baseline yet." for name in without]
+    return [*lines, ""]
+
+
+def after_training(remedy: str, split: Mapping[str, Any], baseline: str) -> str:
+    """The table of what was changed in the baseline's classifier, a line a strength."""
+    head = f"### {remedy}: after training, on the baseline's own weights\n"
+    matrices = matrices_of(split, [baseline, *of_curve(split, remedy)])
+    if len(matrices) == 1:
+        return f"{head}\nNot run yet.\n"
+
+    compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
+    return "\n".join([head, main_table(matrices, baseline, split, compared), tail_table(matrices, split)])
 
 
 def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
@@ -138,7 +211,7 @@ def compare(
 
 def main_table(
     matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any],
-    compared: Mapping[str, Mapping[str, tuple[Difference, float | None]]],
+    compared: Mapping[str, Compared],
 ) -> str:  # fmt: skip
     lines = ["| | seeds | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
     for remedy, seeds in matrices.items():
@@ -155,7 +228,7 @@ def main_table(
     return "\n".join([*lines, ""])
 
 
-def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any]) -> str:
+def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], split: Mapping[str, Any]) -> str:
     """IoU / precision / recall / predicted over true pixels of each class of the tail, over all seeds of a remedy."""
     names = [split["classes"][k] for k in split["tail"]]
     lines = [

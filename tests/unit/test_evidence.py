@@ -1,17 +1,20 @@
 """The evidence script: its steps on a command that only leaves what a training leaves, and its page."""
 
+import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import yaml
 from scipy import stats
 
-from common.comparison import head_and_tail
+from common.comparison import Difference, head_and_tail
 from common.config import load_config, read_tree, typed
-from scripts import evidence, evidence_page
+from scripts import evidence, evidence_page, evidence_plot
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -131,6 +134,48 @@ def test_results_of_other_images_are_refused(plan, tmp_path, monkeypatch, fails)
     )
 
 
+def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
+    """The command of every seed whose baseline is done; its results, a strength each, make a table and a curve."""
+    after = {"logit adjustment": {"name": "logit_adjustment", "options": ["tau=0.25,1"]}}
+    edited(plan, remedies={"baseline": {"a": []}, "good": {"b": ["gain=1"]}}, seeds=[1, 2], after=after)
+    parsed = typed(evidence.Plan, read_tree(plan), "plan")
+    take(monkeypatch, ("choose", plan), ("final", plan))
+    (run, other) = evidence.wanted(parsed, argparse.Namespace(step="after", seeds=None, device=None, threads=None))[:2]
+    assert (run.seed, other.seed) == (1, 2)
+    trained, left = f"{tmp_path}/out/blocks/baseline_1", f"{tmp_path}/out/blocks/logit adjustment_1/strengths"
+    words = [trained, "logit_adjustment", "tau=0.25,1", "--output", left]
+    assert run.command[1:] == ("scripts/rebalance.py", *words)
+
+    for done in (run, other):
+        for i, strength in enumerate(("tau_1", "tau_0.25")):
+            folder = done.folder / "strengths" / strength
+            words = [f"gain={i - 1}", f"seed={done.seed}", f"output={folder.parent}", f"name={strength}"]
+            subprocess.run([sys.executable, tmp_path / "fake.py", *words], check=True)
+        (done.folder / "job.json").write_text('{"state": "done"}')
+    take(monkeypatch, ("collect", plan), ("page", plan))
+    runs = json.loads((tmp_path / "results.json").read_text())["splits"]["blocks"]["runs"]
+    assert list(runs) == ["baseline", "good", "logit adjustment tau_0.25", "logit adjustment tau_1"]
+    text = (tmp_path / "page.md").read_text()
+    assert "### logit adjustment: after training" in text and "| logit adjustment tau_1 | 2 |" in text
+    picture = (tmp_path / "images/evidence_plan_blocks.svg").read_text()
+    assert "![Change of mIoU(tail) against change of mIoU(head), by remedy](images/evidence_plan_blocks.svg)" in text
+    assert ElementTree.fromstring(picture).tag.endswith("svg") and "logit adjustment" in picture
+
+
+def test_the_picture_puts_changes_where_they_belong():
+    """Of a field from (−1, −2) to (1, 2) points: right is a better head, up a better tail."""
+    def change(head, tail):
+        return (Difference(head / 100, 2, half_width=0.001), Difference(tail / 100, 2, half_width=0.001))
+
+    root = ElementTree.fromstring(evidence_plot.plot({"worse": change(-1, -2), "better": change(1, 2)}, {}))
+    dots = [dot for dot in root.iter() if dot.tag.endswith("circle")][:2]
+    (x0, y0), (x1, y1) = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in dots]
+    assert x0 < x1 and y0 > y1, "pixels grow downwards"
+    zeros = [line for line in root.iter() if line.get("class") == "zero"]
+    centre = ((x0 + x1) / 2, (y0 + y1) / 2)
+    assert (float(zeros[0].get("x1")), float(zeros[1].get("y1"))) == pytest.approx(centre, abs=0.2)
+
+
 def test_packed_matrices_come_back():
     matrices = np.random.default_rng(0).integers(0, 3, (4, 5, 5))
     packed = evidence.packed(matrices)
@@ -145,7 +190,7 @@ def test_numbers_of_the_page_are_scipys():
         seeds = range(5) if remedy != "alone" else range(7, 9)
         runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"])
+    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"], [], "x.svg")
 
     tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
     test = stats.ttest_rel(tails["logits"], tails["baseline"])
@@ -179,4 +224,7 @@ def test_the_plans_of_the_project():
 
         results = ROOT / plan.results
         known = json.loads(results.read_text()) if results.is_file() else None
-        assert (ROOT / plan.page).read_text() == evidence_page.page(known, f"scripts/evidence_plans/{path.name}")
+        file = f"scripts/evidence_plans/{path.name}"
+        assert (ROOT / plan.page).read_text() == evidence_page.page(known, file)
+        for name, picture in evidence_page.pictures(known, file).items() if known else ():
+            assert ((ROOT / plan.page).parent / name).read_text() == picture

@@ -1,0 +1,120 @@
+"""The trade-off of scripts/evidence.py as a picture: what each remedy does to head and tail, beside what is free.
+
+A point is a remedy's mean change of mIoU(head) (across) and mIoU(tail) (up) against the baseline of the same seeds; its
+cross is the 95 % interval of each. The line joins the strengths of what is changed after training: a remedy that trains
+has to lie above it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+from common.comparison import Difference
+from common.report.charts import ticks
+
+WIDTH, HEIGHT = 760, 440
+LEFT, RIGHT, TOP, BOTTOM = 64, 500, 20, 390  # of the field; the legend is right of it
+COLOURS = ("#2470c8", "#c85a08", "#0f8a66", "#8a4fc4", "#c22f7d", "#7a6a00", "#008a9a", "#a02020", "#4a5a2a", "#555577")
+STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#1b2027}.soft{fill:#5b6572}.grid{stroke:#e6e9ed}.zero{stroke:#9aa5b3}"
+)
+
+Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
+
+
+def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]]) -> str:
+    """SVG. curves: of each remedy after training its strengths in order."""
+    everything = [*remedies.values(), *(change for curve in curves.values() for change in curve)]
+    across = Axis([change[0] for change in everything], LEFT, RIGHT)
+    up = Axis([change[1] for change in everything], BOTTOM, TOP)
+
+    parts = [*_grid(across, up)]
+    names = [*curves, *remedies]
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    for name, curve in curves.items():
+        parts += _curve(curve, across, up, colours[name])
+    for name, change in remedies.items():
+        parts += _point(change, across, up, colours[name])
+    for i, name in enumerate(names):
+        parts += _entry(i, name, colours[name], name in curves)
+
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
+    title = "<title>Change of mIoU(tail) against change of mIoU(head), by remedy</title>"
+    paper = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
+    return "\n".join([head, title, f"<style>{STYLE}</style>", paper, *parts, "</svg>", ""])
+
+
+class Axis:
+    """Points of mIoU to pixels."""
+
+    def __init__(self, differences: Iterable[Difference], start: float, end: float):
+        ends = [0.0]
+        for difference in differences:
+            half = difference.half_width or 0.0
+            ends += [100 * (difference.mean - half), 100 * (difference.mean + half)]
+
+        margin = 0.06 * (max(ends) - min(ends)) + 0.1
+        self.low, self.high = min(ends) - margin, max(ends) + margin
+        self.start, self.end = start, end
+
+    def __call__(self, points: float) -> float:
+        share = (points - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    @property
+    def marks(self) -> list[float]:
+        return ticks(self.low, self.high)
+
+
+def _grid(across: Axis, up: Axis) -> list[str]:
+    parts = []
+    for mark in across.marks:
+        x = across(mark)
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}" class="{_line(mark)}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle" class="soft">{mark:+g}</text>')
+    for mark in up.marks:
+        y = up(mark)
+        parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="{_line(mark)}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="soft">{mark:+g}</text>')
+
+    middle = (TOP + BOTTOM) / 2
+    centre = (LEFT + RIGHT) / 2
+    parts.append(f'<text x="{centre}" y="{BOTTOM + 40}" text-anchor="middle">change of mIoU(head), points</text>')
+    turned = f'transform="rotate(-90 18 {middle})"'
+    parts.append(f'<text x="18" y="{middle}" text-anchor="middle" {turned}>change of mIoU(tail), points</text>')
+    return parts
+
+
+def _line(mark: float) -> str:
+    return "zero" if mark == 0 else "grid"
+
+
+def _curve(curve: Sequence[Change], across: Axis, up: Axis, colour: str) -> list[str]:
+    """Through the baseline, which is strength 0."""
+    places = [(across(0), up(0))]
+    places += [(across(100 * head.mean), up(100 * tail.mean)) for head, tail in curve]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places[1:]]
+    return [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>', *dots]
+
+
+def _point(change: Change, across: Axis, up: Axis, colour: str) -> list[str]:
+    head, tail = change
+    x, y = across(100 * head.mean), up(100 * tail.mean)
+    parts = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{colour}"/>']
+    if head.interval is not None and tail.interval is not None:
+        left, right = (across(100 * value) for value in head.interval)
+        low, high = (up(100 * value) for value in tail.interval)
+        line = f'stroke="{colour}" stroke-width="1.5" stroke-opacity="0.6"'
+        parts.append(f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" {line}/>')
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" {line}/>')
+    return parts
+
+
+def _entry(i: int, name: str, colour: str, is_curve: bool) -> list[str]:
+    """A line of the legend."""
+    x, y = RIGHT + 24, TOP + 16 + 22 * i
+    if is_curve:
+        mark = f'<line x1="{x - 6}" x2="{x + 8}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
+    else:
+        mark = f'<circle cx="{x}" cy="{y}" r="5.5" fill="{colour}"/>'
+    return [mark, f'<text x="{x + 16}" y="{y + 4.5}">{escape(name)}</text>']
