@@ -25,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS = ("upernet", "pspnet", "knet", "deeplabv3plus", "usrn")
 
 
+def least_batch(cfg: Config) -> int:
+    """The fewest images of each stream that a config trains on."""
+    halves = cfg.method.get("masked") == "separate"  # MIC to ACDC and Dark Zurich masks half of each batch
+    return 2 if cfg.model.name in PAIRS or halves else 1
+
+
 @dataclass(frozen=True)
 class Family:
     """One system.
@@ -79,6 +85,16 @@ def uda_files(cfg: Config) -> None:
     if "teacher" in method:
         plain = replace(cfg.model, pretrained=False, checkpoint=None)
         _save(save_file, build_model(plain).state_dict(), Path(method["teacher"]) / "model.safetensors")
+
+
+def uda_weights(cfg: Config) -> Config:
+    """DAFormer and what is built on it with a file of random weights, in place of ImageNet's, for feature distance."""
+    if not issubclass(named("uda.train:METHODS")[cfg.method["name"]], named("uda.daformer:DAFormer")):
+        return cfg
+    path = Path.cwd() / f"{cfg.model.backbone}.pth"
+    backbone = build_model(replace(cfg.model, pretrained=False, checkpoint=None)).get_submodule("backbone")
+    _save(torch.save, backbone.state_dict(), path)
+    return replace(cfg, model=replace(cfg.model, pretrained=str(path)))
 
 
 def full_banks(method: nn.Module) -> None:
@@ -141,11 +157,15 @@ FAMILIES: dict[str, Family] = {
         resolve="semi_sup.config:resolve",
     ),
     "uda": Family(
-        ("*_to_cityscapes/warm_up.yaml", "*_to_cityscapes/stage?.yaml"),
+        (
+            *("*_to_cityscapes/warm_up.yaml", "*_to_cityscapes/stage?.yaml"),
+            *("[dhm]*/[gs]*_to_cityscapes*.yaml", "[dhm]*/cityscapes_to_*.yaml"),
+        ),
         "uda.train:build_method",
         "source",
         uda_files,
         full_banks,
+        resolve="scripts.bench.families:uda_weights",
     ),
 }
 

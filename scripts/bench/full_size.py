@@ -3,7 +3,8 @@
 Names choose configs by a part of their name; none means all. The images are toy scenes in the real layout and size.
 The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON file is written
 after each, and a later call measures what is missing: `seconds` of the step, `data_seconds` of them for loading,
-`peak_gib` above what the process holds with weights, gradients and optimiser state, which are `held_gib`.
+`cpu_seconds` that its threads worked, which other programs on the cores hardly change, `peak_gib` above what the
+process holds with weights, gradients and optimiser state, which are `held_gib`.
 """
 
 import argparse
@@ -127,12 +128,12 @@ def one_step(args: argparse.Namespace) -> None:
 
     from scripts.bench import measure as m
     from scripts.bench import workspace
-    from scripts.bench.families import PAIRS, family_of, official
+    from scripts.bench.families import family_of, least_batch, official
 
     name, *changes = args.names
     path = official()[name]
     family, plain = family_of(path), load_config(path)
-    batch = 2 if plain.model.name in PAIRS else 1
+    batch = least_batch(plain)
     cfg = load_config(path, [*workspace.overrides(plain, batch), "output=runs/full_size", *changes])
     device = torch.device(args.device)
     trainer, experiment = workspace.trainer(cfg, family, parse_size(args.size), device)
@@ -141,15 +142,17 @@ def one_step(args: argparse.Namespace) -> None:
     timed: dict[str, float] = {}
 
     def step() -> None:
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         scalars = trainer.step(0, streams, [])
         timed["loss"] = float(scalars["loss"])  # waits for the device
         timed["seconds"] = time.perf_counter() - start
+        timed["cpu_seconds"] = time.process_time() - worked
 
     gc.collect()
     peak = m.peak_memory(step, device)
     result = {
         "seconds": round(timed["seconds"], 2),
+        "cpu_seconds": round(timed["cpu_seconds"], 2),
         "data_seconds": round(sum(stream.seconds for stream in streams.values()), 2),
         "peak_gib": m.gibibytes(peak),
         "held_gib": m.gibibytes(held),

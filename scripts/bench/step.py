@@ -32,7 +32,7 @@ from common.losses.counts import Counts
 from common.losses.cross_entropy import pixel_cross_entropy
 from common.losses.pixel_loss import PixelLoss
 from scripts.bench import measure, workspace
-from scripts.bench.families import PAIRS, family_of
+from scripts.bench.families import family_of, least_batch
 from scripts.bench.full_size import parse_size
 
 PARTS = ("data", "forward", "backward", "optimiser")
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
     plain = load_config(path, args.overrides)
     supervised = "heads" in plain.method
     chosen = choose(args.against, plain, supervised)
-    batch = args.batch or (2 if plain.model.name in PAIRS else 1)
+    batch = args.batch or least_batch(plain)
     rows = [loss_alone(plain, batch, args)] if supervised else []
     if args.loss_only:
         return rows

@@ -61,6 +61,12 @@ def use(folder: Path) -> None:
 def overrides(cfg: Config, batch: int) -> list[str]:
     """One process, one micro-batch of `batch` images per stream, nothing downloaded."""
     streams = [f"data.streams.{name}.batch_size={batch}" for name in cfg.data.streams]
+    # what one or two scenes show of a rare class is little
+    streams += [
+        f"data.streams.{name}.sampler.min_pixels=1"
+        for name, stream in cfg.data.streams.items()
+        if stream.sampler.get("order") == "rare_class"
+    ]
     roots = ["data.root=", "data.val.root=", *(f"data.streams.{name}.root=" for name in cfg.data.streams)]
     return [*streams, *roots, "data.workers=0", "train.devices=1", "model.pretrained=false", "model.checkpoint="]
 
