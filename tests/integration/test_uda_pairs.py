@@ -1,6 +1,7 @@
 """DAFormer, HRDA and MIC on pairs of data sets through the command line: official tasks, and sets of the user's own."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from common.config import ConfigError, ModelConfig
 from common.data import DATASETS, toy
 from common.models import build_model
-from tests.integration.conftest import ROOT, assert_equal, weights
+from tests.integration.conftest import ROOT, assert_equal, call, weights
 from tests.unit.data_files import classes, picture, save
 from uda import train
 
@@ -21,6 +23,7 @@ SIZE = (64, 128)
 SETS = {"gta5": {}, "synthia": {}, "cityscapes": {"val": 2}, "acdc": {"val": 4}, "dark_zurich": {"val": 2}}
 PAIRS = ("gta5_to_cityscapes", "synthia_to_cityscapes", "cityscapes_to_acdc", "cityscapes_to_darkzurich")
 METHODS = ("daformer/{}", "hrda/{}", "mic/{}", "mic/{}_hrda")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "uda.train")
 QUICK = ("daformer/cityscapes_to_acdc", "mic/cityscapes_to_darkzurich_hrda")
 TASKS = [method.format(pair) for pair in PAIRS for method in METHODS]
 SHORT = (
@@ -79,6 +82,50 @@ def test_official_pairs_take_two_steps(task, data, imagenet, tmp_path, monkeypat
     expected = {"source_ce", "feature_distance", "mixed_ce", "confident"} | ({"masked_ce"} if "mic" in task else set())
     assert expected <= lines[0].keys() and len(lines) >= 2
     assert 0 <= json.loads((folder / "evaluation.json").read_text())["miou"] <= 1
+
+
+@pytest.mark.parametrize(
+    "task, ranks",
+    [
+        ("daformer/gta5_to_cityscapes", 1),
+        ("mic/gta5_to_cityscapes_hrda", 1),
+        pytest.param("daformer/gta5_to_cityscapes", 2, marks=pytest.mark.slow),
+        pytest.param("mic/gta5_to_cityscapes_hrda", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_training_resumes_bit_for_bit(task, ranks, data, imagenet, tmp_path, monkeypatch):
+    """Student, teacher, optimiser, rare classes, mixing, colours, boxes, masks, counts with pseudo-labels."""
+    monkeypatch.setenv("LTS_DATA", str(data))
+    words = [
+        f"output={tmp_path}", *small(task, imagenet), "train.steps=4", "train.save_every=2", "train.keep=9",
+        f"train.devices={ranks}", "method.threshold=0.05", "optim.warmup=0", "optim.lr=1e-3",
+        "remedies={logits: {name: blv}, counts: {refresh: 2}}",
+    ]  # fmt: skip
+
+    def start(*more: str) -> None:
+        if ranks == 1:
+            run(monkeypatch, CONFIGS / f"{task}.yaml", *words, *more)
+        else:
+            call(*TORCHRUN, CONFIGS / f"{task}.yaml", *SHORT, *words, "--device", "cpu", *more, LTS_DATA=str(data))
+
+    start()
+    folder = tmp_path / Path(task).name
+    whole, losses = weights(folder), logged(folder)
+    halfway = load_file(folder / "checkpoints" / "step_00000002" / "model.safetensors")
+    for part in ("model.", "teacher."):
+        assert any(name.startswith(part) and not whole[name].equal(halfway[name]) for name in whole)
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")  # as if it had been killed after step 3
+    start("--resume")
+    assert_equal(whole, weights(folder))
+    assert logged(folder) == losses
+
+
+def logged(folder: Path) -> dict[int, dict[str, float]]:
+    """The losses of each step, by what the log said last."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    terms = ("loss", "source_ce", "mixed_ce", "masked_ce", "confident", "grad_norm")
+    return {line["step"]: {k: line[k] for k in terms if k in line} for line in lines if "loss" in line}
 
 
 # Sets of the user's own ----------------------------------------------------------------------------------------------

@@ -12,7 +12,17 @@ import torch
 from common.config import load_config
 from common.data import SegmentationDataset
 from scripts import benchmark
-from scripts.bench import cpsl, cpsl_literal, full_size, kmeans, ltss, measure, usrn_literal, workspace
+from scripts.bench import (
+    cpsl,
+    cpsl_literal,
+    daformer_literal,
+    full_size,
+    kmeans,
+    ltss,
+    measure,
+    usrn_literal,
+    workspace,
+)
 from scripts.bench.families import FAMILIES, official
 from semi_sup.subclasses import PRESETS, parents
 
@@ -81,6 +91,15 @@ def test_benchmark_of_usrn(tmp_path, monkeypatch):
     monkeypatch.setattr(usrn_literal, "entropy", lambda p: torch.zeros_like(p[:, 0]))  # more is vetoed
     with pytest.raises(ValueError, match="Lu_reg: the forms differ|loss: the forms differ"):
         bench("usrn", tmp_path / "b.json")
+
+
+def test_benchmark_of_daformer(tmp_path, monkeypatch):
+    [row] = bench("daformer", tmp_path / "a.json")
+    assert set(row["ms"]) == {"ours", "literal", "channels_last + bf16"} and row["crop"] == 64
+    assert 0 < row["check"]["confident"] < 1 and row["check"]["mixed_ce"] <= 1e-5
+    monkeypatch.setattr(daformer_literal, "gaussian", lambda side, sigma: torch.ones(3) / 3)  # another blur
+    with pytest.raises(ValueError, match="mixed_ce: the forms differ"):
+        bench("daformer", tmp_path / "b.json")
 
 
 def test_benchmark_of_kmeans(tmp_path, fails, monkeypatch):
@@ -205,12 +224,28 @@ def test_full_size_takes_a_real_step(tmp_path):
     assert result["seconds"] > 0 and np.isfinite(result["loss"]) and result["batch"] == {"labeled": 1}
 
 
+@pytest.mark.slow
+def test_full_size_of_domain_adaptation(tmp_path):
+    """ImageNet's weights are made up, and MIC that masks half of each batch has two images of each domain."""
+    name = "uda/mic/cityscapes_to_acdc_blv"
+    crops = [f"data.streams.{stream}.augment.crop=[64,64]" for stream in ("source", "target")]
+    words = [*crops, "model.backbone=mit_b0", "model.options.channels=8", "method.mask_block=16", "--size", "64x128"]
+    assert benchmark.main(["full-size", name, *words, "--out", str(tmp_path / "full.json")]) == 0
+    result = json.loads((tmp_path / "full.json").read_text())["configs"][name]
+    assert result["batch"] == {"source": 2, "target": 2} and np.isfinite(result["loss"])
+    assert 0 < result["cpu_seconds"]
+
+
 def test_full_size_knows_every_official_config():
     names = official()
     assert sum(name.startswith("fully_sup/") for name in names) == 15  # seven pairs, and BLV on the other head
     stages = {"warm_up", "stage1", "stage2", "stage3"}
     for task in ("gta5", "synthia"):
         assert {f"uda/{task}_to_cityscapes/{stage}" for stage in stages} <= names.keys()
+    for task in ("gta5_to_cityscapes", "synthia_to_cityscapes", "cityscapes_to_acdc", "cityscapes_to_darkzurich"):
+        variants = {f"{method}/{task}{end}" for method in ("daformer", "hrda", "mic") for end in ("", "_blv")}
+        assert {f"uda/{name}" for name in variants | {f"mic/{task}_hrda"}} <= names.keys()
+    assert not any("camvid" in name or "toy" in name for name in names)
     splits = [f"voc_1over{n}" for n in (64, 32, 16)] + [f"city_1over{n}" for n in (32, 16, 8)]
     semi = {f"semi_sup/{split}_{method}" for split in splits for method in ("baseline", "usrn")}
     assert semi == {name for name in names if name.startswith("semi_sup/")}
