@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.config import ConfigError
 from common.config.bounds import Whole
 
 
@@ -23,6 +24,17 @@ class Margins:
     left: Whole = 0
     right: Whole = 0
     of: Literal["crop", "image"] = "crop"
+
+
+def check_margins(margins: Margins, crop: tuple[int, int], where: str) -> None:
+    """ConfigError, beginning with `where`, for margins that leave nothing of a crop (height, width)."""
+    sides = (("top", "bottom", "rows"), ("left", "right", "columns"))
+    for (first, last, unit), side in zip(sides, crop, strict=True):
+        before, after = getattr(margins, first), getattr(margins, last)
+        if margins.of == "crop" and before + after >= side:
+            raise ConfigError(
+                f"{where}: {first} {before} and {last} {after} leave nothing of a crop of {side} {unit}; lower them"
+            )
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from common.models.frozen import Frozen
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize, size_of
-from uda.confidence import Margins, pseudo_labels, valid_pixels
+from uda.confidence import Margins, check_margins, pseudo_labels, valid_pixels
 
 SIGMA = (0.15, 1.15)  # of the blur, in pixels
 
@@ -92,6 +92,7 @@ class DAFormer(Method):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
+        check_streams(cfg, self.options)
         self.model = build_network(cfg.model, self.Network, self.fitting, cfg.name)
         self.model.check_heads(("decode",), f"{cfg.name}: model")
         pseudo_labels = self.pseudo_labels if self.options.adapt else None
@@ -282,6 +283,33 @@ class DAFormer(Method):
         if self.teacher is not None:
             move_average(self.teacher, self.model, ramp(step, self.options.momentum))
         self.loss.after_step(step)
+
+
+def check_streams(cfg: Config, options: DAFormerConfig) -> None:
+    """ConfigError where a config's streams are not those of the method, or their crops cannot be mixed."""
+    streams = cfg.data.streams
+    wanted = ("source", "target") if options.adapt else ("source",)
+    missing = [name for name in wanted if name not in streams]
+    if streams and missing:
+        raise ConfigError(
+            f"{cfg.name}: data.streams: {missing[0]} is missing; the method trains on {' and '.join(wanted)}"
+        )
+
+    if not streams or not options.adapt:
+        return
+
+    source, target = (streams[name] for name in wanted)
+    crops = [list(stream.augment.get("crop", ())) for stream in (source, target)]
+    pairs = {"batch_size": (source.batch_size, target.batch_size), "augment.crop": crops}
+    for key, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ConfigError(
+                f"{cfg.name}: data.streams: {key} is {ours} of source and {theirs} of target; make them equal, as "
+                "classes of one are pasted into the other"
+            )
+
+    if crops[1]:
+        check_margins(options.margins, tuple(crops[1]), f"{cfg.name}: method.margins")
 
 
 def ramp(step: int, momentum: float) -> float:

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share, Side
-from common.engine.method import Losses
+from common.engine.method import Losses, MethodContext
 from common.ops.block_mask import block_mask, block_noise
 from common.ops.resize import size_of
 from uda.daformer import DAFormer, DAFormerConfig, Pseudo, View, named
@@ -41,6 +42,16 @@ class MIC(DAFormer):
     Options: type[MICConfig] = MICConfig
     backwards = 3
 
+    def __init__(self, cfg: Config, context: MethodContext):
+        super().__init__(cfg, context)
+        source = cfg.data.streams.get("source")
+        at_once = 2 if source is None else source.batch_size // cfg.train.devices
+        if self.options.masked == "separate" and at_once < 2:
+            raise ConfigError(
+                f"{cfg.name}: method.masked: separate takes half of each batch, and a process has {at_once} image; "
+                "raise both batch_size, or lower train.devices"
+            )
+
     def target_parts(
         self, source: View, target: Tensor, pseudo: Pseudo, progress: float
     ) -> Iterator[Losses]:
@@ -63,11 +74,6 @@ class MIC(DAFormer):
             return self.distorted(target), pseudo.label, pseudo.weight
 
         half = len(target) // 2
-        if half == 0:
-            raise ValueError(
-                "method.masked: separate takes half of each batch; set batch_size to 2 or more a process"
-            )
-
         image = torch.cat((source.image[:half], target[:half]))
         label = torch.cat((source.label[:half], pseudo.label[:half]))
         weight = torch.cat((torch.ones_like(pseudo.weight[:half]), pseudo.weight[:half]))

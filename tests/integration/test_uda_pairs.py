@@ -84,6 +84,16 @@ def test_official_pairs_take_two_steps(task, data, imagenet, tmp_path, monkeypat
     assert 0 <= json.loads((folder / "evaluation.json").read_text())["miou"] <= 1
 
 
+@pytest.mark.parametrize("crop", ["[65,97]", "[90,170]"], ids=["odd", "larger than the image"])
+@pytest.mark.parametrize("task", ["daformer/gta5_to_cityscapes", "mic/gta5_to_cityscapes_hrda"])
+def test_crops_of_any_size(task, crop, data, imagenet, tmp_path, monkeypatch):
+    """Networks pad to what they divide by, recipes to the crop; neither is learned."""
+    monkeypatch.setenv("LTS_DATA", str(data))
+    crops = [f"data.streams.{stream}.augment.crop={crop}" for stream in ("source", "target")]
+    run(monkeypatch, CONFIGS / f"{task}.yaml", f"output={tmp_path}", *small(task, imagenet), *crops)
+    assert (tmp_path / Path(task).name / "evaluation.json").is_file()
+
+
 @pytest.mark.parametrize(
     "task, ranks",
     [
@@ -186,6 +196,16 @@ def test_folders_whose_labels_have_other_values(tmp_path, monkeypatch):
     write_folder(tmp_path / "a", (0, 1, 2))
     run(monkeypatch, own_task(tmp_path, source=described(tmp_path / "a", names), target=target), "name=again")
     assert_equal(mapped, weights(tmp_path / "runs" / "again"))
+
+
+def test_a_class_that_no_source_image_shows(tmp_path, monkeypatch):
+    """It is named, and rare-class sampling leaves it out."""
+    names = ["belt", "part", "scratch"]
+    write_folder(tmp_path / "a", (0, 1, 1))
+    write_folder(tmp_path / "b", (0, 1, 2))
+    path = own_task(tmp_path, source=described(tmp_path / "a", names), target=described(tmp_path / "b", names))
+    with pytest.warns(UserWarning, match="class 2 .scratch. has no pixel in the 6 training labels"):
+        run(monkeypatch, path)
 
 
 def test_a_folder_as_source_or_target_of_a_known_set(data, tmp_path, monkeypatch):
