@@ -13,7 +13,7 @@ from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.u2pl import U2PL
-from semi_sup.unimatch import UniMatch
+from semi_sup.unimatch import Consistency, UniMatch
 from semi_sup.unimatch_v2 import UniMatchV2
 from semi_sup.usrn import USRN, Baseline, SelfTraining
 
@@ -54,6 +54,8 @@ def resolve(cfg: Config) -> Config:
 
     cfg = _with_refresh(cfg)
     if method is USRN and cfg.method.get("branch", True):
+        return _with_branch(_with_subclasses(cfg))
+    if issubclass(method, Consistency) and cfg.method.get("branch", False):
         return _with_subclasses(cfg)
 
     streams = {
@@ -111,10 +113,14 @@ def _with_subclasses(cfg: Config) -> Config:
             "set data.streams.labeled.maps.sub_label to this split's folder, or run clustering.py again"
         )
 
-    k = cfg.model.options.get("subclasses", 0) or sum(counts)
-    model = replace(cfg.model, name="usrn", options={**cfg.model.options, "subclasses": k})
+    return replace(cfg, method={**cfg.method, "subclasses": list(counts)})
 
-    return replace(cfg, model=model, method={**cfg.method, "subclasses": list(counts)})
+
+def _with_branch(cfg: Config) -> Config:
+    """The config with USRN's network for the subclasses that `_with_subclasses` found."""
+    k = cfg.model.options.get("subclasses", 0) or sum(cfg.method["subclasses"])
+    model = replace(cfg.model, name="usrn", options={**cfg.model.options, "subclasses": k})
+    return replace(cfg, model=model)
 
 
 def _text(counts: str | Sequence[int]) -> str:

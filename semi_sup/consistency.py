@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from common import distributed
 from common.data import IGNORE
 from common.losses.cross_entropy import cross_entropy_sum
 from common.losses.upsampled import Total, upsampled_sum
@@ -21,12 +22,12 @@ class PseudoLabels(NamedTuple):
     confidence: Tensor
     shown: Tensor
 
-    def confident(self, threshold: float) -> Tensor:
-        """The labels (B, H, W), −1 in padding and where the confidence is below `threshold`."""
+    def confident(self, threshold: float | Tensor) -> Tensor:
+        """The labels (B, H, W), −1 in padding and where the confidence is below `threshold`, one for all or a map."""
         keep = (self.confidence >= threshold) & self.shown
         return torch.where(keep, self.label, IGNORE)
 
-    def kept(self, threshold: float) -> Tensor:
+    def kept(self, threshold: float | Tensor) -> Tensor:
         """The share of pixels with a label, of those that show the image."""
         return (self.confident(threshold) != IGNORE).sum() / self.shown.sum().clamp(min=1)
 
@@ -65,8 +66,66 @@ def paste_labels(labels: PseudoLabels, partner: PseudoLabels, inside: Tensor) ->
     return PseudoLabels(*(torch.where(inside, theirs, ours) for ours, theirs in pairs))
 
 
+class Labels(NamedTuple):
+    """Of the classes and, where a branch has them, of the subclasses."""
+
+    classes: PseudoLabels
+    subclasses: PseudoLabels | None = None
+
+    def flip(self) -> "Labels":
+        """The same in the opposite order of the batch."""
+        subclasses = None if self.subclasses is None else self.subclasses.flip()
+        return Labels(self.classes.flip(), subclasses)
+
+    def pasted(self, partner: "Labels", inside: Tensor) -> "Labels":
+        """The partner's where `inside` (B, H, W) says so."""
+        classes = paste_labels(self.classes, partner.classes, inside)
+        if self.subclasses is None or partner.subclasses is None:
+            return Labels(classes)
+
+        return Labels(classes, paste_labels(self.subclasses, partner.subclasses, inside))
+
+
+class ClassThresholds(nn.Module):
+    """A threshold for each class: τ_k = τ · c_k / max c, with c_k the moving average of the confidence of the pixels
+    that are taken for class k. One that the network is less sure of keeps more of its labels than under one τ for all.
+
+    c starts at 1 for all; a class that nothing was taken for keeps its value. c is the same on all ranks.
+    """
+
+    confidence: Tensor
+
+    def __init__(self, num_classes: int, threshold: float, momentum: float):
+        super().__init__()
+        self.threshold = threshold
+        self.momentum = momentum
+        self.register_buffer("confidence", torch.ones(num_classes))
+
+    def of(self, label: Tensor) -> Tensor:
+        """The threshold of each pixel's class, float32 like `label` (B, H, W)."""
+        thresholds = self.threshold * self.confidence / self.confidence.max()
+        return thresholds[label]
+
+    @torch.no_grad()
+    def update(self, labels: PseudoLabels) -> None:
+        """Move the averages by the labels of this step."""
+        classes = len(self.confidence)
+        label = torch.where(labels.shown, labels.label, classes).flatten()
+        confidence = labels.confidence.flatten().double()
+        sums = confidence.new_zeros(2, classes + 1)
+        sums[0].index_add_(0, label, confidence)
+        sums[1].index_add_(0, label, torch.ones_like(confidence))
+        total, count = distributed.all_sum(sums)[:, :classes]
+        mean = (total / count.clamp(min=1)).float()
+        moved = self.momentum * self.confidence + (1 - self.momentum) * mean
+        self.confidence.copy_(torch.where(count > 0, moved, self.confidence))
+
+
 def confident_loss(
-    logits: Tensor, labels: PseudoLabels, threshold: float, total: Total = cross_entropy_sum
+    logits: Tensor,
+    labels: PseudoLabels,
+    threshold: float | Tensor,
+    total: Total = cross_entropy_sum,
 ) -> Tensor:
     """Loss of logits (B, K, h, w), enlarged with aligned corners, against confident labels: their sum by `total`,
     divided by the number of pixels that show the image; 0 where none does."""

@@ -13,27 +13,33 @@ training mode beside the labelled crops, and clean and perturbed maps are decode
 both. What is pasted comes from a second crop of the same image, whose labels the network makes in evaluation mode.
 
 FixMatch is `views: 1` and `perturb: false`: L = (L_x + L_s1) / 2.
+
+Beyond the paper, off unless asked for: `branch`, the subclass branch and gate of USRN ([`branch.py`](branch.py)), whose
+losses join L_x and the strong views' with the weight `subclass`; `class_thresholds`, a τ for each class.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.config import Config, ConfigError
-from common.config.bounds import NotNegative, Share
+from common.config.bounds import Count, NotNegative, Rate, Share
 from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
+from common.losses.upsampled import upsampled_cross_entropy
 from common.models import EncoderDecoder, build_network
 from semi_sup import consistency
+from semi_sup.branch import SubclassBranch, gated_labels
 from semi_sup.consistency import (
+    ClassThresholds,
+    Labels,
     PseudoLabels,
     confident_loss,
     in_boxes,
     paste,
-    paste_labels,
     pseudo_labels,
 )
 
@@ -48,6 +54,13 @@ class ConsistencyConfig:
     views: Literal[1, 2] = 2  # strong views of an unlabelled crop
     supervised: NotNegative = 1.0  # weight of L_x
     unsupervised: NotNegative = 1.0  # weight of all unlabelled losses
+    class_thresholds: Rate | None = (
+        None  # momentum of each class's mean confidence, which scales its τ; None: one τ for all
+    )
+    branch: bool = False  # USRN's: a second decoder for subclasses, which gates the labels
+    gate: bool = True  # with `branch`; False: it is trained, and gates nothing
+    subclass: NotNegative = 1.0  # weight of the losses on subclasses
+    subclasses: str | tuple[Count, ...] = "rule"  # of each class, as USRN has them
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,8 @@ class UniMatchConfig(ConsistencyConfig):
 
 
 class Consistency(Method):
-    """A network that learns from labels and from its confident answers. Batches: `labeled` (image, label), `unlabeled`
-    (weak, shown, strong1, box1, …)."""
+    """A network that learns from labels and from its confident answers. Batches: `labeled` (image, label; with `branch`
+    sub_label), `unlabeled` (weak, shown, strong1, box1, …)."""
 
     Options = ConsistencyConfig
     backwards = 2
@@ -76,52 +89,124 @@ class Consistency(Method):
             cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels"
         )
 
-    def labelled_loss(self, logits: Tensor, batch: Batch, progress: float) -> Tensor:
-        """L_x of the labelled crops' logits at the network's stride."""
+        o = self.options
+        self.branch = SubclassBranch(cfg, o.subclasses) if o.branch else None
+        self.thresholds = None
+        if o.class_thresholds is not None:
+            self.thresholds = ClassThresholds(
+                cfg.model.num_classes, o.threshold, o.class_thresholds
+            )
+
+    # Labelled crops -------------------------------------------------------------------------------------------------
+
+    def labelled_terms(
+        self, logits: Tensor, sub_logits: Tensor | None, batch: Batch, progress: float
+    ) -> Losses:
+        """L_x of the labelled crops' logits at the network's stride, and that of the subclasses."""
         label = self.model.pad_label(batch["label"])
-        return self.loss.upsampled(logits, label, align_corners=True, progress=progress)
+        loss = self.loss.upsampled(logits, label, align_corners=True, progress=progress)
+        terms = {"loss": self.options.supervised * loss / 2, "Lx": loss}
+        if sub_logits is None:
+            return terms
+
+        sub_label = self.model.pad_label(batch["sub_label"])
+        sub = upsampled_cross_entropy(sub_logits, sub_label, align_corners=True)
+        weight = self.options.supervised * self.options.subclass / 2
+
+        return {**terms, "loss": terms["loss"] + weight * sub, "Lx_sub": sub}
+
+    # Pseudo-labels --------------------------------------------------------------------------------------------------
+
+    def judged(self, logits: Tensor, sub_logits: Tensor | None, shown: Tensor) -> Labels:
+        """The labels that logits at the network's stride give, gated by those of the subclasses where there are any."""
+        if sub_logits is None or self.branch is None:
+            return Labels(pseudo_labels(logits, shown))
+
+        gate = self.options.gate
+        return Labels(*gated_labels(logits, sub_logits, self.branch.parents, shown, gate))
+
+    def threshold(self, labels: PseudoLabels) -> float | Tensor:
+        """The confidence that a label of the classes has to reach."""
+        return self.options.threshold if self.thresholds is None else self.thresholds.of(labels.label)
+
+    def count(self, weak: Labels, logits: Tensor) -> Losses:
+        """Count the weak view's labels, for remedies and thresholds. Returns what is logged of them: the share that is
+        kept, and the share that the gate took away or changed."""
+        labels = weak.classes
+        if self.thresholds is not None:
+            self.thresholds.update(labels)
+
+        threshold = self.threshold(labels)
+        confident = labels.confident(threshold)
+        self.loss.count(confident)
+        terms = {"kept": labels.kept(threshold)}
+        if self.branch is None:
+            return terms
+
+        free = pseudo_labels(logits, labels.shown)
+        vetoed = free.confident(self.threshold(free)) != confident
+        return {**terms, "vetoed": vetoed.sum() / labels.shown.sum().clamp(min=1)}
 
     def unlabelled_loss(self, logits: Tensor, labels: PseudoLabels, progress: float) -> Tensor:
         """The loss of logits at the network's stride against confident labels."""
         total = partial(self.loss.total, progress=progress)
-        return confident_loss(logits, labels, self.options.threshold, total)
+        return confident_loss(logits, labels, self.threshold(labels), total)
 
-    def strong_losses(
-        self, batch: Batch, weak: PseudoLabels, partner: PseudoLabels, progress: float
-    ) -> list[Tensor]:
-        """L_s1, L_s2 of one pass over the strong views, with what their boxes take from the partner."""
+    # Strong views ---------------------------------------------------------------------------------------------------
+
+    def strong_terms(
+        self, batch: Batch, weak: Labels, partner: Labels, progress: float, share: float = 1.0
+    ) -> Losses:
+        """The part of the step that one pass over the strong views makes: `share` of the unlabelled losses."""
+        images, labels = self.mixed(batch, weak, partner)
+        maps = self.strong_maps(torch.cat(images))
+        logits = self.model.decode(maps).chunk(len(images))
+        weight = self.options.unsupervised * share / 2
+
+        losses = [
+            self.unlabelled_loss(z, y.classes, progress)
+            for z, y in zip(logits, labels, strict=True)
+        ]
+        mean = torch.stack(losses).mean()
+        terms = {"loss": weight * mean, "Ls": mean}
+        if self.branch is None:
+            return terms
+
+        sub_logits = self.branch(maps).chunk(len(images))
+        losses = [
+            confident_loss(z, y.subclasses, self.options.threshold)
+            for z, y in zip(sub_logits, labels, strict=True)
+            if y.subclasses is not None
+        ]
+        sub = torch.stack(losses).mean()
+        loss = terms["loss"] + weight * self.options.subclass * sub
+
+        return {**terms, "loss": loss, "Ls_sub": sub}
+
+    def mixed(
+        self, batch: Batch, weak: Labels, partner: Labels
+    ) -> tuple[list[Tensor], list[Labels]]:
+        """The strong views and their labels, with what their boxes take from the partner."""
         images = []
         labels = []
 
         for view in range(1, self.options.views + 1):
-            inside = in_boxes(batch[f"box{view}"], weak.label.shape[-2:])
+            inside = in_boxes(batch[f"box{view}"], weak.classes.label.shape[-2:])
             images.append(paste(batch[f"strong{view}"], self.partner_view(batch, view), inside))
-            labels.append(paste_labels(weak, partner, inside))
+            labels.append(weak.pasted(partner, inside))
 
-        logits = self.strong_logits(torch.cat(images)).chunk(len(images))
-
-        return [
-            self.unlabelled_loss(z, y, progress) for z, y in zip(logits, labels, strict=True)
-        ]
+        return images, labels
 
     def partner_view(self, batch: Batch, view: int) -> Tensor:
         """The strong view that is pasted from."""
         return batch[f"strong{view}"].flip(0)
 
-    def strong_logits(self, images: Tensor) -> Tensor:
-        """The student's logits of strong views, all first ones before all second ones."""
-        return self.model.decode(self.encode(images))
+    def strong_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The student's maps of strong views, all first ones before all second ones."""
+        return self.encode(images)
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.model.encode(self.model.normalise(images))
-
-    def strong_terms(self, losses: list[Tensor], share: float = 1.0) -> Losses:
-        """The part of the step that the strong views make: `share` of the unlabelled losses."""
-        mean = torch.stack(losses).mean()
-        return {"loss": self.options.unsupervised * share * mean / 2, "Ls": mean}
-
-    def count(self, weak: PseudoLabels) -> None:
-        self.loss.count(weak.confident(self.options.threshold))
 
     def after_step(self, step: int) -> None:
         self.loss.after_step(step)
@@ -141,30 +226,23 @@ class UniMatch(Consistency):
         unlabeled = streams["unlabeled"]
         partner = self.label_partner(unlabeled) if o.partner == "same" else None
 
-        labelled, weak_logits, perturbed = self.look(labeled["image"], unlabeled["weak"])
-        weak = pseudo_labels(weak_logits, unlabeled["shown"])
-        self.count(weak)
-        supervised = self.labelled_loss(labelled, labeled, progress)
-        terms = {
-            "loss": o.supervised * supervised / 2,
-            "Lx": supervised,
-            "kept": weak.kept(o.threshold),
-        }
-        if perturbed is not None:
-            loss = self.unlabelled_loss(perturbed, weak, progress)
-            terms |= {
-                "loss": terms["loss"] + o.unsupervised * PERTURBED * loss / 2,
-                "Lfp": loss,
-            }
+        seen = self.look(labeled["image"], unlabeled["weak"])
+        weak = self.judged(seen.weak, seen.weak_sub, unlabeled["shown"])
+        logged = self.count(weak, seen.weak)
+        terms = self.labelled_terms(seen.labelled, seen.labelled_sub, labeled, progress)
+        if seen.perturbed is not None:
+            loss = self.unlabelled_loss(seen.perturbed, weak.classes, progress)
+            together = terms["loss"] + o.unsupervised * PERTURBED * loss / 2
+            terms |= {"loss": together, "Lfp": loss}
 
-        del labelled, perturbed  # so that their graph is gone before the next one is built
-        yield terms
+        del seen  # so that its graph is gone before the next one is built
+        yield terms | logged
 
-        losses = self.strong_losses(unlabeled, weak, partner or weak.flip(), progress)
-        yield self.strong_terms(losses, 1 - PERTURBED if o.perturb else 1.0)
+        share = 1 - PERTURBED if o.perturb else 1.0
+        yield self.strong_terms(unlabeled, weak, partner or weak.flip(), progress, share)
 
     @torch.no_grad()
-    def label_partner(self, batch: Batch) -> PseudoLabels:
+    def label_partner(self, batch: Batch) -> Labels:
         """Labels of the second crop, by the network in evaluation mode."""
         if "partner_weak" not in batch:
             raise ConfigError(
@@ -173,19 +251,21 @@ class UniMatch(Consistency):
             )
 
         training = self.model.training
-        self.model.eval()
-        logits = self.model.decode(self.encode(batch["partner_weak"]))
-        self.model.train(training)
+        self.eval()
+        maps = self.encode(batch["partner_weak"])
+        sub_logits = None if self.branch is None else self.branch(maps)
+        labels = self.judged(self.model.decode(maps), sub_logits, batch["partner_shown"])
+        self.train(training)
 
-        return pseudo_labels(logits, batch["partner_shown"])
+        return labels
 
     def partner_view(self, batch: Batch, view: int) -> Tensor:
         if self.options.partner == "batch":
             return super().partner_view(batch, view)
         return batch[f"partner_strong{view}"]
 
-    def look(self, images: Tensor, weak: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits of labelled crops, of weak views, and of weak views with dropped channels, of one pass."""
+    def look(self, images: Tensor, weak: Tensor) -> "Seen":
+        """One pass over labelled crops and weak views, these with dropped channels, too."""
         if images.shape[1:] != weak.shape[1:]:
             raise ValueError(
                 "data.streams: UniMatch runs labelled and unlabelled crops as one batch; give one `crop`"
@@ -193,13 +273,31 @@ class UniMatch(Consistency):
 
         count = len(images)
         maps = self.encode(torch.cat((images, weak)))
-        if not self.options.perturb:
-            clean = self.model.decode(maps)
-            return clean[:count], clean[count:], None
+        perturbed = None
+        if self.options.perturb:
+            dropped = consistency.channel_dropout(maps)
+            both = tuple(map(torch.cat, zip(maps, dropped, strict=True)))
+            logits, perturbed = self.model.decode(both).chunk(2)
+            perturbed = perturbed[count:]
+        else:
+            logits = self.model.decode(maps)
 
-        dropped = consistency.channel_dropout(maps)
-        clean, perturbed = self.model.decode(
-            tuple(map(torch.cat, zip(maps, dropped, strict=True)))
-        ).chunk(2)
+        seen = Seen(logits[:count], logits[count:], perturbed)
+        if self.branch is None:
+            return seen
 
-        return clean[:count], clean[count:], perturbed[count:]
+        sub_logits = self.branch(maps)
+        return seen._replace(
+            labelled_sub=sub_logits[:count], weak_sub=sub_logits[count:].detach()
+        )
+
+
+class Seen(NamedTuple):
+    """Logits of labelled crops, weak views, and weak views with dropped channels; of the subclasses, where there is a
+    branch for them."""
+
+    labelled: Tensor
+    weak: Tensor
+    perturbed: Tensor | None
+    labelled_sub: Tensor | None = None
+    weak_sub: Tensor | None = None

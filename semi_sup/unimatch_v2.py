@@ -22,7 +22,7 @@ from common.config import Config, ConfigError
 from common.config.bounds import Share
 from common.engine.method import Batch, Losses, MethodContext, move_average
 from semi_sup import consistency
-from semi_sup.consistency import PseudoLabels, pseudo_labels
+from semi_sup.consistency import Labels
 from semi_sup.unimatch import Consistency, ConsistencyConfig
 
 
@@ -56,41 +56,51 @@ class UniMatchV2(Consistency):
             )
 
         self.teacher = deepcopy(self.model).requires_grad_(False)
+        self.teacher_branch = (
+            None if self.branch is None else deepcopy(self.branch).requires_grad_(False)
+        )
         self.predict_prefix = "teacher." if self.options.predicts == "teacher" else "model."
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         """The labelled crops, then the strong views."""
-        o = self.options
         progress = step / self.steps
         labeled = streams["labeled"]
         unlabeled = streams["unlabeled"]
-        weak = self.label(unlabeled)
-        self.count(weak)
+        weak, logged = self.label(unlabeled)
 
-        loss = self.labelled_loss(
-            self.model.decode(self.encode(labeled["image"])), labeled, progress
-        )
-        yield {"loss": o.supervised * loss / 2, "Lx": loss, "kept": weak.kept(o.threshold)}
+        maps = self.encode(labeled["image"])
+        sub_logits = None if self.branch is None else self.branch(maps)
+        terms = self.labelled_terms(self.model.decode(maps), sub_logits, labeled, progress)
+        del maps, sub_logits  # so that their graph is gone before the next one is built
+        yield terms | logged
 
-        yield self.strong_terms(self.strong_losses(unlabeled, weak, weak.flip(), progress))
+        yield self.strong_terms(unlabeled, weak, weak.flip(), progress)
 
     @torch.no_grad()
-    def label(self, batch: Batch) -> PseudoLabels:
-        """The teacher's labels of the weak view."""
+    def label(self, batch: Batch) -> tuple[Labels, Losses]:
+        """The teacher's labels of the weak view, and what is logged of them."""
         net = self.teacher.eval()
-        return pseudo_labels(
-            net.decode(net.encode(net.normalise(batch["weak"]))), batch["shown"]
+        maps = net.encode(net.normalise(batch["weak"]))
+        logits = net.decode(maps)
+        branch = self.teacher_branch
+        labels = self.judged(
+            logits, None if branch is None else branch.eval()(maps), batch["shown"]
         )
 
-    def strong_logits(self, images: Tensor) -> Tensor:
+        return labels, self.count(labels, logits)
+
+    def strong_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = self.encode(images)
         if self.options.complementary:
             first = maps[0]
             masks = consistency.complementary_masks(len(first) // 2, first.shape[1], first)
             maps = tuple(x * masks for x in maps)
 
-        return self.model.decode(maps)
+        return maps
 
     def after_step(self, step: int) -> None:
         super().after_step(step)
-        move_average(self.teacher, self.model, min(1 - 1 / (step + 1), self.options.momentum))
+        momentum = min(1 - 1 / (step + 1), self.options.momentum)
+        move_average(self.teacher, self.model, momentum)
+        if self.branch is not None and self.teacher_branch is not None:
+            move_average(self.teacher_branch, self.branch, momentum)

@@ -17,6 +17,7 @@ CONFIGS = ROOT / "semi_sup" / "configs"
 CASES = {  # config: crop, what is logged, further settings
     "unimatch/toy_1over8_unimatch": (32, {"Lx", "Lfp", "Ls", "kept"}, ()),
     "unimatch_v2/toy_1over8_unimatch_v2": (28, {"Lx", "Ls", "kept"}, ("remedies.logits={name: blv}",)),
+    "unimatch/toy_1over8_unimatch_usrn": (32, {"Lx_sub", "Ls_sub", "vetoed"}, ("method.class_thresholds=0.9",)),
     "u2pl_base/toy_1over8_u2pl": (33, {"Lx", "Laux", "Lu", "kept"}, ("method.copied_steps=1", "method.cutmix=true")),
 }
 
@@ -35,6 +36,15 @@ def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("unimatch")
     make("voc", root / "voc", train=14, val=2, size=(40, 48), seed=0, domain="day")
     return root
+
+
+def one_subclass_each(root: Path) -> Path:
+    """A folder of subclass labels in which every class is whole, so they are the labels themselves."""
+    folder = root / "sub_label"
+    if not folder.is_dir():
+        shutil.copytree(root / "voc" / "VOCdevkit" / "VOC2012" / "SegmentationClassAug", folder)
+        (folder / "subclasses.json").write_text(json.dumps({"counts": [1] * 21}))
+    return folder
 
 
 def settings(config: str, root: Path, crop: int) -> list[str]:
@@ -56,7 +66,9 @@ def settings(config: str, root: Path, crop: int) -> list[str]:
 def test_training_resumes_bit_for_bit_and_tests(config, data):
     crop, logged, more = CASES[config]
     path = CONFIGS / f"{config}.yaml"
-    words = ["--config", path, *settings(config, data, crop), *more, "--device", "cpu"]
+    words = ["--config", path, "--device", "cpu", *settings(config, data, crop), *more]
+    if config.endswith("_usrn"):
+        words.append(f"data.streams.labeled.maps.sub_label={one_subclass_each(data)}")
     here(prepare_splits, path, *settings(config, data, crop))
     here(main, *words)
     folder = data / "saved" / path.stem

@@ -37,6 +37,7 @@ RECIPES = {
     "cpsl": {"crop": [16, 16], "width": 64},
     "detectron2": {"crop": [16, 16], "short_edges": [40, 60]},
     "u2pl": {"crop": [16, 16]},
+    "unimatch": {"crop": [16, 16]},
 }
 
 

@@ -3,6 +3,7 @@ unlabelled ones, with the boxes of their CutMix."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.transforms import functional
 from common.config.bounds import Interval, Share, Size
 from common.data.colour import colour_jitter, from_pillow, to_pillow
 from common.data.dataset import SegmentationDataset
+from common.data.focus import draw_until_shown, point_of, take_focus
 from common.data.geometry import (
     Geometry,
     cut_maps,
@@ -60,7 +62,9 @@ class UniMatchViews(Recipe):
         dataset: SegmentationDataset,
         index: int,
     ) -> dict[str, Any]:
-        g = self.draw(sample["image"].size, rng)
+        focus = take_focus(sample)
+        draw = partial(self.draw, sample["image"].size, rng, point_of(focus))
+        g = draw_until_shown(draw, focus, sample.get("label"), self.crop, pillow_nearest_index)
         result = cut_maps(sample, g, self.crop, pillow_nearest_index, left=bool(g.flip))
         weak = self.cut(sample, g)
         if not self.views:
@@ -72,19 +76,24 @@ class UniMatchViews(Recipe):
             result[f"box{view}"] = torch.tensor(draw_box(self.crop, rng), dtype=torch.int32)
 
         if self.partner:
-            second = self.draw(sample["image"].size, rng)
+            second = draw()
             views = self.look(self.cut(sample, second), second, rng)
             result |= {f"partner_{key}": value for key, value in views.items()}
 
         return result
 
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Geometry:
-        """Size, crop and mirror."""
+    def draw(
+        self,
+        size: tuple[int, int],
+        rng: np.random.Generator,
+        near: tuple[float, float] | None = None,
+    ) -> Geometry:
+        """Size, crop and mirror. near: see `draw_offset`."""
         low, high = (int(max(size) * ratio) for ratio in self.ratio)
         longest = int(rng.integers(low, high + 1))
         shortest = max(int(min(size) * longest / max(size) + 0.5), 1)
         resized = (shortest, longest) if size[1] >= size[0] else (longest, shortest)
-        offset = draw_offset(resized, self.crop, rng)
+        offset = draw_offset(resized, self.crop, rng, near)
 
         return Geometry(*size, *resized, *offset, int(rng.random() < self.flip))
 

@@ -1,0 +1,165 @@
+"""What UniMatch can be given beyond its paper: USRN's branch and gate, a threshold for each class."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.config import ConfigError
+from common.losses.upsampled import upsampled_cross_entropy
+from semi_sup.branch import gated_labels
+from semi_sup.consistency import ClassThresholds, PseudoLabels, pseudo_labels
+from semi_sup.subclasses import offsets, parents
+from tests.unit.test_unimatch_method import FIXMATCH, batches, method, run
+
+COUNTS = (3, 1, 2, 1, 2)  # subclasses of five classes
+NAMES = ("unimatch", "unimatch_v2")
+
+
+def streams(size=42):
+    found = batches(size)
+    label = found["labeled"]["label"].long()
+    found["labeled"]["sub_label"] = torch.where(label < 0, -1, offsets(COUNTS)[label.clamp(min=0)]).short()
+    return found
+
+
+def branched(name, **options):
+    return method(name, branch=True, subclasses=COUNTS, **options)
+
+
+def predict_always(net, index: int, score: float) -> None:
+    """Let a network give one class this logit, and the others 0, wherever it looks."""
+    last = net.predictor if hasattr(net, "predictor") else net.decode_head.conv_seg
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        last.bias[index] = score
+
+
+# The gate
+
+
+def by_definition(z, s, owner, threshold):
+    """Label of one pixel by the paper's product, −1 where there is none."""
+    p, q = z.double().softmax(0), s.double().softmax(0)
+    h_p, h_q = (float(-(x * x.log()).sum()) / math.log(len(x)) for x in (p, q))
+    if h_q <= h_p:
+        p = p * (torch.arange(len(p)) == owner[int(q.argmax())])
+    return int(p.argmax()) if float(p.max()) >= threshold else -1
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_gate_is_the_papers(threshold):
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 5, 6, 7, generator=g)
+    sub_logits = 4 * torch.randn(2, 9, 6, 7, generator=g)
+    shown = torch.ones(2, 6, 7, dtype=torch.bool)
+    owner = parents(COUNTS)
+    classes, subclasses = gated_labels(logits, sub_logits, owner, shown)
+    found = classes.confident(threshold)
+    pixels = [(b, y, x) for b in range(2) for y in range(6) for x in range(7)]
+    expected = [by_definition(logits[b, :, y, x], sub_logits[b, :, y, x], owner, threshold) for b, y, x in pixels]
+    assert found.flatten().tolist() == expected
+    plain = pseudo_labels(logits, shown)
+    assert 0 < (found != plain.confident(threshold)).sum() < len(pixels)
+    assert torch.equal(subclasses.label, sub_logits.argmax(1))
+
+    free, _ = gated_labels(logits, sub_logits, owner, shown, gate=False)
+    assert torch.equal(free.label, plain.label) and torch.equal(free.confidence, plain.confidence)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gate", [True, False])
+def test_a_sure_branch_takes_labels_from_a_less_sure_network(name, gate):
+    m = branched(name, gate=gate, threshold=0.9)
+    nets = [m.model] if name == "unimatch" else [m.model, m.teacher]
+    branches = [m.branch] if name == "unimatch" else [m.branch, m.teacher_branch]
+    for net in nets:
+        predict_always(net, 1, 5.0)
+    for branch in branches:
+        predict_always(branch.net, 8, 9.0)  # a subclass of class 4
+    terms = run(m, streams())
+    assert (float(terms["kept"]), float(terms["vetoed"])) == ((0.0, 1.0) if gate else (1.0, 0.0))
+    assert (terms["Ls"] == 0) == gate and terms["Ls_sub"] > 0
+
+
+# The branch
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_of_the_branch_join_with_their_weight(name):
+    m = branched(name, threshold=0.0, subclass=0.5)
+    terms = run(m, streams())
+    strong = terms["Ls"] + 0.5 * terms["Ls_sub"]
+    unlabelled = strong if name == "unimatch_v2" else (strong + terms["Lfp"]) / 2
+    torch.testing.assert_close(terms["loss"], (terms["Lx"] + 0.5 * terms["Lx_sub"] + unlabelled) / 2)
+    assert all(p.grad is not None for p in (*m.model.parameters(), *m.branch.parameters()))
+
+
+def test_labelled_loss_of_the_branch_is_cross_entropy_of_subclasses():
+    m, given = branched("unimatch_v2"), streams()
+    maps = m.encode(given["labeled"]["image"])
+    sub_label = given["labeled"]["sub_label"]
+    terms = next(iter(m(given, 0)))
+    expected = upsampled_cross_entropy(m.branch(maps), sub_label, align_corners=True)
+    torch.testing.assert_close(terms["Lx_sub"], expected)
+    large = F.interpolate(m.branch(maps), sub_label.shape[-2:], mode="bilinear", align_corners=True)
+    torch.testing.assert_close(expected, F.cross_entropy(large, sub_label.long(), ignore_index=-1))
+
+
+def test_teachers_branch_is_the_moving_average():
+    m = branched("unimatch_v2")
+    parameter, average = next(m.branch.parameters()), next(m.teacher_branch.parameters())
+    before = average.clone()
+    with torch.no_grad():
+        parameter.normal_()
+    m.after_step(1)
+    torch.testing.assert_close(average, (before + parameter) / 2)
+
+
+# Thresholds
+
+
+def test_thresholds_follow_the_confidence_of_their_class():
+    thresholds = ClassThresholds(3, 0.8, momentum=0.5)
+    label = torch.tensor([[[0, 0, 1, 1]]])
+    assert torch.equal(thresholds.of(label), torch.full((1, 1, 4), 0.8))
+    confidence = torch.tensor([[[0.9, 0.7, 0.4, 0.1]]])
+    shown = torch.tensor([[[True, True, True, False]]])
+    thresholds.update(PseudoLabels(label, confidence, shown))
+    torch.testing.assert_close(thresholds.confidence, torch.tensor([0.9, 0.7, 1.0]))
+    torch.testing.assert_close(thresholds.of(label), torch.tensor([[[0.72, 0.72, 0.56, 0.56]]]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("momentum", [None, 0.0])
+def test_a_threshold_for_each_class_keeps_what_one_for_all_does_not(name, momentum):
+    """Every pixel is taken for class 1 with a probability of e / (e + 4) = 0.40."""
+    m = method(name, threshold=0.5, class_thresholds=momentum)
+    for net in [m.model] if name == "unimatch" else [m.model, m.teacher]:
+        predict_always(net, 1, 1.0)
+    terms = run(m, batches())
+    acts = momentum is not None
+    assert float(terms["kept"]) == acts and (terms["Ls"] > 0) == acts
+    assert ("thresholds.confidence" in m.state_dict()) == acts
+    if acts:
+        expected = math.e / (math.e + 4)
+        torch.testing.assert_close(m.thresholds.confidence, torch.tensor([1.0, expected, 1.0, 1.0, 1.0]))
+
+
+# Off
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fixmatch", [False, True])
+def test_what_is_off_leaves_no_trace(name, fixmatch):
+    m = method(name, **(FIXMATCH[name] if fixmatch else {}))
+    assert not any(key.startswith(("branch", "thresholds", "teacher_branch")) for key in m.state_dict())
+    terms = run(m, batches())
+    assert set(terms) == {"loss", "Lx", "Ls", "kept"} | ({"Lfp"} if name == "unimatch" and not fixmatch else set())
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ConfigError, match="method.subclasses: .*rule.* is no preset"):
+        method("unimatch", branch=True)
