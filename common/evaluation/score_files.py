@@ -168,7 +168,7 @@ def score_files(
     single = PerImage(pairs, range(len(pairs)), "cpu") if per_image else None
 
     for i, record in enumerate(console.bar(pairs.records, what="scoring")):
-        pred, label = _read(pairs.row, record, values)
+        pred, label = read_pair(pairs.row, record, values)
         counted = sums.add(torch.from_numpy(pred), torch.from_numpy(label))
         if single is not None:
             single.add(i, counted)
@@ -179,7 +179,7 @@ def score_files(
     return {**sums.summary(groups), "identity": known, "images": len(pairs)}
 
 
-def _read(row: DatasetRow, record: Record, values: Values) -> tuple[np.ndarray, np.ndarray]:
+def read_pair(row: DatasetRow, record: Record, values: Values) -> tuple[np.ndarray, np.ndarray]:
     """Predicted and true classes of one image, int16 (H, W)."""
     label = row.label_table(record.label).read(record.label)
     pred = _table(row, record.image, values).read(record.image)
