@@ -60,7 +60,10 @@ class Supervised(Method):
 
         for name in self.options.heads:
             section = cfg.remedies if name in remedied else {}
-            self.losses[name] = pixel_loss(section, cfg, context, average=self.options.average)
+            features = self.model.embedding_channels if name == "decode" else None
+            self.losses[name] = pixel_loss(
+                section, cfg, context, average=self.options.average, features=features
+            )
 
     def _remedied_heads(self, cfg: Config) -> tuple[str, ...]:
         """The heads that remedies act on. ConfigError for one that is not trained."""
@@ -83,9 +86,10 @@ class Supervised(Method):
 
         for name, loss in self.losses.items():
             outputs = HEADS[name](out)
+            facts = {"progress": step / self.steps, "features": out.get("embedding")}
             for i, logits in enumerate(outputs):
                 key = name if len(outputs) == 1 else f"{name}{i}"
-                value = loss(self.upsample(logits, label), label, progress=step / self.steps)
+                value = loss(self.upsample(logits, label), label, **facts)
                 terms[key] = self.options.heads[name].weight * value
 
         return {"loss": reduce(operator.add, terms.values())} | terms

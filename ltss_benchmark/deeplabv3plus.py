@@ -31,16 +31,21 @@ class DeepLabV3PlusMethod(Method):
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, DeepLabV3PlusD2, "deeplabv3plus_d2", cfg.name)
-        self.pixel_loss = pixel_loss(cfg.remedies, cfg, context)
+        self.pixel_loss = pixel_loss(
+            cfg.remedies, cfg, context, features=self.model.embedding_channels
+        )
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
-        logits = self.model(batch["image"], batch.get("extent"))["logits"]
-        loss = self.loss(logits, batch["label"], step / self.steps)
+        out = self.model(batch["image"], batch.get("extent"))
+        loss = self.loss(out["logits"], batch["label"], step / self.steps, out["embedding"])
         return {"loss": loss, "loss_sem_seg": loss}
 
-    def loss(self, logits: Tensor, label: Tensor, progress: float) -> Tensor:
-        """Of logits (B, K, h, w) and label maps (B, H, W), the upper left part of the logits enlarged 4 times."""
+    def loss(
+        self, logits: Tensor, label: Tensor, progress: float, features: Tensor | None = None
+    ) -> Tensor:
+        """Of logits (B, K, h, w) and label maps (B, H, W), the upper left part of the logits enlarged 4 times, and the
+        features (B, D, h, w) of the logits."""
         chosen = self.pixel_loss
         fraction = chosen.hardest_fraction
         if fraction is not None:
@@ -48,4 +53,6 @@ class DeepLabV3PlusMethod(Method):
 
         label = pad_label(label, size_of(logits))
 
-        return chosen.upsampled(logits, label, align_corners=False, progress=progress)
+        return chosen.upsampled(
+            logits, label, align_corners=False, progress=progress, features=features
+        )

@@ -86,7 +86,12 @@ class Consistency(Method):
         # An abstract class will do: it is only asked whether the network is one.
         self.model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
         self.loss = pixel_loss(
-            cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels"
+            cfg.remedies,
+            cfg,
+            context,
+            average="valid",
+            pseudo_labels="pixels",
+            features=self.model.embedding_channels,
         )
 
         o = self.options
@@ -100,11 +105,19 @@ class Consistency(Method):
     # Labelled crops -------------------------------------------------------------------------------------------------
 
     def labelled_terms(
-        self, logits: Tensor, sub_logits: Tensor | None, batch: Batch, progress: float
+        self,
+        logits: Tensor,
+        embedding: Tensor,
+        sub_logits: Tensor | None,
+        batch: Batch,
+        progress: float,
     ) -> Losses:
-        """L_x of the labelled crops' logits at the network's stride, and that of the subclasses."""
+        """L_x of the labelled crops' logits at the network's stride, and that of the subclasses. embedding: what the
+        logits are made of (B, D, h, w)."""
         label = self.model.pad_label(batch["label"])
-        loss = self.loss.upsampled(logits, label, align_corners=True, progress=progress)
+        loss = self.loss.upsampled(
+            logits, label, align_corners=True, progress=progress, features=embedding
+        )
         terms = {"loss": self.options.supervised * loss / 2, "Lx": loss}
         if sub_logits is None:
             return terms
@@ -168,7 +181,7 @@ class Consistency(Method):
             for z, y in zip(logits, labels, strict=True)
         ]
         mean = torch.stack(losses).mean()
-        terms = {"loss": weight * mean, "Ls": mean}
+        terms = {"loss": weight * mean + self.loss.untouched(), "Ls": mean}
         if self.branch is None:
             return terms
 
@@ -229,7 +242,9 @@ class UniMatch(Consistency):
         seen = self.look(labeled["image"], unlabeled["weak"])
         weak = self.judged(seen.weak, seen.weak_sub, unlabeled["shown"])
         logged = self.count(weak, seen.weak)
-        terms = self.labelled_terms(seen.labelled, seen.labelled_sub, labeled, progress)
+        terms = self.labelled_terms(
+            seen.labelled, seen.embedding, seen.labelled_sub, labeled, progress
+        )
         if seen.perturbed is not None:
             loss = self.unlabelled_loss(seen.perturbed, weak.classes, progress)
             together = terms["loss"] + o.unsupervised * PERTURBED * loss / 2
@@ -277,12 +292,14 @@ class UniMatch(Consistency):
         if self.options.perturb:
             dropped = consistency.channel_dropout(maps)
             both = tuple(map(torch.cat, zip(maps, dropped, strict=True)))
-            logits, perturbed = self.model.decode(both).chunk(2)
+            embedding = self.model.embed(both)
+            logits, perturbed = self.model.classify(embedding).chunk(2)
             perturbed = perturbed[count:]
         else:
-            logits = self.model.decode(maps)
+            embedding = self.model.embed(maps)
+            logits = self.model.classify(embedding)
 
-        seen = Seen(logits[:count], logits[count:], perturbed)
+        seen = Seen(logits[:count], embedding[:count], logits[count:], perturbed)
         if self.branch is None:
             return seen
 
@@ -293,10 +310,11 @@ class UniMatch(Consistency):
 
 
 class Seen(NamedTuple):
-    """Logits of labelled crops, weak views, and weak views with dropped channels; of the subclasses, where there is a
-    branch for them."""
+    """Logits of labelled crops, with what they are made of, weak views, and weak views with dropped channels; of the
+    subclasses, where there is a branch for them."""
 
     labelled: Tensor
+    embedding: Tensor
     weak: Tensor
     perturbed: Tensor | None
     labelled_sub: Tensor | None = None

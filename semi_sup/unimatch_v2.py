@@ -70,8 +70,10 @@ class UniMatchV2(Consistency):
 
         maps = self.encode(labeled["image"])
         sub_logits = None if self.branch is None else self.branch(maps)
-        terms = self.labelled_terms(self.model.decode(maps), sub_logits, labeled, progress)
-        del maps, sub_logits  # so that their graph is gone before the next one is built
+        embedding = self.model.embed(maps)
+        logits = self.model.classify(embedding)
+        terms = self.labelled_terms(logits, embedding, sub_logits, labeled, progress)
+        del maps, embedding, logits, sub_logits  # so that their graph is gone before the next one is built
         yield terms | logged
 
         yield self.strong_terms(unlabeled, weak, weak.flip(), progress)

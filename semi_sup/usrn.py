@@ -89,15 +89,18 @@ class USRNConfig(SelfTrainingConfig):
 
 
 class Scores(NamedTuple):
-    """Logits of the classes (B, C, h, w) and, where there is a branch for them, of the subclasses (B, K, h, w)."""
+    """Logits of the classes (B, C, h, w) and, where there is a branch for them, of the subclasses (B, K, h, w); of
+    labelled crops the features (B, D, h, w) that the class logits were made of."""
 
     classes: Tensor
     subclasses: Tensor | None
+    features: Tensor | None = None
 
     @classmethod
     def of(cls, out: Mapping[str, Any], prefix: str = "") -> "Scores":
         """Those of a network's output; prefix: "pooled_" for images whose features were pooled."""
-        return cls(out[f"{prefix}logits"], out.get(f"{prefix}sub_logits"))
+        features = None if prefix else out["embedding"]
+        return cls(out[f"{prefix}logits"], out.get(f"{prefix}sub_logits"), features)
 
     def split(self, sizes: list[int]) -> list["Scores"]:
         classes = self.classes.split(sizes)
@@ -123,7 +126,11 @@ class Baseline(Method):
                 f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
             )
 
-        facts = {"pseudo_labels": self.pseudo_labels, "full_size": False}
+        facts = {
+            "pseudo_labels": self.pseudo_labels,
+            "full_size": False,
+            "features": self.model.embedding_channels,
+        }
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
 
     @property
@@ -143,7 +150,11 @@ class Baseline(Method):
         """L_s of the labelled crops."""
         label = self.model.pad_label(batch["label"])
         loss = self.loss.upsampled(
-            scores.classes, label, align_corners=self.model.align_corners, progress=progress
+            scores.classes,
+            label,
+            align_corners=self.model.align_corners,
+            progress=progress,
+            features=scores.features,
         )
         return {"loss": self.options.supervised * loss, "Ls": loss}
 
@@ -192,7 +203,8 @@ class SelfTraining(Baseline):
             yield self.labelled_terms(self.classify(labeled["image"]), labeled, progress)
             strong = self.classify_cells(self.model, unlabeled["strong"])
             weak = self.label(unlabeled["weak"])
-            yield self.unlabelled_terms(strong, weak, unlabeled, progress)
+            terms = self.unlabelled_terms(strong, weak, unlabeled, progress)
+            yield {**terms, "loss": terms["loss"] + self.loss.untouched()}
 
             return
 

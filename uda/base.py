@@ -84,31 +84,57 @@ class Stage(Method):
         super().__init__(cfg, context)
         self.model = build_network(cfg.model, DeepLabV2, "deeplabv2", cfg.name)
         self.loss = pixel_loss(
-            cfg.remedies, cfg, context, average="valid", pseudo_labels=self.pseudo_labels
+            cfg.remedies,
+            cfg,
+            context,
+            average="valid",
+            pseudo_labels=self.pseudo_labels,
+            features=self.model.embedding_channels,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return groups_of(
+        groups = groups_of(
             self.model, self.optim, self.options.backbone_lr_mult, self.options.head_lr_mult
         )
+        own = list(self.loss.parameters())
+        if not own:
+            return groups
+
+        rate = self.optim.lr * self.options.head_lr_mult
+        return [*groups, {**groups[0], "params": own, "name": "loss", "lr": rate}]
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's logits at the size of the images, and the features that its classifier read."""
+        out = self.model(images)
+        logits = F.interpolate(
+            out["logits"],
+            size_of(images),
+            mode="bilinear",
+            align_corners=self.model.align_corners,
+        )
+        return logits, out["features"]
 
     def upsampled(self, images: Tensor) -> Tensor:
         """The student's logits at the size of the images."""
-        logits = self.model(images)["logits"]
-        return F.interpolate(
-            logits, size_of(images), mode="bilinear", align_corners=self.model.align_corners
-        )
+        return self.look(images)[0]
 
     def source_terms(self, source: Batch, progress: float) -> Losses:
-        loss = self.loss(self.upsampled(source["image"]), source["label"], progress=progress)
+        logits, features = self.look(source["image"])
+        loss = self.loss(logits, source["label"], progress=progress, features=features)
         return {"loss": loss, "source_ce": loss}
 
     def symmetric_loss(
-        self, logits: Tensor, label: Tensor, rce: tuple[float, float], progress: float
+        self,
+        logits: Tensor,
+        label: Tensor,
+        rce: tuple[float, float],
+        progress: float,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Symmetric cross-entropy with the factors `rce` of its terms, of logits (B, K, h, w) and label (B, h, w).
 
-        Both terms see the logits that the remedies have changed; class weights and focus act on the first alone.
+        features: what the classifier read, on a grid of its own. Both terms see the logits that the remedies have
+        changed; class weights and focus act on the first alone.
         """
         alpha, beta = rce
         adjusted = self.loss.adjust(logits, label, progress)
@@ -121,7 +147,9 @@ class Stage(Method):
 
             total = total + beta * reverse
 
-        return total + self.loss.set_terms(logits, label) if self.loss.sets else total
+        if not self.loss.sets:
+            return total
+        return total + self.loss.set_terms(logits, label, features)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

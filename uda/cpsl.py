@@ -211,7 +211,8 @@ class CPSL(Stage):
 
         out = self.model(images)
         self.loss.count(label)
-        ce = self.symmetric_loss(to_grid(out["logits"], size_of(label)), mixed, o.rce, progress)
+        logits = to_grid(out["logits"], size_of(label))
+        ce = self.symmetric_loss(logits, mixed, o.rce, progress, out["features"])
         first, second = self.self_label(*sampled)
         terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
         total = ce + o.self_label * (first + second)
@@ -340,7 +341,7 @@ class CPSL(Stage):
             out["features"], onto_grid(out["features"], size_of(similarity))
         )
         term = consistency(student, teacher, mask, self.options.temperature)
-        untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum())
+        untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum()) + self.loss.untouched()
 
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
 

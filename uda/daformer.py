@@ -97,7 +97,12 @@ class DAFormer(Method):
         self.model.check_heads(("decode",), f"{cfg.name}: model")
         pseudo_labels = self.pseudo_labels if self.options.adapt else None
         self.loss = pixel_loss(
-            cfg.remedies, cfg, context, average="all", pseudo_labels=pseudo_labels
+            cfg.remedies,
+            cfg,
+            context,
+            average="all",
+            pseudo_labels=pseudo_labels,
+            features=self.model.embedding_channels,
         )
 
         self.imagenet = (
@@ -186,19 +191,26 @@ class DAFormer(Method):
     ) -> tuple[Losses, Tensor]:
         """The loss `ce` of a view, with what it is made of, and the backbone's last map. weight: (B, H, W)."""
         out = self.model.segment(view.image)
-        loss = self.cross_entropy(out["logits"], view.label, progress, weight)
+        embedding = out.get("embedding")
+        loss = self.cross_entropy(out["logits"], view.label, progress, weight, embedding)
         return {"ce": loss}, out["features"][-1]
 
     def cross_entropy(
-        self, logits: Tensor, label: Tensor, progress: float, weight: Tensor | None = None
+        self,
+        logits: Tensor,
+        label: Tensor,
+        progress: float,
+        weight: Tensor | None = None,
+        embedding: Tensor | None = None,
     ) -> Tensor:
-        """The loss, with its remedies, of logits at the network's stride."""
+        """The loss, with its remedies, of logits at the network's stride. embedding: what their classifier read."""
         return self.loss.upsampled(
             logits,
             label,
             align_corners=self.model.align_corners,
             progress=progress,
             pixel_weight=weight,
+            features=embedding,
         )
 
     def seen_by_backbone(self, image: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ class Distill(Stage):
     def target_terms(self, target: Batch, progress: float) -> Losses:
         label = self.labels_on_grid(target)
         self.loss.count(label)
-        student = to_grid(self.model(target["strong"])["logits"], size_of(label))
-        ce = self.loss(student, label, progress=progress)
+        out = self.model(target["strong"])
+        student = to_grid(out["logits"], size_of(label))
+        ce = self.loss(student, label, progress=progress, features=out["features"])
         terms = {"target_ce": ce, "labelled": (label != IGNORE).float().mean()}
         if self.options.distillation == 0:
             return {"loss": ce, **terms}

@@ -74,15 +74,16 @@ class ProDA(Stage):
         yield self.source_terms(streams["source"], progress)
         closeness, label = self.label_target(target)
         self.loss.count(label)
-        logits = to_grid(self.model(target["weak"])["logits"], size_of(label))
-        sce = self.symmetric_loss(logits, label, self.options.rce, progress)
+        out = self.model(target["weak"])
+        logits = to_grid(out["logits"], size_of(label))
+        sce = self.symmetric_loss(logits, label, self.options.rce, progress, out["features"])
         pull = -logits.float().log_softmax(1).mean()
         yield {
             "loss": sce + self.options.regulariser * pull,
             "target_sce": sce,
             "regulariser": pull,
         }
-        del logits
+        del logits, out
         yield self.strong_terms(target, closeness)
 
     @torch.no_grad()
@@ -113,7 +114,8 @@ class ProDA(Stage):
             out["features"], onto_grid(out["features"], size_of(closeness))
         )
         term = consistency(student, teacher, mask, temperature=1.0)
-        untouched = 0.0 * out["logits"].sum()  # the last part has to reach every parameter
+        # the last part has to reach every parameter
+        untouched = 0.0 * out["logits"].sum() + self.loss.untouched()
 
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
 

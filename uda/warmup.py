@@ -69,8 +69,8 @@ class WarmUp(Stage):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         source = streams["source"]
-        logits = self.upsampled(source["image"])
-        ce = self.loss(logits, source["label"], progress=step / self.steps)
+        logits, features = self.look(source["image"])
+        ce = self.loss(logits, source["label"], progress=step / self.steps, features=features)
         if self.discriminator is None:
             return {"loss": ce, "source_ce": ce}
 

@@ -34,6 +34,7 @@ from common.losses.lovasz import Lovasz
 from common.losses.overlap import Dice, Tversky
 from common.losses.pixel_loss import PixelLoss
 from common.losses.pixel_seesaw import PixelSeesaw
+from common.losses.region import Region
 
 Slot = Literal["logits", "class_weight", "focus", "sets"]
 
@@ -67,6 +68,7 @@ LOSSES: dict[str, Row] = {
     "dice": Row("sets", Dice),
     "tversky": Row("sets", Tversky),
     "auc": Row("sets", AUC),
+    "region": Row("sets", Region),
 }
 
 
@@ -98,6 +100,7 @@ class LossContext:
     counts: of the training labels. average: the pixels that a mean is taken over. pseudo_labels: how its pseudo-labels
     join the counts, None where it makes none. full_size: it makes logits at label size for a whole batch, which terms
     over regions and the choice of hard pixels may need. cosine: the scale of the network's cosine classifier.
+    features: the channels of what the network's classifier reads, where the method gives it to the loss.
     """
 
     counts: Counts
@@ -107,6 +110,7 @@ class LossContext:
     slots: tuple[Slot, ...] = ("logits", "class_weight", "focus", "sets")
     why: str = ""  # the others are not there
     cosine: float | None = None
+    features: int | None = None
 
 
 def build_loss(
@@ -124,6 +128,7 @@ def build_loss(
         "sets": [_remedy(item, "sets", context, where) for item in remedies.sets],
     }
     _check(remedies, chosen, context, where)
+    chosen["sets"] = [_made(term, context) for term in chosen["sets"]]
     labelled = context.counts
     average = context.average
     if isinstance(chosen["logits"], BLV):
@@ -168,6 +173,13 @@ def _remedy(
     return make(options, where) if make else typed(row.remedy, options, where)
 
 
+def _made(term: Any, context: LossContext) -> Any:
+    """A term over regions, with its own weights where it has any."""
+    if not isinstance(term, Region) or context.features is None:
+        return term
+    return term.term(context.counts, context.features)
+
+
 def _check(
     remedies: Remedies, chosen: Mapping[str, Any], context: LossContext, where: str
 ) -> None:
@@ -181,6 +193,12 @@ def _check(
         scale = getattr(chosen["logits"], "scale", None)
         _check_classifier(remedies.logits["name"], scale, context.cosine, f"{where}.logits")
 
+    for i, term in enumerate(chosen["sets"]):
+        if isinstance(term, Region) and context.features is None:
+            raise ConfigError(
+                f"{where}.sets[{i}]: region needs the features that a 1×1 classifier of pixels reads, which this loss "
+                "is not given; remove it"
+            )
     if context.full_size:
         return
     if isinstance(chosen["focus"], HardPixels):

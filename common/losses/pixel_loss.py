@@ -19,8 +19,10 @@ from common.data import IGNORE
 from common.losses.counts import Counts, RefreshedCounts
 from common.losses.cross_entropy import Average
 from common.losses.hard_pixel import HardPixels
+from common.losses.presence import thinned
+from common.losses.region import RegionTerm
 from common.losses.upsampled import upsampled_sum
-from common.ops.resize import Size, size_of
+from common.ops.resize import size_of
 from common.ops.upsampled_loss import Change, fuses, upsampled_loss
 
 
@@ -78,7 +80,7 @@ class PixelLoss(nn.Module):
         logits: LogitsRemedy | None = None,
         class_weight: ClassWeightRemedy | None = None,
         focus: FocusRemedy | HardPixels | None = None,
-        sets: Sequence[SetRemedy] = (),
+        sets: Sequence[SetRemedy | RegionTerm] = (),
     ):
         super().__init__()
         self.counts = counts
@@ -87,6 +89,7 @@ class PixelLoss(nn.Module):
         self.class_weight = class_weight
         self.focus = focus
         self.sets = tuple(sets)
+        self.trained = nn.ModuleList(term for term in sets if isinstance(term, RegionTerm))
         current = counts.current()
         self.register_buffer("offsets", self._vector(logits, current), persistent=False)
         self.register_buffer("weights", self._vector(class_weight, current), persistent=False)
@@ -111,14 +114,16 @@ class PixelLoss(nn.Module):
         *,
         progress: float = 0.0,
         pixel_weight: Tensor | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss of logits (B, K, H, W) at the label's size and label (B, H, W), −1 where ignored.
 
         progress: share of the training that is over. pixel_weight: a factor for each pixel, of the label's shape.
+        features: (B, D, h, w), what the classifier read, for the terms that ask for it.
         """
         adjusted = self.adjust(logits, label, progress)
         loss = self.mean_of(adjusted, label, progress, pixel_weight)
-        return loss + self.set_terms(logits, label) if self.sets else loss
+        return loss + self.set_terms(logits, label, features) if self.sets else loss
 
     def upsampled(
         self,
@@ -129,6 +134,7 @@ class PixelLoss(nn.Module):
         progress: float = 0.0,
         pixel_weight: Tensor | None = None,
         by_image: bool = True,
+        features: Tensor | None = None,
     ) -> Tensor:
         """The same of logits (B, K, h, w) at the network's stride, enlarged to the label.
 
@@ -137,6 +143,7 @@ class PixelLoss(nn.Module):
         label thinned out, if they are `at: network`.
 
         by_image: False for a loss that is not fused to enlarge the batch, and show it to the terms over regions.
+        features: those of `forward`.
         """
         whole = not by_image or pixel_weight is not None
         fused = self.fuses(logits, label, align_corners)
@@ -144,7 +151,13 @@ class PixelLoss(nn.Module):
             large = F.interpolate(
                 logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners
             )
-            return self(large, label, progress=progress, pixel_weight=pixel_weight)
+            return self(
+                large,
+                label,
+                progress=progress,
+                pixel_weight=pixel_weight,
+                features=features,
+            )
 
         total = self.upsampled_total(
             logits,
@@ -158,7 +171,7 @@ class PixelLoss(nn.Module):
             return loss
 
         small_label = thinned(label, size_of(logits))
-        return loss + self.set_terms(logits, small_label)
+        return loss + self.set_terms(logits, small_label, features)
 
     def upsampled_total(
         self,
@@ -283,9 +296,31 @@ class PixelLoss(nn.Module):
             return label.numel()
         return (label != IGNORE).sum().clamp(min=1)
 
-    def set_terms(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Σ weight · term of logits (B, K, H, W) and label (B, H, W)."""
-        return torch.stack([term.weight * term(logits, label) for term in self.sets]).sum()
+    def set_terms(
+        self, logits: Tensor, label: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        """Σ weight · term of logits (B, K, H, W) and label (B, H, W); features: those of `forward`."""
+        values = []
+        for term in self.sets:
+            if isinstance(term, RegionTerm):
+                value = term(self._given(features), label)
+            else:
+                value = term(logits, label)
+            values.append(term.weight * value)
+
+        return torch.stack(values).sum()
+
+    @staticmethod
+    def _given(features: Tensor | None) -> Tensor:
+        if features is None:
+            raise ValueError(
+                "region: the method gives the loss no features of the classifier's"
+            )
+        return features
+
+    def untouched(self) -> Tensor | float:
+        """0 that reaches every weight of the loss, for the last part of a step if it has no such term (DDP)."""
+        return sum((0.0 * parameter.sum() for parameter in self.parameters()), 0.0)
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
@@ -297,8 +332,3 @@ class PixelLoss(nn.Module):
         """Refresh the counts where it is time to."""
         if self.counts.after_step(step):
             self._apply_counts()
-
-
-def thinned(label: Tensor, size: Size) -> Tensor:
-    """A label map (B, H, W) at a smaller size: the nearest pixel of each cell."""
-    return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()

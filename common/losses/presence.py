@@ -3,9 +3,11 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
+from common.ops.resize import Size
 
 # where a term over regions is made: at the label's size, or at the network's stride
 At = Literal["label", "network"]
@@ -17,3 +19,8 @@ def one_hot(label: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     valid = flat != IGNORE
     index = torch.arange(classes, device=label.device)
     return (flat == index[:, None]).float(), valid
+
+
+def thinned(label: Tensor, size: Size) -> Tensor:
+    """A label map (B, H, W) at a smaller size: the nearest pixel of each cell."""
+    return F.interpolate(label[:, None].float(), size, mode="nearest-exact")[:, 0].long()

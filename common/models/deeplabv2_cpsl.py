@@ -162,6 +162,7 @@ class DeepLabV2(SegmentationModel):
     ):
         super().__init__(num_classes, mean, std, align_corners)
         self.options = o = options or DeepLabV2Options()
+        self.embedding_channels = o.features
         self.encoder = encoder
         if encoder is None:
             self._add_resnet(o.width or WIDTH, o.blocks or BLOCKS)
@@ -210,7 +211,7 @@ class DeepLabV2(SegmentationModel):
         x = self._encode(x) if self.encoder is None else self.encoder(x)[-1]
         x = x if self.bn_pretrain is None else self.bn_pretrain(x)
         logits, features = self.layer5(x)
-        return {"logits": logits, "features": features, "aux": []}
+        return {"logits": logits, "features": features, "embedding": features, "aux": []}
 
     def _encode(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)

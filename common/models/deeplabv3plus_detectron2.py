@@ -141,6 +141,7 @@ class DeepLabV3PlusD2(EncoderDecoder):
         widths = (o.channels + o.lateral_channels, o.channels)
         convs = {"bias": o.bias, "dropout": o.channel_dropout}
         self.fuse = nn.Sequential(*(ConvNormReLU(n, o.channels, 3, **convs) for n in widths))
+        self.embedding_channels = o.channels
         self.predictor = nn.Conv2d(o.channels, num_classes, 1)
         nn.init.normal_(self.predictor.weight, std=0.001)
         nn.init.zeros_(self.predictor.bias)
@@ -148,21 +149,22 @@ class DeepLabV3PlusD2(EncoderDecoder):
         self.auxiliary_head: nn.Module | None = None
         if o.auxiliary:
             self.heads = ("decode", "aux")
-            self.classifiers = ("predictor", "auxiliary_head.1")
+            self.classifiers = self.pixel_classifiers = ("predictor", "auxiliary_head.1")
             self.auxiliary_head = nn.Sequential(
                 ConvNormReLU(last_but_one, o.channels, 3, **convs),
                 nn.Conv2d(o.channels, num_classes, 1),
             )
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
-        """Normalised images (B, 3, H, W) to `logits`, `features`, and `aux`: a list of the auxiliary head's logits,
-        empty without such a head or `auxiliary`."""
+        """Normalised images (B, 3, H, W) to `logits`, `features` and `embedding`, both what the classifier read, and
+        `aux`: a list of the auxiliary head's logits, empty without such a head or `auxiliary`."""
         finest, *_, last_but_one, coarsest = self.backbone(x)
-        features = self.fused(finest, coarsest)
+        features = self.embed((finest, coarsest))
         used = auxiliary and self.auxiliary_head is not None
         aux = [self.auxiliary_head(last_but_one)] if used else []
 
-        return {"logits": self.predictor(features), "features": features, "aux": aux}
+        logits = self.classify(features)
+        return {"logits": logits, "features": features, "embedding": features, "aux": aux}
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """`segment` without the auxiliary head."""
@@ -173,14 +175,15 @@ class DeepLabV3PlusD2(EncoderDecoder):
         finest, *_, coarsest = self.backbone(x)
         return finest, coarsest
 
-    def decode(self, maps: Sequence[Tensor]) -> Tensor:
-        """The logits (B, K, H/4, W/4) of `encode`'s maps."""
-        return self.predictor(self.fused(*maps))
-
-    def fused(self, finest: Tensor, coarsest: Tensor) -> Tensor:
+    def embed(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the classifier reads (B, channels, H/4, W/4), of `encode`'s maps."""
+        finest, coarsest = maps
         lateral = self.lateral(finest)
         context = resize(self.aspp(coarsest), lateral.shape[-2:], self.align_corners)
         return self.fuse(torch.cat([lateral, context], 1))
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        return self.predictor(embedding)
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the logits enlarged 4 times and cropped: a side that is no multiple of 4 is not squeezed."""

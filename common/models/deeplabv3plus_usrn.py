@@ -244,6 +244,7 @@ class DeepLabV3Plus(SegmentationModel):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
         self.heads = ("decode", "subclasses") if self.dual else ("decode",)
+        self.embedding_channels = options.channels
         self.encoder = Encoder(backbone, options, self.dual)
         self.classifier = classifier(options.channels, num_classes, options.dropout[2])
         if self.dual:
@@ -299,6 +300,7 @@ class DeepLabV3Plus(SegmentationModel):
         )
         out = {
             "features": features,
+            "embedding": features[: len(features) - pooled],
             "aux": [],
             **logits_of(features, self.classifier, "logits", pooled),
         }

@@ -41,15 +41,20 @@ class DPT(Segmentor, EncoderDecoder):
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
         maps = self.encode(x)
-        return {"logits": self.decode(maps), "aux": [], "features": list(maps)}
+        embedding = self.embed(maps)
+        logits = self.classify(embedding)
+        return {"logits": logits, "embedding": embedding, "aux": [], "features": list(maps)}
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Normalised images (B, 3, H, W), sides multiples of 14, to the four maps (B, D, H/14, W/14) of the head."""
         return tuple(self.backbone(x))
 
-    def decode(self, maps: Sequence[Tensor]) -> Tensor:
-        """The logits (B, K, 8h, 8w) of `encode`'s maps."""
-        return self.decode_head(maps)
+    def embed(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the classifier reads (B, D, 8h, 8w), of `encode`'s maps."""
+        return self.decode_head.embed(maps)
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        return self.decode_head.conv_seg(embedding)
 
     def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 to what `segment` takes: resized (bilinear, aligned corners) after the pixel statistics."""

@@ -1,5 +1,7 @@
 """Pieces that several networks share; names follow the official checkpoints (`<name>.conv`, `<name>.bn`)."""
 
+from abc import ABC, abstractmethod
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class ConvBNAct(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-class DecodeHead(nn.Module):
+class DecodeHead(nn.Module, ABC):
     """Base of heads that end in channel dropout and the 1×1 classifier `conv_seg` (N(0, 0.01), bias 0)."""
 
     def __init__(
@@ -48,10 +50,22 @@ class DecodeHead(nn.Module):
     ):
         super().__init__()
         self.align_corners = align_corners
+        self.embedding_channels = channels
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)
+
+    @abstractmethod
+    def fuse(self, features: list[Tensor]) -> Tensor:
+        """A backbone's maps, joined: (B, channels, h, w)."""
+
+    def embed(self, features: list[Tensor]) -> Tensor:
+        """What the classifier reads: the joined maps, in training with channels dropped."""
+        return self.dropout(self.fuse(features))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.conv_seg(self.embed(features))
 
     def classify(self, x: Tensor) -> Tensor:
         """Features (B, channels, h, w) to logits (B, K, h, w)."""

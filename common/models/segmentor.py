@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.data import IGNORE
+from common.models.layers import DecodeHead
 from common.ops.resize import resize_rows, source_rows
 
 # scores that a band of `labels` holds: the cache, or 64 MiB
@@ -40,6 +41,9 @@ class SegmentationModel(nn.Module, ABC):
     heads: tuple[str, ...] = ("decode",)  # what losses train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     pixel_classifiers: tuple[str, ...] = ()  # 1×1 convolutions, which may be cosine classifiers
+    embedding_channels: int | None = (
+        None  # D of the features that the classifier of `logits` reads, see `segment`
+    )
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
     scores_are_logits = True  # False: probabilities, or sums of them
     mean: Tensor
@@ -61,7 +65,8 @@ class SegmentationModel(nn.Module, ABC):
 
     @abstractmethod
     def segment(self, x: Tensor) -> dict[str, Any]:
-        """Normalised images (B, 3, H, W) to `logits` (B, K, h, w) at the net's own stride, and what losses need."""
+        """Normalised images (B, 3, H, W) to `logits` (B, K, h, w) at the net's own stride, and what losses need: where
+        there are `embedding_channels`, `embedding` (B, D, h, w) too, what the classifier made them of."""
 
     def check_heads(self, trained: Collection[str], where: str) -> None:
         """ConfigError, which begins with `where`, unless losses train exactly the heads that there are.
@@ -242,8 +247,16 @@ class EncoderDecoder(SegmentationModel):
         """Normalised images (B, 3, H, W) to the maps (B, C, h, w) that `decode` reads."""
 
     @abstractmethod
+    def embed(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the classifier reads (B, D, h, w), of `encode`'s maps."""
+
+    @abstractmethod
+    def classify(self, embedding: Tensor) -> Tensor:
+        """The logits (B, K, h, w) of what `embed` gives."""
+
     def decode(self, maps: Sequence[Tensor]) -> Tensor:
         """The logits (B, K, h, w) of `encode`'s maps."""
+        return self.classify(self.embed(maps))
 
 
 class Segmentor(SegmentationModel):
@@ -277,6 +290,7 @@ class Segmentor(SegmentationModel):
             name for name, _ in self.named_modules() if name.endswith("conv_seg")
         )
         self.pixel_classifiers = self.classifiers
+        self.embedding_channels = getattr(decode_head, "embedding_channels", None)
 
     def segment(self, x: Tensor, *, auxiliary: bool = True) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to a dict: `logits` (B, K, h, w), `aux` (list of logits), `features`
@@ -285,13 +299,21 @@ class Segmentor(SegmentationModel):
         if self.neck is not None:
             features = list(self.neck(features))
 
-        out = self.decode_head(features)
-        out = dict(out) if isinstance(out, dict) else {"logits": out}
+        out = self._decoded(features)
         aux = list(out.get("aux", ()))
         if auxiliary and self.auxiliary_head is not None:
             aux.append(self.auxiliary_head(features))
 
         return {**out, "aux": aux, "features": features}
+
+    def _decoded(self, features: list[Tensor]) -> dict[str, Any]:
+        """What the decode head gives, with `embedding` where it has one."""
+        if isinstance(self.decode_head, DecodeHead):
+            embedding = self.decode_head.embed(features)
+            return {"logits": self.decode_head.conv_seg(embedding), "embedding": embedding}
+
+        out = self.decode_head(features)
+        return dict(out) if isinstance(out, dict) else {"logits": out}
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """`logits` alone, without the auxiliary head."""

@@ -1,5 +1,6 @@
 """Remedies that ask something of the network or the data, in runs of two steps of every system by its command line."""
 
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from common.data.toy.write import make
 from fully_sup import train as fully_sup
 from ltss_benchmark import train_net
 from semi_sup import main as semi_sup
-from tests.integration.conftest import weights
+from tests.integration.conftest import assert_equal, weights
 from uda import train as uda
 
 CROP = {"crop": [32, 64]}
@@ -128,3 +129,15 @@ def test_ldam_on_a_cosine_classifier(place, system):
     folder = place.run(system, f"{system}_ldam", {"logits": {"name": "ldam"}}, classifier="cosine")
     found = [name for name in weights(folder) if name.endswith("directions")]
     assert found and all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_run_with_a_classifier_of_regions_resumes_bit_for_bit(place, system):
+    remedies = {"sets": [{"name": "region"}]}
+    folder = place.run(system, f"{system}_region", remedies)
+    whole = weights(folder)
+    assert any("trained.0.classifier" in name for name in whole)
+
+    shutil.rmtree(folder / "checkpoints" / "step_00000002")
+    place.run(system, f"{system}_region", remedies, "--resume")
+    assert_equal(whole, weights(folder))

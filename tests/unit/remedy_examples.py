@@ -16,7 +16,12 @@ def section(name, **options):
 
 
 def make(name, counts=COUNTS, average="valid", **options):
-    return build_loss(section(name, **options), LossContext(counts, average, cosine=30.0))
+    return build_loss(section(name, **options), LossContext(counts, average, cosine=30.0, features=3))
+
+
+def value(loss, logits, label):
+    """A loss whose features, where a remedy asks for them, are the three logits."""
+    return loss(logits, label, features=logits)
 
 
 def example(classes=3, size=(2, 6, 7), seed=0):

@@ -78,7 +78,7 @@ class DAFormerHead(DecodeHead):
         else:
             self.fuse_layer = ConvBNAct(joined, channels)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def fuse(self, features: list[Tensor]) -> Tensor:
         embedded = [embed(x) for embed, x in zip(self.embed_layers, features, strict=True)]
         joined = torch.cat([self.resize(x, features[0]) for x in embedded], 1)
-        return self.classify(self.fuse_layer(joined))
+        return self.fuse_layer(joined)

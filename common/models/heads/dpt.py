@@ -44,6 +44,7 @@ class DPTHead(nn.Module):
     def __init__(self, dim: int, widths: Sequence[int], channels: int, num_classes: int):
         super().__init__()
         first, second, _, last = widths
+        self.embedding_channels = channels
         self.projects = nn.ModuleList(nn.Conv2d(dim, width, 1) for width in widths)
         self.resizes = nn.ModuleList(
             (
@@ -61,6 +62,10 @@ class DPTHead(nn.Module):
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.conv_seg(self.embed(maps))
+
+    def embed(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the classifier reads (B, channels, 8h, 8w)."""
         levels = []
         for x, project, rescale, narrow in zip(
             maps, self.projects, self.resizes, self.narrow, strict=True
@@ -73,4 +78,4 @@ class DPTHead(nn.Module):
         height, width = levels[0].shape[-2:]
         x = self.fusions[0](x, levels[0], (2 * height, 2 * width))
 
-        return self.conv_seg(F.relu(self.conv_out(x)))
+        return F.relu(self.conv_out(x))

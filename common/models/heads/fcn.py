@@ -28,8 +28,8 @@ class FCNHead(DecodeHead):
         )
         self.convs = nn.Sequential(*(ConvBNAct(width, channels, kernel) for width in widths))
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.classify(self.convs(self.select(features)))
+    def fuse(self, features: list[Tensor]) -> Tensor:
+        return self.convs(self.select(features))
 
     def select(self, features: list[Tensor]) -> Tensor:
         """The map that the convolutions read."""

@@ -38,7 +38,7 @@ class ObjectContext(nn.Module):
 
 
 class OCRStage(nn.Module):
-    """The joined maps and the coarse logits to the final logits."""
+    """The joined maps and the coarse logits to the final logits and what the classifier made them of."""
 
     def __init__(
         self, in_channels: int, channels: int, num_classes: int, context_channels: int
@@ -48,9 +48,10 @@ class OCRStage(nn.Module):
         self.object_context_block = ObjectContext(channels, context_channels)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, x: Tensor, coarse: Tensor) -> Tensor:
+    def forward(self, x: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
         x = self.bottleneck(x)
-        return self.conv_seg(self.object_context_block(x, gather(x, coarse)))
+        embedding = self.object_context_block(x, gather(x, coarse))
+        return self.conv_seg(embedding), embedding
 
 
 class OCRHead(nn.ModuleList):
@@ -80,9 +81,11 @@ class OCRHead(nn.ModuleList):
         )
         coarse.conv_seg.reset_parameters()
         super().__init__((coarse, OCRStage(joined, channels, num_classes, context_channels)))
+        self.embedding_channels = channels
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor | list[Tensor]]:
         coarse_head, ocr_stage = self
         x = coarse_head.select(features)
         coarse = coarse_head.classify(coarse_head.convs(x))
-        return {"logits": ocr_stage(x, coarse), "aux": [coarse]}
+        logits, embedding = ocr_stage(x, coarse)
+        return {"logits": logits, "embedding": embedding, "aux": [coarse]}

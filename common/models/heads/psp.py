@@ -41,8 +41,8 @@ class PSPHead(DecodeHead):
         )
         self.bottleneck = ConvBNAct(width + len(pool_scales) * channels, channels, 3)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.classify(self.pyramid(features[self.level]))
+    def fuse(self, features: list[Tensor]) -> Tensor:
+        return self.pyramid(features[self.level])
 
     def pyramid(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, channels, h, w)."""

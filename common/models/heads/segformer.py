@@ -25,9 +25,9 @@ class SegFormerHead(DecodeHead):
         self.convs = nn.ModuleList(ConvBNAct(width, channels) for width in in_channels)
         self.fusion_conv = ConvBNAct(len(in_channels) * channels, channels)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def fuse(self, features: list[Tensor]) -> Tensor:
         levels = [
             self.resize(conv(x), features[0])
             for conv, x in zip(self.convs, features, strict=True)
         ]
-        return self.classify(self.fusion_conv(torch.cat(levels, 1)))
+        return self.fusion_conv(torch.cat(levels, 1))

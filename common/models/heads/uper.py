@@ -36,9 +36,6 @@ class UPerHead(PSPHead):
         )
         self.fpn_bottleneck = ConvBNAct(len(in_channels) * channels, channels, 3)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.classify(self.fuse(features))
-
     def fuse(self, features: list[Tensor]) -> Tensor:
         """The maps joined: (B, channels, h, w) at the stride of map 0."""
         deepest = self.pyramid(features[-1])
