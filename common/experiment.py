@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from common import distributed
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, typed
 from common.data import DatasetRow, SegmentationDataset, check, make_loaders, make_streams
 from common.data.coverage import coverage_warnings
 from common.data.groups import grouping, groups_config
@@ -22,13 +23,16 @@ from common.evaluation import evaluate, format_table
 from common.evaluation.adjustment import offsets_of
 from common.evaluation.per_image import FILE as PER_IMAGE
 from common.files import read_json, write_json
+from common.losses.build import Remedies
+from common.losses.counts import Counts
 
 
 class Counted(NamedTuple):
-    """The labels that say what is rare."""
+    """The labels that say what is rare; where they are trained on, the shares (N,) of the draws of their images."""
 
     dataset: SegmentationDataset
     statistics: Statistics
+    shares: np.ndarray | None
 
 
 class Experiment:
@@ -63,7 +67,9 @@ class Experiment:
             if known is None
             else known.dataset
         )
-        return Counted(dataset, class_statistics(dataset, self.cfg.data.workers, self.cache))
+        statistics = class_statistics(dataset, self.cfg.data.workers, self.cache)
+        shares = None if known is None else known.order.shares(len(dataset))
+        return Counted(dataset, statistics, shares)
 
     @property
     def context(self) -> MethodContext:
@@ -72,7 +78,8 @@ class Experiment:
             raise ValueError(
                 f"{self.cfg.name}: a method needs the class statistics of a labelled stream"
             )
-        return MethodContext(self.counted.statistics, self.counted.dataset.row)
+        counted = self.counted
+        return MethodContext(counted.statistics, counted.dataset.row, counted.shares)
 
     def _check_classes(self) -> None:
         for name, dataset in (
@@ -181,7 +188,24 @@ class Experiment:
             raise OSError(f"{there}: no folder to write in; set `output` to another")
 
         if self.counted is not None:
-            self.counts = counts_of(*self.counted)
+            self.counts = counts_of(self.counted.dataset, self.counted.statistics)
+            self.counts |= self._sampled_counts(self.counted)
+
+    def _sampled_counts(self, counted: Counted) -> dict[str, Any]:
+        """What remedies that go by the sampler count, which is said; nothing where they go by the data set."""
+        chosen = typed(Remedies, self.cfg.remedies, f"{self.cfg.name}: remedies").counts.of
+        if chosen == "dataset":
+            return {}
+
+        sampled = Counts.from_statistics(counted.statistics, counted.shares)
+        print(
+            "remedies: classes are counted as the sampler is expected to show the images (counts.of: sampled)"
+        )
+
+        return {
+            "sampled_pixels": sampled.pixels.tolist(),
+            "sampled_images": sampled.images.tolist(),
+        }
 
 
 def same_classes(where: str, row: DatasetRow, val: DatasetRow) -> None:

@@ -22,7 +22,6 @@ from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method, MethodContext
 from common.engine.optim import parameter_groups
 from common.losses.build import LossContext, Slot, build_loss
-from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
@@ -124,8 +123,10 @@ def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLos
         slots = ()
         why = f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
 
-    counts = Counts.from_statistics(context.statistics)
-    facts = LossContext(counts._replace(pixels=counts.images), slots=slots, why=why)
+    counts, sampled = (
+        each._replace(pixels=each.images) for each in (context.counts, context.sampled)
+    )
+    facts = LossContext(counts, slots=slots, why=why, sampled=sampled)
     remedies = build_loss(cfg.remedies, facts, f"{cfg.name}: remedies")
 
     return (

@@ -17,7 +17,7 @@ import torch
 from common import cli
 from common.config import Config, ConfigError, load_config, typed
 from common.data import SegmentationDataset, Statistics, class_statistics
-from common.data.orders import SamplerConfig, images_of_classes, rare_class_probabilities
+from common.data.orders import SamplerConfig, images_of_classes, make_order, rare_class_probabilities
 from common.data.statistics import repeat_factors
 from common.files import refuse_to_overwrite, write_json
 from common.losses.build import LOSSES, LossContext, build_loss
@@ -64,6 +64,7 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
     counts = Counts.from_statistics(statistics)
     losses = {name: of_loss(name, counts) for name, row in LOSSES.items() if row.slot in ("logits", "class_weight")}
     samplers = of_samplers(cfg, stream, statistics)
+    seen = sampled_shares(cfg, stream, dataset, statistics)
     stride = stride_of(cfg)
 
     return {
@@ -75,6 +76,7 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
         "refused": {name: why for name in losses if (why := refusal(name, cfg, counts))},
         "anywhere": [name for name, row in LOSSES.items() if row.slot in ("focus", "sets")],
         "repeat_factor": samplers["repeat_factor"],
+        "sampled": seen,
     }
 
 
@@ -123,6 +125,22 @@ def of_samplers(cfg: Config, stream: str, statistics: Statistics) -> dict[str, A
         "enough": [len(images) for images in images_of_classes(statistics, sampler)],
         "repeat_factor": factors,
     }
+
+
+def sampled_shares(
+    cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics
+) -> list[float] | None:
+    """Shares (K,) of the classes as the stream's own sampler is expected to show whole images; None where that refuses
+    the labels."""
+    sampler = typed(SamplerConfig, cfg.data.streams[stream].sampler, f"data.streams.{stream}.sampler")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a sampler changes nothing is said by the page
+            order = make_order(sampler, dataset, cfg.seed, stream, statistics=statistics)
+    except ValueError:
+        return None
+
+    return Counts.from_statistics(statistics, order.shares(len(dataset))).prior().tolist()
 
 
 def classes_of(
@@ -233,6 +251,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         name = f"sampler repeat_factor, {level} {item['threshold']:g}"
         found[name] = acts if high - low > INERT else "changes nothing: all factors are equal"
 
+    found["counts of: sampled"] = _of_sampled_counts(result)
     found["sampler rare_class"] = _of_rare_class(result)
     shown = sum(item["images"] > 0 for item in result["classes"])
     found["sampler class_uniform"] = f"each of {shown} classes in one crop in {2 * shown}"
@@ -240,6 +259,19 @@ def verdicts(result: dict[str, Any]) -> list[str]:
 
     wide = max(map(len, found))
     return [f"{name:<{wide}}  {text}" for name, text in found.items()]
+
+
+def _of_sampled_counts(result: dict[str, Any]) -> str:
+    if result["sampled"] is None:
+        return "refused: the stream's sampler refuses the labels"
+
+    pairs = zip(result["classes"], result["sampled"], strict=True)
+    factors = {item["name"]: share / item["share"] for item, share in pairs if item["share"]}
+    most = max(factors, key=factors.__getitem__)
+    least = min(factors, key=factors.__getitem__)
+    if factors[most] - factors[least] < INERT:
+        return "changes nothing: the stream's sampler shows all images alike"
+    return f"shares of {least} × {factors[least]:.2f} to {most} × {factors[most]:.2f} by the stream's sampler"
 
 
 def _of_rare_class(result: dict[str, Any]) -> str:

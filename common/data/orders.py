@@ -51,6 +51,13 @@ class Order:
         """What the crop of a draw is to show; None: whatever it happens to."""
         return None
 
+    def shares(self, images: int) -> np.ndarray:
+        """The expected share of the draws that each of the set's images gets, float64 (images,); their sum is 1.
+
+        Of whole images: what crops of them show is not in it.
+        """
+        return np.full(images, 1 / images)
+
     def locate(self, draw: int) -> tuple[int, int]:
         """Epoch of a draw, and its position there."""
         return divmod(draw, self.size)
@@ -75,6 +82,10 @@ class RepeatOrder(Order):
             raise ValueError(f"stream {stream!r}: the repeat factors of all images are 0")
 
         self._starts = [0]  # first draw of each epoch
+
+    def shares(self, images: int) -> np.ndarray:
+        factors = self.whole + self.fraction
+        return factors / factors.sum()
 
     def locate(self, draw: int) -> tuple[int, int]:
         while self._starts[-1] <= draw:
@@ -126,6 +137,9 @@ class RareClassOrder(Order):
         class_id, _ = self._drawn(draw)
         return Focus(class_id, pixels=self.pixels, share=self.share)
 
+    def shares(self, images: int) -> np.ndarray:
+        return _shares_of_classes(self.probabilities, self.images, images)
+
     def _drawn(self, draw: int) -> tuple[int, int]:
         """Class and image."""
         rng = generator(self.seed, self.stream, "rare", draw)
@@ -157,6 +171,11 @@ class ClassUniformOrder(Order):
         _, class_id, point = self._drawn(draw)
         return Focus(class_id, near=point)
 
+    def shares(self, images: int) -> np.ndarray:
+        shown = [np.flatnonzero(column) for column in self.presence.T]
+        lots = self.presence.any(0) / len(self.classes)
+        return (super().shares(images) + _shares_of_classes(lots, shown, images)) / 2
+
     def _drawn(self, draw: int) -> tuple[int, int, tuple[float, float]]:
         """Image, class and a pixel of it."""
         rng = generator(self.seed, self.stream, "class", draw)
@@ -165,6 +184,18 @@ class ClassUniformOrder(Order):
         row, column = rng.choice(self.pixels.of(index, class_id))
 
         return index, class_id, (float(row), float(column))
+
+
+def _shares_of_classes(
+    probabilities: np.ndarray, images: Sequence[np.ndarray], count: int
+) -> np.ndarray:
+    """Shares (count,) of draws that take a class by its probability, and one of its images by chance."""
+    shares = np.zeros(count)
+    for class_id in np.flatnonzero(probabilities):
+        chosen = images[class_id]
+        shares[chosen] += probabilities[class_id] / len(chosen)
+
+    return shares
 
 
 # From a config ------------------------------------------------------------------------------------------------------
@@ -212,8 +243,10 @@ def make_order(
     stream: str,
     workers: int = 0,
     cache: Path | None = None,
+    statistics: Statistics | None = None,
 ) -> Order:
-    """The order of a stream; labels are counted where it depends on classes (see `class_statistics`).
+    """The order of a stream; labels are counted where it depends on classes (see `class_statistics`), unless they have
+    been, in `statistics`.
 
     ValueError (one line) for an order that the labels do not allow; warns of one that changes nothing.
     """
@@ -226,7 +259,8 @@ def make_order(
             f"{where}.order: {sampler.order} needs labels, but the stream has `labels: false`"
         )
 
-    statistics = class_statistics(dataset, workers, cache)
+    if statistics is None:
+        statistics = class_statistics(dataset, workers, cache)
 
     if sampler.order == "repeat_factor":
         factors = repeat_factors(statistics, sampler.threshold, sampler.level, sampler.mode)

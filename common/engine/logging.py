@@ -101,6 +101,7 @@ class RunLog:
             "command": shlex.join(["python", *sys.argv]) if sys.argv[0] else None,
             "commit": commit() if minutes is None else self.record["commit"],
             "seed": self.cfg.seed,
+            "counts_of": self.cfg.remedies.get("counts", {}).get("of", "dataset"),
             "started": time.strftime("%Y-%m-%d %H:%M")
             if minutes is None
             else self.record["started"],

@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +26,22 @@ Losses = dict[str, Tensor]  # "loss" is back-propagated, every other scalar is l
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method may ask of its training data: class statistics of the labels that say what is rare; their row."""
+    """What a method may ask of its training data: class statistics of the labels that say what is rare; their row; the
+    share of the draws that the sampler gives each of their images, float64 (N,), None where all are alike."""
 
     statistics: Statistics
     row: DatasetRow | None = None
+    shares: np.ndarray | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """Of each class in the data set."""
+        return Counts.from_statistics(self.statistics)
+
+    @property
+    def sampled(self) -> Counts:
+        """The same as the sampler shows the images."""
+        return Counts.from_statistics(self.statistics, self.shares)
 
 
 class Method(nn.Module, ABC):
@@ -116,9 +129,8 @@ def pixel_loss(
 
     facts: what the method says of itself, further fields of `LossContext`.
     """
-    counts = Counts.from_statistics(context.statistics)
-    facts = {"cosine": cosine_scale(cfg.model), **facts}
-    return build_loss(section, LossContext(counts, **facts), f"{cfg.name}: remedies")
+    facts = {"cosine": cosine_scale(cfg.model), "sampled": context.sampled, **facts}
+    return build_loss(section, LossContext(context.counts, **facts), f"{cfg.name}: remedies")
 
 
 def make_method(

@@ -5,7 +5,7 @@
       class_weight: {name: inverse}                       # weighs a pixel by its class; one
       focus: {name: focal, gamma: 2.0}                    # weighs or chooses pixels by their loss; one
       sets: [{name: lovasz, weight: 1.0}]                 # terms over whole regions, beside the pixel loss; any number
-      counts: {refresh: 1000}                             # steps between new counts where pseudo-labels are made
+      counts: {of: dataset, refresh: 1000}                # of whom; steps between new counts of pseudo-labels
 
 A new loss is one file with a frozen dataclass of its options that does what its slot asks for (see the protocols of
 `pixel_loss.py`), and one row of LOSSES.
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from common.config import ConfigError, pick, typed
@@ -74,8 +75,11 @@ LOSSES: dict[str, Row] = {
 
 @dataclass(frozen=True)
 class CountsConfig:
-    """`refresh`: after that many steps pseudo-labels count beside labels; 0: never."""
+    """of: `dataset` counts every training image once, `sampled` as often as the stream's sampler is expected to show
+    it, as a whole (what crops and Copy-Paste show of it is not counted). refresh: after that many steps pseudo-labels
+    count beside labels; 0: never."""
 
+    of: Literal["dataset", "sampled"] = "dataset"
     refresh: Whole = 0
 
 
@@ -97,10 +101,11 @@ class Remedies:
 class LossContext:
     """What a method tells about itself. `slots`: those that its loss has; a remedy of another one is refused.
 
-    counts: of the training labels. average: the pixels that a mean is taken over. pseudo_labels: how its pseudo-labels
-    join the counts, None where it makes none. full_size: it makes logits at label size for a whole batch, which terms
-    over regions and the choice of hard pixels may need. cosine: the scale of the network's cosine classifier.
-    features: the channels of what the network's classifier reads, where the method gives it to the loss.
+    counts: of the training labels; sampled: the same as the sampler shows them. average: the pixels that a mean is
+    taken over. pseudo_labels: how its pseudo-labels join the counts, None where it makes none. full_size: it makes
+    logits at label size for a whole batch, which terms over regions and the choice of hard pixels may need. cosine:
+    the scale of the network's cosine classifier. features: the channels of what the network's classifier reads, where
+    the method gives it to the loss.
     """
 
     counts: Counts
@@ -111,6 +116,7 @@ class LossContext:
     why: str = ""  # the others are not there
     cosine: float | None = None
     features: int | None = None
+    sampled: Counts | None = None
 
 
 def build_loss(
@@ -128,8 +134,8 @@ def build_loss(
         "sets": [_remedy(item, "sets", context, where) for item in remedies.sets],
     }
     _check(remedies, chosen, context, where)
-    chosen["sets"] = [_made(term, context) for term in chosen["sets"]]
-    labelled = context.counts
+    labelled = _labelled(remedies.counts, context, f"{where}.counts.of")
+    chosen["sets"] = [_made(term, labelled, context.features) for term in chosen["sets"]]
     average = context.average
     if isinstance(chosen["logits"], BLV):
         labelled = chosen["logits"].counted(labelled)
@@ -173,11 +179,27 @@ def _remedy(
     return make(options, where) if make else typed(row.remedy, options, where)
 
 
-def _made(term: Any, context: LossContext) -> Any:
+def _labelled(chosen: CountsConfig, context: LossContext, where: str) -> Counts:
+    """The counts that the remedies go by. ConfigError where nobody says what the sampler shows."""
+    if chosen.of == "dataset":
+        return context.counts
+    if context.sampled is None:
+        raise ConfigError(
+            f"{where}: sampled, but this loss is not told what is sampled; set it to dataset"
+        )
+
+    if torch.allclose(context.sampled.pixels, context.counts.pixels):
+        text = "sampled changes nothing here: the sampler shows all images alike"
+        warnings.warn(f"{where}: {text}", stacklevel=4)
+
+    return context.sampled
+
+
+def _made(term: Any, counts: Counts, features: int | None) -> Any:
     """A term over regions, with its own weights where it has any."""
-    if not isinstance(term, Region) or context.features is None:
+    if not isinstance(term, Region) or features is None:
         return term
-    return term.term(context.counts, context.features)
+    return term.term(counts, features)
 
 
 def _check(

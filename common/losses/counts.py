@@ -1,8 +1,10 @@
 """How often each class occurs: what every loss that depends on rarity is given."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +23,17 @@ class Counts(NamedTuple):
     num_images: float
 
     @classmethod
-    def from_statistics(cls, statistics: Statistics) -> "Counts":
-        pixels = torch.as_tensor(statistics.pixel_count, dtype=torch.float64, device="cpu")
-        images = torch.as_tensor(statistics.image_count, dtype=torch.float64, device="cpu")
-        return cls(pixels, images, float(statistics.num_images))
+    def from_statistics(
+        cls, statistics: Statistics, shares: np.ndarray | None = None
+    ) -> "Counts":
+        """Of every image once; with shares (N,), whose sum is 1, of as many draws in which each has its share."""
+        pixels, images = statistics.pixel_count, statistics.image_count
+        if shares is not None:
+            often = shares * statistics.num_images
+            pixels, images = often @ statistics.pixels, often @ statistics.presence
+
+        on_cpu = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+        return cls(on_cpu(pixels), on_cpu(images), float(statistics.num_images))
 
     @classmethod
     def from_pixels(cls, pixels: Sequence[float] | Tensor) -> "Counts":

@@ -1,5 +1,6 @@
 """Remedies that ask something of the network or the data, in runs of two steps of every system by its command line."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -141,3 +142,18 @@ def test_a_run_with_a_classifier_of_regions_resumes_bit_for_bit(place, system):
     shutil.rmtree(folder / "checkpoints" / "step_00000002")
     place.run(system, f"{system}_region", remedies, "--resume")
     assert_equal(whole, weights(folder))
+
+
+def test_a_run_counts_what_its_sampler_shows(place, capsys):
+    """The offsets are those of the sampled counts, and the run says so."""
+    remedies = {"logits": {"name": "logit_adjustment"}, "counts": {"of": "sampled"}}
+    sampler = "data.streams.labeled.sampler={order: repeat_factor, level: pixel, threshold: 0.3}"
+    folder = place.run("supervised", "sampled", remedies, sampler)
+    assert "counts.of: sampled" in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["counts_of"] == "sampled"
+    told = json.loads((folder / "statistics.json").read_text())
+    assert len(told["sampled_pixels"]) == len(told["class_pixels"]) == 19
+    assert told["sampled_pixels"] != told["class_pixels"]
+
+    place.run("supervised", "counted", {"logits": {"name": "logit_adjustment"}}, sampler)
+    assert json.loads((place.root / "runs/counted/run.json").read_text())["counts_of"] == "dataset"

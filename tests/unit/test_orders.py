@@ -14,6 +14,7 @@ from common.data.geometry import Geometry, draw_offset
 from common.data.orders import SamplerConfig, images_of_classes, rare_class_probabilities
 from common.data.recipes.mmseg import MMSeg
 from common.data.reservoir import PIXELS, class_pixels, draw_pixels
+from common.losses.counts import Counts
 from tests.unit.data_files import classes, folder_options, make_folder, opened, picture, save
 
 GTA5 = (
@@ -202,3 +203,40 @@ def test_repeat_factors_that_are_all_one_are_said_to_change_nothing(tmp_path):
     with pytest.warns(UserWarning, match="repeat_factor changes nothing here: every image has the repeat factor 1"):
         stream = make_streams(make(tmp_path, {"order": "repeat_factor"}, source=source), 0)["s"]
     assert sorted(stream.order.index(draw) for draw in range(4)) == [0, 1, 2, 3]
+
+
+SAMPLERS = [
+    {},
+    {"order": "sequential"},
+    {"order": "repeat_factor", "level": "pixel", "threshold": 0.3},
+    {"order": "repeat_factor", "level": "image", "threshold": 0.5, "mode": "sum"},
+    {"order": "rare_class", "temperature": 0.2, "min_pixels": 20},
+    {"order": "class_uniform"},
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_shares_are_those_of_many_draws(tmp_path, sampler):
+    """Of images, and of the classes that they show, against counting what is drawn."""
+    data = make(tmp_path, sampler, "none")
+    stream = make_streams(data, seed=0)["s"]
+    statistics = class_statistics(stream.dataset)
+    draws = 4000
+    seen = np.bincount([stream.order.index(draw) for draw in range(draws)], minlength=8)
+    shares = stream.order.shares(8)
+    assert shares.sum() == pytest.approx(1)
+    np.testing.assert_allclose(seen / draws, shares, atol=5 * np.sqrt(0.25 / draws))
+
+    counts = Counts.from_statistics(statistics, shares)
+    found = Counts.from_statistics(statistics, seen / draws)
+    assert counts.num_images == 8
+    torch.testing.assert_close(found.prior(), counts.prior(), rtol=0.1, atol=1e-4)
+    torch.testing.assert_close(found.images, counts.images, rtol=0.1, atol=0)
+
+
+def test_shares_of_a_shuffle_are_the_data_set(tmp_path):
+    stream = make_streams(make(tmp_path, {}, "none"), seed=0)["s"]
+    statistics = class_statistics(stream.dataset)
+    ours, plain = Counts.from_statistics(statistics, stream.order.shares(8)), Counts.from_statistics(statistics)
+    torch.testing.assert_close(ours.pixels, plain.pixels)
+    torch.testing.assert_close(ours.images, plain.images)

@@ -66,6 +66,7 @@ def test_the_figures_are_those_of_the_labels(config, tmp_path, monkeypatch, caps
     lines = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert "changes nothing" in lines["sampler repeat_factor, image 0.001"]
     assert "class2, from 2 of 4 images" in lines["sampler rare_class"]
+    assert "changes nothing" in lines["counts of: sampled"]
 
 
 def test_the_samplers_options_are_the_streams(config, monkeypatch, capsys):
@@ -77,3 +78,13 @@ def test_a_cosine_classifier_allows_margins(config, tmp_path, monkeypatch, capsy
     out = tmp_path / "remedies.json"
     run(monkeypatch, capsys, config, "model.options.classifier=cosine", "--json", out)
     assert json.loads(out.read_text())["refused"] == {}
+
+
+def test_counts_as_the_sampler_shows_the_images(config, tmp_path, monkeypatch, capsys):
+    """Images with a pole are shown twice as often: its factor is √(0.0625 / 0.015625), that of the others 1."""
+    sampler = "data.streams.labeled.sampler={order: repeat_factor, level: pixel, threshold: 0.0625}"
+    out = tmp_path / "remedies.json"
+    printed = run(monkeypatch, capsys, config, sampler, "--json", out)
+    expected = (2 * 160 / 6) / 2560  # of six showings four have 80 pixels each
+    assert json.loads(out.read_text())["sampled"][2] == pytest.approx(expected, rel=1e-5)
+    assert "to class2 × 1.33 by the stream's sampler" in printed

@@ -104,3 +104,19 @@ def test_focal_and_pat_take_gradient_through_their_factor_unless_detached():
     y = torch.tensor([0])
     for remedy in (Focal(), PAT()):
         assert torch.autograd.gradcheck(lambda z, r=remedy: r(F.cross_entropy(z, y, reduction="none"), z, y), z)
+
+
+def test_remedies_go_by_what_is_sampled_where_they_are_told_to():
+    sampled = Counts(torch.tensor([500.0, 300, 200]).double(), torch.tensor([10.0, 9, 8]).double(), 10.0)
+    facts = LossContext(COUNTS, sampled=sampled, features=3)
+    chosen = {**section("logit_adjustment"), **section("region"), "counts": {"of": "sampled"}}
+    loss = build_loss(chosen, facts)
+    torch.testing.assert_close(loss.offsets, LogitAdjustment().vector(sampled).float())
+    torch.testing.assert_close(loss.trained[0].log_images, sampled.images.log().float())
+    plain = build_loss(section("logit_adjustment"), facts)
+    torch.testing.assert_close(plain.offsets, LogitAdjustment().vector(COUNTS).float())
+
+    with pytest.warns(UserWarning, match="counts.of: sampled changes nothing here"):
+        build_loss(chosen, LossContext(COUNTS, sampled=COUNTS, features=3))
+    with pytest.raises(ConfigError, match="counts.of: sampled, but this loss is not told"):
+        build_loss(section("logit_adjustment") | {"counts": {"of": "sampled"}}, LossContext(COUNTS))
