@@ -37,11 +37,15 @@ class U2PLConfig:
     supervised: NotNegative = 1.0  # weight of L_x and of the auxiliary head's loss
     auxiliary: NotNegative = 0.4  # of the latter beside L_x
     unsupervised: NotNegative = 1.0  # weight of L_u
-    dropped: Share = 0.2  # of the pixels, those of highest entropy, at the start; none in the end
+    dropped: Share = (
+        0.2  # of the pixels, those of highest entropy, at the start; none in the end
+    )
     cutmix: bool = False
     mask_padding: bool = True  # release: False, padding of unlabelled crops takes part
     supervised_steps: Whole = 0  # at the start, with labelled crops alone
-    copied_steps: Whole = 0  # after these, with the student as its own teacher; release: an epoch
+    copied_steps: Whole = (
+        0  # after these, with the student as its own teacher; release: an epoch
+    )
     momentum: Share = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "teacher"
 
@@ -66,7 +70,12 @@ class U2PL(Method):
         self.teacher = deepcopy(self.model).requires_grad_(False)
         self.predict_prefix = f"{'teacher' if self.options.predicts == 'teacher' else 'model'}."
         self.loss = pixel_loss(
-            cfg.remedies, cfg, context, average="valid", pseudo_labels="pixels"
+            cfg.remedies,
+            cfg,
+            context,
+            average="valid",
+            pseudo_labels="pixels",
+            labels_itself=True,
         )
         mining = {key: value for key, value in cfg.remedies.items() if key == "focus"}
         self.auxiliary_loss = pixel_loss(mining, cfg, context, average="valid")
@@ -114,7 +123,8 @@ class U2PL(Method):
         """Unlabelled crops, the teacher's labels of them, and which pixels count; by CutMix where it is drawn."""
         images = batch["image"]
         size = size_of(images)
-        label = resize(self.answer(self.teacher.eval(), images), size, True).argmax(1)
+        answer = self.answer(self.teacher.eval(), images)
+        label = resize(answer, size, True).argmax(1)
         shown = batch["shown"] if self.options.mask_padding else torch.ones_like(label).bool()
 
         # torch's generator on the host: the step is not held up by reading a GPU's
@@ -136,10 +146,9 @@ class U2PL(Method):
         large = resize(logits.float(), size_of(images), True)
         return torch.special.entr(large.softmax(1)).sum(1)
 
-    @staticmethod
-    def answer(net, images: Tensor) -> Tensor:
-        """Logits without the auxiliary head's."""
-        return net.decode(net.encode(net.normalise(images)))
+    def answer(self, net, images: Tensor) -> Tensor:
+        """The teacher's logits, without the auxiliary head's."""
+        return self.loss.with_prior(net.decode(net.encode(net.normalise(images))))
 
     def unlabelled_loss(
         self, logits: Tensor, label: Tensor, shown: Tensor, progress: float

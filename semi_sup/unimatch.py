@@ -92,6 +92,7 @@ class Consistency(Method):
             average="valid",
             pseudo_labels="pixels",
             features=self.model.embedding_channels,
+            labels_itself=True,
         )
 
         o = self.options
@@ -132,6 +133,7 @@ class Consistency(Method):
 
     def judged(self, logits: Tensor, sub_logits: Tensor | None, shown: Tensor) -> Labels:
         """The labels that logits at the network's stride give, gated by those of the subclasses where there are any."""
+        logits = self.loss.with_prior(logits)
         if sub_logits is None or self.branch is None:
             return Labels(pseudo_labels(logits, shown))
 
@@ -156,7 +158,7 @@ class Consistency(Method):
         if self.branch is None:
             return terms
 
-        free = pseudo_labels(logits, labels.shown)
+        free = pseudo_labels(self.loss.with_prior(logits), labels.shown)
         vetoed = free.confident(self.threshold(free)) != confident
         return {**terms, "vetoed": vetoed.sum() / labels.shown.sum().clamp(min=1)}
 

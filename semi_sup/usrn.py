@@ -130,6 +130,7 @@ class Baseline(Method):
             "pseudo_labels": self.pseudo_labels,
             "full_size": False,
             "features": self.model.embedding_channels,
+            "labels_itself": self.pseudo_labels is not None,
         }
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
 
@@ -250,7 +251,8 @@ class SelfTraining(Baseline):
     ) -> Losses:
         """The loss of the strong view against confident labels of the weak one."""
         valid = self.valid(batch, strong.classes)
-        label = confident_labels(weak.classes.detach(), self.options.threshold)
+        logits = self.loss.with_prior(weak.classes.detach())
+        label = confident_labels(logits, self.options.threshold)
         label = label if valid is None else torch.where(valid, label, IGNORE)
         loss = pseudo_label_loss(
             strong.classes, label, valid, partial(self.loss.total, progress=progress)
@@ -339,7 +341,7 @@ class USRN(SelfTraining):
         found = unlabelled_losses(
             strong.classes,
             strong.subclasses,
-            weak.classes,
+            self.loss.with_prior(weak.classes),
             weak.subclasses,
             self.parents,
             o.threshold,

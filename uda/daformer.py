@@ -103,6 +103,7 @@ class DAFormer(Method):
             average="all",
             pseudo_labels=pseudo_labels,
             features=self.model.embedding_channels,
+            labels_itself=pseudo_labels is not None,
         )
 
         self.imagenet = (
@@ -249,7 +250,8 @@ class DAFormer(Method):
         """What the teacher says of target crops (B, 3, H, W)."""
         set_teacher_mode(teacher, self.options.teacher_mode)
         size = size_of(target)
-        logits = resize(teacher.segment(target)["logits"], size, teacher.align_corners)
+        answer = self.loss.with_prior(teacher.segment(target)["logits"])
+        logits = resize(answer, size, teacher.align_corners)
 
         label, share = pseudo_labels(logits, self.options.threshold)
         valid = valid_pixels(batch, size, self.options.margins).expand(label.shape)

@@ -6,6 +6,7 @@
       focus: {name: focal, gamma: 2.0}                    # weighs or chooses pixels by their loss; one
       sets: [{name: lovasz, weight: 1.0}]                 # terms over whole regions, beside the pixel loss; any number
       counts: {of: dataset, refresh: 1000}                # of whom; steps between new counts of pseudo-labels
+      pseudo_prior: true                                  # see `Remedies`
 
 A new loss is one file with a frozen dataclass of its options that does what its slot asks for (see the protocols of
 `pixel_loss.py`), and one row of LOSSES.
@@ -85,13 +86,18 @@ class CountsConfig:
 
 @dataclass(frozen=True)
 class Remedies:
-    """The section `remedies`; empty, it is plain cross-entropy."""
+    """The section `remedies`; empty, it is plain cross-entropy.
+
+    pseudo_prior: a network trained with logit adjustment scores classes as if they were equally frequent, so that the
+    labels that it gives itself would have too many rare ones; with this, τ ln π is added back to the logits before.
+    """
 
     logits: Mapping[str, Any] | None = None
     class_weight: Mapping[str, Any] | None = None
     focus: Mapping[str, Any] | None = None
     sets: tuple[Mapping[str, Any], ...] = ()
     counts: CountsConfig = CountsConfig()
+    pseudo_prior: bool = False
     heads: tuple[str, ...] = (
         "decode",
     )  # of a network with several; the others keep cross-entropy
@@ -105,7 +111,8 @@ class LossContext:
     taken over. pseudo_labels: how its pseudo-labels join the counts, None where it makes none. full_size: it makes
     logits at label size for a whole batch, which terms over regions and the choice of hard pixels may need. cosine:
     the scale of the network's cosine classifier. features: the channels of what the network's classifier reads, where
-    the method gives it to the loss.
+    the method gives it to the loss. labels_itself: its pseudo-labels are the answers of the network that it trains, or
+    of a moving average of that.
     """
 
     counts: Counts
@@ -117,6 +124,7 @@ class LossContext:
     cosine: float | None = None
     features: int | None = None
     sampled: Counts | None = None
+    labels_itself: bool = False
 
 
 def build_loss(
@@ -144,7 +152,7 @@ def build_loss(
     counts = RefreshedCounts(
         labelled, remedies.counts.refresh, context.pseudo_labels or "pixels"
     )
-    loss = PixelLoss(counts, average, **chosen)
+    loss = PixelLoss(counts, average, pseudo_prior=remedies.pseudo_prior, **chosen)
     _warn(remedies, loss, where)
 
     return loss
@@ -211,6 +219,8 @@ def _check(
             f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
         )
 
+    if remedies.pseudo_prior:
+        _check_pseudo_prior(chosen["logits"], context, f"{where}.pseudo_prior")
     if remedies.logits is not None:
         scale = getattr(chosen["logits"], "scale", None)
         _check_classifier(remedies.logits["name"], scale, context.cosine, f"{where}.logits")
@@ -233,6 +243,19 @@ def _check(
             raise ConfigError(
                 f"{where}.sets[{i}].at: {term.at!r} is not to be had in this method; set it to network"
             )
+
+
+def _check_pseudo_prior(logits: Any, context: LossContext, where: str) -> None:
+    """ConfigError where there are no pseudo-labels to correct, or nothing to correct them by."""
+    if not context.labels_itself:
+        raise ConfigError(
+            f"{where}: this method learns no labels that its own network gives; remove it"
+        )
+    if not isinstance(logits, LogitAdjustment):
+        raise ConfigError(
+            f"{where}: only logits logit_adjustment and balanced_softmax have a prior to add back; choose one of them, "
+            "or remove it"
+        )
 
 
 def _check_classifier(name: str, wanted: float | None, given: float | None, where: str) -> None:

@@ -81,6 +81,7 @@ class PixelLoss(nn.Module):
         class_weight: ClassWeightRemedy | None = None,
         focus: FocusRemedy | HardPixels | None = None,
         sets: Sequence[SetRemedy | RegionTerm] = (),
+        pseudo_prior: bool = False,
     ):
         super().__init__()
         self.counts = counts
@@ -88,6 +89,7 @@ class PixelLoss(nn.Module):
         self.logits = logits
         self.class_weight = class_weight
         self.focus = focus
+        self.pseudo_prior = pseudo_prior
         self.sets = tuple(sets)
         self.trained = nn.ModuleList(term for term in sets if isinstance(term, RegionTerm))
         current = counts.current()
@@ -283,6 +285,11 @@ class PixelLoss(nn.Module):
         if self.logits is None:
             return logits.float()
         return self.logits(logits, label, self.offsets, progress)
+
+    def with_prior(self, logits: Tensor) -> Tensor:
+        """Logits (B, K, h, w) that pseudo-labels are made of: with τ ln π added back where the config asks for it, as
+        they are elsewhere."""
+        return logits + self.offsets.view(-1, 1, 1) if self.pseudo_prior else logits
 
     def weight(self, progress: float) -> Tensor | None:
         """Class weights (K,) in force."""
