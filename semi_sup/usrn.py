@@ -19,9 +19,9 @@ gives labels and no gradient, so no graph is kept of it; the labelled graph is g
 
 `SelfTraining` is USRN without subclasses; with its moving-average teacher it is the base of BLV's semi-supervised
 experiments. `Baseline` knows the labelled images alone; its features are what is clustered. Each takes the config's
-remedies: they act on the student's class logits in both terms, never on what makes pseudo-labels, and class
-frequencies are those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their
-cross-entropy stays as it is.)
+remedies: they act on the student's class logits in both terms, never on what makes pseudo-labels (`pseudo_prior` adds
+the prior of logit adjustment back to that), and class frequencies are those of labels plus the last epoch's
+pseudo-labels. (Subclasses are balanced already; their cross-entropy stays as it is.)
 """
 
 from collections.abc import Iterator, Mapping
