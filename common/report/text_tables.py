@@ -75,10 +75,15 @@ def _markdown(baseline: Group, compared: Sequence[Compared], notes: Sequence[str
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [
-        f"| {' | '.join(head)} |",
+        _line_of(head),
         "|---" * len(head) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *map(_line_of, rows),
     ]
+
+
+def _line_of(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def _summary(
