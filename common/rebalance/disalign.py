@@ -25,7 +25,7 @@ class DisAlign(Fitting):
 
     rho: NotNegative = 0.2
     steps: Count = 4000
-    lr: Positive = 0.02
+    lr: Positive = 0.1
     weight_decay: NotNegative = 0.0
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:

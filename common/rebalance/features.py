@@ -132,7 +132,7 @@ def features_at(
     """Features (N, D) at the places (N,), in reading order, of the map of size (H, W) that the network's logits, here
     features, are enlarged to."""
     if cfg.mode == "slide":
-        once = replace(cfg, scales=(1.0,), flip=False)
+        once = replace(cfg, scales=(1.0,), flip=False, window_softmax=False)
         return _at(predict_scores(network, images, once, size), places)
 
     maps = network.infer(images)["logits"]

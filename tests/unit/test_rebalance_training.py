@@ -67,7 +67,9 @@ def test_memory_is_bounded():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"mode": "slide", "crop": (48, 64), "stride": (16, 64)}], ids=["whole", "slide"]
+    "options",
+    [{}, {"mode": "slide", "crop": (48, 64), "stride": (16, 64), "window_softmax": True}],
+    ids=["whole", "slide"],
 )
 @pytest.mark.parametrize("name", ["upernet_no_aux", "deeplabv3plus", "deeplabv3plus_unimatch", "dpt"])
 @torch.no_grad()
@@ -83,7 +85,7 @@ def test_the_classifier_says_of_features_what_the_network_says(name, options, sc
     monkeypatch.setattr("common.rebalance.features.BAND", 3 * 64 * 128)  # a few channels at a time
     features = read_features(network, place, dataset, statistics, cfg, mib=1, seed=0, device=CPU)
 
-    once = replace(cfg, scales=(1.0,))
+    once = replace(cfg, scales=(1.0,), window_softmax=False)
     trained = network.get_submodule(place)
     said = trained(features.values[..., None, None])[..., 0, 0]
     most = per_class(statistics, trained.in_channels, 1)
