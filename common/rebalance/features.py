@@ -1,6 +1,9 @@
 """What a trained network's classifier reads of the training images: a sample of the pixels of each class."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,30 +75,38 @@ def read_features(
     The features are those of full-size pixels: enlarged as the network enlarges its logits. For a linear classifier
     what it says of them is what the network says there.
     """
-    trained = network.get_submodule(place)
-    channels: Any = trained.in_channels
+    channels: Any = network.get_submodule(place).in_channels
     most = per_class(statistics, channels, mib)
     chosen = chosen_pixels(statistics, most, seed)
-    plain = SegmentationDataset(replace(dataset.source, maps={}))
-    indices = range(len(plain))
-    found: list[list[Tensor]] = [[] for _ in chosen]
 
-    network.set_submodule(place, nn.Identity())  # its logits are then the features
+    counts = [sum(map(len, of_images)) for of_images in chosen]
+    values = torch.empty(sum(counts), channels, device=device)
+    free = list(accumulate(counts, initial=0))  # the next row of each class
+
+    images = SegmentationDataset(replace(dataset.source, maps={}))
+    bar = console.bar(what="reading features", total=len(images))
+
+    with giving_features(network, place), evaluation_mode(network), bar:
+        for samples in sample_batches(images, range(len(images)), cfg):
+            for sample in samples:
+                for k, part in _of_image(network, sample, chosen, cfg, device):
+                    values[free[k] : free[k] + len(part)] = part
+                    free[k] += len(part)
+            bar.update(len(samples))
+
+    return Features(values, torch.tensor(counts, device=device))
+
+
+@contextlib.contextmanager
+def giving_features(network: SegmentationModel, place: str) -> Iterator[None]:
+    """Within, the network's logits are the features that its classifier reads."""
+    trained = network.get_submodule(place)
+    network.set_submodule(place, nn.Identity())
+
     try:
-        with (
-            evaluation_mode(network),
-            console.bar(what="reading features", total=len(plain)) as bar,
-        ):
-            for samples in sample_batches(plain, indices, cfg):
-                for sample in samples:
-                    for k, values in _of_image(network, sample, chosen, cfg, device):
-                        found[k].append(values)
-                bar.update(len(samples))
+        yield
     finally:
         network.set_submodule(place, trained)
-
-    counts = torch.tensor([sum(map(len, parts)) for parts in found], device=device)
-    return Features(torch.cat([part for parts in found for part in parts]), counts)
 
 
 def _of_image(
