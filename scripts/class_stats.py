@@ -1,7 +1,8 @@
-"""Class frequencies of a data set: python scripts/class_stats.py camvid [--root DIR] [--split train] [--json FILE].
+"""Class frequencies of a data set: python scripts/class_stats.py camvid [--split train] [--json FILE] [--html FILE].
 
 With --config the data set is the config's (its training stream's, or that of --stream), which is how `folder` data sets
-are counted. Prints images and pixels of each class, its group, the weight that BLV gives it, and Gini coefficients.
+are counted. Prints images and pixels of each class, its group, the weight that BLV gives it, and Gini coefficients; the
+page of --html also shows how long the tail is, and which rare classes occur together.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.coverage import coverage_warnings
 from common.data.groups import Grouping, by_rank, grouping, groups_config
 from common.data.imbalance import gini
-from common.files import refuse_to_overwrite, write_json
+from common.files import refuse_to_overwrite, replacing, write_json
 from common.losses.blv import variation_weights
+from common.report.class_page import class_page
 
 
 def main() -> None:
@@ -24,9 +26,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--html", metavar="FILE", help="also draw them, as one page that needs no other file")
     cli.add_force(parser)
     args = parser.parse_intermixed_args()
-    refuse_to_overwrite(filter(None, [args.json]), args.force)
+    refuse_to_overwrite(filter(None, [args.json, args.html]), args.force)
     dataset = SegmentationDataset(cli.source(args))
     cfg = cli.source_config(args)
     chosen = groups_config(cfg.data.groups, dataset.row) if cfg else None
@@ -41,6 +44,11 @@ def main() -> None:
         path = Path(args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
+    if args.html:
+        path = Path(args.html)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            draft.write_text(class_page(result, statistics.presence), encoding="utf-8")
 
 
 def describe(dataset: SegmentationDataset, statistics: Statistics, by: Grouping | None) -> dict[str, Any]:

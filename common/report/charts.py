@@ -332,10 +332,11 @@ def heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
     values: Sequence[Sequence[float | None]],
+    said: str = "true {row}, predicted {column}",
 ) -> str:
     """Shares (0..1) as cells with their percentage; rows are named at the left, columns slanted above.
 
-    A cell whose row and column have the same name (a correct prediction) is outlined.
+    A cell whose row and column have the same name (a correct prediction) is outlined. said: of a cell, in its tooltip.
     """
     left, cell_w, cell_h = 168, 40, 26
     top = 26 + 5.2 * max(len(cut(name, 18)) for name in columns)
@@ -353,7 +354,7 @@ def heatmap(
         parts.append(text(left - 8, y + cell_h / 2 + 4, cut(name, 24), "name", "end"))
         for j, value in enumerate(values[i]):
             x, share = left + cell_w * j, value or 0.0
-            title = f"true {name}, predicted {columns[j]}: {100 * share:.2f} %"
+            title = f"{said.format(row=name, column=columns[j])}: {100 * share:.2f} %"
             parts.append(rect(x + 1, y + 1, cell_w - 2, cell_h - 2, "cellback"))
             hit = " hit" if columns[j] == name else ""
             opacity = f'fill-opacity="{share**0.7:.3f}"'

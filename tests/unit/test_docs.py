@@ -237,3 +237,11 @@ def test_commands_are_found():
     assert len(ALL) > 60
     assert {path.name for path, _ in ALL} >= {"README.md", "datasets.md", "training.md"}
     assert os.path.basename(program(("torchrun", "--nproc-per-node", "8", "-m", "fully_sup.train"))[0]) == "train.py"
+
+
+def test_every_tool_is_in_the_table_and_has_an_example():
+    """A tool is a script with a command line."""
+    tools = [path.stem for path in (ROOT / "scripts").glob("*.py") if "ArgumentParser" in path.read_text()]
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/tools.md"))
+    assert [name for name in tools if f"`{name}`" not in readme and name != "demo"] == []
+    assert [name for name in tools if f"scripts/{name}." not in page] == []

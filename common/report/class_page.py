@@ -1,0 +1,137 @@
+"""One page of what a data set's labels hold: how long its tail is, what is rare in which way, what occurs together."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from common.report import html
+from common.report.charts import heatmap, line, log_ticks, number, percent, rect, svg, text
+
+TOGETHER = 14  # of the rarest classes that occur, in the table of what occurs together
+
+
+def class_page(result: dict[str, Any], presence: np.ndarray) -> str:
+    """A whole document. result: what scripts/class_stats.py describes; presence: bool (N, K), image shows class."""
+    title = f"Classes of {result['dataset']}, {result['split']}"
+    classes = result["classes"]
+    absent = [item["name"] for item in classes if not item["images"]]
+    notes = [*result["warnings"], *([f"Never labelled: {', '.join(absent)}."] if absent else [])]
+    parts = [
+        f"<h1>{escape(title)}</h1><p class='soft'>{escape(result['root'])}</p>",
+        _tiles(result, len(absent)),
+        html.section("notes", "What to know before training", _list(notes)),
+        html.section(
+            "tail", "The tail", f"<div class='scroll'>{_bars(classes, result['images'])}</div>",
+            "Of every class the share of labelled pixels (upper bar) and of the images that show it (lower bar), on a "
+            "logarithmic axis.",
+        ),
+        html.section(
+            "concentration", "How unequal", f"<div class='charts'>{_lorenz(classes, result['gini'])}</div>",
+            "The rarest classes on the left: what part of all pixels, and of all appearances in images, they hold. "
+            "The diagonal is equality; Gini is twice the area below it.",
+        ),
+        html.section(
+            "together", "What occurs together", f"<div class='scroll'>{_together(classes, presence)}</div>",
+            "Of the images that show the class on the left, the percentage with the one above, among rare classes. "
+            "A sampler that looks for one of them shows the other, too.",
+        ),
+        html.section("table", "All figures", _table(classes)),
+    ]  # fmt: skip
+    return html.page(title, "".join(parts), 2)
+
+
+def _tiles(result: dict[str, Any], absent: int) -> str:
+    ignored = result["ignored_pixels"] / (result["ignored_pixels"] + result["labelled_pixels"])
+    facts = {
+        "images": f"{result['images']}",
+        f"classes, {absent} of them never labelled" if absent else "classes": f"{len(result['classes'])}",
+        "Gini of pixels": f"{result['gini']['pixel']:.3f}",
+        "Gini of images": f"{result['gini']['image']:.3f}",
+        "pixels without a class": percent(ignored),
+    }
+    tiles = [f"<div class='tile'><b>{value}</b><span>{name}</span></div>" for name, value in facts.items()]
+    return f"<div class='tiles'>{''.join(tiles)}</div>"
+
+
+def _list(notes: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>" if notes else ""
+
+
+def _bars(classes: Sequence[dict[str, Any]], num_images: int) -> str:
+    """Two bars a class: pixels above, images below."""
+    ordered = sorted(classes, key=lambda item: -item["share"])
+    shares = [item["share"] for item in ordered if item["share"]]
+    left, right, top, pitch = 190, 900, 30, 26
+    low = math.log10(min(shares)) - 0.3
+
+    def at(share: float) -> float:
+        return left + (right - left) * (math.log10(share) - low) / -low
+
+    height = top + pitch * len(ordered)
+    parts = []
+    for tick in log_ticks(10**low, 1.0):
+        parts.append(line(at(tick), top - 6, at(tick), height, "grid"))
+        parts.append(text(at(tick), top - 12, percent(tick), "tick", "middle"))
+
+    for i, item in enumerate(ordered):
+        y = top + pitch * i
+        mark = '<tspan class="tailmark" dx="5">tail</tspan>' if item["tail"] else ""
+        parts.append(text(left - 10, y + 16, f"{escape(item['name'])}{mark}", "name", "end"))
+        images = item["images"] / num_images
+        for run, (share, unit) in enumerate(((item["share"], "pixels"), (images, "images"))):
+            if share:
+                title = f"{item['name']}: {percent(share)} of the {unit}"
+                bar = rect(left, y + 3 + 10 * run, max(at(share) - left, 1.5), 9, "bar", title)
+                parts.append(f'<g class="r{run}">{bar}</g>')
+
+    return svg(right + 20, height + 6, "Share of pixels (upper bar) and images (lower bar) of every class", parts)
+
+
+def _lorenz(classes: Sequence[dict[str, Any]], gini: dict[str, float]) -> str:
+    """The Lorenz curves of pixels and images."""
+    left, right, top, bottom = 46, 400, 12, 300
+    parts = [
+        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" class="grid"/>',
+        line(left, bottom, right, top, "axis"),
+    ]
+    for share in (0, 0.5, 1):
+        parts.append(text(left + share * (right - left), bottom + 18, percent(share), "tick", "middle"))
+        parts.append(text(left - 6, bottom - share * (bottom - top) + 4, percent(share), "tick", "end"))
+
+    for run, (unit, key) in enumerate((("pixel", "pixels"), ("image", "images"))):
+        counts = np.sort([item[key] for item in classes])
+        held = np.concatenate([[0], counts.cumsum() / counts.sum()])
+        across = np.linspace(left, right, len(held))
+        places = " ".join(f"{x:.1f},{bottom - y * (bottom - top):.1f}" for x, y in zip(across, held, strict=True))
+        style = 'fill="none" style="stroke:var(--run)" stroke-width="2"'
+        parts.append(f'<polyline class="r{run}" points="{places}" {style}/>')
+        label = f'<tspan style="fill:var(--c{html.run_colour(run)})">■</tspan> {key}, Gini {gini[unit]:.3f}'
+        parts.append(text(left + 14, top + 22 + 20 * run, label))
+
+    return svg(right + 30, bottom + 26, "Lorenz curves of pixels and images", parts)
+
+
+def _together(classes: Sequence[dict[str, Any]], presence: np.ndarray) -> str:
+    found = [item for item in classes if item["images"]]
+    rarest = sorted(sorted(found, key=lambda item: item["pixels"])[:TOGETHER], key=lambda item: item["id"])
+    ids = [item["id"] for item in rarest]
+    shown = presence[:, ids].astype(np.float64)
+    shares = (shown.T @ shown) / shown.sum(0)[:, None]
+    names = [item["name"] for item in rarest]
+    return heatmap("Classes that occur in the same images", names, names, shares.tolist(), "of {row}, {column}")
+
+
+def _table(classes: Sequence[dict[str, Any]]) -> str:
+    levels = list(classes[0]["groups"])
+    head = html.header(["class", "images", "pixels", "share", *(f"{level} level" for level in levels), "BLV weight"])
+    rows = []
+    for item in classes:
+        mark = " <span class='mark'>tail</span>" if item["tail"] else ""
+        groups = [escape(str(item["groups"][level])) for level in levels]
+        figures = [f"{item['images']}", number(item["pixels"]), percent(item["share"])]
+        rows.append([f"{escape(item['name'])}{mark}", *figures, *groups, f"{item['blv_weight']:.3f}"])
+
+    return html.table(head, rows)
