@@ -45,6 +45,7 @@ class Supervised(Method):
 
     Options = SupervisedConfig
     options: SupervisedConfig
+    records = True
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

@@ -22,6 +22,7 @@ from common import cli, distributed
 from common.config import Config, config_of, load_config
 from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
+from common.engine.runtime import arranged
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.experiment import Experiment, print_result
 from common.files import follow
@@ -177,10 +178,7 @@ def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module
     """The class branch of the checkpoint, in evaluation mode."""
     device = distributed.start(args.device)
     model = load_model(single_branch(cfg).model, args.resume)
-    if cfg.train.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-
-    return model.to(device), device
+    return arranged(model.to(device), cfg.train.channels_last, device), device
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:

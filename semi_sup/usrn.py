@@ -116,6 +116,7 @@ class Baseline(Method):
     Options = BaselineConfig
     options: BaselineConfig
     pseudo_labels: PseudoUnit | None = None  # how they join the class counts of remedies
+    records = True
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

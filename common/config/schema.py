@@ -147,8 +147,11 @@ class TrainConfig:
         1  # the batch is stated for this many processes; fewer accumulate the rest
     )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = False
-    compile: bool = False
+    channels_last: bool | None = (
+        None  # memory format of convolutions; None: on CUDA, for networks made of them
+    )
+    compile: bool | Literal["reduce-overhead"] = False
+    tf32: bool = True  # on CUDA, for products of float32; False: of all their digits
     deterministic: bool = False  # on CUDA; the CPU always is
     threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = (
         None  # CPU threads; None: torch's default

@@ -40,6 +40,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
+        "tf32": torch.backends.cuda.matmul.allow_tf32 if gpu else None,
         "ranks": distributed.world_size(),
         "python": platform.python_version(),
         "torch": torch.__version__,

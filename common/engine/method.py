@@ -57,6 +57,7 @@ class Method(nn.Module, ABC):
     options: Any  # an instance of it
     backwards = 1
     compiles = True  # False: a training pass runs parts of the network, not its call, which `train.compile` compiles
+    records = False  # True: nothing of a step is decided on the host, so `train.compile: reduce-overhead` may record it
     predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
 
     def __init__(self, cfg: Config, context: MethodContext):

@@ -104,6 +104,15 @@ def restore(
             )
         ]
         optimizer.load_state_dict({**saved[name], "param_groups": groups})
+        _arrange(optimizer)
+
+
+def _arrange(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state the memory format of the weights, which the fused kernels need: it may be another run's."""
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[key] = torch.empty_like(parameter).copy_(value)
 
 
 def _layout(states: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, int]]]:

@@ -7,8 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Final, TypeVar
 
 import torch
+from torch import nn
 
 from common import distributed
 from common.config import Config, ConfigError, ModelConfig, TrainConfig
@@ -18,6 +20,9 @@ from common.engine import checkpoint, optim, trackers
 from common.engine.method import Batch, Method, MethodContext
 from common.models import SegmentationModel
 from common.models.pretrained.containers import find_weights
+
+RECORDED: Final = "reduce-overhead"  # of `train.compile`: CUDA graphs of what is compiled
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def configure(cfg: TrainConfig, device: torch.device) -> None:
@@ -30,6 +35,10 @@ def configure(cfg: TrainConfig, device: torch.device) -> None:
     # It costs a pass over every empty tensor. (A property of the module's class, which no checker sees.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not exact
+
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
+        torch.backends.cudnn.allow_tf32 = cfg.tf32
 
 
 def seed_step(seed: int, slot: int, step: int) -> None:
@@ -64,17 +73,22 @@ class Costs:
         self.device = device
         self._waited = 0.0
         self._steps = 0
+        self._began: float | None = None
+        self.first: float | None = None  # seconds of the first step
 
     def load(self, streams: Mapping[str, Iterator[Batch]]) -> dict[str, Batch]:
         """The next batch of every stream, on the device."""
         start = time.perf_counter()
+        self._began = self._began or start
         batches = {name: next(stream) for name, stream in streams.items()}
         self._waited += time.perf_counter() - start
         return {name: to_device(batch, self.device) for name, batch in batches.items()}
 
     def step(self) -> None:
-        """A step was done."""
+        """A step was done, and its loss was waited for."""
         self._steps += 1
+        if self.first is None and self._began is not None:
+            self.first = time.perf_counter() - self._began
 
     def read(self) -> dict[str, float]:
         """`data_seconds` that a step waited for its batches, the mean since the last call, and `memory_gib`, the peak
@@ -131,10 +145,25 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
         method = _built(cfg, build, MethodContext(placeholder(cfg.model.num_classes)))
         optim.build_optimizers(method.parameter_groups())
 
+    _require_compilation(cfg, method)
+
+
+def _require_compilation(cfg: Config, method: Method) -> None:
+    """ConfigError where `train.compile` would do nothing for this method, or could not do what it says."""
+    where = f"{cfg.name}: train.compile"
+    name = type(method).__name__
     if cfg.train.compile and not method.compiles:
-        name = type(method).__name__
+        raise ConfigError(f"{where}: {name} runs the network in parts, set it to false")
+    if cfg.train.compile != RECORDED:
+        return
+
+    if not method.records:
         raise ConfigError(
-            f"{cfg.name}: train.compile: {name} runs the network in parts, set it to false"
+            f"{where}: {RECORDED}: a step of {name} needs the host; set it to true"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"{where}: {RECORDED} records CUDA graphs, without a GPU set it to true"
         )
 
 
@@ -166,14 +195,30 @@ def prepare(
     torch.manual_seed(cfg.seed)
     method = _built(cfg, build, context)
     method = distributed.synchronise_batchnorm(method, cfg.model.norm, device).to(device)
-    if cfg.train.channels_last:
-        method = method.to(memory_format=torch.channels_last)
+    method = arranged(method, cfg.train.channels_last, device)
+    mode = {"mode": RECORDED} if cfg.train.compile == RECORDED else {}
 
     if cfg.train.compile:
         for network in trained_networks(method):
-            network.compile()
+            network.compile(**mode)
 
     return method
+
+
+def arranged(module: Module, channels_last: bool | None, device: torch.device) -> Module:
+    """The module with its weights in the memory format that `train.channels_last` says; None: channels last on CUDA
+    where convolutions hold most of the weights."""
+    if channels_last is None:
+        channels_last = device.type == "cuda" and is_convolutional(module)
+
+    return module.to(memory_format=torch.channels_last) if channels_last else module
+
+
+def is_convolutional(module: nn.Module) -> bool:
+    """Whether convolutions hold most of the weights."""
+    kernels = [part.weight for part in module.modules() if isinstance(part, nn.Conv2d)]
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    return 2 * sum(kernel.numel() for kernel in kernels) > weights
 
 
 def _built(

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,7 +31,7 @@ def fit(
     """
     runtime.configure(cfg.train, device)
     trainer = Trainer(cfg, method, device)
-    step = trainer.resume() if resume else trainer.begin()
+    begun = step = trainer.resume() if resume else trainer.begin()
     streams = open_streams(step)
 
     with runtime.stop_signals() as received, RunLog(cfg, step) as log:
@@ -50,6 +50,8 @@ def fit(
 
         while step < cfg.train.steps and not trainer.exhausted:
             scalars = trainer.step(step, streams, received)
+            if cfg.train.compile and step == begun:
+                log.message(f"first step: {trainer.costs.first:.1f} s, compilation included")
             step += 1
             last = step == cfg.train.steps
             due = evaluate is not None and trainer.due(step)
@@ -65,12 +67,16 @@ def fit(
                 validate()
 
             if trainer.stop and not last:
-                log.message(
-                    f"stopped by {signal.Signals(trainer.stop).name} at step {step}; continue with --resume"
-                )
-                raise SystemExit(128 + trainer.stop)
+                _stop(trainer.stop, step, log)
 
         if trainer.exhausted:
             log.message(f"ended at step {step}: {trainer.standstill}")
 
     return step
+
+
+def _stop(number: int, step: int, log: RunLog) -> NoReturn:
+    """End the process as the signal asks."""
+    name = signal.Signals(number).name
+    log.message(f"stopped by {name} at step {step}; continue with --resume")
+    raise SystemExit(128 + number)

@@ -55,6 +55,9 @@ class Trainer:
 
         received: the signals that this rank was sent.
         """
+        if self.cfg.train.compile == runtime.RECORDED:
+            torch.compiler.cudagraph_mark_step_begin()
+
         optim.set_learning_rates(self.optimizers, step, self.cfg.optim, self.cfg.train.steps)
         with self.counters.held():
             total = self._gradients(step, streams)

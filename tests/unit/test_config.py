@@ -81,7 +81,7 @@ def test_json_reads_like_yaml(tmp_path):
         ("eval.scales=[]", ["eval.scales: () is empty"]),
         ("eval.scales=[0.0]", ["eval.scales[0]: 0.0 is less than 0.01"]),
         ("eval.max_edge=9", ["eval.max_edge: 9 has no effect without short_edge"]),
-        ("train.compile=1", ["train.compile: expected bool, got 1"]),
+        ("train.compile=1", ["train.compile: expected bool or ", "got 1"]),
         ("optim.lr=[", ["override 'optim.lr=[': not valid YAML"]),
         ("optim={lr: 1, lr: 2}", ["override", "key 'lr' stands twice in line 1; keep one"]),
     ],

@@ -199,6 +199,23 @@ def test_a_run_goes_on_with_the_kernels_of_its_device(tmp_path, monkeypatch, nam
     assert all(group["fused"] and not group["foreach"] for group in seen[0][name].param_groups)
 
 
+def test_state_of_another_memory_format_is_arranged_anew(tmp_path):
+    """A run that began before convolutions were channels last: fused kernels take tensors of one format alone."""
+
+    def make(form):
+        weight = nn.Parameter(torch.arange(48.0).view(2, 3, 2, 4).contiguous(memory_format=form))
+        group = {"params": [weight], "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "name": "all"}
+        return weight, build_optimizers([group])
+
+    weight, before = make(torch.contiguous_format)
+    weight.grad = weight.detach().clone()
+    before["sgd"].step()
+    other, after = make(torch.channels_last)
+    optim.restore(after, {"sgd": before["sgd"].state_dict()}, tmp_path)
+    [buffer] = (state["momentum_buffer"] for state in after["sgd"].state.values())
+    assert buffer.stride() == other.stride() and torch.equal(buffer, weight.grad)
+
+
 def test_gradients_of_parts_are_added_as_torch_adds_them():
     weights = [nn.Parameter(torch.randn(3)) for _ in range(3)]
     plain = [nn.Parameter(weight.detach().clone()) for weight in weights]

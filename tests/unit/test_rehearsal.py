@@ -21,6 +21,7 @@ from uda.train import build_method as uda_method
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).resolve().parents[2]
+MASK2FORMER = "ltss_benchmark/configs/toy/mask2former/maskformer2_R18.yaml"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,25 @@ def test_compilation_is_refused_where_it_would_do_nothing(path, build, works):
         rehearse(cfg, build)
         return
     with pytest.raises(ConfigError, match="train.compile: DAFormer runs the network in parts, set it to false"):
+        rehearse(cfg, build)
+
+
+@pytest.mark.parametrize(
+    ("path", "build", "gpu", "words"),
+    [
+        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, True, None),
+        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, False, "without a GPU set it to true"),
+        (MASK2FORMER, ltss_method, True, "a step of Mask2FormerMethod needs the host"),
+    ],
+)
+def test_graphs_are_recorded_where_nothing_needs_the_host(path, build, gpu, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    changes = ["train.devices=1", "train.compile=reduce-overhead", "model.pretrained=true"]
+    cfg = load_config(ROOT / path, changes)
+    if words is None:
+        rehearse(cfg, build)
+        return
+    with pytest.raises(ConfigError, match=f"train.compile: reduce-overhead.* {words}"):
         rehearse(cfg, build)
 
 

@@ -1,0 +1,107 @@
+"""Write docs/performance.md from the results in docs/results: python scripts/performance_page.py"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+MEASURED = ("step_blv", "usrn_step", "cpsl_step", "ltss", "cpsl", "loader", "metrics", "kmeans")
+HEAD = """# Performance
+
+Made by `python scripts/performance_page.py` from `docs/results/*.json`; a test fails where it is not. Every figure was
+measured, with the command that its file names. Rows that lose stay.
+"""
+OPERATORS = """## Operators of a training step
+
+`python scripts/benchmark.py gpu --device cpu --quick` counts what one step (forward, losses, backward, clipping,
+optimiser, moving average) dispatches below autograd. Networks are narrow and images tiny, but all layers are there, so
+the number is that of full size, but for what is repeated for each image. Views, allocations and numbers read on the
+host, which start no kernel, are in the column of their own ([before](results/operators_before.json),
+[now](results/operators.json)). `tests/unit/test_launches.py` holds these numbers.
+
+"""
+AFTER = """
+Before, optimisers took one tensor after the other on the CPU, and lists of tensors, in a few operators, on CUDA alone.
+So the last two columns leave the update out; they are what a GPU has less to start.
+"""
+GPU = """
+## On a GPU
+
+Since these changes no GPU was at hand: what fused optimisers, TF32, channels last by default and fewer operators give
+there **was not measured**, nor was `train.compile=reduce-overhead` run. On a machine with one,
+`python scripts/benchmark.py gpu --out gpu.json` measures every system in a few minutes.
+
+{measured} ([values](results/gpu_before.json)); busy is the sum of kernel times:
+
+| step | ms | busy ms | busy | kernels |
+|---|---|---|---|---|
+"""
+CPU = """
+## Against the plain way, on a CPU
+
+Milliseconds of each form, and how many times faster the first is than the others (below 1: slower).
+
+| result | row | ms | faster |
+|---|---|---|---|
+"""
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+def page() -> str:
+    before = {row["name"]: row for row in read("operators_before")["rows"]}
+    counted = [counts(before[row["name"]], row) for row in read("operators")["rows"]]
+    head = "| system | before | now | | idle before | now | without the update, before | now |\n" + "|---" * 8 + "|\n"
+    gpu = read("gpu_before")
+    steps = [step(row) for row in gpu["rows"]]
+    plain = [form(name, row) for name in MEASURED for row in read(name)["rows"]]
+
+    return "".join([HEAD, "\n", OPERATORS, head, *counted, AFTER, GPU.format(**gpu), *steps, CPU, *plain])
+
+
+def read(name: str) -> Mapping[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def counts(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A row of operators before and now."""
+    share = now["operators"] / before["operators"]
+    passes = [row["operators"] - row["parts"]["update"] for row in (before, now)]
+    cells = [now["name"], before["operators"], now["operators"], f"{share:.0%}", before["idle"], now["idle"], *passes]
+
+    return line(cells)
+
+
+def step(row: Mapping[str, Any]) -> str:
+    """A row of a step on a GPU."""
+    milliseconds = row["ms"]["step"]
+    busy = row["busy_ms"]
+    return line([row["name"], milliseconds, busy, f"{busy / milliseconds:.0%}", row["kernels"]])
+
+
+def form(result: str, row: Mapping[str, Any]) -> str:
+    """A row of forms that were measured side by side."""
+    times = ", ".join(f"{name} {value:.4g}" for name, value in row["ms"].items())
+    faster = ", ".join(f"{value:.2f}× {name}" for name, value in row.get("faster", {}).items())
+    return line([f"[{result}](results/{result}.json)", row["name"], times, faster])
+
+
+def line(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |\n"
+
+
+if __name__ == "__main__":
+    cli.run(main)
