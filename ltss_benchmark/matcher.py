@@ -22,6 +22,9 @@ from torch import Tensor
 from common.models.mask2former.decoder import masks
 from common.ops.point_sample import class_masks, point_sample
 
+# mask values of the layers that are matched together: what the cache holds some of, or 256 MiB
+AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
+
 
 class Targets(NamedTuple):
     """The classes of every image of a batch; each is one mask, its pixels in the label map."""
@@ -157,25 +160,47 @@ class Matcher:
     ) -> Matches:
         """Match probability (L, B, Q, K) and embeddings (L, B, Q, d) on mask features (B, d, h, w) to `targets`.
 
-        Every layer and image has its own points, uniform in the label map. ValueError for costs that are not finite.
+        Every layer and image has its own points, uniform in the label map; as many layers are worked through at once
+        as memory allows. ValueError for costs that are not finite.
         """
         if targets.padded.shape[1] == 0:
             none = targets.padded.new_empty(0)
             return Matches(none, none, [0] * len(targets.classes))
 
-        costs = [
-            self._costs(p, e, mask_features, targets)
-            for p, e in zip(probability, embeddings, strict=True)
-        ]
-        return self._assign(torch.stack(costs).cpu().numpy(), targets)
+        layers, batch, queries, _ = embeddings.shape
+        points = torch.rand(layers, batch, self.points, 2, device=embeddings.device)
+        values = batch * queries * max(self.points, mask_features[0, 0].numel())  # of a layer
+        limit = AT_ONCE.get(embeddings.device.type, AT_ONCE["cuda"])
+        groups = zip(
+            *(each.split(max(limit // values, 1)) for each in (probability, embeddings, points)),
+            strict=True,
+        )
+        costs = [self._costs(*group, mask_features, targets) for group in groups]
+
+        return self._assign(torch.cat(costs).cpu().numpy(), targets)
 
     def _costs(
-        self, probability: Tensor, embedding: Tensor, mask_features: Tensor, targets: Targets
+        self,
+        probability: Tensor,
+        embeddings: Tensor,
+        points: Tensor,
+        mask_features: Tensor,
+        targets: Targets,
     ) -> Tensor:
-        points = torch.rand(len(embedding), self.points, 2, device=embedding.device)
-        logits = point_sample(masks(embedding, mask_features), points)
-        truth = class_masks(targets.label, points, targets.padded)
-        return match_costs(probability, logits, truth, targets.padded, self.weights)
+        """Costs (n, B, Q, T) of n layers at points (n, B, P, 2): their pairs of image and layer are one batch, image
+        after image, so that one product with an image's features makes the masks of all its layers."""
+        layers, batch, queries, _ = embeddings.shape
+        every = masks(embeddings.transpose(0, 1).flatten(1, 2), mask_features)
+        every = every.unflatten(1, (layers, queries)).flatten(0, 1)
+        probability, points = (x.transpose(0, 1).flatten(0, 1) for x in (probability, points))
+        classes = targets.padded.repeat_interleave(layers, 0)
+        image = torch.arange(batch, device=points.device).repeat_interleave(layers)
+        truth = class_masks(targets.label, points, classes, image)
+        costs = match_costs(
+            probability, point_sample(every, points), truth, classes, self.weights
+        )
+
+        return costs.unflatten(0, (batch, layers)).transpose(0, 1)
 
     def _assign(self, costs: np.ndarray, targets: Targets) -> Matches:
         layers, batch, queries, _ = costs.shape

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ltss_benchmark import matcher
 from ltss_benchmark.matcher import Matcher, MatchWeights, assign, find_targets, queries_per_class
 
 CLASSES = 6
@@ -90,24 +91,38 @@ def test_queries_per_class():
     assert queries_per_class([0.0012 / 4.0001], 0.0012, scale=1.0).tolist() == [3]
 
 
-def test_costs_equal_the_dense_definition(monkeypatch):
+def test_costs_equal_the_dense_definition():
     """Every pair's cost from full masks, sampled at the same points by torch's own grid_sample."""
-    probability, embeddings, features, label = predictions(layers=1)
-    points = torch.rand(2, 50, 2)
-    monkeypatch.setattr(torch, "rand", lambda *size, device=None: points)
+    probability, embeddings, features, label = predictions(layers=3)
+    points = torch.rand(3, 2, 50, 2)
     targets = find_targets(label, CLASSES)
     weights = MatchWeights(2.0, 5.0, 3.0)
-    ours = Matcher(weights, points=50)._costs(probability[0], embeddings[0], features, targets)
-    for image, classes in enumerate(targets.classes):
-        grid = 2 * points[image, None, :, None] - 1
+    ours = Matcher(weights, points=50)._costs(probability, embeddings, points, features, targets)
+    for layer, (image, classes) in itertools.product(range(3), enumerate(targets.classes)):
+        grid = 2 * points[layer, image, None, :, None] - 1
         for q, (t, k) in itertools.product(range(8), enumerate(classes)):
-            mask = torch.einsum("d,dhw->hw", embeddings[0, image, q], features[image])
+            mask = torch.einsum("d,dhw->hw", embeddings[layer, image, q], features[image])
             x = F.grid_sample(mask[None, None], grid, align_corners=False).flatten()
             y = F.grid_sample((label[image] == k).float()[None, None], grid, align_corners=False).flatten()
             bce = F.binary_cross_entropy_with_logits(x, y)
             dice = 1 - (2 * (x.sigmoid() * y).sum() + 1) / (x.sigmoid().sum() + y.sum() + 1)
-            expected = -2 * probability[0, image, q, k] + 5 * bce + 3 * dice
-            torch.testing.assert_close(ours[image, q, t], expected, rtol=1e-5, atol=1e-5)
+            expected = -2 * probability[layer, image, q, k] + 5 * bce + 3 * dice
+            torch.testing.assert_close(ours[layer, image, q, t], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 1 << 22])
+def test_layers_matched_together_are_matched_alike(monkeypatch, limit):
+    """With the points that each layer would draw after the other, whatever their number at once."""
+    probability, embeddings, features, label = predictions(layers=5)
+    targets = find_targets(label, CLASSES)
+    monkeypatch.setitem(matcher.AT_ONCE, "cpu", limit)
+    torch.manual_seed(3)
+    found = Matcher(points=64)(probability, embeddings, features, targets)
+    torch.manual_seed(3)
+    single = zip(probability.split(1), embeddings.split(1), strict=True)
+    alone = [Matcher(points=64)(p, e, features, targets) for p, e in single]
+    expected = [(la, im, q, k) for la, each in enumerate(alone) for _, im, q, k in pairs(each, 1, 2, 8)]
+    assert sorted(pairs(found, 5, 2, 8)) == sorted(expected)
 
 
 @pytest.mark.parametrize("copies", [None, np.array([1, 2, 1, 3, 1, 1])])

@@ -4,8 +4,28 @@ The norm is folded into its convolution at every forward (weight · scale, bias 
 map and keeps no map alive for the backward.
 """
 
+import operator
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Made(NamedTuple):
+    """Scale and shift, with the buffers that they were made of."""
+
+    buffers: tuple[Tensor, ...]
+    versions: tuple[int, ...]  # torch counts what is written into a tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def _affine(
+    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = weight * (variance + eps).rsqrt()
+    return scale, bias - mean * scale
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -18,10 +38,22 @@ class FrozenBatchNorm2d(nn.Module):
         for name in ("weight", "bias", "running_mean", "running_var"):
             self.register_buffer(name, getattr(norm, name).detach().clone())
 
+        self._made: Made | None = None
+
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C,)."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        """Scale and shift (C,); made once, and again when the buffers have other values or are others."""
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return _affine(*buffers, self.eps)
+
+        versions = tuple(buffer._version for buffer in buffers)
+        made = self._made
+        same = made is not None and all(map(operator.is_, made.buffers, buffers))
+        if made is None or not same or made.versions != versions:
+            made = Made(buffers, versions, *_affine(*buffers, self.eps))
+            self._made = made
+
+        return made.scale, made.shift
 
     def forward(self, x: Tensor) -> Tensor:
         return x
