@@ -16,6 +16,7 @@ from common.data import DatasetRow, SegmentationDataset, check, make_loaders, ma
 from common.data.coverage import coverage_warnings
 from common.data.groups import grouping, groups_config
 from common.data.statistics import Statistics, class_statistics
+from common.data.streams import hold_images
 from common.engine.checkpoint import refuse_earlier
 from common.engine.method import Method, MethodContext
 from common.engine.trainer import Streams
@@ -109,6 +110,7 @@ class Experiment:
             self.cfg.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.cfg.folder / "statistics.json", self.counts)
 
+        hold_images(self.streams, self.cfg.data, self.cache)
         rank = distributed.rank()
         world = distributed.world_size()
         return make_loaders(

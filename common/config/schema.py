@@ -65,7 +65,8 @@ class DataConfig(SourceConfig):
     streams: Mapping[str, StreamConfig] = field(default_factory=dict)
     val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
     workers: Processes = 2  # loader processes per stream
-    cache: str | None = None  # folder of dataset statistics; None: <output>/.cache
+    cache: str | None = None  # folder of statistics and decoded images; None: <output>/.cache
+    cache_size: Positive | None = None  # GiB of decoded images of the streams kept there; None: none
     groups: Mapping[str, Any] | None = (
         None  # rare, common, frequent: thresholds or lists, see common.data.groups
     )

@@ -16,6 +16,7 @@ from common.data.catalogue.registry import resolve
 from common.data.focus import Focus
 from common.data.images import Picture
 from common.data.labels import IGNORE, MOST_CLASSES, read_index
+from common.data.pixel_cache import PixelCache
 from common.files import load_array, read_artifact
 
 Transform = Callable[
@@ -42,6 +43,7 @@ class SegmentationDataset:
         self.records: list[Record] = self.row.layout(self.root, source.split, lines)
         self.names: list[str] = [record.name for record in self.records]
         self.transform = transform
+        self.cache: PixelCache | None = None  # decoded images; None: files are decoded
         if source.labels:
             self._require_labels()
 
@@ -59,7 +61,8 @@ class SegmentationDataset:
     def open(self, index: int) -> dict[str, Any]:
         """The raw sample, its pixels still encoded: `image` Picture, `label` int16 (H, W), maps, `name`, `index`."""
         record = self.records[index]
-        sample = {"image": Picture(record.image), "name": record.name, "index": index}
+        opened = Picture if self.cache is None else self.cache.picture
+        sample = {"image": opened(record.image), "name": record.name, "index": index}
         if self.source.labels:
             sample["label"] = self._label(record, sample["image"].size)
 

@@ -60,6 +60,15 @@ class Picture:
         """Height and width."""
         return self.height, self.width
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is a PNG of 8-bit RGB, of which a window is decoded alone."""
+        return self._data.startswith(PNG) and self._data[24:26] == b"\x08\x02"
+
+    def is_early(self, rows: slice) -> bool:
+        """Whether the rows down to a window's end are much less than all."""
+        return rows.stop < 0.9 * self.height
+
     def pixels(self) -> np.ndarray:
         """RGB, uint8 (H, W, 3)."""
         if self._pixels is None:
@@ -72,9 +81,7 @@ class Picture:
 
         Of a PNG only the rows down to the window's end are decoded, unless that is nearly all of them.
         """
-        early = rows.stop < 0.9 * self.height
-        plain = self._data.startswith(PNG) and self._data[24:26] == b"\x08\x02"  # 8-bit RGB
-        if self._pixels is None and early and plain:
+        if self._pixels is None and self.plain and self.is_early(rows):
             with decoding(self.path, "image"):
                 return _decode_window(self._data, rows, columns)
 

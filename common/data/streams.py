@@ -16,6 +16,7 @@ from common.config import DataConfig, TrainConfig, pick, typed
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
 from common.data.orders import Order, SamplerConfig, generator, make_order
+from common.data.pixel_cache import GIB, pixel_cache
 from common.data.recipes.build import build_transform
 
 
@@ -84,6 +85,20 @@ def _augment(data: DataConfig, name: str) -> Mapping[str, Any]:
     source = pick(data.streams, lender, f"data.streams.{name}.augment.colour_from")
     images = {key: getattr(source, key) for key in ("dataset", "root", "split", "list", "folder")}
     return {**augment, "colour_from": images}
+
+
+def hold_images(streams: Mapping[str, Stream], data: DataConfig, folder: Path) -> None:
+    """Let the streams read decoded images from `folder`, up to `data.cache_size` GiB of all together, the first stream
+    before the next; what is not there yet is written, in `data.workers` processes."""
+    left = int((data.cache_size or 0) * GIB)
+    for stream in streams.values():
+        if left == 0:
+            return
+
+        dataset = stream.dataset
+        paths = [record.image for record in dataset.records]
+        dataset.cache = pixel_cache(paths, dataset.row.name, folder, left, data.workers)
+        left -= 0 if dataset.cache is None else dataset.cache.size
 
 
 def make_loaders(

@@ -3,11 +3,13 @@
 Ours decodes no row below the crop and resizes the crop alone. The plain forms decode everything, resize all, then crop,
 mirror and distort, with Pillow and (where cv2 can be imported; it is no dependency) with OpenCV, which is what the
 original pipeline uses. All forms draw the same random numbers on the same files, in one thread. Pillow's resize is
-another one: it smooths when shrinking.
+another one: it smooths when shrinking. The last rows are what loader processes hand over, with and without the cache of
+decoded images (`data.cache_size`), whose making takes `made_seconds`.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -18,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.config import SourceConfig
-from common.data import SegmentationDataset, build_transform, toy
+from common.config import DataConfig, SourceConfig, StreamConfig, TrainConfig
+from common.data import SegmentationDataset, Stream, build_transform, make_loaders, make_streams, toy
 from common.data.geometry import draw_offset, fit
 from common.data.images import Picture, read_image
 from common.data.labels import is_varied
 from common.data.recipes.mmseg import MMSeg
+from common.data.streams import hold_images
 from scripts.bench import measure
 from scripts.bench.full_size import parse_size
 
@@ -42,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop", default="512x1024", help="HEIGHTxWIDTH of the crop (default 512x1024)")
     parser.add_argument("--images", type=int, default=4, help="files (default 4)")
     parser.add_argument("--samples", type=int, default=16, help="samples that a form draws in a turn (default 16)")
+    parser.add_argument("--cached", action="store_true", help="only the rows of the cache of decoded images")
     parser.set_defaults(threads=1)
 
 
@@ -56,11 +60,57 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
         bench = Bench(dataset, 2 if args.quick else args.samples)
         check = bench.check()
         facts = {"size": args.size if not args.quick else "128x256", "crop": list(crop), "samples": bench.samples}
+        cached = cached_rows(Path(folder), root, augment, args, facts)
+        if args.cached:
+            return cached
+
         return [
             bench.row("load and augment", bench.whole(), args.rounds, check, BAR, facts),
             bench.row("augment alone, already decoded", bench.augment(), args.rounds, check, BAR, facts),
             bench.row("decode the image alone", bench.decode(), args.rounds, {}, None, facts),
+            *cached,
         ]
+
+
+# The cache of decoded images ----------------------------------------------------------------------------------------
+
+
+def cached_rows(folder: Path, root: Path, augment: Sample, args: argparse.Namespace, facts: Sample) -> list:
+    """Samples from 1 and 2 loader processes (with --quick from this one), decoded or from the cache."""
+    source = {"dataset": "cityscapes", "root": str(root)}
+    stream = StreamConfig(**source, batch_size=1, augment=augment)
+    rows = []
+    for workers in (0,) if args.quick else (1, 2):
+        data = DataConfig(**source, workers=workers, streams={"labeled": stream}, cache_size=1000.0)
+        held, plain = (make_streams(data, seed=7) for _ in range(2))
+        start = time.perf_counter()
+        hold_images(held, data, folder / f"cache_{workers}")
+        made = time.perf_counter() - start
+        both = {"cached": held, "decoded": plain}
+        forms = {name: taken(streams, data, facts["samples"]) for name, streams in both.items()}
+        apart = max(difference(held["labeled"], plain["labeled"], draw) for draw in range(args.images))
+        check = {"levels apart": measure.require("cached images", apart, 0)}
+        name = f"samples of {workers or 'no'} loader process{'es' if workers != 1 else ''}"
+        row = measure.compare(name, forms, args.rounds, check=check, items=facts["samples"], **facts)
+        rates = {form: 1000 / ms for form, ms in row["ms"].items()}
+        rows.append(row | {"images_per_second": rates, "made_seconds": made})
+
+    return rows
+
+
+def taken(streams: dict[str, Stream], data: DataConfig, samples: int) -> Callable[[], None]:
+    """A call that takes so many samples from loader processes, which go on meanwhile."""
+    [loader] = make_loaders(data, TrainConfig(), streams=streams).values()
+
+    def call() -> None:
+        for _ in range(samples):
+            next(loader)
+
+    return call
+
+
+def difference(ours: Stream, theirs: Stream, draw: int) -> float:
+    return float((ours.sample(draw)["image"].int() - theirs.sample(draw)["image"]).abs().max())
 
 
 # The recipe, written plainly ----------------------------------------------------------------------------------------
