@@ -51,7 +51,7 @@ def small(name, folder, *words):
     """The method of a config with a tiny network."""
     cfg = load(name)
     backbone, options = SMALL[cfg.model.name]
-    model = replace(cfg.model, backbone=backbone, options=options)
+    model = replace(cfg.model, backbone=backbone, options=options, checkpoint=None)
     if model.pretrained:
         model = replace(model, pretrained=str(weights(folder, backbone)))
     cfg = replace(load(name, *words), model=model)
