@@ -182,7 +182,8 @@ def load_network(cfg: Config, file: Path, device: torch.device) -> SegmentationM
 def given_of(trained: Trained, where: str) -> Given:
     """What a remedy may ask for."""
     cfg = trained.cfg
-    dataset, statistics = trained.experiment.counted
+    counted = trained.experiment.counted
+    dataset, statistics = counted.dataset, counted.statistics
 
     @cache
     def features(mib: int) -> Features:
@@ -216,7 +217,8 @@ def leave(
     started: float,
 ) -> None:
     """Write the folder of every strength, its evaluation last; a single one has a checkpoint."""
-    counts = counts_of(*trained.experiment.counted)
+    counted = trained.experiment.counted
+    counts = counts_of(counted.dataset, counted.statistics)
     for strength, folder in folders.items():
         classifier = classifiers[strength]
         cfg = config_of_result(trained, classifier, folder)
