@@ -6,8 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from common.data.imbalance import GROUPS
 from common.report.charts import ClassRow, Run, class_chart, heatmap
-from common.report.html import delta, details, header, points, section, swatch, table
+from common.report.html import (
+    cell,
+    delta,
+    details,
+    points,
+    section,
+    sorting_header,
+    swatch,
+    table,
+)
 
 MANY = 60  # classes beyond which the class chart shows groups of neighbours in frequency
 
@@ -69,33 +79,55 @@ def _neighbours(rows: Sequence[ClassRow], bins: int = 20) -> list[ClassRow]:
 
 
 def _class_table(report: Any, order: Sequence[int]) -> str:
-    """Every class's numbers."""
+    """Every class's numbers; each column sorts."""
     runs = report.scored
     first = report.results[runs[0]]["per_class"]
     levels = list(first[0].get("groups", {})) if first else []
-    head = ["class", "tail", *(f"{level} group" for level in levels), "evaluated pixels"]
-    head += [f"{score} {report.names[i]}" for i in runs for score in ("IoU", "Acc")]
-    rows = []
+    head = ["class", "tail", *(f"{level} group" for level in levels), "frequency, %", "pixels"]
+    for i in runs:
+        titles = ["IoU", *(["change"] if _changes(report, i) else []), "Acc", "precision"]
+        head += [f"{title} {report.names[i]}" for title in titles]
 
+    rows = []
     for k in order:
         item = first[k]
-        row = [escape(item["name"]), "tail" if item["tail"] else ""]
-        row += [escape(item["groups"][level]) for level in levels] + [f"{item['pixels']:,}"]
-
+        share = report.shares[k]
+        row = [escape(item["name"]), cell(int(item["tail"]), "tail" if item["tail"] else "")]
+        row += [cell(_rank(item["groups"][level]), item["groups"][level]) for level in levels]
+        row.append(cell(share, "–" if share is None else f"{100 * share:.3g}"))
+        row.append(cell(item["pixels"], f"{item['pixels']:,}"))
         for i in runs:
-            mine = report.results[i]["per_class"][k]
-            base = report.results[0]["per_class"][k] if i and report.results[0] else None
-            row += [
-                points(mine[s]) + (delta(mine[s], base[s]) if base else "")
-                for s in ("iou", "acc")
-            ]
-
+            row += _class_cells(report, i, k)
         rows.append(row)
 
     return details(
-        f"Table: IoU and accuracy of every class ({report.convention})",
-        table(header(head), rows),
+        f"Table: every class ({report.convention}); a click on a head sorts",
+        table(sorting_header(head), rows, "sortable"),
     )
+
+
+def _changes(report: Any, i: int) -> bool:
+    """Whether a run has changes against the baseline."""
+    return bool(i and report.results[0])
+
+
+def _rank(group: str) -> int | None:
+    """The place of a group's name, rare ones highest; None for classes that are in none."""
+    return len(GROUPS) - GROUPS.index(group) if group in GROUPS else None
+
+
+def _class_cells(report: Any, i: int, k: int) -> list[str]:
+    """IoU, its change against the baseline, accuracy and precision of one class in one run."""
+    mine = report.results[i]["per_class"][k]
+    cells = [cell(mine["iou"], points(mine["iou"]))]
+
+    if _changes(report, i):
+        before = report.results[0]["per_class"][k]["iou"]
+        change = None if mine["iou"] is None or before is None else mine["iou"] - before
+        cells.append(cell(change, delta(mine["iou"], before)))
+
+    rates = [mine["acc"], mine.get("precision")]
+    return [*cells, *(cell(value, points(value)) for value in rates)]
 
 
 def confusion(report: Any) -> str:

@@ -7,11 +7,13 @@ STYLE = """
 :root { color-scheme: light dark;
   --page: #f4f5f7; --card: #ffffff; --ink: #1b2027; --soft: #5b6572; --edge: #dfe3e8; --grid: #e6e9ed; --tint: #f0f3f7;
   --share: #a9b3bf; --heat: #1f5fbf; --up: #0b6e4f; --down: #b3400a;
-  --c0: #6b7684; --c1: #2470c8; --c2: #c85a08; --c3: #0f8a66; --c4: #8a4fc4; --c5: #c22f7d; }
+  --c0: #6b7684; --c1: #2470c8; --c2: #c85a08; --c3: #0f8a66; --c4: #8a4fc4; --c5: #c22f7d;
+  --c6: #8a6d00; --c7: #00838f; --c8: #7a3b12; --c9: #4b5d0b; --c10: #30318b; }
 @media (prefers-color-scheme: dark) { :root {
   --page: #12151a; --card: #1a1f26; --ink: #e6e9ee; --soft: #9aa5b3; --edge: #2d343e; --grid: #2a313a; --tint: #222933;
   --share: #56616f; --heat: #5a9cf0; --up: #4fc79c; --down: #f2915c;
-  --c0: #99a4b2; --c1: #5aa2f0; --c2: #f08c3c; --c3: #34b98f; --c4: #b488ea; --c5: #ee6aaf; } }
+  --c0: #99a4b2; --c1: #5aa2f0; --c2: #f08c3c; --c3: #34b98f; --c4: #b488ea; --c5: #ee6aaf;
+  --c6: #d9b93b; --c7: #3fc7d4; --c8: #c98a63; --c9: #a3bf4a; --c10: #8f95f2; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", Arial, sans-serif; }
@@ -36,6 +38,8 @@ th { font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bott
 th.group { text-align: center; border-left: 1px solid var(--edge); }
 th:first-child, td:first-child { text-align: left; padding-left: 2px; }
 tbody tr:last-child td { border-bottom: 0; }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--c1); }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; min-width: 200px; }
 .left th { text-align: left; }
 .best { font-weight: 700; }
@@ -94,9 +98,19 @@ document.querySelectorAll('.panels img').forEach(img => img.addEventListener('cl
   zoom.replaceChildren(img.cloneNode()); zoom.style.display = 'grid'; }));
 const shut = () => { zoom.style.display = 'none'; };
 zoom.addEventListener('click', shut);
+document.querySelectorAll('table.sortable th button').forEach(button => button.addEventListener('click', () => {
+  const head = button.closest('th'), body = head.closest('table').tBodies[0];
+  const column = [...head.parentNode.children].indexOf(head);
+  const down = head.getAttribute('aria-sort') !== 'descending';
+  head.parentNode.querySelectorAll('th').forEach(other => other.removeAttribute('aria-sort'));
+  head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
+  const sorted = [...body.rows].sort((one, other) => {
+    const a = one.children[column].dataset.v, b = other.children[column].dataset.v;
+    return (a === undefined) - (b === undefined) || (down ? b - a : a - b); });
+  sorted.forEach(row => body.append(row)); }));
 document.addEventListener('keydown', event => { if (event.key === 'Escape') shut(); });
 """
-COLOURS = 6
+COLOURS = 11
 
 
 def page(title: str, body: str, runs: int) -> str:
@@ -146,22 +160,38 @@ def details(title: str, body: str) -> str:
     )
 
 
-def table(head: str, rows: Sequence[Sequence[str]]) -> str:
-    """`head` is the markup of the header rows; cells are markup, or whole `<td …>` elements."""
+def table(head: str, rows: Sequence[Sequence[str]], css: str = "") -> str:
+    """`head` is the markup of the header rows; cells are markup, or whole `<td …>` elements.
+
+    css: "sortable" makes the buttons of the head sort by the `data-v` of the cells (see `cell`).
+    """
     lines = [
         "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
         for row in rows
     ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return (
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table class="{css}"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
 def header(names: Sequence[str], css: str = "") -> str:
     return (
         f'<tr class="{css}">' + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
     )
+
+
+def sorting_header(names: Sequence[str], plain: int = 1) -> str:
+    """A header row whose cells sort their column, the first `plain` of them apart."""
+    heads = [f'<th scope="col">{escape(name)}</th>' for name in names[:plain]]
+    heads += [
+        f'<th scope="col"><button type="button">{escape(name)}</button></th>'
+        for name in names[plain:]
+    ]
+    return f"<tr>{''.join(heads)}</tr>"
+
+
+def cell(value: float | None, text: str) -> str:
+    """A cell that is sorted by its value; one without a value comes last."""
+    return f"<td>{text}</td>" if value is None else f'<td data-v="{value:.9g}">{text}</td>'
 
 
 def points(value: float | None) -> str:

@@ -13,6 +13,7 @@ from common.data.imbalance import GROUPS
 from common.metrics import CONVENTIONS, scores, tail_miou
 from common.report.html import delta, details, header, points, section, swatch, table
 
+TILES = ("mIoU(tail)", "mIoU", "mAcc", "aAcc")
 SCORES = {
     "mIoU": "miou",
     "mIoU(tail)": "miou_tail",
@@ -47,7 +48,8 @@ def _tiles(report: Any) -> str:
     base = report.results[0] if best else None
     tiles = []
 
-    for name, key in list(SCORES.items())[:4]:
+    for name in TILES:
+        key = SCORES[name]
         if result.get(key) is not None:
             change = delta(result[key], base[key], "") if base else ""
             label = f"{name} · {escape(report.names[best])}" if report.compared else name
