@@ -5,6 +5,7 @@
     metrics      confusion matrix, and evaluation of whole images
     cpsl         the operations of CPSL against their literal forms, LAB colour transfer
     usrn         a training step of USRN against the release's form of it, and with channels_last + bf16
+    unimatch     the same of UniMatch, or with --method unimatch_v2 of UniMatch V2
     daformer     the same of DAFormer
     kmeans       balanced k-means against k-means-constrained (with --large also at full size)
     ltss         Mask2Former: order of inference, a training step against transformers, deformable attention
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.benc
 from common import cli
 from common.files import refuse_to_overwrite
 
-NAMES = ("loader", "step", "metrics", "cpsl", "usrn", "daformer", "kmeans", "ltss", "gpu", "full-size")
+NAMES = ("loader", "step", "metrics", "cpsl", "usrn", "unimatch", "daformer", "kmeans", "ltss", "gpu", "full-size")
 MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
 CHILD = "one-step"  # a process that full-size starts
 

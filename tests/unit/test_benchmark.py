@@ -20,6 +20,7 @@ from scripts.bench import (
     kmeans,
     ltss,
     measure,
+    unimatch_literal,
     usrn_literal,
     workspace,
 )
@@ -92,6 +93,16 @@ def test_benchmark_of_usrn(tmp_path, monkeypatch):
     monkeypatch.setattr(usrn_literal, "entropy", lambda p: torch.zeros_like(p[:, 0]))  # more is vetoed
     with pytest.raises(ValueError, match="Lu_reg: the forms differ|loss: the forms differ"):
         bench("usrn", tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("name", ["unimatch", "unimatch_v2"])
+def test_benchmark_of_unimatch(name, tmp_path, monkeypatch):
+    [row] = bench("unimatch", "--method", name, tmp_path / "a.json")
+    assert set(row["ms"]) == {"ours", "literal", "channels_last + bf16"} and row["crop"] == 42
+    assert 0 < row["check"]["kept"] < 1 and row["check"]["Ls"] <= 1e-5
+    monkeypatch.setattr(unimatch_literal, "mixed", lambda labels, partner, inside: labels)  # labels not pasted
+    with pytest.raises(ValueError, match="Ls: the forms differ"):
+        bench("unimatch", "--method", name, tmp_path / "b.json")
 
 
 def test_benchmark_of_daformer(tmp_path, monkeypatch):
