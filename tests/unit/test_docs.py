@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -199,18 +200,23 @@ def test_commands_parse(page, command, monkeypatch, stop_after_parsing):
     path = (command.folder / file).resolve()
     assert path.is_file(), file
     if path.suffix == ".sh":
-        check_script(path, words)
+        check_script(path, words, shown_files(page))
     elif command.whole:
         monkeypatch.setattr(sys, "argv", [str(path), *words])
         monkeypatch.chdir(command.folder)
         with pytest.raises(ParsedError):
             main_of(path)()
-        check_config(command.folder, words)
+        check_config(command.folder, [word for word in words if word not in shown_files(page)])
 
 
-def check_script(path: Path, words: tuple[str, ...]) -> None:
+def shown_files(page: Path) -> set[str]:
+    """The configs that a page shows whole, each under its name, for the reader to write."""
+    return set(re.findall(r"^```yaml\n# (\S+/\S+\.yaml)\n", page.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def check_script(path: Path, words: tuple[str, ...], shown: set[str]) -> None:
     """A driver's first two words choose its configs."""
-    if path.name != "main.sh" or words[0].isupper():
+    if path.name != "main.sh" or words[0].isupper() or any(file.startswith(f"{words[0]}/") for file in shown):
         return
     task, variant = (*words, "")[:2]
     if path.parent.name == "uda":
@@ -219,7 +225,7 @@ def check_script(path: Path, words: tuple[str, ...]) -> None:
         assert (path.parent / "configs" / f"{task}_{variant or 'usrn'}.json").is_file()
 
 
-def check_config(folder: Path, words: tuple[str, ...]) -> None:
+def check_config(folder: Path, words: Sequence[str]) -> None:
     """The config that a command names loads with the values that it changes."""
     changes = [word for word in words if re.match(r"[a-z_.]+=", word)]
     named = [word for word in words if re.search(r"\.(ya?ml|json)$", word) and "<" not in word and "/" in word]
