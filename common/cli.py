@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common import console
@@ -104,21 +105,123 @@ sys.excepthook = _quiet_interrupt
 
 
 def train_parser(description: str) -> argparse.ArgumentParser:
-    """CONFIG [--resume] [--device D] [--quiet] [key=value …]"""
+    """CONFIG [--resume] [--output DIR] [--device D] [--quiet] [key=value …]; `parse` reads them."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("config", help="YAML or JSON config")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], help="values to change, as section.key=value"
-    )
+    add_config(parser)
     parser.add_argument(
         "--resume", action="store_true", help="resume from the run's newest checkpoint"
     )
+    return parser
+
+
+# One grammar ----------------------------------------------------------------------------------------------------------
+
+CONFIGS = (".yaml", ".yml", ".json")
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augmentation
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """What trains or evaluates: [CONFIG] [key=value …] [--output DIR] [--device D] [--quiet]. CONFIG may stand behind
+    --config, too (detectron2's --config-file)."""
+    add_words(parser)
+    parser.add_argument("--output", metavar="DIR", help="where runs lie: output=DIR")
+    add_device(parser)
+    add_quiet(parser)
+
+
+def add_model(
+    parser: argparse.ArgumentParser, further: str = "", help_of_further: str = ""
+) -> None:
+    """What uses a trained network: [CONFIG] CHECKPOINT [further words …] [key=value …] [--quiet]."""
+    names = ["CONFIG", "CHECKPOINT", *([further] if further else []), "KEY=VALUE"]
+    add_words(parser, " | ".join(names), help_of_further or "a config, a checkpoint, values to change")
+    parser.set_defaults(rest=[] if further else None)
+    add_checkpoint(parser)
+    add_quiet(parser)
+
+
+def add_words(
+    parser: argparse.ArgumentParser,
+    names: str = "CONFIG | KEY=VALUE",
+    text: str = "a YAML or JSON config, and values to change: section.key=value",
+) -> None:
+    """CONFIG and key=value, alone or behind --config, for `parse`."""
+    parser.add_argument("words", nargs="*", default=[], metavar=names, help=text)
+    parser.add_argument("-c", "--config", "--config-file", metavar="FILE", help="the config")
+
+
+def add_out(parser: argparse.ArgumentParser, kind: str, text: str) -> None:
+    """--output PATH, of what makes one file or folder."""
+    parser.add_argument("--output", "--out", dest="out", required=True, metavar=kind, help=text)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *aliases: str, default: str = "") -> None:
+    """[CHECKPOINT], or --checkpoint FILE."""
+    text = "ours (a run, its checkpoints/best, a .safetensors file; the config is inside) or an official file"
+    parser.add_argument(
+        "--checkpoint",
+        *aliases,
+        metavar="FILE",
+        help=text + (f"; default: {default}" if default else ""),
+    )
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """[--tta] [--save-predictions DIR]"""
+    parser.add_argument(
+        "--tta", action="store_true", help="average six scales, each also mirrored"
+    )
+    parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """[--device D]"""
     parser.add_argument(
         "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
     )
-    add_quiet(parser)
 
-    return parser
+
+def parse(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The arguments of a parser with `add_config` or `add_model`: `config`, `checkpoint` where it has one, whether they
+    stood alone or behind their option, `overrides` and `rest`. Ends the program where a word is missing or too many."""
+    return completed(parser, parser.parse_intermixed_args(words))
+
+
+def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """`parse` of arguments that are read already."""
+    args.overrides = [w for w in args.words if "=" in w and not Path(w).exists()]
+    named = [word for word in args.words if word not in args.overrides]
+    if getattr(args, "output", None):
+        args.overrides.append(f"output={args.output}")
+
+    if named and args.config is None and (is_config(named[0]) or not hasattr(args, "checkpoint")):
+        args.config = named.pop(0)
+    if named and getattr(args, "checkpoint", "") is None:
+        args.checkpoint = named.pop(0)
+    if getattr(args, "rest", None) is not None:
+        args.rest, named = named, []
+
+    if named:
+        parser.error(f"unrecognized arguments: {' '.join(named)}")
+    if args.config is None and getattr(args, "checkpoint", None) is None:
+        parser.error("the following arguments are required: CONFIG")
+
+    return args
+
+
+def is_config(word: str) -> bool:
+    """Whether a word names a config, or a task's folder of them, and no checkpoint or run."""
+    path = Path(word)
+    if path.is_dir():
+        return any(path.glob("*.yaml")) and not (path / "config.yaml").exists()
+    return path.suffix in CONFIGS
+
+
+def with_tta(cfg: Config) -> Config:
+    """The config with `--tta`."""
+    return replace(cfg, eval=replace(cfg.eval, scales=SCALES, flip=True))
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -148,13 +251,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     The parser's `parse_intermixed_args` reads them, `source` says what they name.
     """
     parser.add_argument(
-        "dataset", nargs="?", help="a row of DATASETS, such as cityscapes; not with --config"
+        "dataset", nargs="?", help="a row of DATASETS, such as cityscapes, or a config"
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], help="section.key=value, with --config"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="take the data set of this config, `folder` ones too"
+        "-c",
+        "--config",
+        "--config-file",
+        metavar="FILE",
+        help="take the data set of this config, `folder` ones too",
     )
     parser.add_argument(
         "--stream", help="which stream of the config (default: its first with labels)"
@@ -170,9 +277,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 def source(args: argparse.Namespace) -> SourceConfig:
     """What the arguments of `add_source` name. ValueError where they name nothing, or two things."""
-    words, overrides = split_overrides(
-        [word for word in (args.dataset, *args.overrides) if word]
-    )
+    words, overrides = _source_words(args)
     if bool(words) == bool(args.config) or len(words) > 1 or (overrides and not args.config):
         raise ValueError("name one data set, such as camvid, or a --config with its overrides")
 
@@ -185,8 +290,17 @@ def source(args: argparse.Namespace) -> SourceConfig:
 
 def source_config(args: argparse.Namespace) -> Config | None:
     """The config that the arguments of `add_source` name; None where they name a row."""
-    _, overrides = split_overrides([word for word in (args.dataset, *args.overrides) if word])
+    _, overrides = _source_words(args)
     return load_config(args.config, overrides) if args.config else None
+
+
+def _source_words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The words that name rows, and overrides; a config among them is taken as --config's."""
+    words, overrides = split_overrides([w for w in (args.dataset, *args.overrides) if w])
+    if args.config is None and words and is_config(words[0]):
+        args.config, args.dataset = words.pop(0), None
+
+    return words, overrides
 
 
 def _labelled(cfg: Config, stream: str | None) -> SourceConfig:

@@ -1,49 +1,38 @@
-"""Evaluate a checkpoint: `python fully_sup/test.py CONFIG CHECKPOINT [--tta] [--save-predictions DIR] [key=value …]`.
+"""Evaluate a checkpoint: `python fully_sup/test.py [CONFIG] [CHECKPOINT] [--tta] [--save-predictions DIR] [k=v …]`.
 
-CHECKPOINT is one of ours (a run's `checkpoints/best`), a .safetensors file, or an official MMSegmentation file.
+CHECKPOINT is one of ours (a run's `checkpoints/best`; its config is inside, so CONFIG may be left out), a .safetensors
+file, or an official MMSegmentation file. With CONFIG alone it is the best one of the config's run.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from common import cli, distributed
-from common.config import load_config
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
 from common.files import refuse_to_overwrite, write_json
 from common.models import load_model
-
-SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of MMSegmentation's test-time augmentation
+from common.models.carried import best_of, open_config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config")
-    parser.add_argument("checkpoint")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
-    parser.add_argument(
-        "--tta", action="store_true", help="average six scales, each also mirrored"
-    )
-    parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
+    cli.add_config(parser)
+    cli.add_checkpoint(parser)
+    cli.add_evaluation(parser)
     parser.add_argument(
         "--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json"
     )
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
-    )
     cli.add_force(parser)
-    cli.add_quiet(parser)
-    args = parser.parse_intermixed_args()
-    cfg = load_config(args.config, args.overrides)
+    args = cli.parse(parser)
+    cfg = open_config(args.config, args.checkpoint, args.overrides)
+    args.checkpoint = args.checkpoint or best_of(cfg)
     if args.tta:
-        cfg = dataclasses.replace(
-            cfg, eval=dataclasses.replace(cfg.eval, scales=SCALES, flip=True)
-        )
+        cfg = cli.with_tta(cfg)
 
     experiment = Experiment(cfg, train=False)
     predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)

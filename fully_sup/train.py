@@ -8,7 +8,7 @@ from fully_sup.supervised import build_method
 
 
 def main() -> None:
-    args = cli.train_parser(__doc__).parse_intermixed_args()
+    args = cli.parse(cli.train_parser(__doc__))
     cfg = load_config(args.config, args.overrides)
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join

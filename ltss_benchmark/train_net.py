@@ -1,9 +1,10 @@
-"""Train or evaluate: `python train_net.py --config-file CONFIG [--num-gpus N] [--resume] [KEY VALUE | key=value …]`.
+"""Train or evaluate: `python train_net.py CONFIG [--num-gpus N] [--resume] [KEY VALUE | key=value …]`.
 
-    train_net.py --config-file C                                  train; --resume resumes from the newest checkpoint
-    train_net.py --config-file C --eval-only MODEL.WEIGHTS CKPT   scores into <run>/inference/; with
-                                                                  TEST.AUG.ENABLED True also with augmentation
-    train_net.py --config-file C --eval-only --resume             the same of the run's newest checkpoint
+    train_net.py CONFIG                                  train; --resume resumes from the newest checkpoint
+    train_net.py CONFIG --eval-only --checkpoint CKPT    scores into <run>/inference/; --tta: also with augmentation
+    train_net.py CONFIG --eval-only --resume             the same of the run's newest checkpoint
+
+The release's words are --config-file CONFIG, MODEL.WEIGHTS CKPT and TEST.AUG.ENABLED True.
 
 <run>/inference/ holds the newest evaluation; those of every checkpoint and setting stay in <run>/test/.
 
@@ -49,14 +50,22 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--config-file",
-        required=True,
+        "--config",
+        "-c",
         metavar="CONFIG",
-        help="also relative to this file's folder",
+        help="also relative to this file's folder; or the first word",
     )
     parser.add_argument(
         "--resume", action="store_true", help="resume from the run's newest checkpoint"
     )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint")
+    cli.add_checkpoint(parser)
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="with --eval-only: also with the benchmark's augmentation (TEST.AUG.ENABLED)",
+    )
+    parser.add_argument("--output", metavar="DIR", help="where runs lie: output=DIR")
     parser.add_argument(
         "--save-predictions",
         action="store_true",
@@ -66,12 +75,20 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0")
+    cli.add_device(parser)
     parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
+        "opts", nargs="*", default=[], metavar="CONFIG | KEY VALUE", help="or key=value"
     )
-    parser.add_argument("opts", nargs="*", default=[], metavar="KEY VALUE", help="or key=value")
     cli.add_quiet(parser)
     args = parser.parse_intermixed_args(words)
+    if args.config_file is None and args.opts and cli.is_config(args.opts[0]):
+        args.config_file = args.opts.pop(0)
+    if args.config_file is None:
+        parser.error("the following arguments are required: CONFIG (or --config-file CONFIG)")
+
+    args.opts += ["MODEL.WEIGHTS", args.checkpoint] if args.checkpoint else []
+    args.opts += ["TEST.AUG.ENABLED", "True"] if args.tta else []
+    args.opts += [f"output={args.output}"] if args.output else []
     if args.save_predictions and not args.eval_only:
         parser.error(
             "--save-predictions belongs to --eval-only: training writes no predictions"

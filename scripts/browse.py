@@ -36,13 +36,12 @@ figcaption { font-size: 12px; color: #5b6572; }
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    cli.add_words(parser)
     parser.add_argument("--stream", help="only this one")
     parser.add_argument("--count", type=int, default=12, help="samples per stream (default 12)")
     parser.add_argument("--start", type=int, default=0, help="number of the first draw")
-    parser.add_argument("--out", default="samples.html", metavar="FILE")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--output", "--out", dest="out", default="samples.html", metavar="FILE")
+    args = cli.parse(parser)
     if args.count < 1 or args.start < 0:
         raise ValueError("--count must be at least 1 and --start at least 0")
     if Path(args.out).suffix != ".html":

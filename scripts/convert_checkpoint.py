@@ -11,26 +11,26 @@ import torch
 from safetensors.torch import save_file
 
 from common import cli
-from common.config import load_config
 from common.files import refuse_to_overwrite, replacing
 from common.models import load_model
+from common.models.carried import open_config
 from common.models.pretrained import cpsl
 from common.models.pretrained.containers import read
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="describes the network")
-    parser.add_argument("checkpoint", help="the file to read")
-    parser.add_argument("overrides", nargs="*", default=[], help="such as model.options.extra_norm=true")
-    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
+    cli.add_model(parser)
+    cli.add_out(parser, "FILE", "ends in .safetensors")
     parser.add_argument("--prototypes", metavar="FILE", help="also write the prototypes of a CPSL stage-1 file")
     cli.add_force(parser)
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
+    if args.checkpoint is None:
+        parser.error("the following arguments are required: CHECKPOINT")
     if Path(args.out).suffix != ".safetensors":
         raise ValueError(f"--out {args.out}: the name has to end in .safetensors")
     refuse_to_overwrite(filter(None, (args.out, args.prototypes)), args.force)
-    cfg = load_config(args.config, args.overrides)
+    cfg = open_config(args.config, args.checkpoint, args.overrides)
     model = load_model(cfg.model, args.checkpoint)
     prototypes = found_prototypes(args.checkpoint)
     if args.prototypes and prototypes is None:

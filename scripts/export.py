@@ -1,4 +1,4 @@
-"""Export a network for use without this project: python scripts/export.py CONFIG CHECKPOINT --size HxW --out NAME.pt2.
+"""A network for use without this project: python scripts/export.py [CONFIG] CHECKPOINT --size HxW --output NAME.pt2.
 
 The program takes images (B, 3, H, W), RGB in 0–255, of exactly this batch and size, and gives class scores
 (B, K, H, W). `torch.export.load(NAME.pt2).module()(images)` runs it; PyTorch is all that it needs.
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from common import cli
-from common.config import load_config
 from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite, replacing
 from common.inference import adjusted
 from common.models import load_model
+from common.models.carried import best_of, open_config
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
 
@@ -35,22 +35,20 @@ class Scores(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("checkpoint", help="a run's checkpoints/best, a .safetensors file or an official file")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    cli.add_model(parser)
     parser.add_argument("--size", required=True, metavar="HxW", help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default 1)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="ends in .pt2")
+    cli.add_out(parser, "FILE", "ends in .pt2")
     cli.add_force(parser)
-    cli.add_quiet(parser)
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
     if not size or args.batch < 1:
         raise ValueError(f"--size {args.size} --batch {args.batch}: give HEIGHTxWIDTH, such as 512x1024, and 1 or more")
     if Path(args.out).suffix != ".pt2":
         raise ValueError(f"--out {args.out}: the name has to end in .pt2")
     refuse_to_overwrite([args.out], args.force)
-    cfg = load_config(args.config, args.overrides)
+    cfg = open_config(args.config, args.checkpoint, args.overrides)
+    args.checkpoint = args.checkpoint or best_of(cfg)
     model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
     scores = Scores(model.eval(), offsets_of(cfg, args.checkpoint))

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides between equally good images")
     parser.add_argument("--workers", type=int, default=2, help="processes that count the labels")
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the list to write")
+    cli.add_out(parser, "FILE", "the list to write")
     cli.add_force(parser)
     args = parser.parse_intermixed_args()
     if args.images is None and args.gini is None:

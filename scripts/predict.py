@@ -1,4 +1,4 @@
-"""Segment any images: python scripts/predict.py CONFIG CHECKPOINT IMAGE|FOLDER … --out DIR [key=value …].
+"""Segment any images: python scripts/predict.py [CONFIG] CHECKPOINT IMAGE|FOLDER … --output DIR [key=value …].
 
 Writes <name>.png with class ids (palette PNG; 16-bit above 254 classes) and <name>_overlay.jpg. No labels and no data
 set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …). A folder's
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from common import cli, console, distributed
-from common.config import Config, load_config
+from common.config import Config
 from common.data import DATASETS, DatasetRow
 from common.data.catalogue.folder import folder_row
 from common.data.catalogue.lists import IMAGE_SUFFIXES
@@ -24,26 +24,24 @@ from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite
 from common.inference import predict_labels
 from common.models import load_model
+from common.models.carried import best_of, open_config
 from common.visualize import colourise, overlay
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("checkpoint", help="a run's checkpoints/best, a .safetensors file or an official file")
-    parser.add_argument("words", nargs="+", metavar="IMAGE|FOLDER|KEY=VALUE", help="folders are searched for images")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    cli.add_model(parser, "IMAGE|FOLDER", "folders are searched for images")
+    cli.add_out(parser, "DIR", "where labels and overlays go")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU where there is one")
+    cli.add_device(parser)
     cli.add_force(parser)
-    cli.add_quiet(parser)
-    args = parser.parse_intermixed_args()
-    named = [word for word in args.words if "=" not in word or Path(word).exists()]
-    cfg = load_config(args.config, [word for word in args.words if word not in named])
+    args = cli.parse(parser)
+    cfg = open_config(args.config, args.checkpoint, args.overrides)
+    args.checkpoint = args.checkpoint or best_of(cfg)
     if not 0 <= args.opacity <= 1:
         raise ValueError(f"--opacity {args.opacity} is not in [0, 1]")
     out = Path(args.out)
-    row, pictures = row_of(cfg), images(named, out)
+    row, pictures = row_of(cfg), images(args.rest, out)
     refuse_to_overwrite((file for name in pictures for file in written(out / name)), args.force)
 
     out.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,10 @@ from common.data.catalogue.lists import listed, write_list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    cli.add_words(parser)
     parser.add_argument("--labelled", type=int, metavar="N", help="number of labelled images")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     cfg = load_config(args.config, args.overrides)
     labelled, unlabelled = (list_of(cfg, name) for name in ("labeled", "unlabeled"))
     if labelled.exists():

@@ -34,15 +34,14 @@ THRESHOLDS = {"image": 0.001, "pixel": 0.05}  # of repeat factors: the default, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    cli.add_words(parser)
     parser.add_argument("--stream", help="whose labels are counted (default: the first with labels)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--cache", metavar="DIR", help="keep the counts there")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     cli.add_force(parser)
     cli.add_quiet(parser)
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     refuse_to_overwrite(filter(None, [args.json]), args.force)
 
     cfg = load_config(args.config, args.overrides)

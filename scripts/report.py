@@ -13,7 +13,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or that of a test: RUN/test/NAME")
     parser.add_argument("--baseline", metavar="RUN", help="what changes are measured against (default: the first)")
-    parser.add_argument("--out", metavar="FILE", help="default: report.html in the run, or beside the first of several")
+    where = "default: report.html in the run, or beside the first of several"
+    parser.add_argument("--output", "--out", dest="out", metavar="FILE", help=where)
     options = parser.parse_args()
     paths = list(dict.fromkeys(Path(run) for run in options.runs))
     if options.baseline and Path(options.baseline) not in paths:

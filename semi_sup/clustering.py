@@ -1,4 +1,4 @@
-"""Subclass labels from the baseline's features: `python clustering.py --config configs/voc_1over32_baseline.json`.
+"""Subclass labels from the baseline's features: `python clustering.py configs/voc_1over32_baseline.json`.
 
 The cells of each class, over all labelled images together, become k_c groups; `balanced_kmeans` (the paper's) makes
 them equally large, `normal_kmeans` is the ablation. Writes `<run>/label_subcls_<algorithm>/<image>.png` (8-bit, 255
@@ -6,7 +6,6 @@ void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, a
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from common.data import IGNORE, SegmentationDataset, class_statistics
 from common.files import replacing, write_json
 from common.ops.balanced_kmeans import balanced_kmeans
 from semi_sup.cells import blocky_subclasses, cell_classes, pixel_subclasses
-from semi_sup.config import NUMBERS, digest, labelled_source, take_overrides
+from semi_sup.config import NUMBERS, digest, labelled_source
 from semi_sup.features import Features, adopt, grid, open_features
 from semi_sup.subclasses import check_counts, chosen_counts, offsets, subclass_counts
 
@@ -47,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-c", "--config", required=True, help="the baseline's config")
+    cli.add_config(parser)
     parser.add_argument(
         "-ca", "--clustering_algorithm", choices=ALGORITHMS, default=ALGORITHMS[0]
     )
@@ -57,11 +56,9 @@ def main() -> None:
     parser.add_argument(
         "--allow-empty", action="store_true", help="accept classes without labelled pixels"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    overrides, words = take_overrides(sys.argv[1:])
-    cli.add_quiet(parser)
-    args = parser.parse_args(words)
-    cfg = load_config(args.config, overrides)
+    args = cli.parse(parser)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg = load_config(args.config, args.overrides)
     if cfg.train.threads is not None:
         torch.set_num_threads(cfg.train.threads)
 

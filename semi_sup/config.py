@@ -159,9 +159,3 @@ def read_numbers(folder: Path, names: Sequence[str], num_classes: int) -> tuple[
 def digest(names: Sequence[str]) -> str:
     """A short name of a set of images."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
-
-
-def take_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line words apart: section.key=value, and the others."""
-    changes = [word for word in words if "=" in word and not word.startswith("-")]
-    return changes, [word for word in words if word not in changes]

@@ -1,32 +1,31 @@
 """Train, test, or export features: `python main.py --config configs/voc_1over32_usrn.json [section.key=value …]`.
 
-    main.py --config C                           train; --resume resumes from the run's newest checkpoint
-    main.py --test --resume CKPT [--config C]    evaluate, write predictions and the report
-    main.py --save_feature --resume CKPT         features of the labelled images, for clustering.py
+    main.py CONFIG                                  train; --resume resumes from the run's newest checkpoint
+    main.py [CONFIG] --test --checkpoint FILE       evaluate, write predictions and the report
+    main.py [CONFIG] --save_feature [--checkpoint FILE]    features of the labelled images, for clustering.py
 
-CKPT is a checkpoint of ours (its config is inside: --config is not needed) or an official .pth file; with --config and
-no CKPT it is the best one of the config's run. Runs lie in saved/<name of the config>/.
+FILE is a checkpoint of ours (its config is inside: CONFIG is not needed) or an official .pth file; with CONFIG alone it
+is the best one of the config's run. The release's words are --config CONFIG and --resume FILE.
+Runs lie in saved/<name of the config>/.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from common import cli, distributed
-from common.config import Config, config_of, load_config
+from common.config import Config
 from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
 from common.engine.runtime import arranged
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.experiment import Experiment, print_result
-from common.files import follow
 from common.models import load_model
+from common.models.carried import best_of, open_config
 from common.models.pretrained.containers import weight_file
 from common.report import RunFolder, write_report
 from common.steps import digest_of
@@ -35,7 +34,6 @@ from semi_sup.config import (
     labelled_source,
     resolve,
     single_branch,
-    take_overrides,
 )
 from semi_sup.features import export
 
@@ -43,14 +41,13 @@ NEWEST = "newest"
 
 
 def main() -> None:
-    overrides, words = take_overrides(sys.argv[1:])
-    args = parse(words)
-    cfg = open_config(args, overrides)
+    args = parse(sys.argv[1:])
+    cfg = open_config(args.config, args.checkpoint, args.overrides)
     if args.test and args.save_feature:
         raise ValueError("--test and --save_feature are two runs")
 
     if args.test or args.save_feature:
-        args.resume = chosen(cfg, args.resume)
+        args.checkpoint = args.checkpoint or best_of(cfg)
         (test if args.test else save_features)(cfg, args)
     else:
         train(cfg, args)
@@ -63,27 +60,39 @@ def parse(words: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     switch = {"nargs": "?", "const": True, "default": False, "type": truth}
-    parser.add_argument(
-        "-c", "--config", help="JSON or YAML; needed without a checkpoint of ours"
-    )
+    cli.add_config(parser)
+    cli.add_checkpoint(parser, default="of a test, the best one of the config's run")
+    cli.add_evaluation(parser)
     parser.add_argument(
         "-r",
         "--resume",
         nargs="?",
         const=NEWEST,
         metavar="CKPT",
-        help="checkpoint or run folder",
+        help="go on from the run's newest checkpoint; CKPT: the release's word for --checkpoint",
     )
     parser.add_argument(
         "-t", "--test", **switch, help="evaluate (also --test True, --test False)"
     )
     parser.add_argument("-sf", "--save_feature", **switch, help="export features")
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
-    )
-    cli.add_quiet(parser)
+    args = parser.parse_intermixed_args(release_order(words))
+    if args.resume not in (None, NEWEST):
+        args.checkpoint = args.checkpoint or args.resume
 
-    return parser.parse_args(words)
+    args.resume = args.resume is not None
+    return cli.completed(parser, args)
+
+
+def release_order(words: list[str]) -> list[str]:
+    """Configs and overrides first: behind a switch they would be taken for its value."""
+    flags = ("-c", "--config", "--config-file")
+    first = [
+        word
+        for before, word in zip(["", *words], words, strict=False)
+        if before not in flags
+        and (cli.is_config(word) or ("=" in word and not word.startswith("-")))
+    ]
+    return first + [word for word in words if word not in first]
 
 
 def truth(word: str) -> bool:
@@ -94,59 +103,21 @@ def truth(word: str) -> bool:
     return values[word.lower()]
 
 
-def open_config(args: argparse.Namespace, overrides: list[str]) -> Config:
-    """The config that is named, else the one in the checkpoint."""
-    if args.config:
-        return load_config(args.config, overrides)
-    if args.resume in (None, NEWEST):
-        raise ValueError("--config is needed, or --resume with a checkpoint of ours")
-
-    file = weight_file(args.resume)
-    if not file.is_file():
-        raise ValueError(f"{args.resume}: no such checkpoint")
-    if file.suffix != ".safetensors":
-        raise ValueError(
-            f"{args.resume}: an official checkpoint has no config inside; give --config"
-        )
-
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get("config")
-
-    if text is None:
-        raise ValueError(f"{file}: no config inside; give --config")
-
-    return config_of(json.loads(text), overrides, str(file))
-
-
-def chosen(cfg: Config, resume: str | None) -> str:
-    """The checkpoint that --resume names, else the best one of the config's run."""
-    if resume not in (None, NEWEST):
-        return resume
-
-    best = follow(cfg.folder / "checkpoints" / "best")
-    if not best.exists():
-        raise ValueError(
-            f"{best}: no checkpoint there; train {cfg.name} first, or name a checkpoint: --resume CKPT"
-        )
-
-    return str(best)
-
-
 # Train --------------------------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config, args: argparse.Namespace) -> None:
-    if args.resume not in (None, NEWEST):
-        check_resumed(cfg, Path(args.resume))
+    if args.checkpoint is not None:
+        check_resumed(cfg, Path(args.checkpoint))
 
     cfg = spread(resolve(cfg))
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)
-    experiment.begin(args.resume is not None)
+    experiment.begin(args.resume)
     method = prepare(cfg, build_method, experiment.context, device)
     validate = experiment.evaluator(method, device)
-    fit(cfg, method, experiment.open, validate, device=device, resume=args.resume is not None)
+    fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
     print_result(experiment.last_result())
     experiment.finish()
 
@@ -177,19 +148,20 @@ def spread(cfg: Config) -> Config:
 def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.device]:
     """The class branch of the checkpoint, in evaluation mode."""
     device = distributed.start(args.device)
-    model = load_model(single_branch(cfg).model, args.resume)
+    model = load_model(single_branch(cfg).model, args.checkpoint)
     return arranged(model.to(device), cfg.train.channels_last, device), device
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:
     """Scores and panels in a folder of this test; predictions in `preds/` and the report in the run's folder."""
+    cfg = cli.with_tta(cfg) if args.tta else cfg
     experiment = Experiment(cfg, train=False)  # needs no training data
     model, device = open_network(cfg, args)
 
-    folder = folder_of_test(cfg, experiment.val, args.resume)
-    outputs = {"save_predictions": cfg.folder / "preds", **kept_in(folder)}
-    result = experiment.score(model, device, args.resume, **outputs) | {
-        "checkpoint": str(args.resume)
+    folder = folder_of_test(cfg, experiment.val, args.checkpoint)
+    outputs = {"save_predictions": args.save_predictions or cfg.folder / "preds", **kept_in(folder)}
+    result = experiment.score(model, device, args.checkpoint, **outputs) | {
+        "checkpoint": str(args.checkpoint)
     }
     print_result(result)
     write_test(folder, cfg, result)
@@ -214,7 +186,7 @@ def save_features(cfg: Config, args: argparse.Namespace) -> None:
     dataset = SegmentationDataset(replace(labelled_source(cfg), labels=False))
     model, device = open_network(cfg, args)
     folder = cfg.folder / "features"
-    source = {"checkpoint": args.resume, "digest": digest_of(args.resume)}
+    source = {"checkpoint": args.checkpoint, "digest": digest_of(args.checkpoint)}
     features = export(model, dataset, folder, device, cfg.data.workers, source)
     print(f"features of {len(dataset)} images, {len(features.rows)} cells, in {folder}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common import cli
 from common.config import Config, ConfigError, load_config
+from common.models.carried import open_config
 
 STAGES = ("warm_up", "stage1", "stage2", "stage3")
 SOFT = "pseudo_soft"
@@ -38,15 +39,12 @@ def command(program: str, path: str | Path) -> str:
 
 
 def stage_parser(description: str | None, stage: str | None = None) -> argparse.ArgumentParser:
-    """CONFIG [--stage STAGE] [--variant NAME] [--checkpoint FILE] [--device D] [key=value …]"""
+    """CONFIG [--stage STAGE] [--variant NAME] and what every program has; `cli.parse` reads them.
+
+    CONFIG is a task's folder, such as configs/gta5_to_cityscapes, or one stage's file.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "config", help="a task's folder, e.g. configs/gta5_to_cityscapes, or one stage's file"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", default=[], help="values to change, as section.key=value"
     )
     parser.add_argument(
         "--stage", choices=STAGES, default=stage, help="which file of the task's folder"
@@ -54,16 +52,16 @@ def stage_parser(description: str | None, stage: str | None = None) -> argparse.
     parser.add_argument(
         "--variant", default="", help="e.g. blv: the stage's file <stage>_blv.yaml"
     )
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N; default: a GPU where there is one"
-    )
-    cli.add_quiet(parser)
+    cli.add_config(parser)
 
     return parser
 
 
 def stage_config(args: argparse.Namespace) -> Config:
-    """The config that the arguments name. Raises ConfigError."""
+    """The config that the arguments name, else the one inside their checkpoint. Raises ConfigError."""
+    if args.config is None:
+        return open_config(None, args.checkpoint, args.overrides)
+
     path = Path(args.config)
     if path.is_dir():
         if args.stage is None:

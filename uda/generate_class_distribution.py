@@ -20,8 +20,8 @@ from uda.pseudo_labels import (
 
 def main() -> None:
     parser = stage_parser(__doc__, stage="warm_up")
-    parser.add_argument("--checkpoint", help="default: the stage's newest")
-    args = parser.parse_intermixed_args()
+    cli.add_checkpoint(parser, default="the stage's newest")
+    args = cli.parse(parser)
     cfg = stage_config(args)
     data = TargetImages(cfg)
     soft = cfg.folder / SOFT

@@ -17,13 +17,13 @@ def main() -> None:
     parser = stage_parser(__doc__, stage="warm_up")
     parser.add_argument("--soft", action="store_true")
     parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--checkpoint", help="default: the stage's newest")
+    cli.add_checkpoint(parser, default="the stage's newest")
     parser.add_argument(
         "--force",
         action="store_true",
         help="replace files that do not say what they were made from",
     )
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     cfg = stage_config(args)
 
     checkpoint = checkpoint_of(cfg, args.checkpoint)

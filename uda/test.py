@@ -23,25 +23,25 @@ SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
 
 def main() -> None:
     parser = stage_parser(__doc__, stage="stage3")
-    parser.add_argument(
-        "--checkpoint", "--resume_path", "--resume", help="default: the stage's newest"
-    )
+    cli.add_checkpoint(parser, "--resume_path", "--resume", default="the stage's newest")
+    cli.add_evaluation(parser)
     parser.add_argument(
         "--eval",
         choices=("student", "teacher"),
         default="student",
         help="stage 1: which network",
     )
-    parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
     parser.add_argument(
         "--history", action="store_true", help="print the stored results of all stages, no more"
     )
     cli.add_force(parser)
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     cfg = stage_config(args)
     if args.history:
         print_history(cfg)
         return
+    if args.tta:
+        cfg = cli.with_tta(cfg)
 
     experiment = Experiment(cfg, train=False)  # inference needs no source data
     refuse_to_overwrite(

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="only check the weights that no step makes"
     )
-    args = parser.parse_intermixed_args()
+    args = cli.parse(parser)
     cfg = stage_config(args)
     if args.check:
         require_initial_weights(cfg)
