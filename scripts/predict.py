@@ -15,8 +15,8 @@ from torch import nn
 
 from common import cli, console, distributed
 from common.config import Config
-from common.data import DATASETS, DatasetRow
-from common.data.catalogue.folder import folder_row
+from common.data import DatasetRow
+from common.data.catalogue import registry
 from common.data.catalogue.lists import IMAGE_SUFFIXES
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
@@ -56,13 +56,7 @@ def main() -> None:
 
 def row_of(cfg: Config) -> DatasetRow:
     """Class names and colours of the config's validation set, whose files are not looked at."""
-    val = cfg.data.val
-    if val.dataset == "folder" and val.folder is not None:
-        row = folder_row(val.folder)
-    elif val.dataset in DATASETS:
-        row = DATASETS[val.dataset]
-    else:
-        raise ValueError(f"{cfg.name}: data.dataset {val.dataset!r} is unknown; known: {', '.join(DATASETS)}, folder")
+    row = registry.row_of(cfg.data.val)
     if row.num_classes != cfg.model.num_classes:
         raise ValueError(f"{cfg.name}: model.num_classes is {cfg.model.num_classes}, {row.name} has {row.num_classes}")
     return row

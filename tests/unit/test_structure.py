@@ -14,7 +14,8 @@ SYSTEMS = ("fully_sup", "semi_sup", "uda", "ltss_benchmark")
 # A module may import those before it in this list, and its own package.
 ORDER = (
     "files", "config", "pickles", "distributed", "console", "data", "ops", "models", "losses", "engine", "inference",
-    "metrics", "comparison", "evaluation", "rebalance", "visualize", "report", "experiment", "cli", "steps", "jobs",
+    "metrics", "comparison", "evaluation", "rebalance", "visualize", "report", "experiment", "api", "cli", "steps",
+    "jobs",
 )  # fmt: skip
 FILES = sorted(p for top in ("common", *SYSTEMS, "scripts") for p in (ROOT / top).rglob("*.py"))
 
