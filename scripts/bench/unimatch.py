@@ -74,8 +74,7 @@ def build(kind: type[Consistency], cfg: Config, args: argparse.Namespace) -> For
     method = prepare(cfg, kind, context, device).train()
     streams = crops(cfg.model.num_classes, args)
     images = next(streams["labeled"])["image"].to(device)
-    make_sure(method.model.eval(), images)
-    method.model.train()
+    make_sure(method.model, images)
     if isinstance(method, UniMatchV2):
         method.teacher.load_state_dict(method.model.state_dict())
     return Form(Trainer(cfg, method, device), streams)
@@ -83,7 +82,8 @@ def build(kind: type[Consistency], cfg: Config, args: argparse.Namespace) -> For
 
 @torch.no_grad()
 def make_sure(model: SegmentationModel, images: torch.Tensor) -> None:
-    """Let the logits of these images have the mean 0 in each class, and the standard deviation LOGITS."""
+    """Let the logits of these images have the mean 0 in each class, and the standard deviation LOGITS, in training
+    mode: running statistics say nothing of random weights."""
     logits = model(images)["logits"]
     mean = logits.mean((0, 2, 3))
     gain = LOGITS / (logits - mean.view(-1, 1, 1)).std()
