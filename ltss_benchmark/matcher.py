@@ -171,11 +171,11 @@ class Matcher:
         points = torch.rand(layers, batch, self.points, 2, device=embeddings.device)
         values = batch * queries * max(self.points, mask_features[0, 0].numel())  # of a layer
         limit = AT_ONCE.get(embeddings.device.type, AT_ONCE["cuda"])
+        size = max(limit // values, 1)
         groups = zip(
-            *(each.split(max(limit // values, 1)) for each in (probability, embeddings, points)),
-            strict=True,
+            probability.split(size), embeddings.split(size), points.split(size), strict=True
         )
-        costs = [self._costs(*group, mask_features, targets) for group in groups]
+        costs = [self._costs(p, e, x, mask_features, targets) for p, e, x in groups]
 
         return self._assign(torch.cat(costs).cpu().numpy(), targets)
 
