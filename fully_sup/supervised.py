@@ -4,14 +4,15 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import cast
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from common.config import Config, ConfigError, pick
 from common.config.bounds import NotNegative
 from common.engine.method import Batch, Losses, Method, MethodContext, make_method, pixel_loss
 from common.losses.cross_entropy import Average
+from common.losses.pixel_loss import PixelLoss
 from common.models import build_model
 
 # A head's logits in the network's output. Those of a cascade (`stages`) are trained one by one.
@@ -85,19 +86,18 @@ class Supervised(Method):
 
         terms: Losses = {}
 
-        for name, loss in self.losses.items():
+        for name, module in self.losses.items():
+            loss = cast(PixelLoss, module)
             outputs = HEADS[name](out)
             facts = {"progress": step / self.steps, "features": out.get("embedding")}
             for i, logits in enumerate(outputs):
                 key = name if len(outputs) == 1 else f"{name}{i}"
-                value = loss(self.upsample(logits, label), label, **facts)
+                value = loss.enlarged(
+                    logits, label, align_corners=self.model.align_corners, **facts
+                )
                 terms[key] = self.options.heads[name].weight * value
 
         return {"loss": reduce(operator.add, terms.values())} | terms
-
-    def upsample(self, logits: Tensor, label: Tensor) -> Tensor:
-        corners = self.model.align_corners
-        return F.interpolate(logits, label.shape[-2:], mode="bilinear", align_corners=corners)
 
 
 METHODS: dict[str, type[Method]] = {"supervised": Supervised}

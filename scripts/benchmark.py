@@ -8,6 +8,7 @@
     unimatch     the same of UniMatch, or with --method unimatch_v2 of UniMatch V2
     daformer     the same of DAFormer
     kmeans       balanced k-means against k-means-constrained (with --large also at full size)
+    loss         the loss at label size: fused, one image at a time, and enlarged as a whole; labels likewise
     ltss         Mask2Former: order of inference, a training step against transformers, deformable attention
     gpu          a step of every system on this GPU: busy or waiting, kernels, memory, the loader beside it
     full-size    every official config through one real training step (also: --full-size [NAME …])
@@ -29,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.benc
 from common import cli
 from common.files import refuse_to_overwrite
 
-NAMES = ("loader", "step", "metrics", "cpsl", "usrn", "unimatch", "daformer", "kmeans", "ltss", "gpu", "full-size")
+NAMES = (
+    "loader", "step", "metrics", "cpsl", "usrn", "unimatch", "daformer", "kmeans", "loss", "ltss", "gpu", "full-size",
+)  # fmt: skip
 MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
 CHILD = "one-step"  # a process that full-size starts
 

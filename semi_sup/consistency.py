@@ -6,13 +6,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import distributed
 from common.data import IGNORE
-from common.losses.cross_entropy import cross_entropy_sum
-from common.losses.upsampled import Total, upsampled_sum
+from common.losses.upsampled import Total, upsampled_cross_entropy_sum
+from common.ops.resize import size_of
+from common.ops.upsampled_loss import upsampled_labels
+
+plain_sum: Total = partial(upsampled_cross_entropy_sum, align_corners=True)
 
 
 class PseudoLabels(NamedTuple):
@@ -40,8 +42,7 @@ class PseudoLabels(NamedTuple):
 def pseudo_labels(logits: Tensor, shown: Tensor) -> PseudoLabels:
     """Argmax and largest probability of logits (B, K, h, w) enlarged bilinearly, with aligned corners, to the size of
     `shown` (B, H, W)."""
-    large = F.interpolate(logits.float(), shown.shape[-2:], mode="bilinear", align_corners=True)
-    confidence, label = large.softmax(1).max(1)
+    label, confidence = upsampled_labels(logits, size_of(shown), align_corners=True)
     return PseudoLabels(label, confidence, shown)
 
 
@@ -125,11 +126,11 @@ def confident_loss(
     logits: Tensor,
     labels: PseudoLabels,
     threshold: float | Tensor,
-    total: Total = cross_entropy_sum,
+    total: Total = plain_sum,
 ) -> Tensor:
-    """Loss of logits (B, K, h, w), enlarged with aligned corners, against confident labels: their sum by `total`,
-    divided by the number of pixels that show the image; 0 where none does."""
-    loss = upsampled_sum(logits, labels.confident(threshold), total, align_corners=True)
+    """Loss of logits (B, K, h, w), enlarged with aligned corners, against confident labels: their sum by `total`, which
+    enlarges them, divided by the number of pixels that show the image; 0 where none does."""
+    loss = total(logits, labels.confident(threshold))
     return loss / labels.shown.sum().clamp(min=1)
 
 

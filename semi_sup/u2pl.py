@@ -13,7 +13,6 @@ batch into each, by a box of half the area, in one batch of two. In the first `c
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -23,7 +22,6 @@ from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share, Whole
 from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
-from common.losses.upsampled import upsampled_sum
 from common.models import EncoderDecoder, build_network
 from common.ops.resize import resize, size_of
 from semi_sup.consistency import in_boxes, paste
@@ -154,8 +152,7 @@ class U2PL(Method):
         self, logits: Tensor, label: Tensor, shown: Tensor, progress: float
     ) -> Tensor:
         """L_u of logits at the network's stride against labels (B, H, W), −1 where dropped."""
-        total = partial(self.loss.total, progress=progress)
-        loss = upsampled_sum(logits, label, total, align_corners=True)
+        loss = self.loss.upsampled_total(logits, label, align_corners=True, progress=progress)
         return weighted_mean(loss, label, shown)
 
     def after_step(self, step: int) -> None:

@@ -164,7 +164,7 @@ class Consistency(Method):
 
     def unlabelled_loss(self, logits: Tensor, labels: PseudoLabels, progress: float) -> Tensor:
         """The loss of logits at the network's stride against confident labels."""
-        total = partial(self.loss.total, progress=progress)
+        total = partial(self.loss.upsampled_total, align_corners=True, progress=progress)
         return confident_loss(logits, labels, self.threshold(labels), total)
 
     # Strong views ---------------------------------------------------------------------------------------------------

@@ -119,8 +119,14 @@ class Stage(Method):
         return self.look(images)[0]
 
     def source_terms(self, source: Batch, progress: float) -> Losses:
-        logits, features = self.look(source["image"])
-        loss = self.loss(logits, source["label"], progress=progress, features=features)
+        out = self.model(source["image"])
+        loss = self.loss.enlarged(
+            out["logits"],
+            source["label"],
+            align_corners=self.model.align_corners,
+            progress=progress,
+            features=out["features"],
+        )
         return {"loss": loss, "source_ce": loss}
 
     def symmetric_loss(

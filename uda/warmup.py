@@ -69,11 +69,12 @@ class WarmUp(Stage):
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         source = streams["source"]
-        logits, features = self.look(source["image"])
-        ce = self.loss(logits, source["label"], progress=step / self.steps, features=features)
+        progress = step / self.steps
         if self.discriminator is None:
-            return {"loss": ce, "source_ce": ce}
+            return self.source_terms(source, progress)
 
+        logits, features = self.look(source["image"])
+        ce = self.loss(logits, source["label"], progress=progress, features=features)
         target = self.upsampled(streams["target"]["image"]).softmax(1)
         gan = self.options.gan
 

@@ -135,21 +135,16 @@ class PixelLoss(nn.Module):
         align_corners: bool,
         progress: float = 0.0,
         pixel_weight: Tensor | None = None,
-        by_image: bool = True,
         features: Tensor | None = None,
     ) -> Tensor:
         """The same of logits (B, K, h, w) at the network's stride, enlarged to the label.
 
         Where it can be, it is fused, and nothing is kept at full size. Else one image is enlarged at a time, or the
-        whole batch where the remedies or the caller ask for it; terms over regions see the logits as they are, and the
-        label thinned out, if they are `at: network`.
-
-        by_image: False for a loss that is not fused to enlarge the batch, and show it to the terms over regions.
-        features: those of `forward`.
+        whole batch where remedies or weights of pixels ask for it; terms over regions see the logits as they are, and
+        the label thinned out, if they are `at: network`. features: those of `forward`.
         """
-        whole = not by_image or pixel_weight is not None
-        fused = self.fuses(logits, label, align_corners)
-        if self.needs_whole_batch or (whole and (self.sets or not fused)):
+        weighted = pixel_weight is not None and not self.fuses(logits, label, align_corners)
+        if self.needs_whole_batch or weighted:
             large = F.interpolate(
                 logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners
             )
@@ -174,6 +169,25 @@ class PixelLoss(nn.Module):
 
         small_label = thinned(label, size_of(logits))
         return loss + self.set_terms(logits, small_label, features)
+
+    def enlarged(
+        self,
+        logits: Tensor,
+        label: Tensor,
+        *,
+        align_corners: bool,
+        progress: float = 0.0,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """The same, for methods that enlarge a whole batch where the loss is not fused, in the precision of the logits:
+        terms over regions then see it."""
+        if self.fuses(logits, label, align_corners):
+            return self.upsampled(logits, label, align_corners=align_corners, progress=progress)
+
+        large = F.interpolate(
+            logits, label.shape[-2:], mode="bilinear", align_corners=align_corners
+        )
+        return self(large, label, progress=progress, features=features)
 
     def upsampled_total(
         self,
@@ -205,9 +219,9 @@ class PixelLoss(nn.Module):
 
     def fuses(self, logits: Tensor, label: Tensor, align_corners: bool) -> bool:
         """Whether the pixel loss of these logits is one fused operation: remedies that only add to logits and weigh
-        classes, on a device that has the kernels."""
+        classes, without terms over regions, on a device that has the kernels."""
         additive = self.logits is None or isinstance(self.logits, AdditiveRemedy)
-        if self.focus is not None or not additive:
+        if self.focus is not None or self.sets or not additive:
             return False
         return fuses(logits, size_of(label), align_corners)
 

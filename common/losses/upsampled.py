@@ -17,12 +17,17 @@ Total = Callable[[Tensor, Tensor], Tensor]
 
 def upsampled_cross_entropy(logits: Tensor, label: Tensor, *, align_corners: bool) -> Tensor:
     """Mean cross-entropy over labelled pixels of logits (B, K, h, w) enlarged to the label; 0 without any."""
-    if fuses(logits, size_of(label), align_corners):
-        total = upsampled_loss(logits, label, align_corners=align_corners)
-    else:
-        total = upsampled_sum(logits, label, cross_entropy_sum, align_corners=align_corners)
-
+    total = upsampled_cross_entropy_sum(logits, label, align_corners=align_corners)
     return total / (label != IGNORE).sum().clamp(min=1)
+
+
+def upsampled_cross_entropy_sum(
+    logits: Tensor, label: Tensor, *, align_corners: bool
+) -> Tensor:
+    """The same summed, fused or one image at a time."""
+    if fuses(logits, size_of(label), align_corners):
+        return upsampled_loss(logits, label, align_corners=align_corners)
+    return upsampled_sum(logits, label, cross_entropy_sum, align_corners=align_corners)
 
 
 def upsampled_sum(

@@ -15,6 +15,7 @@ from common.config import ConfigError
 from common.data import IGNORE
 from common.models.layers import DecodeHead
 from common.ops.resize import resize_rows, source_rows
+from common.ops.upsampled_loss import choose_form, upsampled_labels
 
 # scores that a band of `labels` holds: the cache, or 64 MiB
 BAND = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -167,7 +168,15 @@ class SegmentationModel(nn.Module, ABC):
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What `labels` makes of the outputs of `infer`."""
-        shape = (images.shape[0], *self._geometry(images, size).size)
+        geometry = self._geometry(images, size)
+        if self._fuses(out, geometry):
+            out = out if offsets is None else self.adjust(out, offsets.to(images.device))
+            corners = self.align_corners
+            return upsampled_labels(
+                out["logits"], geometry.padded, align_corners=corners, shown=geometry.inner
+            )
+
+        shape = (images.shape[0], *geometry.size)
         label = torch.empty(shape, dtype=torch.int64, device=images.device)
         confidence = torch.empty(shape, dtype=torch.float32, device=images.device)
 
@@ -202,6 +211,13 @@ class SegmentationModel(nn.Module, ABC):
         for start in range(0, height, step):
             rows = (start, min(start + step, height))
             yield rows, self.scores(out, geometry, rows)
+
+    def _fuses(self, out: dict[str, Any], geometry: Extents) -> bool:
+        """Whether labels are the argmax of logits that are resized once, on a device with a kernel for it."""
+        plain = type(self).scores is SegmentationModel.scores
+        if not plain or geometry.inner != geometry.size:
+            return False
+        return choose_form(out["logits"]) == "triton"
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""

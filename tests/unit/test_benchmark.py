@@ -86,6 +86,12 @@ def test_a_wrong_form_is_not_measured(monkeypatch):
         cpsl.feature_similarity(cpsl.Sizes(quick=True), 1)
 
 
+def test_benchmark_of_the_loss_at_label_size(tmp_path):
+    rows = bench("loss", tmp_path / "a.json")
+    assert [row["name"].split(",")[0] for row in rows] == ["loss", "labels"] * 2
+    assert set(rows[0]["ms"]) == {"image by image", "plain"} and max(rows[0]["check"].values()) <= 1e-4
+
+
 def test_benchmark_of_usrn(tmp_path, monkeypatch):
     [row] = bench("usrn", tmp_path / "a.json")
     assert set(row["ms"]) == {"ours", "literal", "channels_last + bf16"} and row["subclasses"] == 177

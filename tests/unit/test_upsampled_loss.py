@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common.losses.blv import BLV, draw_mean
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
+from common.models import SegmentationModel, segmentor
 from common.ops import upsampled_loss as module
 from common.ops.counter_noise import Noise, draws, new_seed, philox
 from common.ops.deform_attn import triton_missing
@@ -226,6 +227,7 @@ def test_kernels_on_the_gpu():
 
 
 def check_kernels(device):
+    check_model(device)
     check_values(device)
     check_care(device)
     check_methods(device)
@@ -252,6 +254,34 @@ def check_values(device):
         best, expected = upsampled_labels(exact, large, form="torch", **form)
         assert torch.equal(label, best)
         torch.testing.assert_close(confidence.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class Given(SegmentationModel):
+    """A network whose logits are given; it pads images to a multiple of 4."""
+
+    def __init__(self, logits):
+        super().__init__(logits.shape[1], (0, 0, 0), (1, 1, 1), divisor=4)
+        self.logits = logits
+
+    def segment(self, x):
+        return {"logits": self.logits}
+
+
+def check_model(device):
+    """A network's labels and confidence are those of its bands, padding left out; resized twice they are not fused."""
+    logits = example(4, (1, 2), (2, 5), 1, torch.float32)[0].detach().to(device)
+    model, images = Given(logits).to(device), torch.zeros(1, 3, 3, 5, device=device)
+    offsets = torch.tensor([0.0, 3.0, 0.0, -1.0])
+    choose = module.choose_form
+    for size, fused in ((None, True), ((2, 3), False)):
+        found = []
+        for form in ("torch", "triton"):
+            module.choose_form = segmentor.choose_form = lambda logits, form=form: form
+            found.append(model.labels(images, size, offsets))
+        assert model._fuses({"logits": logits}, model._geometry(images, size)) == fused
+        module.choose_form = segmentor.choose_form = choose
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def check_care(device):
@@ -310,7 +340,7 @@ def check_methods(device):
     choose = module.choose_form
     sections = [
         ({}, {"pixel_weight": weight}),
-        ({"logits": {"name": "logit_adjustment"}}, {"by_image": False}),
+        ({"logits": {"name": "logit_adjustment"}}, {}),
         ({"logits": {"name": "blv", "noise": "constant"}, "class_weight": {"name": "inverse"}}, {}),
         ({"logits": {"name": "ldam"}}, {}),
         ({"focus": {"name": "focal"}}, {}),
@@ -322,6 +352,8 @@ def check_methods(device):
             module.choose_form = lambda logits, form=form: form
             z = logits.clone().requires_grad_()
             value = loss.upsampled(z, label, align_corners=True, progress=0.5, **extra)
+            same = value if extra else loss.enlarged(z, label, align_corners=True, progress=0.5)
+            torch.testing.assert_close(same, value)
             found.append((value.detach(), *torch.autograd.grad(value, z)))
         fused = loss.fuses(logits, label, True)
         module.choose_form = choose
