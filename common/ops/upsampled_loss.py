@@ -121,8 +121,13 @@ def choose_form(logits: Tensor) -> Form:
     return _choose_on_cuda() if math.prod(logits.shape[1:]) < 2**31 else "torch"
 
 
-@lru_cache
+@torch.compiler.assume_constant_result
 def _choose_on_cuda() -> Form:
+    return _chosen_on_cuda()
+
+
+@lru_cache
+def _chosen_on_cuda() -> Form:
     missing = triton_missing()
     if missing is None:
         log.info("loss at label size on cuda: fused kernel")
@@ -343,10 +348,15 @@ def axis(cells: int, pixels: int, align_corners: bool, device: torch.device) -> 
     return Axis(low.int(), share.flatten(), start.int())
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def tile_of(cells: int, pixels: int, align_corners: bool) -> tuple[int, int] | None:
     """Columns of the label and of the logits that a program of the backward takes: the first of TILES into which all
     pixels fit that the cells contribute to, from a multiple of 4 on. None where none is large enough."""
+    return _tile_of(cells, pixels, align_corners)
+
+
+@lru_cache(maxsize=256)
+def _tile_of(cells: int, pixels: int, align_corners: bool) -> tuple[int, int] | None:
     start = axis(cells, pixels, align_corners, torch.device("cpu")).start.long()
 
     for tile in TILES:

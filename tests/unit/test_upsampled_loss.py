@@ -132,6 +132,19 @@ def test_the_cpu_keeps_its_form():
     assert not fuses(torch.empty(1, 3, 4, 4, device="meta"), (16, 16), False)
 
 
+def test_compiles_in_one_graph():
+    """With the trace's own backward; no code is generated, so it needs no compiler."""
+    logits, label, vector, *_ = example(3, (2, 3), (4, 5))
+
+    def loss(z):
+        assert module.tile_of(z.shape[-1], 5, False) == (128, 3)
+        return upsampled_loss(z, label, align_corners=False, change=Change(vector, GAUSSIAN), seed=SEED)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours, theirs = (torch.autograd.grad(call(logits), logits)[0] for call in (compiled, loss))
+    torch.testing.assert_close(ours, theirs)
+
+
 # Noise --------------------------------------------------------------------------------------------------------------
 
 
@@ -320,12 +333,19 @@ def check_care(device):
 
 
 def check_registration(logits, label, vector, device):
-    """Schema, fake tensors and autograd, which torch.compile relies on; no second derivative."""
+    """Schema, fake tensors and autograd, which torch.compile relies on; one graph; no second derivative."""
     logits = logits.requires_grad_()
     arguments = (logits, label, vector, None, None, SEED.to(device), True, *GAUSSIAN[:2], 6.0, 0.5)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(module._fused, arguments, test_utils=checks)
     torch.library.opcheck(module._fused_labels, (logits.detach(), [2, 7], [1, 7], True), test_utils=checks)
+
+    def doubled(z):
+        return upsampled_loss(2 * z, label, align_corners=False, form="triton")
+
+    compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
+    pair = (torch.autograd.grad(call(logits), logits)[0] for call in (compiled, doubled))
+    torch.testing.assert_close(*pair)
 
     loss = upsampled_loss(logits, label, align_corners=False, form="triton")
     (gradient,) = torch.autograd.grad(loss.square(), logits, create_graph=True)
