@@ -235,7 +235,9 @@ def short_names(rates: Mapping[str, float]) -> dict[str, float]:
 def side_by_side(folder: Path, stem: str) -> np.ndarray:
     """The image, the truth and the prediction of a panel, beside each other (H, 3·W, 3)."""
     names = ("image", "truth", "prediction")
-    return np.hstack([np.asarray(Image.open(folder / f"{stem}_{name}.png").convert("RGB")) for name in names])
+    parts = [Image.open(folder / f"{stem}_{name}.png").convert("RGB") for name in names]
+    size = parts[-1].size  # the network's input may be of another size than labels are
+    return np.hstack([np.asarray(part.resize(size)) for part in parts])
 
 
 def _record(line: str) -> dict[str, Any] | None:
