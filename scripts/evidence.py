@@ -188,6 +188,7 @@ def collect(plan: Plan) -> None:
         "config": plan.config,
         "settings": list(plan.settings),
         "branch": plan.branch,
+        "note": plan.note,
         "remedies": {name: list(strengths[choices[name]["chosen"]]) for name, strengths in plan.remedies.items()},
         "choices": choices,
         "after": {name: [after.name, *after.options] for name, after in plan.after.items()},

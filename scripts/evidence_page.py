@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, number, of_differences, paired_by_seed, verdict
+from common.comparison import Difference, head_and_tail, number, of_differences, paired, paired_by_seed, verdict
 from common.metrics import precision_and_recall
 from scripts import evidence_plot
 
@@ -93,6 +93,9 @@ def protocol(results: Mapping[str, Any]) -> str:
         )
 
     lines.append(f"Trained on {'; '.join(machines(results))}.")
+    if results["note"]:
+        lines += ["", results["note"]]
+
     return "\n".join([*lines, ""])
 
 
@@ -154,6 +157,10 @@ def section(
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     lines += words(compared, unpaired(matrices, baseline))
+    absent = [name for name in remedies if name not in split["runs"]]
+    if absent:
+        lines.append(f"Not run yet: {', '.join(absent)}.\n")
+    lines += against_free(split, remedies, after)
     for remedy in after:
         lines.append(after_training(remedy, split, baseline))
 
@@ -169,6 +176,50 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
 
     lines += [f"- **{name}**: no seed in common with the baseline yet." for name in without]
     return [*lines, ""]
+
+
+def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]) -> list[str]:
+    """A sentence a remedy: its mIoU(tail) against the best that costs no training and no more of the head."""
+    lines = []
+    for remedy in remedies[1:]:
+        found = best_free(split, remedies[0], remedy, [run for name in after for run in of_curve(split, name)])
+        if found is not None:
+            free, difference = found
+            lines.append(f"- **{remedy}** against {free}: mIoU(tail) {verdict(difference, difference.p)}.")
+
+    if not lines:
+        return []
+
+    head = (
+        "Against what is free: of the baseline and all strengths after training (below), the one with the highest "
+        "mIoU(tail) that has no less mIoU(head) than the remedy, on the same seeds. It is picked on these images, in "
+        "its favour.\n"
+    )
+    return [head, *lines, ""]
+
+
+def best_free(
+    split: Mapping[str, Any], baseline: str, remedy: str, free: list[str]
+) -> tuple[str, Difference] | None:
+    """What a remedy has to beat, and its difference to it in mIoU(tail); None without a seed that all have."""
+    matrices = matrices_of(split, [baseline, remedy, *free])
+    if not free or remedy not in matrices or baseline not in matrices:
+        return None
+
+    seeds = sorted(set.intersection(*(set(runs) for runs in matrices.values())))
+    if not seeds:
+        return None
+
+    heads, tails = (
+        {name: [score(runs[seed], split, key) for seed in seeds] for name, runs in matrices.items()}
+        for key in ("miou_head", "miou_tail")
+    )
+    others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= np.mean(heads[remedy])]
+    if not others:
+        return None
+
+    best = max(others, key=lambda name: float(np.mean(tails[name])))
+    return best, paired(tails[remedy], tails[best])
 
 
 def after_training(remedy: str, split: Mapping[str, Any], baseline: str) -> str:

@@ -40,6 +40,7 @@ class Plan:
     tuning_seed: Whole = 0
     branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
     threads: Count = 1
+    note: str = ""  # what a reader of the page has to know
     after: Mapping[str, After] = field(default_factory=dict)
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
 

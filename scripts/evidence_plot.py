@@ -23,9 +23,9 @@ Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
 
 def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]]) -> str:
     """SVG. curves: of each remedy after training its strengths in order."""
-    everything = [*remedies.values(), *(change for curve in curves.values() for change in curve)]
-    across = Axis([change[0] for change in everything], LEFT, RIGHT)
-    up = Axis([change[1] for change in everything], BOTTOM, TOP)
+    bare = [change for curve in curves.values() for change in curve]  # drawn without intervals
+    across = Axis(_reach([change[0] for change in remedies.values()], [change[0] for change in bare]), LEFT, RIGHT)
+    up = Axis(_reach([change[1] for change in remedies.values()], [change[1] for change in bare]), BOTTOM, TOP)
 
     parts = [*_grid(across, up)]
     names = [*curves, *remedies]
@@ -43,15 +43,20 @@ def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]])
     return "\n".join([head, title, f"<style>{STYLE}</style>", paper, *parts, "</svg>", ""])
 
 
+def _reach(crossed: Iterable[Difference], bare: Iterable[Difference]) -> list[float]:
+    """What has to be in sight, in points: 0, the intervals of some differences, the means of others."""
+    ends = [0.0, *(100 * difference.mean for difference in bare)]
+    for difference in crossed:
+        half = difference.half_width or 0.0
+        ends += [100 * (difference.mean - half), 100 * (difference.mean + half)]
+
+    return ends
+
+
 class Axis:
     """Points of mIoU to pixels."""
 
-    def __init__(self, differences: Iterable[Difference], start: float, end: float):
-        ends = [0.0]
-        for difference in differences:
-            half = difference.half_width or 0.0
-            ends += [100 * (difference.mean - half), 100 * (difference.mean + half)]
-
+    def __init__(self, ends: Sequence[float], start: float, end: float):
         margin = 0.06 * (max(ends) - min(ends)) + 0.1
         self.low, self.high = min(ends) - margin, max(ends) + margin
         self.start, self.end = start, end
@@ -70,11 +75,11 @@ def _grid(across: Axis, up: Axis) -> list[str]:
     for mark in across.marks:
         x = across(mark)
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}" class="{_line(mark)}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle" class="soft">{mark:+g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle" class="soft">{_signed(mark)}</text>')
     for mark in up.marks:
         y = up(mark)
         parts.append(f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="{_line(mark)}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="soft">{mark:+g}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" class="soft">{_signed(mark)}</text>')
 
     middle = (TOP + BOTTOM) / 2
     centre = (LEFT + RIGHT) / 2
@@ -82,6 +87,10 @@ def _grid(across: Axis, up: Axis) -> list[str]:
     turned = f'transform="rotate(-90 18 {middle})"'
     parts.append(f'<text x="18" y="{middle}" text-anchor="middle" {turned}>change of mIoU(tail), points</text>')
     return parts
+
+
+def _signed(mark: float) -> str:
+    return f"{mark:+g}" if mark else "0"
 
 
 def _line(mark: float) -> str:

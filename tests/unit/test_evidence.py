@@ -92,7 +92,7 @@ def take(monkeypatch, *steps) -> None:
 
 def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, capsys):
     fixed = {"baseline": {"a": []}, "good": {"strong": ["gain=2.5"]}}
-    edited(plan, remedies=fixed, branch=40)
+    edited(plan, remedies=fixed, branch=40, note="**Read this.**")
     take(monkeypatch, ("tune", plan), ("choose", plan), ("final", plan), ("collect", plan), ("page", plan))
     assert "there is nothing to choose among" in capsys.readouterr().out
 
@@ -101,7 +101,7 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     assert "branch" not in json.loads((tmp_path / "out/blocks/baseline_2/job.json").read_text())["command"]
     text = (tmp_path / "page.md").read_text()
     assert "Up to step 40 a seed's runs are one and the same" in text
-    assert "nothing is tuned" in text and "| good | strong | `gain=2.5` |" in text
+    assert "**Read this.**" in text and "nothing is tuned" in text and "| good | strong | `gain=2.5` |" in text
 
 
 def test_results_of_several_machines_are_joined(plan, tmp_path, monkeypatch):
@@ -162,6 +162,22 @@ def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
     assert ElementTree.fromstring(picture).tag.endswith("svg") and "logit adjustment" in picture
 
 
+def test_a_remedy_is_held_against_the_best_that_is_free():
+    """Of three strengths the first two cost less of the head than the remedy; the second has the higher tail."""
+    def run(tree: int, pole: int) -> dict:
+        matrix = np.array([[900, 50, 0], [100 - tree, tree, 0], [100 - pole, 0, pole]])
+        return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": evidence.packed(matrix[None])}
+
+    made = {"baseline": (90, 40), "late": (80, 60), "free t_1": (88, 50), "free t_2": (84, 56), "free t_3": (70, 70)}
+    runs = {name: {str(s): run(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()}
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    name, difference = evidence_page.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
+    assert name == "free t_2" and difference.n == 3 and difference.mean == pytest.approx(0.04)
+    assert evidence_page.best_free(split, "baseline", "late", []) is None
+    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], ["free"])[1:-1]
+    assert sentence.startswith("- **late** against free t_2: mIoU(tail) +4.0 ± 0.0 points over 3 pairs: better")
+
+
 def test_the_picture_puts_changes_where_they_belong():
     """Of a field from (−1, −2) to (1, 2) points: right is a better head, up a better tail."""
     def change(head, tail):
@@ -199,7 +215,7 @@ def test_numbers_of_the_page_are_scipys():
     assert f"mIoU(tail) {mean:+.1f} ± {half:.1f} points over 5 pairs" in text
     assert f"{100 * np.mean(tails['logits']):.1f} ({mean:+.1f} ± {half:.1f})" in text
     assert f"mIoU(tail) {100 * np.std(tails['baseline'], ddof=1):.1f}" in text
-    assert "**alone**: no seed in common with the baseline yet" in text
+    assert "**alone**: no seed in common with the baseline yet" in text and "Not run yet: missing." in text
 
 
 def one_run(hits: int) -> dict:
