@@ -206,7 +206,8 @@ def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
     if named:
         parser.error(f"unrecognized arguments: {' '.join(named)}")
     if args.config is None and getattr(args, "checkpoint", None) is None:
-        parser.error("the following arguments are required: CONFIG")
+        wanted = "CONFIG or CHECKPOINT" if hasattr(args, "checkpoint") else "CONFIG"
+        parser.error(f"the following arguments are required: {wanted}")
 
     return args
 

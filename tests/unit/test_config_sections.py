@@ -30,6 +30,8 @@ SEEDS = [
     *(range(first, first + 20) for first in range(0, 200, 20)),
     *(pytest.param(range(first, first + 400), marks=pytest.mark.slow) for first in range(200, 5000, 400)),
 ]
+# task.yaml is what its stages share, and no config of a run
+WHOLE = [path for path in SHIPPED if path.stem != "task"]
 WRONG = (
     None, True, False, 0, 1, -1, 2, 3, 7, 65537, 2**63, -(2**63), 10**400, 0.0, -0.5, 1.5, 1e30, 1e-30, float("nan"),
     float("inf"), "", "toy", "x" * 100_000, "\n", [], [0], [0, 0], [-1, -1], [1, 2, 3], [3, 3], [1, 1, 1, 1], [[]],
@@ -104,13 +106,12 @@ def build_method(system: str, cfg: Config) -> None:
 def test_wrong_values(seeds):
     for seed in seeds:
         rng = random.Random(seed)
-        path = rng.choice(SHIPPED)
+        path = rng.choice(WHOLE)
         tree = mutated(tree_of(path), rng)
         expect_config_or_one_line(lambda path=path, tree=tree: open_sections(path, tree))
 
 
-# task.yaml is what its stages share, and no config of a run
-TOY = [path for path in SHIPPED if "toy" in path.parts and path.stem != "task"]
+TOY = [path for path in WHOLE if "toy" in path.parts]
 
 
 @pytest.mark.parametrize("path", TOY, ids=lambda path: path.stem)

@@ -122,10 +122,12 @@ def test_stages_are_rehearsed_with_their_files(tmp_path, name):
         rehearse(cfg, uda_method)
 
 
-@pytest.mark.parametrize("program", ["fully_sup/train.py", "fully_sup/test.py", "uda/train.py", "uda/test.py"])
-def test_what_is_optional_is_not_asked_for(program, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [program])
+@pytest.mark.parametrize("system", ["fully_sup", "uda"])
+@pytest.mark.parametrize(("name", "wanted"), [("train.py", "CONFIG"), ("test.py", "CONFIG or CHECKPOINT")])
+def test_what_is_optional_is_not_asked_for(system, name, wanted, monkeypatch, capsys):
+    program = ROOT / system / name
+    monkeypatch.setattr(sys, "argv", [name])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+        runpy.run_path(str(program), run_name="__main__")
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and error.partition("required: ")[2] in ("config", "config, checkpoint")
+    assert end.value.code == 2 and error.partition("required: ")[2] == wanted

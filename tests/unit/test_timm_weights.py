@@ -114,7 +114,7 @@ def test_shipped_configs_can_be_trained(path, build, monkeypatch):
     cfg = load_config(path)
     assert cfg.model.backbone == f"timm:{LITE}"
     assert cfg.model.pretrained in (False, "pretrained/efficientnet_lite0.pth")
-    if path.stem.endswith("usrn"):
+    if path.stem.endswith(("usrn", "usrn_nogate")):
         classes = cfg.model.num_classes
         model = replace(cfg.model, options={**cfg.model.options, "subclasses": 2 * classes})
         cfg = replace(cfg, model=model, method={**cfg.method, "subclasses": [2] * classes})
