@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, number, of_differences, paired, paired_by_seed, verdict
+from common.comparison import Difference, head_and_tail, holm, number, of_differences, paired, paired_by_seed, verdict
 from common.metrics import precision_and_recall
 from scripts import evidence_plot
 
@@ -180,15 +180,17 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
 
 def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]) -> list[str]:
     """A sentence a remedy: its mIoU(tail) against the best that costs no training and no more of the head."""
-    lines = []
-    for remedy in remedies[1:]:
-        found = best_free(split, remedies[0], remedy, [run for name in after for run in of_curve(split, name)])
-        if found is not None:
-            free, difference = found
-            lines.append(f"- **{remedy}** against {free}: mIoU(tail) {verdict(difference, difference.p)}.")
-
-    if not lines:
+    curve = [run for name in after for run in of_curve(split, name)]
+    found = {remedy: best_free(split, remedies[0], remedy, curve) for remedy in remedies[1:]}
+    pairs = {remedy: pair for remedy, pair in found.items() if pair is not None}
+    if not pairs:
         return []
+
+    adjusted = holm({remedy: difference.p for remedy, (_, difference) in pairs.items()})
+    lines = [
+        f"- **{remedy}** against {free}: mIoU(tail) {verdict(difference, adjusted[remedy])}."
+        for remedy, (free, difference) in pairs.items()
+    ]
 
     head = (
         "Against what is free: of the baseline and all strengths after training (below), the one with the highest "
