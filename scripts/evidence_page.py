@@ -122,7 +122,7 @@ def strengths(results: Mapping[str, Any]) -> str:
     if tuned:
         lines += ["", "Chosen on images of their own, with a seed of their own:", "", choices_table(tuned)]
     else:
-        lines += ["", "One strength each, fixed before any training: **nothing is tuned, the baseline neither.**"]
+        lines += ["", "One strength each, fixed before any result: **nothing is tuned, the baseline neither.**"]
 
     return "\n".join([*lines, ""])
 

@@ -1,6 +1,7 @@
 """Options and settings that all tests share."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def integers_that_fit() -> Iterator[None]:
     np.where = strict
     yield
     np.where = where
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory, request) -> Iterator[Path]:
+    """A folder for what the tests of a module share: gone after the last of them, as `tmp_path` is after its one."""
+    folder = tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2])
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -59,9 +59,8 @@ def adversary() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("cpsl")
-    return {name: official_file(name, folder / f"{name}.pkl") for name in FILES}
+def files(module_path) -> dict[str, Path]:
+    return {name: official_file(name, module_path / f"{name}.pkl") for name in FILES}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -21,8 +21,8 @@ def expected():
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = write_official("hrda_mitb5", tmp_path_factory.mktemp("official"))
+def model(module_path):
+    path = write_official("hrda_mitb5", module_path)
     raw = torch.load(path)
     torch.save({"state_dict": {f"model.{key}": tensor for key, tensor in raw["state_dict"].items()}}, path)
     model = build_model(ModelConfig("hrda", 19, "mit_b5", options=OPTIONS))

@@ -51,9 +51,9 @@ def reference(name):
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def official(request, tmp_path_factory):
+def official(request, module_path):
     """A model's name, and a checkpoint in the official layout that holds its reference weights."""
-    path = write_official(request.param, tmp_path_factory.mktemp("official"))
+    path = write_official(request.param, module_path)
     yield request.param, path
     path.unlink()  # hundreds of MB
 

@@ -61,18 +61,18 @@ def save(state: dict[str, torch.Tensor], path: Path, key: str = "model", **more)
 
 
 @pytest.fixture(scope="module")
-def deeplab(tmp_path_factory) -> torch.nn.Module:
+def deeplab(module_path) -> torch.nn.Module:
     model = build_model(config("deeplabv3plus_unimatch"))
-    load_weights(model, save(filled(V1), tmp_path_factory.mktemp("v1") / "best.pth"))
+    load_weights(model, save(filled(V1), module_path / "v1.pth"))
     return model.eval()
 
 
 @pytest.fixture(scope="module")
-def dpt(tmp_path_factory) -> torch.nn.Module:
+def dpt(module_path) -> torch.nn.Module:
     """From a file that holds the student, too, here of zeros: V2's tables are of the average."""
     student = {f"module.{name}": torch.zeros(1) for name in manifest(V2)}
     model = build_model(config())
-    load_weights(model, save(filled(V2), tmp_path_factory.mktemp("v2") / "best.pth", "model_ema", model=student))
+    load_weights(model, save(filled(V2), module_path / "v2.pth", "model_ema", model=student))
     return model.eval()
 
 

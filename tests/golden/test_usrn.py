@@ -41,14 +41,13 @@ def filled(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, Path]:
+def files(module_path) -> dict[str, Path]:
     """Files as the release writes them: names behind `module.`, the best score a NumPy scalar."""
-    folder = tmp_path_factory.mktemp("usrn")
     for name in (BASELINE, USRN):
         state = {f"module.{key}": tensor for key, tensor in filled(name).items()}
         best = {"arch": "DistributedDataParallel", "epoch": 7, "monitor_best": np.float64(70.25)}
-        torch.save({**best, "state_dict": state}, folder / f"{name}.pth")
-    return {name: folder / f"{name}.pth" for name in (BASELINE, USRN)}
+        torch.save({**best, "state_dict": state}, module_path / f"{name}.pth")
+    return {name: module_path / f"{name}.pth" for name in (BASELINE, USRN)}
 
 
 @pytest.fixture(scope="module")

@@ -121,8 +121,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Place:
-    return Place(tmp_path_factory.mktemp("remedies"))
+def place(module_path) -> Place:
+    return Place(module_path)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -60,9 +60,9 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workplace:
+def place(module_path) -> Workplace:
     """The first three steps done: baseline, features, subclass labels."""
-    work = Workplace(tmp_path_factory.mktemp("semi_sup"))
+    work = Workplace(module_path)
     here("prepare_splits", USRN, *work.settings())
     call(MAIN, "--config", BASE, *work.base(), "train.steps=2")
     here("main", "--save_feature", "--resume", work.baseline / "checkpoints" / "best", "--device", "cpu")

@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from common.config import ConfigError, ModelConfig
-from common.data import DATASETS, toy
+from common.config import ConfigError, ModelConfig, load_config
+from common.data import DATASETS, make_streams, toy
 from common.models import build_model
 from tests.integration.conftest import ROOT, assert_equal, call, weights
 from tests.unit.data_files import classes, picture, save
@@ -33,18 +33,17 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(module_path) -> Path:
     """Toy scenes in the layouts of five sets, in the folders that their rows look for."""
-    root = tmp_path_factory.mktemp("pairs")
     for name, more in SETS.items():
-        toy.make(name, root / name, train=4, size=SIZE, **more)
-    return root
+        toy.make(name, module_path / name, train=4, size=SIZE, **more)
+    return module_path
 
 
 @pytest.fixture(scope="module")
-def imagenet(tmp_path_factory) -> Path:
+def imagenet(module_path) -> Path:
     """Weights of the small backbone, in place of ImageNet's."""
-    path = tmp_path_factory.mktemp("weights") / "mit_b0.pth"
+    path = module_path / "mit_b0.pth"
     torch.save(build_model(ModelConfig("segformer", 19, "mit_b0")).backbone.state_dict(), path)
     return path
 
@@ -206,6 +205,10 @@ def test_a_class_that_no_source_image_shows(tmp_path, monkeypatch):
     path = own_task(tmp_path, source=described(tmp_path / "a", names), target=described(tmp_path / "b", names))
     with pytest.warns(UserWarning, match="class 2 .scratch. has no pixel in the 6 training labels"):
         run(monkeypatch, path)
+
+    cfg = load_config(path, SHORT)
+    order = make_streams(cfg.data, cfg.seed, tmp_path / "cache")["source"].order
+    assert {order.focus(draw).class_id for draw in range(200)} == {0, 1}
 
 
 def test_a_folder_as_source_or_target_of_a_known_set(data, tmp_path, monkeypatch):

@@ -32,10 +32,9 @@ def here(program, *words) -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("unimatch")
-    make("voc", root / "voc", train=14, val=2, size=(40, 48), seed=0, domain="day")
-    return root
+def data(module_path) -> Path:
+    make("voc", module_path / "voc", train=14, val=2, size=(40, 48), seed=0, domain="day")
+    return module_path
 
 
 def one_subclass_each(root: Path) -> Path:

@@ -117,6 +117,7 @@ def test_other_predictions_are_said_to_be(run, tmp_path, program):
         Image.fromarray(np.full_like(np.array(Image.open(path)), 7)).save(path)
     with pytest.warns(UserWarning, match="the prediction shown is not the one that was scored"):
         program(run, "--predictions", tmp_path / "kept", "--classes", "road")
+    assert [path.name for path in (run / "errors" / "worst").iterdir()] == ["000_road.png"], "shown all the same"
 
 
 def test_a_run_without_images_has_its_matrix(run, program):

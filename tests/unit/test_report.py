@@ -3,84 +3,22 @@
 import base64
 import io
 import json
-import os
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from common import cli
-from common.evaluation import summarise, write_label
 from common.report import Report, RunFolder, write_report
 from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
 from common.report.curves import running_mean
-from common.report.html import STYLE, run_colour
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, confidence_map, error_map, overlay
 from scripts.report import main
-
-CLASSES = ("road", "sky", "person", "lamp & <post>")
-PALETTE = ((128, 64, 128), (70, 130, 180), (220, 20, 60), (250, 170, 30))
-GROUPS = {"image": ["frequent", "frequent", "common", "rare"], "pixel": ["frequent", "common", "common", "rare"]}
-MATRIX = np.array([[700, 60, 30, 10], [30, 400, 5, 5], [20, 10, 60, 0], [9, 8, 3, 20]])
-IDENTITY = {
-    "dataset": "street",
-    "split": "val",
-    "images": 7,
-    "files": "1234",
-    "labels": "abcd",
-    "convention": "nan_mean",
-    "scales": [1.0],
-}
-BETTER = np.array([[690, 60, 40, 10], [30, 400, 5, 5], [10, 5, 75, 0], [4, 4, 2, 30]])
-
-
-def make_run(
-    folder: Path, matrix=MATRIX, convention="nan_mean", drop=(), tail=(2, 3), classes=CLASSES, **identity
-) -> Path:
-    """A complete run folder, without the parts in `drop`, evaluated as IDENTITY and the given keys say."""
-    folder.mkdir(parents=True)
-    k = len(classes)
-    palette = [*PALETTE, *[(i % 256, i // 256, 7) for i in range(4, k)]]
-    row = SimpleNamespace(name="street", classes=classes, palette=palette, tail=tail, counts=None)
-    groups = GROUPS if k == 4 else {"image": ["rare"] * k}
-    evaluation = {**summarise(matrix, row, convention, groups), "images": 7, "seconds": 1.5, "ms_per_image": 214.3}
-    if "identity" not in drop:
-        evaluation["identity"] = {**IDENTITY, "convention": convention, **identity}
-    machine = {"processor": "Some CPU", "cores": 2, "gpu": None, "torch": "2.15"}
-    record = {"command": "python train.py a.yaml", "commit": "abc123", "seed": 5, "started": "2025-01-02", "minutes": 3}
-    log = [{"kind": "train", "step": 10 * i, "loss": 3 / i, "lr": 0.01 / i, "grad_norm": 1.0} for i in range(1, 60)]
-    scored = {"kind": "eval", "convention": convention, "miou_tail": 0.3}
-    log += [{**scored, "step": 300, "miou": 0.4}, {**scored, "step": 590, "miou": 0.5}]
-    texts = {
-        "config.yaml": f"name: {folder.name}\noptim:\n  lr: 0.01\n",
-        "run.json": json.dumps({**record, "machine": machine}),
-        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
-        "evaluation.json": json.dumps(evaluation),
-        "statistics.json": json.dumps({"class_pixels": [8000, 1900, 90, 10], "class_images": [9, 9, 5, 1]}),
-    }
-    for name, text in texts.items():
-        if name not in drop:
-            (folder / name).write_text(text)
-    if "panels" not in drop:
-        make_panels(folder / "panels")
-    return folder
-
-
-def make_panels(folder: Path) -> None:
-    rng, colours = np.random.default_rng(0), dict(enumerate(PALETTE))
-    truth = rng.integers(-1, 4, (20, 30))
-    write_label(folder / "00003_truth.png", truth, colours)
-    pred = truth.clip(0)
-    pred[:, :3] = 1
-    write_label(folder / "00003_prediction.png", pred, colours)
-    Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(folder / "00003_image.png")
+from tests.unit.report_runs import BETTER, MATRIX, PALETTE, make_run
 
 
 def report_text(tmp_path: Path, *folders: Path, baseline=0) -> str:
@@ -390,57 +328,3 @@ def test_pictures():
     assert errors[0].tolist() == [[110] * 3, list(WRONG), list(WRONG_TAIL), list(IGNORED)]
     heat = confidence_map(np.array([[0.0, 1.0]]))
     assert heat.dtype == np.uint8 and heat.tolist() == [[[68, 1, 84], [253, 231, 37]]]
-
-
-def test_the_tail_comes_first_in_the_tiles(tmp_path):
-    html = write_report(tmp_path / "r.html", [RunFolder.load(make_run(tmp_path / "run"))]).read_text()
-    tiles = html[html.index('class="tiles"') : html.index("<nav>")]
-    assert re.findall(r"<span>([^<]*)</span>", tiles) == ["mIoU(tail)", "mIoU", "mAcc", "aAcc"]
-
-
-def test_the_table_of_classes_sorts(tmp_path):
-    """Every column but the names has a button; cells hold their values, in all their digits."""
-    paths = [make_run(tmp_path / "base"), make_run(tmp_path / "new", BETTER)]
-    html = write_report(tmp_path / "r.html", [RunFolder.load(path) for path in paths]).read_text()
-    table = re.search(r'<table class="sortable">.*?</table>', html, re.DOTALL)[0]
-    heads = re.findall(r"<th scope[^>]*>(?:<button[^>]*>)?([^<]*)", table)
-    assert table.count("<button") == len(heads) - 1 and {"frequency, %", "change new", "precision base"} < set(heads)
-    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)[1:]
-    rows = [re.findall(r'<td(?: data-v="([^"]*)")?>', row) for row in rows]
-    iou, change = heads.index("IoU new"), heads.index("change new")
-    evaluated = [RunFolder.load(path).evaluation["per_class"] for path in paths]
-    found = sorted((float(row[iou]), float(row[change])) for row in rows)
-    expected = sorted((b["iou"], b["iou"] - a["iou"]) for a, b in zip(*evaluated, strict=True))
-    assert np.allclose(found, expected, atol=1e-7) and len(rows) == 4
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on this machine")
-def test_a_click_sorts_in_a_browser(tmp_path):
-    """By change, the highest first, and the other way round at the second click."""
-    paths = [make_run(tmp_path / "base"), make_run(tmp_path / "new", BETTER)]
-    page = write_report(tmp_path / "r.html", [RunFolder.load(path) for path in paths])
-    gains = {}
-    for clicks in (1, 2):
-        script = f"""<script>
-        const head = [...document.querySelectorAll('table.sortable button')].find(b => b.textContent === 'change new');
-        for (let i = 0; i < {clicks}; i++) head.click();
-        const column = [...head.closest('tr').children].indexOf(head.closest('th'));
-        const rows = [...document.querySelectorAll('table.sortable tbody tr')];
-        const cells = rows.map(row => row.children[column].dataset.v);
-        document.title = cells.join(' ') + ' ' + head.closest('th').getAttribute('aria-sort');</script>"""
-        clicked = tmp_path / f"clicked{clicks}.html"
-        clicked.write_text(page.read_text().replace("</body>", f"{script}</body>"))
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", clicked.as_uri()]
-        own = os.environ | {"HOME": str(tmp_path)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=own)
-        *values, how = re.search(r"<title>(.*?)</title>", done.stdout)[1].split()
-        gains[how] = [float(value) for value in values]
-    assert gains["descending"] == sorted(gains["descending"], reverse=True) == gains["ascending"][::-1]
-    assert len(set(gains["ascending"])) == 4
-
-
-def test_ten_runs_have_ten_colours(tmp_path):
-    """Beside the baseline's, in the light and the dark theme."""
-    for theme in re.findall(r"--c0:.*?--c10: #\w+", STYLE, re.DOTALL):
-        assert len(set(re.findall(r"#\w{6}", theme))) == 11
-    assert len({run_colour(run) for run in range(11)}) == 11 and run_colour(11) == 1
