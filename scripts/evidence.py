@@ -5,6 +5,7 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
     tune       every strength of every remedy, trained with one seed and scored on the tuning images
     choose     the strength of each with the highest mIoU there → the file of choices; commit it before the next step
     final      the chosen strengths with every seed, on the final splits
+    score      the final runs that are done once more, with the further scores of the plan's `score`
     after      what is changed in the baseline's trained classifier (`after` of the plan), in every strength
     collect    the confusion matrix of every image of the final runs that are done → the file of results
     page       the page of what the results say
@@ -37,9 +38,11 @@ from common.files import load_json, read_artifact, read_json, refuse_to_overwrit
 from common.jobs import Run, run_all, state_of, table
 from common.jobs.plan import ROOT
 from scripts import evidence_page, run_many
-from scripts.evidence_plan import STRENGTHS, Plan, data_folder, runs_of
+from scripts.evidence_plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
 
-STEPS = ("tune", "choose", "final", "after", "collect", "page")
+EVALUATION = "evaluation.json"  # in the folder of a run
+SAME = 1e-4  # share of pixels that another order of sums may move
+STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
 
 def main() -> int:
@@ -55,7 +58,9 @@ def main() -> int:
     if args.step == "tune" and not plan.tuned():
         print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
         return 0
-    if args.step in ("tune", "final", "after"):
+    if args.step == "score" and not plan.score:
+        raise ValueError(f"{args.plan}: score: names no command")
+    if args.step in ("tune", "final", "score", "after"):
         return train(plan, args)
     if args.step == "choose":
         choose(plan, args.force)
@@ -82,9 +87,14 @@ def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:
     if args.step == "final":
         return missing(plan, args)
 
-    trained = {run.title: run for jobs in plan.finals(read_choices(plan)).values() for run in runs_of(jobs, args)}
+    finals = plan.finals(read_choices(plan))
+    done = {run.title for jobs in finals.values() for run in runs_of(jobs, args) if state_of(run) == "done"}
+    if args.step == "score":
+        runs = [run for jobs in plan.scorings().values() for run in runs_of(jobs, args)]
+        return [run for run in runs if f"{run.output.parent}/{run.label}" in done]
+
     runs = [run for jobs in plan.afters().values() for run in runs_of(jobs, args)]
-    return [run for run in runs if state_of(trained[f"{run.output}/{plan.baseline}_{run.seed}"]) == "done"]
+    return [run for run in runs if f"{run.output}/{plan.baseline}_{run.seed}" in done]
 
 
 def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
@@ -173,7 +183,7 @@ def collect(plan: Plan) -> None:
     known = read_results(plan)
     splits = {} if known is None else dict(known["splits"])
     for name, jobs in plan.finals(choices).items():
-        results_of_split = _trained(runs_of(jobs), choices)
+        results_of_split = _trained(runs_of(jobs), choices, _scored(plan, name))
         if plan.after:
             results_of_split += _after(runs_of(plan.afters()[name]))
 
@@ -228,12 +238,20 @@ class Result(NamedTuple):
     folder: Path
     name: str  # under which it is recorded
     strength: str
+    scores: Path | None = None  # what the step `score` has left
 
 
-def _trained(runs: list[Run], choices: Mapping[str, Any]) -> list[Result]:
+def _scored(plan: Plan, split: str) -> dict[str, Path]:
+    """Label of a final run → the file of its further scores, where the step `score` has left one."""
+    runs = runs_of(plan.scorings()[split]) if plan.score else []
+    return {run.label: run.folder / f"{SCORES}.json" for run in runs if state_of(run) == "done"}
+
+
+def _trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Path]) -> list[Result]:
     """The results of trainings that are done."""
+    done = [run for run in runs if state_of(run) == "done"]
     return [
-        Result(run, run.folder, run.name, choices[run.name]["chosen"]) for run in runs if state_of(run) == "done"
+        Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done
     ]
 
 
@@ -260,8 +278,8 @@ def _split(results: list[Result]) -> dict[str, Any] | None:
     """What the results of one split say; None where there is none."""
     first: dict[str, Any] | None = None
     found: dict[str, Any] = {}
-    for run, folder, name, strength in results:
-        result = read_json(folder / "evaluation.json")
+    for run, folder, name, strength, scores in results:
+        result = read_json(folder / EVALUATION)
         kept = read_per_image(folder / FILE)
         first = first or {"result": result, "images": kept.names}
         if parts := differences(result, first["result"]):
@@ -269,7 +287,8 @@ def _split(results: list[Result]) -> dict[str, Any] | None:
 
         made = read_json(folder / "run.json")
         record = {key: made.get(key) for key in ("minutes", "commit", "machine")}
-        record |= {"strength": strength, "matrices": packed(kept.matrices)}
+        again = result if scores is None else scored_again(scores, result)
+        record |= {"strength": strength, "matrices": packed(kept.matrices), "further": further(again)}
         found.setdefault(name, {})[str(run.seed)] = record
 
     if first is None:
@@ -284,6 +303,30 @@ def _split(results: list[Result]) -> dict[str, Any] | None:
         "images": first["images"],
         "runs": found,
     }
+
+
+def scored_again(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the step `score` has left. ValueError where it is of other predictions than the run's own `result`."""
+    scores = read_json(path)
+    if parts := differences(scores, result):
+        raise ValueError(f"{path}: is not of the run's evaluation: {'; '.join(parts)}")
+
+    moved = np.abs(np.subtract(scores["confusion"], result["confusion"])).sum() / 2
+    if moved > SAME * np.sum(result["confusion"]):
+        raise ValueError(f"{path}: {moved:.0f} pixels are predicted otherwise than in the run's own evaluation")
+
+    return scores
+
+
+def further(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What scores say of the tail beyond the confusion matrix; nothing where they say nothing."""
+    means = {key: scores[key] for key in (*evidence_page.FURTHER, "boundary") if key in scores}
+    classes = {
+        item["name"]: {key: item[key] for key in evidence_page.FURTHER_OF_CLASS if key in item}
+        for item in scores["per_class"]
+        if item["tail"]
+    }
+    return {**means, "classes": classes} if means else {}
 
 
 def packed(matrices: np.ndarray) -> list[list[int]]:

@@ -12,6 +12,8 @@ from scripts import evidence_plot
 
 Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
+FURTHER = {"tolerant_miou_tail": "mIoU~(tail)", "boundary_f_tail": "F~(tail)", "ece": "ECE", "ece_tail": "ECE(tail)"}
+FURTHER_OF_CLASS = ("tolerant_iou", "boundary_f", "ece", "mass")
 HEAD = """# Which remedies help
 
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
@@ -19,6 +21,11 @@ Every remedy is trained with the seeds of the baseline, and differences are take
 counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better" and "worse" are said where Holm's p
 over all remedies of a table is below 0.05. Such intervals speak of other seeds on the same images, not of other scenes.
 """
+FURTHER_HEAD = (
+    "Beyond IoU ([scores.md](scores.md)): `~` forgives the pixels of `eval.boundary` at borders, ECE is the expected "
+    "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
+    "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
+)
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
@@ -156,6 +163,7 @@ def section(
     if changes_of(split, remedies, after) is not None:
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
+    lines += further_tables(split, remedies)
     lines += words(compared, unpaired(matrices, baseline))
     absent = [name for name in remedies if name not in split["runs"]]
     if absent:
@@ -232,7 +240,8 @@ def after_training(remedy: str, split: Mapping[str, Any], baseline: str) -> str:
         return f"{head}\nNot run yet.\n"
 
     compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
-    return "\n".join([head, main_table(matrices, baseline, split, compared), tail_table(matrices, split)])
+    tables = [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
+    return "\n".join([head, *tables, *further_tables(split, list(matrices))])
 
 
 def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
@@ -299,6 +308,63 @@ def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], split: Mapping[
         cells = [" / ".join([*(percent(rate[k]) for rate in rates), f"{ratio[k]:.2f}"]) for k in split["tail"]]
         lines.append(f"| {remedy} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def further_tables(split: Mapping[str, Any], names: list[str]) -> list[str]:
+    """What precise borders and probabilities say of the runs that were scored for them; nothing where none was."""
+    found = {
+        name: {seed: run["further"] for seed, run in split["runs"].get(name, {}).items() if run.get("further")}
+        for name in names
+    }
+    found = {name: seeds for name, seeds in found.items() if seeds}
+    if not found:
+        return []
+
+    return [FURTHER_HEAD, _further_means(found, names[0]), _further_classes(found)]
+
+
+def _further_means(found: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
+    lines = ["| | seeds | " + " | ".join(FURTHER.values()) + " |", "|---" * (len(FURTHER) + 2) + "|"]
+    columns = {key: _further_column(found, baseline, key) for key in FURTHER}
+    for name, seeds in found.items():
+        cells = [columns[key][name] for key in FURTHER]
+        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
+
+    return "\n".join([*lines, ""])
+
+
+def _further_column(found: Mapping[str, Mapping[str, Any]], baseline: str, key: str) -> dict[str, str]:
+    """Name → mean of one score, with the change against the baseline where both have it."""
+    values = {
+        name: {seed: run[key] for seed, run in seeds.items() if run.get(key) is not None}
+        for name, seeds in found.items()
+    }
+    changes = paired_by_seed(values, baseline) if baseline in values else {}
+    cells = {}
+    for name, scored in values.items():
+        mean = percent(np.mean(list(scored.values()))) if scored else "–"
+        cells[name] = f"{mean} ({number(changes[name][0])})" if name in changes else mean
+
+    return cells
+
+
+def _further_classes(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """IoU~ / F~ / ECE / mass of each class of the tail, means over the seeds."""
+    classes = list(dict.fromkeys(name for seeds in found.values() for run in seeds.values() for name in run["classes"]))
+    lines = ["IoU~ / F~ / ECE / mass:", "", "| | " + " | ".join(classes) + " |", "|---" * (len(classes) + 1) + "|"]
+    for remedy, seeds in found.items():
+        runs = [run["classes"] for run in seeds.values()]
+        cells = [" / ".join(_mean_of(runs, name, key) for key in FURTHER_OF_CLASS) for name in classes]
+        lines.append(f"| {remedy} | {' | '.join(cells)} |")
+
+    return "\n".join([*lines, ""])
+
+
+def _mean_of(runs: list[Mapping[str, Any]], name: str, key: str) -> str:
+    values = [run[name][key] for run in runs if run.get(name, {}).get(key) is not None]
+    if not values:
+        return "–"
+    return f"{np.mean(values):.2f}" if key == "mass" else percent(np.mean(values))
 
 
 def percent(value: float) -> str:

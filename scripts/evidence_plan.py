@@ -11,6 +11,7 @@ from common.config.bounds import Count, Whole
 from common.jobs import Run
 from common.jobs.plan import ROOT, Jobs, plan_of
 
+SCORES = "scores"  # in the folder of a run of `score`: what its command leaves
 STRENGTHS = "strengths"  # in the folder of a run of `after`: what scripts/rebalance.py leaves
 
 
@@ -40,6 +41,7 @@ class Plan:
     tuning_seed: Whole = 0
     branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
     threads: Count = 1
+    score: str = ""  # command that scores {checkpoint} once more, with further scores, and leaves {scores}
     note: str = ""  # what a reader of the page has to know
     after: Mapping[str, After] = field(default_factory=dict)
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
@@ -80,6 +82,27 @@ class Plan:
             split: self._jobs(split, {name: (*own, *settings) for name, settings in chosen.items()}, self.seeds)
             for split, own in self.final.items()
         }
+
+    def scorings(self) -> dict[str, Jobs]:
+        """Split → a run for each remedy and seed, which scores what it trained once more."""
+        return {split: self._jobs_score(split) for split in self.final} if self.score else {}
+
+    def _jobs_score(self, split: str) -> Jobs:
+        commands = {}
+        for name in self.remedies:
+            places = {
+                "{checkpoint}": f"{self.output}/{split}/{name}_{{seed}}/checkpoints/last",
+                "{scores}": f"{{output}}/{{label}}/{SCORES}.json",
+            }
+            commands[name] = _filled(self.score, places)
+
+        return Jobs(
+            command="",
+            output=f"{self.output}/{split}/{SCORES}",
+            runs={name: {"command": command} for name, command in commands.items()},
+            seeds=self.seeds,
+            threads=self.threads,
+        )
 
     def afters(self) -> dict[str, Jobs]:
         """Split → a run for each change of the baseline's trained classifier, and seed."""
@@ -123,9 +146,14 @@ class Plan:
 
 
 def _placed(text: str, places: Mapping[str, str]) -> str:
+    text = _filled(text, places)
+    return text.replace("{", "{{").replace("}", "}}")  # what is left in braces is a value, not a word to fill in
+
+
+def _filled(text: str, places: Mapping[str, str]) -> str:
     for word, value in places.items():
         text = text.replace(word, value)
-    return text.replace("{", "{{").replace("}", "}}")  # what is left in braces is a value, not a word to fill in
+    return text
 
 
 def data_folder() -> str:

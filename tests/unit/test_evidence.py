@@ -34,10 +34,25 @@ folder.mkdir(parents=True, exist_ok=True)
 iou = hits / 100
 per_class = [{"name": n, "id": i, "tail": n == "pole"} for i, n in enumerate(["road", "tree", "pole"])]
 result = {"miou": iou, "miou_tail": -iou, "per_class": per_class, "convention": "nan_mean",
-          "identity": {"dataset": words.get("images", "a"), "images": 2}}
+          "confusion": matrices.sum(0).tolist(), "identity": {"dataset": words.get("images", "a"), "images": 2}}
 (folder / "evaluation.json").write_text(json.dumps(result))
 (folder / "run.json").write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
 np.savez_compressed(folder / "per_image.npz", names=np.array(["x", "y"]), matrices=matrices)
+"""
+
+
+# What an evaluation of its checkpoint leaves: the same, and further scores.
+FAKE_SCORE = """
+import json, sys
+from pathlib import Path
+checkpoint, scores = (Path(word.removeprefix("--json=")) for word in sys.argv[1:])
+result = json.loads((checkpoint.parents[1] / "evaluation.json").read_text())
+iou = result["miou"]
+for item in result["per_class"]:
+    item |= {"tolerant_iou": iou + 0.1, "boundary_f": 0.5, "ece": 0.25, "mass": 1.5}
+further = {"tolerant_miou_tail": iou + 0.1, "boundary_f_tail": 0.5, "ece": 0.0625, "ece_tail": None}
+scores.parent.mkdir(parents=True, exist_ok=True)
+scores.write_text(json.dumps(result | further | {"boundary": {"pixels": 2}}))
 """
 
 
@@ -160,6 +175,34 @@ def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
     picture = (tmp_path / "images/evidence_plan_blocks.svg").read_text()
     assert "![Change of mIoU(tail) against change of mIoU(head), by remedy](images/evidence_plan_blocks.svg)" in text
     assert ElementTree.fromstring(picture).tag.endswith("svg") and "logit adjustment" in picture
+
+
+def test_runs_are_scored_once_more(plan, tmp_path, monkeypatch, fails):
+    """The further scores of the runs that are done stand on the page, with their changes by seed."""
+    (tmp_path / "score.py").write_text(FAKE_SCORE)
+    assert "score: names no command" in fails(evidence.main, "score", plan)
+    edited(plan, remedies={"baseline": {"a": []}, "good": {"b": ["gain=1"]}}, seeds=[1, 2], final={"blocks": []})
+    edited(plan, score=f"{sys.executable} {tmp_path / 'score.py'} {{checkpoint}} --json={{scores}}")
+    take(monkeypatch, ("choose", plan), ("final", plan))
+    (tmp_path / "out/blocks/good_2/job.json").unlink()
+    take(monkeypatch, ("score", plan))
+    made = sorted(path.parent.name for path in (tmp_path / "out/blocks/scores").glob("*/scores.json"))
+    assert made == ["baseline_1", "baseline_2", "good_1"], "only what is done is scored"
+
+    take(monkeypatch, ("final", plan), ("score", plan), ("collect", plan), ("page", plan))
+    run = json.loads((tmp_path / "results.json").read_text())["splits"]["blocks"]["runs"]["good"]["2"]
+    assert run["further"]["classes"] == {
+        "pole": {"tolerant_iou": pytest.approx(0.81), "boundary_f": 0.5, "ece": 0.25, "mass": 1.5}
+    }
+    text = (tmp_path / "page.md").read_text()
+    assert "| good | 2 | 82.0 (+10.0 ± 0.0) | 50.0 (+0.0 ± 0.0) | 6.2 (+0.0 ± 0.0) | – |" in text
+    assert "| good | 82.0 / 50.0 / 25.0 / 1.50 |" in text
+
+    scores = tmp_path / "out/blocks/scores/good_1/scores.json"
+    other = json.loads(scores.read_text())
+    other["confusion"][0] = [1700, 200, 0]
+    scores.write_text(json.dumps(other))
+    assert "good_1/scores.json: 100 pixels are predicted otherwise" in fails(evidence.main, "collect", plan)
 
 
 def test_a_remedy_is_held_against_the_best_that_is_free():
