@@ -1,6 +1,7 @@
 """The wiring that every entry point shares: streams, validation, and the last files of a run's folder."""
 
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ from common.evaluation.per_image import FILE as PER_IMAGE
 from common.files import read_json, write_json
 from common.losses.build import Remedies
 from common.losses.counts import Counts
+from common.report import RunFolder, write_report
+
+REPORT = "report.html"
 
 
 class Counted(NamedTuple):
@@ -166,9 +170,10 @@ class Experiment:
         return read_json(self.cfg.folder / "evaluation.json")
 
     def finish(self) -> None:
-        """Mark the run as complete, for drivers that skip finished steps."""
+        """Mark the run as complete, for drivers that skip finished steps, and leave its report."""
         if distributed.rank() == 0:
             (self.cfg.folder / "done").touch()
+        leave_report(self.cfg.folder / REPORT, [self.cfg.folder])
 
     def begin(self, resume: bool) -> None:
         """Find what stands against the run, while that costs nothing yet: an earlier run, a folder not to write in.
@@ -246,6 +251,26 @@ def counts_of(dataset: SegmentationDataset, statistics: Statistics) -> dict[str,
         "num_images": statistics.num_images,
         "warnings": lacks,
     }
+
+
+def leave_report(file: Path, runs: Sequence[Path]) -> None:
+    """Write the report of runs that have ended, the first as the baseline; rank 0.
+
+    Whatever goes wrong is said in one line and no more: the runs are whole without their report.
+    """
+    if distributed.rank() != 0:
+        return
+
+    command = shlex.join(["python", "scripts/report.py", *map(str, runs), "--output", str(file)])
+    try:
+        write_report(file, [RunFolder.load(run) for run in runs], command=command)
+    except Exception as error:
+        # of any kind: a training of days does not fail by its last picture
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"{file}: not written ({reason}); {command} tries again", stacklevel=2)
+        return
+
+    print(f"report written to {file}")
 
 
 def print_result(result: dict[str, Any], baseline: dict[str, Any] | None = None) -> None:

@@ -18,6 +18,7 @@ def main() -> None:
     validate = experiment.evaluator(method, device)
     fit(cfg, method, experiment.open, validate, device=device, resume=args.resume)
     print_result(experiment.last_result())
+    experiment.finish()
     distributed.stop()
 
 

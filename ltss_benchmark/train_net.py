@@ -21,7 +21,9 @@ from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare, rehearse
 from common.evaluation.folder import folder_of_test, kept_in, write_test
+from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
+from common.files import refuse_to_overwrite
 from common.models import load_model
 from ltss_benchmark import launch, results
 from ltss_benchmark.detectron2_keys import read_config
@@ -68,9 +70,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", metavar="DIR", help="where runs lie: output=DIR")
     parser.add_argument(
         "--save-predictions",
-        action="store_true",
-        help="with --eval-only: masks as COCO's RLE, too",
+        metavar="DIR",
+        help="with --eval-only: write one PNG an image; with --tta those of the augmented evaluation",
     )
+    parser.add_argument(
+        "--save-rle",
+        action="store_true",
+        help="with --eval-only: the release's masks, as COCO's RLE, into <run>/inference/",
+    )
+    cli.add_force(parser)
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0")
@@ -89,10 +97,12 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args.opts += ["MODEL.WEIGHTS", args.checkpoint] if args.checkpoint else []
     args.opts += ["TEST.AUG.ENABLED", "True"] if args.tta else []
     args.opts += [f"output={args.output}"] if args.output else []
-    if args.save_predictions and not args.eval_only:
-        parser.error(
-            "--save-predictions belongs to --eval-only: training writes no predictions"
-        )
+    for flag, given in (
+        ("--save-predictions", args.save_predictions),
+        ("--save-rle", args.save_rle),
+    ):
+        if given and not args.eval_only:
+            parser.error(f"{flag} belongs to --eval-only: training writes no predictions")
 
     return args
 
@@ -125,7 +135,10 @@ def ready(cfg: Config, args: argparse.Namespace, world: int) -> tuple[Config, Ex
         weights = weights_of(cfg, args.resume)
         if not weights.exists():
             raise ValueError(f"{weights}: no such checkpoint")
-        return cfg, open_experiment(cfg, eval_only=True)
+        experiment = open_experiment(cfg, eval_only=True)
+        files = prediction_files(args.save_predictions, experiment.val, cfg.eval)
+        refuse_to_overwrite(files, args.force)
+        return cfg, experiment
 
     cfg = divided(replace(cfg, eval=plain(cfg.eval)), world)
     rehearse(cfg, build_method)
@@ -200,17 +213,18 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     model = load_model(cfg.model, weights).to(device)
     single = plain(cfg.eval)
 
-    for options in [single] if single == cfg.eval else [single, cfg.eval]:
-        augmented = options is not single
+    for options in [cfg.eval] if single == cfg.eval else [single, cfg.eval]:
+        augmented = options != single
         tested = replace(cfg, eval=options)
         folder = folder_of_test(tested, experiment.val, weights)
         name = results.file_name(options.convention, "predictions")
         inference = results.inference_folder(cfg.folder, augmented)
-        keep = results.Predictions(inference / name) if args.save_predictions else None
+        keep = results.Predictions(inference / name) if args.save_rle else None
+        # the files of both would have the same names
+        pictures = args.save_predictions if options is cfg.eval else None
 
-        result = experiment.score(
-            model, device, weights, cfg=options, keep=keep, **kept_in(folder)
-        )
+        outputs = {"save_predictions": pictures, "keep": keep, **kept_in(folder)}
+        result = experiment.score(model, device, weights, cfg=options, **outputs)
         result |= {"checkpoint": str(weights)}
         if keep is not None:
             keep.close()

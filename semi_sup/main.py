@@ -23,7 +23,9 @@ from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
 from common.engine.runtime import arranged
 from common.evaluation.folder import folder_of_test, kept_in, write_test
+from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
+from common.files import refuse_to_overwrite
 from common.models import load_model
 from common.models.carried import best_of, open_config
 from common.models.pretrained.containers import weight_file
@@ -45,6 +47,8 @@ def main() -> None:
     cfg = open_config(args.config, args.checkpoint, args.overrides)
     if args.test and args.save_feature:
         raise ValueError("--test and --save_feature are two runs")
+    if args.save_predictions and not args.test:
+        raise ValueError("--save-predictions belongs to --test: nothing else predicts images")
 
     if args.test or args.save_feature:
         args.checkpoint = args.checkpoint or best_of(cfg)
@@ -63,6 +67,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     cli.add_config(parser)
     cli.add_checkpoint(parser, default="of a test, the best one of the config's run")
     cli.add_evaluation(parser)
+    cli.add_force(parser)
     parser.add_argument(
         "-r",
         "--resume",
@@ -153,9 +158,11 @@ def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:
-    """Scores and panels in a folder of this test; predictions in `preds/` and the report in the run's folder."""
+    """Scores and panels in a folder of this test; in the run's the report and, without --save-predictions, `preds/`."""
     cfg = cli.with_tta(cfg) if args.tta else cfg
     experiment = Experiment(cfg, train=False)  # needs no training data
+    files = prediction_files(args.save_predictions, experiment.val, cfg.eval)
+    refuse_to_overwrite(files, args.force)
     model, device = open_network(cfg, args)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)

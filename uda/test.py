@@ -2,7 +2,7 @@
 
 One evaluation gives the means over 19, 16 and 13 Cityscapes classes: mIoU16 and mIoU13 are means over subsets of the
 model's own classes, those that neither labels nor predictions show left out. With `--history` nothing is evaluated: it
-prints the target mIoU that each stage of the task ended with.
+prints the target mIoU that each stage of the task ended with, and writes the report that compares them.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from common.config import Config
 from common.data import DATASETS
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
-from common.experiment import Experiment, print_result
+from common.experiment import Experiment, leave_report, print_result
 from common.files import load_json, read_artifact, refuse_to_overwrite
 from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import checkpoint_of, open_network
@@ -32,13 +32,13 @@ def main() -> None:
         help="stage 1: which network",
     )
     parser.add_argument(
-        "--history", action="store_true", help="print the stored results of all stages, no more"
+        "--history", action="store_true", help="print and report the stored results of all stages"
     )
     cli.add_force(parser)
     args = cli.parse(parser)
     cfg = stage_config(args)
     if args.history:
-        print_history(cfg)
+        show_history(cfg)
         return
     if args.tta:
         cfg = cli.with_tta(cfg)
@@ -92,8 +92,9 @@ def print_lines(result: dict) -> None:
             print(f"{key}: {100 * result[key]:.2f}")
 
 
-def print_history(cfg: Config) -> None:
-    """Target mIoU of every stage of the task and the variant that has been evaluated in training.
+def show_history(cfg: Config) -> None:
+    """Target mIoU of every stage of the task and the variant that has been evaluated in training, and their report:
+    `report.html` beside the runs, or `report_VARIANT.html`.
 
     A stage that the variant does not have is the plain one. ValueError where there is none.
     """
@@ -108,6 +109,10 @@ def print_history(cfg: Config) -> None:
         print(
             f"{path.parent.name:<14} target mIoU {100 * read_artifact(path, stored_miou):.2f}"
         )
+
+    variant = split_name(cfg.name)[1]
+    name = f"report_{variant}.html" if variant else "report.html"
+    leave_report(Path(cfg.output) / name, [path.parent for path in found])
 
 
 def stored_miou(path: Path) -> float:

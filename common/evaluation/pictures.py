@@ -57,9 +57,15 @@ def save_panel(folder: Path, sample: dict[str, Any], pred: Tensor, row: Any) -> 
     stem = f"{sample['index']:05d}"
     colours = dict(enumerate(row.palette))
     folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).save(folder / f"{stem}_image.png")
-    write_label(folder / f"{stem}_truth.png", sample["label"].numpy(), colours)
-    write_label(folder / f"{stem}_prediction.png", pred.cpu().numpy(), colours)
+
+    pixels = sample["image"].permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(folder / f"{stem}_image.png")
+
+    truth = sample["label"].numpy()
+    write_label(folder / f"{stem}_truth.png", truth, colours)
+
+    predicted = pred.cpu().numpy()
+    write_label(folder / f"{stem}_prediction.png", predicted, colours)
 
 
 def write_label(path: Path, values: np.ndarray, colours: Mapping[int, Sequence[int]]) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,48 +90,97 @@ def _bars(classes: Sequence[dict[str, Any]], num_images: int) -> str:
     return svg(right + 20, height + 6, "Share of pixels (upper bar) and images (lower bar) of every class", parts)
 
 
+class _Square(NamedTuple):
+    """A square of a drawing whose sides are shares from 0 to 1."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def x(self, share: float) -> float:
+        return self.left + share * (self.right - self.left)
+
+    def y(self, share: float) -> float:
+        return self.bottom - share * (self.bottom - self.top)
+
+
 def _lorenz(classes: Sequence[dict[str, Any]], gini: dict[str, float]) -> str:
     """The Lorenz curves of pixels and images."""
-    left, right, top, bottom = 46, 400, 12, 300
-    parts = [
-        f'<rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}" fill="none" class="grid"/>',
-        line(left, bottom, right, top, "axis"),
-    ]
-    for share in (0, 0.5, 1):
-        parts.append(text(left + share * (right - left), bottom + 18, percent(share), "tick", "middle"))
-        parts.append(text(left - 6, bottom - share * (bottom - top) + 4, percent(share), "tick", "end"))
+    square = _Square(left=46, right=400, top=12, bottom=300)
+    parts = _lorenz_axes(square)
 
     for run, (unit, key) in enumerate((("pixel", "pixels"), ("image", "images"))):
-        counts = np.sort([item[key] for item in classes])
-        held = np.concatenate([[0], counts.cumsum() / counts.sum()])
-        across = np.linspace(left, right, len(held))
-        places = " ".join(f"{x:.1f},{bottom - y * (bottom - top):.1f}" for x, y in zip(across, held, strict=True))
-        style = 'fill="none" style="stroke:var(--run)" stroke-width="2"'
-        parts.append(f'<polyline class="r{run}" points="{places}" {style}/>')
-        label = f'<tspan style="fill:var(--c{html.run_colour(run)})">■</tspan> {key}, Gini {gini[unit]:.3f}'
-        parts.append(text(left + 14, top + 22 + 20 * run, label))
+        counts = [item[key] for item in classes]
+        parts.append(_lorenz_curve(square, counts, run))
 
-    return svg(right + 30, bottom + 26, "Lorenz curves of pixels and images", parts)
+        colour = f"var(--c{html.run_colour(run)})"
+        label = f'<tspan style="fill:{colour}">■</tspan> {key}, Gini {gini[unit]:.3f}'
+        parts.append(text(square.left + 14, square.top + 22 + 20 * run, label))
+
+    return svg(square.right + 30, square.bottom + 26, "Lorenz curves of pixels and images", parts)
+
+
+def _lorenz_axes(square: _Square) -> list[str]:
+    """The frame, the diagonal of equality, and the shares along both sides."""
+    width = square.right - square.left
+    height = square.bottom - square.top
+    frame = f'<rect x="{square.left}" y="{square.top}" width="{width}" height="{height}" fill="none" class="grid"/>'
+    diagonal = line(square.x(0), square.y(0), square.x(1), square.y(1), "axis")
+    parts = [frame, diagonal]
+
+    for share in (0, 0.5, 1):
+        parts.append(text(square.x(share), square.bottom + 18, percent(share), "tick", "middle"))
+        parts.append(text(square.left - 6, square.y(share) + 4, percent(share), "tick", "end"))
+
+    return parts
+
+
+def _lorenz_curve(square: _Square, counts: Sequence[int], run: int) -> str:
+    """What the rarest classes hold together, over the share of classes, in the colour of `run`."""
+    ascending = np.sort(counts)
+    held = np.concatenate([[0], ascending.cumsum() / ascending.sum()])
+    of_classes = np.linspace(0, 1, len(held))
+
+    points = (f"{square.x(x):.1f},{square.y(y):.1f}" for x, y in zip(of_classes, held, strict=True))
+    style = 'fill="none" style="stroke:var(--run)" stroke-width="2"'
+    return f'<polyline class="r{run}" points="{" ".join(points)}" {style}/>'
 
 
 def _together(classes: Sequence[dict[str, Any]], presence: np.ndarray) -> str:
+    """Among the rarest classes: the share of the images of one (row) that show another (column)."""
     found = [item for item in classes if item["images"]]
-    rarest = sorted(sorted(found, key=lambda item: item["pixels"])[:TOGETHER], key=lambda item: item["id"])
+    rarest = sorted(found, key=lambda item: item["pixels"])[:TOGETHER]
+    rarest.sort(key=lambda item: item["id"])
+
     ids = [item["id"] for item in rarest]
     shown = presence[:, ids].astype(np.float64)
-    shares = (shown.T @ shown) / shown.sum(0)[:, None]
+    both = shown.T @ shown
+    images = shown.sum(0)
+    shares = both / images[:, None]
+
     names = [item["name"] for item in rarest]
-    return heatmap("Classes that occur in the same images", names, names, shares.tolist(), "of {row}, {column}")
+    title = "Classes that occur in the same images"
+    return heatmap(title, names, names, shares.tolist(), "of {row}, {column}")
 
 
 def _table(classes: Sequence[dict[str, Any]]) -> str:
+    """All figures of every class."""
     levels = list(classes[0]["groups"])
-    head = html.header(["class", "images", "pixels", "share", *(f"{level} level" for level in levels), "BLV weight"])
-    rows = []
-    for item in classes:
-        mark = " <span class='mark'>tail</span>" if item["tail"] else ""
-        groups = [escape(str(item["groups"][level])) for level in levels]
-        figures = [f"{item['images']}", number(item["pixels"]), percent(item["share"])]
-        rows.append([f"{escape(item['name'])}{mark}", *figures, *groups, f"{item['blv_weight']:.3f}"])
+    titles = [f"{level} level" for level in levels]
+    head = html.header(["class", "images", "pixels", "share", *titles, "BLV weight"])
+    return html.table(head, [_table_row(item, levels) for item in classes])
 
-    return html.table(head, rows)
+
+def _table_row(item: dict[str, Any], levels: Sequence[str]) -> list[str]:
+    mark = " <span class='mark'>tail</span>" if item["tail"] else ""
+    groups = [escape(str(item["groups"][level])) for level in levels]
+
+    return [
+        f"{escape(item['name'])}{mark}",
+        f"{item['images']}",
+        number(item["pixels"]),
+        percent(item["share"]),
+        *groups,
+        f"{item['blv_weight']:.3f}",
+    ]

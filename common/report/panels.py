@@ -33,7 +33,8 @@ class _Panel:
             min(WIDTH, image.width),
             max(1, round(image.height * min(WIDTH, image.width) / image.width)),
         )
-        self.image = np.asarray(image.resize(self.size, Image.Resampling.LANCZOS))
+        # a gap of 2 first averages whole pixels: half the time, no difference to be seen
+        self.image = np.asarray(image.resize(self.size, Image.Resampling.LANCZOS, reducing_gap=2.0))
         truth = read_label(parts[0]["truth"])
         self.truth = self._small(truth)
         self.predictions: list[np.ndarray | None] = []

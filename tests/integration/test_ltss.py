@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from common.data import SegmentationDataset
 from common.data.toy.write import make
+from common.evaluation.pictures import stored_values
 from ltss_benchmark import train_net
 from tests.integration.conftest import ROOT, call
 from tests.unit.test_train_net import decode
@@ -71,8 +74,11 @@ def test_evaluation_leaves_scores_and_masks(data, tmp_path, capsys):
     run = tmp_path / "run"
     here(*words(EVERY, data, run))
     trained = json.loads((run / "evaluation.json").read_text())
+    assert "<h1>" in (run / "report.html").read_text() and (run / "done").exists()
     capsys.readouterr()
-    asked = ["--eval-only", "--save-predictions", "TEST.AUG.ENABLED", "True", "MODEL.WEIGHTS", str(run)]
+    pictures = tmp_path / "out"
+    saved = ["--save-predictions", str(pictures), "--save-rle"]
+    asked = ["--eval-only", *saved, "TEST.AUG.ENABLED", "True", "MODEL.WEIGHTS", str(run)]
     here(*words(EVERY, data, run, *asked))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mIoU ") and "@" in line]
     tree = json.loads((run / "inference" / "lt_sem_seg_evaluation.json").read_text())
@@ -89,7 +95,24 @@ def test_evaluation_leaves_scores_and_masks(data, tmp_path, capsys):
     augmented = json.loads((run / "inference_TTA" / "lt_sem_seg_evaluation.json").read_text())
     kept = sorted((run / "test").glob("*/evaluation.json"))
     assert [path.parent.name.partition("-")[0] for path in kept] == ["step_00000004", "step_00000004_tta"]
-    assert "LTSS_TTA" in augmented and (run / "inference_TTA" / "lt_sem_seg_predictions.json").exists()
+    assert "LTSS_TTA" in augmented
+    cfg = train_net.open_config(train_net.parse(words(EVERY, data, run)))
+    values = stored_values(SegmentationDataset(cfg.data.val).row)
+    check_pictures(pictures, values, json.loads((run / "inference_TTA" / "lt_sem_seg_predictions.json").read_text()))
+
+    with pytest.raises(ValueError, match="there already, and 2 more"):
+        train_net.main(words(EVERY, data, run, *asked))
+
+
+def check_pictures(folder: Path, values: np.ndarray, masks: list[dict]) -> None:
+    """The PNG files show what the masks of the same evaluation cover, in the values of the label files (K,)."""
+    for name in {mask["file_name"] for mask in masks}:
+        with Image.open(folder / f"{name}.png") as png:
+            shown = np.array(png)
+        for mask in (mask for mask in masks if mask["file_name"] == name):
+            covered = decode(mask["segmentation"]["counts"], mask["segmentation"]["size"])
+            assert np.array_equal(shown == values[mask["category_id"]], covered == 1)
+    assert len(list(folder.glob("*.png"))) == 3
 
 
 def test_two_processes_started_by_the_program(data, tmp_path):

@@ -81,6 +81,7 @@ def test_refused_starts_leave_a_run_as_it_was(config, tmp_path):
 
 
 def test_a_checkpoint_evaluates_as_it_did_in_training(config, tmp_path, whole):
+    assert "whole" in (tmp_path / "whole" / "report.html").read_text()
     out = call("fully_sup/test.py", config, tmp_path / "whole" / "checkpoints" / "best", "--save-predictions",
                tmp_path / "predictions", "name=whole")  # fmt: skip
     result = json.loads(next((tmp_path / "whole" / "test").glob("*/evaluation.json")).read_text())

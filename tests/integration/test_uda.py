@@ -131,7 +131,9 @@ def test_later_stages_and_test(task):
     out = call("uda/test.py", task / "toy", *QUICK)
     assert "Mean IoU" in out and "miou13" in out
     out = call("uda/test.py", task / "toy", *QUICK, "--history")
-    assert [line.split()[0] for line in out.splitlines()] == ["warm_up", "stage1", "stage2", "stage3"]
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == ["warm_up", "stage1", "stage2", "stage3"]
+    assert "<h1>stage1, stage2, stage3 against warm_up</h1>" in (task / "runs" / "report.html").read_text()
+    assert "<h1>stage3</h1>" in (task / "runs" / "stage3" / "report.html").read_text()
 
 
 def test_proda_in_place_of_stage_1(task):

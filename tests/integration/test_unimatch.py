@@ -78,6 +78,7 @@ def test_training_resumes_bit_for_bit_and_tests(config, data):
     shutil.rmtree(folder / "checkpoints" / "step_00000004")  # as if it had been killed after step 3
     here(main, *words, "--resume")
     assert_equal(whole, weights(folder))
+    assert f"<h1>{path.stem}</h1>" in (folder / "report.html").read_text()
 
     here(main, "--test", "--resume", folder, "--device", "cpu")
     tested = json.loads(next((folder / "test").glob("*/evaluation.json")).read_text())

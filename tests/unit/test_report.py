@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from common import cli
+from common.experiment import leave_report
 from common.report import Report, RunFolder, write_report
 from common.report.charts import ClassRow, Run, Series, class_chart, heatmap, line_chart, log_ticks, number, ticks
 from common.report.curves import running_mean
@@ -267,6 +268,25 @@ def test_the_script_writes_beside_the_runs_and_names_its_errors(tmp_path, capsys
     assert call(tmp_path / "none") == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'none'}: no such run folder\n"
     assert call(tmp_path) == 2 and "not a run folder" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, capsys):
+    """At the end of a training, and nothing at all on other ranks."""
+    run = make_run(tmp_path / "a")
+    file = run / "report.html"
+    leave_report(file, [run])
+    assert "report written to" in capsys.readouterr().out
+    check_page(file.read_text())
+
+    file.unlink()
+    (run / "evaluation.json").write_text("[1,\n")
+    with pytest.warns(UserWarning, match="report.html: not written .*evaluation.json.* tries again") as caught:
+        leave_report(file, [run])
+    assert len(caught) == 1 and "\n" not in str(caught[0].message) and not file.exists()
+
+    monkeypatch.setattr("common.distributed.rank", lambda: 1)
+    leave_report(file, [run])
+    assert not file.exists() and capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.31, 0.334), (-3, 1200), (0, 1e-4), (99, 101), (1e6, 9e6)])

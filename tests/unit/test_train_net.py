@@ -32,11 +32,13 @@ def test_configs_are_found_from_anywhere(tmp_path, monkeypatch):
         assert train_net.open_config(args).optim.lr == 1e-3 and args.resume and args.eval_only
 
 
-def test_predictions_are_saved_by_an_evaluation_only(capsys):
+@pytest.mark.parametrize("words", [["--save-predictions", "out"], ["--save-rle"]])
+def test_predictions_are_saved_by_an_evaluation_only(capsys, words):
     with pytest.raises(SystemExit) as end:
-        train_net.parse(["--config-file", str(BASE), "--save-predictions"])
-    assert end.value.code == 2 and "--save-predictions belongs to --eval-only" in capsys.readouterr().err
-    assert train_net.parse(["--config-file", str(BASE), "--save-predictions", "--eval-only"]).save_predictions
+        train_net.parse(["--config-file", str(BASE), *words])
+    assert end.value.code == 2 and f"{words[0]} belongs to --eval-only" in capsys.readouterr().err
+    args = train_net.parse(["--config-file", str(BASE), *words, "--eval-only"])
+    assert [args.save_predictions, args.save_rle] == (["out", False] if len(words) == 2 else [None, True])
 
 
 @pytest.mark.parametrize(
