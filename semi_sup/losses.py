@@ -36,15 +36,31 @@ class UnlabelledLosses(NamedTuple):
 
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of the softmax over dimension 1 divided by its maximum: (B, K, …) to (B, …), in [0, 1]; 0 for K = 1."""
-    if logits.shape[1] == 1:
-        return torch.zeros_like(logits[:, 0])
-    return torch.special.entr(logits.float().softmax(1)).sum(1) / math.log(logits.shape[1])
+    return entropy_of(logits.float().softmax(1))
 
 
-def confident_labels(logits: Tensor, threshold: float) -> Tensor:
-    """Argmax (B, …) of logits (B, K, …), −1 where its probability is not above `threshold`."""
-    confidence, label = logits.float().softmax(1).max(1)
-    return torch.where(confidence > threshold, label, IGNORE)
+def entropy_of(probability: Tensor) -> Tensor:
+    """The same of probabilities."""
+    if probability.shape[1] == 1:
+        return torch.zeros_like(probability[:, 0])
+    return torch.special.entr(probability).sum(1) / math.log(probability.shape[1])
+
+
+def confident_labels(logits: Tensor, threshold: float, valid: Tensor | None = None) -> Tensor:
+    """Argmax (B, …) of logits (B, K, …), −1 where its probability is not above `threshold`, or not `valid`."""
+    return confident_classes(logits.float().softmax(1), threshold, valid)
+
+
+def confident_classes(
+    probability: Tensor, threshold: float, valid: Tensor | None = None
+) -> Tensor:
+    """The same of probabilities."""
+    confidence, label = probability.max(1)
+    kept = confidence > threshold
+    if valid is not None:
+        kept = kept & valid
+
+    return torch.where(kept, label, IGNORE)
 
 
 def gated_labels(
@@ -59,41 +75,52 @@ def gated_labels(
     if threshold < 0.5:
         return gated_labels_by_product(logits, sub_logits, parents, threshold)
 
-    label = confident_labels(logits, threshold)
-    agrees = parents[sub_logits.argmax(1)] == label
-    return torch.where(agrees | (entropy(sub_logits) > entropy(logits)), label, IGNORE)
+    p = logits.float().softmax(1)
+    q = sub_logits.float().softmax(1)
+    return vetoed(confident_classes(p, threshold), p, q, parents[sub_logits.argmax(1)])
+
+
+def vetoed(label: Tensor, p: Tensor, q: Tensor, parent: Tensor) -> Tensor:
+    """Confident labels (B, …) of p, −1 where q is not the less certain and `parent` (B, …), its winner's class, is
+    another. p: (B, C, …); q: (B, K, …), probabilities."""
+    free = entropy_of(q) > entropy_of(p)
+    agrees = parent == label
+    return torch.where(agrees | free, label, IGNORE)
 
 
 def gated_labels_by_product(
-    logits: Tensor, sub_logits: Tensor, parents: Tensor, threshold: float
+    logits: Tensor,
+    sub_logits: Tensor,
+    parents: Tensor,
+    threshold: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """The same by the definition, for any threshold: p̃ is made and its maximum taken."""
+    """The same by the definition, for any threshold: p̃ is made and its maximum taken. Not `valid`: −1."""
     p = logits.float().softmax(1)
     parent = parents[sub_logits.argmax(1)]
     free = (entropy(sub_logits) > entropy(logits))[:, None]
     only = torch.zeros_like(p).scatter_(1, parent[:, None], 1.0)
-    confidence, label = torch.where(free, p, p * only).max(1)
+    gated = torch.where(free, p, p * only)
 
-    return torch.where(confidence > threshold, label, IGNORE)
+    return confident_classes(gated, threshold, valid)
 
 
-def share(label: Tensor, valid: Tensor | None) -> Tensor:
-    """Labelled pixels among those that count: bool `valid`, None for all."""
-    return (label != IGNORE).sum() / (
-        label.numel() if valid is None else valid.sum().clamp(min=1)
-    )
+def area(label: Tensor, valid: Tensor | None) -> Tensor | int:
+    """The pixels of labels that count, at least 1: those of bool `valid`, None for all."""
+    return label.numel() if valid is None else valid.sum().clamp(min=1)
+
+
+def share(label: Tensor, pixels: Tensor | int) -> Tensor:
+    """Labelled ones among so many pixels."""
+    return (label != IGNORE).sum() / pixels
 
 
 def pseudo_label_loss(
-    logits: Tensor, label: Tensor, valid: Tensor | None = None, total: Total = cross_entropy_sum
+    logits: Tensor, label: Tensor, pixels: Tensor | int, total: Total = cross_entropy_sum
 ) -> Tensor:
-    """Loss of logits (B, K, …) with `label` (B, …), summed over labelled pixels by `total`, divided by all pixels.
-
-    valid: bool (B, …); other pixels (padding of a crop) count neither in the sum nor in the divisor.
-    """
-    if valid is None:
-        return total(logits, label) / label.numel()
-    return total(logits, torch.where(valid, label, IGNORE)) / valid.sum().clamp(min=1)
+    """Loss of logits (B, K, …) with `label` (B, …), summed over labelled pixels by `total`, divided by `pixels`, which
+    are all that count (`area`)."""
+    return total(logits, label) / pixels
 
 
 def unlabelled_losses(
@@ -110,25 +137,32 @@ def unlabelled_losses(
 ) -> UnlabelledLosses:
     """L_u_reg and L_u_sub of both views' logits, all at the same size.
 
-    strong, weak: (B, C, h, w); strong_sub, weak_sub: (B, K, h, w); parents: int64 (K,); valid: bool (B, h, w).
+    strong, weak: (B, C, h, w); strong_sub, weak_sub: (B, K, h, w); parents: int64 (K,); valid: bool (B, h, w), other
+    pixels (padding of a crop) count neither in sums nor in divisors.
     Gradients flow to the strong view only. Without `gate` every confident class label is kept. total: how the losses
     of pixels with a class label are summed (`PixelLoss.total`); subclasses keep cross-entropy.
     """
     weak = weak.detach()
     weak_sub = weak_sub.detach()
-    confident = confident_labels(weak, threshold)
-    label = gated_labels(weak, weak_sub, parents, threshold) if gate else confident
-    inside = torch.ones_like(label, dtype=torch.bool) if valid is None else valid
-    label = torch.where(inside, label, IGNORE)
-    kept, before = (
-        ((each != IGNORE) & inside).sum() / inside.sum().clamp(min=1)
-        for each in (label, confident)
-    )
+    p = weak.float().softmax(1)
+    q = weak_sub.float().softmax(1)
+
+    confident = confident_classes(p, threshold, valid)
+    sub_label = confident_classes(q, threshold, valid)
+    if not gate:
+        label = confident
+    elif threshold < 0.5:
+        label = gated_labels_by_product(weak, weak_sub, parents, threshold, valid)
+    else:
+        label = vetoed(confident, p, q, parents[weak_sub.argmax(1)])
+
+    pixels = area(label, valid)
+    kept = share(label, pixels)
 
     return UnlabelledLosses(
-        classes=pseudo_label_loss(strong, label, valid, total),
-        subclasses=pseudo_label_loss(strong_sub, confident_labels(weak_sub, threshold), valid),
+        classes=pseudo_label_loss(strong, label, pixels, total),
+        subclasses=pseudo_label_loss(strong_sub, sub_label, pixels),
         kept=kept,
-        vetoed=before - kept,
+        vetoed=share(confident, pixels) - kept,
         label=label,
     )

@@ -25,7 +25,7 @@ from common.engine.method import Batch, Losses, Method, MethodContext, move_aver
 from common.models import EncoderDecoder, build_network
 from common.ops.resize import resize, size_of
 from semi_sup.consistency import in_boxes, paste
-from semi_sup.losses import share
+from semi_sup.losses import area, share
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class U2PL(Method):
         unlabelled = self.unlabelled_loss(out["logits"][count:], kept, shown, progress)
         loss = terms["loss"] + self.options.unsupervised * unlabelled
 
-        return {**terms, "loss": loss, "Lu": unlabelled, "kept": share(kept, shown)}
+        return {**terms, "loss": loss, "Lu": unlabelled, "kept": share(kept, area(kept, shown))}
 
     def labelled_terms(
         self, logits: Tensor, auxiliary: Tensor, batch: Batch, progress: float

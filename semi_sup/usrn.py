@@ -35,14 +35,13 @@ from torch import Tensor, nn
 
 from common.config import Config, ConfigError
 from common.config.bounds import Count, NotNegative, Rate, Share
-from common.data import IGNORE
 from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
 from common.losses.counts import PseudoUnit
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from common.ops.resize import Size, size_of
-from semi_sup.losses import confident_labels, pseudo_label_loss, share, unlabelled_losses
+from semi_sup.losses import area, confident_labels, pseudo_label_loss, share, unlabelled_losses
 from semi_sup.subclasses import chosen_counts, parents
 
 CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled losses live
@@ -253,17 +252,17 @@ class SelfTraining(Baseline):
         """The loss of the strong view against confident labels of the weak one."""
         valid = self.valid(batch, strong.classes)
         logits = self.loss.with_prior(weak.classes.detach())
-        label = confident_labels(logits, self.options.threshold)
-        label = label if valid is None else torch.where(valid, label, IGNORE)
+        label = confident_labels(logits, self.options.threshold, valid)
+        pixels = area(label, valid)
         loss = pseudo_label_loss(
-            strong.classes, label, valid, partial(self.loss.total, progress=progress)
+            strong.classes, label, pixels, partial(self.loss.total, progress=progress)
         )
         self.count(label, batch)
 
         return {
             "loss": self.options.unsupervised * loss,
             "Lu": loss,
-            "kept": share(label, valid),
+            "kept": share(label, pixels),
         }
 
     def valid(self, batch: Batch, logits: Tensor) -> Tensor | None:
@@ -275,10 +274,10 @@ class SelfTraining(Baseline):
         grid = size_of(logits)
         if self.options.mask_borders:
             return inside(batch["geometry"], crop, grid)
-        if any(side % CELL for side in crop):
-            return within(crop, grid, len(logits), logits.device)
+        if covers(crop, grid):
+            return None
 
-        return None
+        return within(crop, grid, len(logits), logits.device)
 
     def count(self, label: Tensor, batch: Batch) -> None:
         self.loss.count(label, CELL**2)
@@ -374,12 +373,16 @@ def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:
     mirrored = torch.where(flip > 0, crop[1] - columns, columns)
     down = rows < height - y
     across = mirrored < width - x
+    image = down[:, :, None] & across[:, None, :]
+    if covers(crop, grid):
+        return image
 
-    return (
-        down[:, :, None]
-        & across[:, None, :]
-        & within(crop, grid, len(geometry), geometry.device)
-    )
+    return image & within(crop, grid, len(geometry), geometry.device)
+
+
+def covers(crop: Size, grid: Size) -> bool:
+    """Whether a crop fills its grid: the network pads nothing."""
+    return crop == (CELL * grid[0], CELL * grid[1])
 
 
 def within(crop: Size, grid: Size, batch: int, device: torch.device) -> Tensor:
@@ -392,4 +395,4 @@ def within(crop: Size, grid: Size, batch: int, device: torch.device) -> Tensor:
 
 def centres(cells: int, device: torch.device) -> Tensor:
     """The centre of each cell along a side, in pixels."""
-    return (torch.arange(cells, device=device) + 0.5) * CELL
+    return torch.arange(CELL / 2, CELL * cells, CELL, device=device)

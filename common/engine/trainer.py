@@ -136,17 +136,13 @@ class Trainer:
 
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
-        finite = torch.isfinite(total["loss"])
-        # fp16 overflows now and then; the scaler skips those steps itself
-        if not self.scaler.is_enabled():
-            finite = finite & torch.isfinite(total["grad_norm"])
+        watched = [total["loss"]]
+        if not self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips those steps itself
+            watched.append(total["grad_norm"])
 
-        flags = torch.stack(
-            [
-                (~finite).float(),
-                torch.full_like(total["loss"], max(received, default=0)).float(),
-            ]
-        )
+        finite = torch.isfinite(torch.stack(watched)).all()
+        asked = torch.full_like(total["loss"], max(received, default=0))
+        flags = torch.stack([(~finite).float(), asked.float()])
         broken, stop = distributed.all_max(flags).tolist()
         self.stop = int(stop)
         if broken:

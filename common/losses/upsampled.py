@@ -51,6 +51,7 @@ class _Sum(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         result = logits.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(logits, dtype=torch.float32) if wanted else None
+        label = label.long()  # once, and not for each image
 
         with torch.autocast(logits.device.type, enabled=False):
             for i in range(len(logits)):

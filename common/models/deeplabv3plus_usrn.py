@@ -258,10 +258,8 @@ class DeepLabV3Plus(SegmentationModel):
 
     def normalise(self, images: Tensor, extent: Tensor | None = None) -> Tensor:
         """RGB in 0–255 to what `segment` takes, padded by reflection at the bottom and right."""
-        (height, width), (padded_height, padded_width) = (
-            images.shape[-2:],
-            self._padded(images.shape[-2:]),
-        )
+        height, width = images.shape[-2:]
+        padded_height, padded_width = self._padded((height, width))
         x = self.standardise(images, extent)
         if (height, width) == (padded_height, padded_width):
             return x
@@ -326,8 +324,10 @@ def logits_of(features: Tensor, head: nn.Module, name: str, pooled: int) -> dict
         return {name: head(features)}
 
     first = len(features) - pooled
-    out = {name: head(features[:first])} if first else {}
-    return {**out, f"pooled_{name}": head(pool(features[first:]))}
+    if first == 0:
+        return {f"pooled_{name}": head(pool(features))}
+
+    return {name: head(features[:first]), f"pooled_{name}": head(pool(features[first:]))}
 
 
 def classifier(channels: int, classes: int, dropout: float) -> nn.Sequential:

@@ -15,6 +15,7 @@ from scripts.bench.systems import SYSTEMS, resident
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+BARS = {"usrn": 0.5, "mask2former": 0.6}  # share of the operators that a step had before any were saved
 pytestmark = pytest.mark.usefixtures("unchanged", "one_thread")
 
 
@@ -34,6 +35,13 @@ def test_operators_of_a_step(name):
 
     found = gpu.on_cpu(system, gpu.WARM)["operators"]
     assert found <= rows[name]["operators"] * (1 if version == torch.__version__ else 1.1)
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_operators_that_were_saved(name):
+    before, _ = committed("operators_before.json")
+    now, _ = committed("operators.json")
+    assert now[name]["operators"] <= BARS[name] * before[name]["operators"]
 
 
 def test_counted_are_operators_that_work_by_part():
