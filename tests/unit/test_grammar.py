@@ -27,7 +27,7 @@ STEPS = [
 MODEL = ["scripts/predict.py", "scripts/export.py", "scripts/convert_checkpoint.py"]
 DATA = [
     "scripts/browse.py", "scripts/remedies.py", "scripts/prepare_splits.py", "scripts/class_stats.py",
-    "scripts/make_longtail.py",
+    "scripts/make_longtail.py", "scripts/doctor.py",
 ]  # fmt: skip
 ALL = sorted({*TRAIN, *EVALUATE, *STEPS, *MODEL, *DATA})
 
