@@ -1,4 +1,7 @@
-"""One HTML report about a run, or about several compared: python scripts/report.py RUN [RUN ...] [--baseline RUN]."""
+"""One HTML report about a run, or about several compared: python scripts/report.py RUN [RUN ...] [--baseline RUN].
+
+Runs whose configs differ by the seed alone are shown as one: means, and differences to the baseline seed by seed.
+"""
 
 import argparse
 import shlex
@@ -10,7 +13,9 @@ from common.report import RunFolder, write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or that of a test: RUN/test/NAME")
     parser.add_argument("--baseline", metavar="RUN", help="what changes are measured against (default: the first)")
     where = "default: report.html in the run, or beside the first of several"

@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from common.comparison import Difference
 from common.data.imbalance import GROUPS
-from common.report.charts import ClassRow, Run, class_chart, heatmap
+from common.report.charts import Run, heatmap
+from common.report.class_chart import ClassRow, class_chart
+from common.report.compared import NOISE, Compared
 from common.report.html import (
     cell,
-    delta,
+    change,
     details,
+    header,
     points,
+    scroll,
     section,
     sorting_header,
     swatch,
@@ -20,6 +25,9 @@ from common.report.html import (
 )
 
 MANY = 60  # classes beyond which the class chart shows groups of neighbours in frequency
+MOST_BARS = 400  # of one chart
+FEW = 20  # classes up to which their chart shows at a glance which gained and lost
+ENDS = 8  # classes named of those that gained most, and of those that lost most
 
 
 def classes(report: Any) -> str:
@@ -32,50 +40,90 @@ def classes(report: Any) -> str:
     rows = [_class_row(report, k) for k in order]
 
     def chart(rows: Sequence[ClassRow]) -> str:
-        drawing = class_chart(
-            rows, runs, report.share_label, f"IoU in percent, convention {report.convention}"
-        )
-        return f'<div class="scroll">{drawing}</div>'
+        iou_label = f"IoU in percent, convention {report.convention}"
+        wide, narrow = (class_chart(rows, runs, report.share_label, iou_label, narrow=form) for form in (False, True))
+        return f'<div class="wide">{scroll(wide)}</div><div class="narrow">{narrow}</div>'
 
     hint = "Most frequent class at the top. Longer bars are better."
-    if len(order) <= MANY:
+    if len(order) <= MANY and len(order) * len(runs) <= MOST_BARS:
         body = chart(rows)
     else:
-        body = chart(_neighbours(rows)) + details("Every class", chart(rows))
+        bins = 20 if len(runs) <= 3 else 8
+        every = details("Every class", chart(rows)) if len(order) * len(runs) <= MOST_BARS else ""
+        body = chart(_neighbours(rows, min(bins, len(rows)))) + every
         hint = "Classes in the order of their frequency, averaged over neighbours in rank."
 
+    ranked = _ranked(report) if len(order) > FEW else ""
+    if ranked:
+        hint = f"First the classes that gained and lost most. Below: {hint[0].lower()}{hint[1:]}"
     return section(
-        "classes", "Classes by training frequency", body + _class_table(report, order), hint
+        "classes",
+        "Classes by training frequency",
+        ranked + body + _class_table(report, order),
+        hint,
     )
+
+
+def _ranked(report: Any) -> str:
+    """For every method the classes that gained most and lost most."""
+    tables = [
+        f'<div class="r{i}"><h3>{swatch(i)} {escape(report.names[i])}</h3>{_ranking(found)}</div>'
+        for i, found in report.changes.items()
+        if found.classes
+    ]
+    return f'<div class="charts">{"".join(tables)}</div>' if tables else ""
+
+
+def _ranking(found: Compared) -> str:
+    """The ends of a method's classes by gain: IoU before and after, and the change."""
+    defined = [item for item in found.classes if np.isfinite(item.change.difference.mean)]
+    gained = [item for item in defined if item.change.difference.mean > 0][:ENDS]
+    lost = [item for item in defined if item.change.difference.mean < 0][-ENDS:]
+    rows = []
+
+    for item in (*gained, *lost):
+        tail = ' <span class="mark">tail</span>' if item.tail else ""
+        shown = change(item.change.difference, "")
+        doubt = f' <span class="soft">{item.change.word}</span>' if item.change.word == NOISE else ""
+        rows.append(
+            [
+                f"{escape(item.name)}{tail}",
+                f"{points(item.before['iou'])} → {points(item.after['iou'])}",
+                shown + doubt,
+            ]
+        )
+
+    return table(header(["gained and lost most", "IoU", "change"]), rows, "ranked")
 
 
 def _class_row(report: Any, k: int) -> ClassRow:
     items = [report.results[i]["per_class"][k] for i in report.scored]
-    return ClassRow(
-        items[0]["name"], items[0]["tail"], report.shares[k], [item["iou"] for item in items]
-    )
+    found = [_class_change(report, i, k) if i else None for i in report.scored]
+    changes = [None if difference is None else difference.mean for difference in found]
+    iou = [item["iou"] for item in items]
+    return ClassRow(items[0]["name"], items[0]["tail"], report.shares[k], iou, changes)
 
 
-def _neighbours(rows: Sequence[ClassRow], bins: int = 20) -> list[ClassRow]:
-    """`rows` averaged over runs of neighbours; undefined IoUs are left out."""
+def _neighbours(rows: Sequence[ClassRow], bins: int) -> list[ClassRow]:
+    """`rows` averaged over runs of neighbours; undefined values are left out."""
     result = []
+
     for part in np.array_split(np.arange(len(rows)), bins):
         members = [rows[k] for k in part]
-        shares = [row.share for row in members if row.share is not None]
-        columns = [
-            [v for v in column if v is not None]
-            for column in zip(*(row.iou for row in members), strict=True)
+        name = f"rank {part[0] + 1} to {part[-1] + 1}"
+        share = _defined_mean([row.share for row in members])
+        iou = [_defined_mean(column) for column in zip(*(row.iou for row in members), strict=True)]
+        changes = [
+            _defined_mean(column) for column in zip(*(row.changes for row in members), strict=True)
         ]
-        result.append(
-            ClassRow(
-                f"rank {part[0] + 1} to {part[-1] + 1}",
-                False,
-                sum(shares) / len(shares) if shares else None,
-                [sum(c) / len(c) if c else None for c in columns],
-            )
-        )
+        result.append(ClassRow(name, False, share, iou, changes))
 
     return result
+
+
+def _defined_mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None
 
 
 def _class_table(report: Any, order: Sequence[int]) -> str:
@@ -122,12 +170,20 @@ def _class_cells(report: Any, i: int, k: int) -> list[str]:
     cells = [cell(mine["iou"], points(mine["iou"]))]
 
     if _changes(report, i):
-        before = report.results[0]["per_class"][k]["iou"]
-        change = None if mine["iou"] is None or before is None else mine["iou"] - before
-        cells.append(cell(change, delta(mine["iou"], before)))
+        found = _class_change(report, i, k)
+        cells.append(cell(None if found is None else found.mean, change(found)))
 
     rates = [mine["acc"], mine.get("precision")]
     return [*cells, *(cell(value, points(value)) for value in rates)]
+
+
+def _class_change(report: Any, i: int, k: int) -> Difference | None:
+    """The change of a class's IoU against the baseline."""
+
+    def iou(result: Any) -> float | None:
+        return result["per_class"][k]["iou"]
+
+    return report.change(i, iou)
 
 
 def confusion(report: Any) -> str:
@@ -159,7 +215,7 @@ def confusion(report: Any) -> str:
             columns
         )  # narrow ones stand side by side
         charts.append(
-            f'<div class="r{i}" style="flex:0 1 {basis}px">{title}<div class="scroll">{chart}</div></div>'
+            f'<div class="r{i}" style="flex:0 1 {basis}px">{title}{scroll(chart)}</div>'
         )
 
     hint = (

@@ -166,12 +166,20 @@ def _differences(
     if len(group.runs) == len(baseline.runs) == 1:
         return _of_images(group.first, baseline.first, block)
 
-    seeds = [seed for seed in group.runs if seed in baseline.runs]
-    if not seeds:
+    pairs = pairs_of(group, baseline)
+    if not pairs:
         return {}, [], f"no seed in common with {baseline.name}, so nothing is paired"
 
-    over = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]} alone"
-    return *_of_pairs([(group.runs[seed], baseline.runs[seed]) for seed in seeds]), over
+    shared = [seed for seed in group.runs if seed in baseline.runs]
+    over = f"{len(shared)} seeds" if len(shared) > 1 else f"seed {shared[0]} alone"
+    return *_of_pairs(pairs), over
+
+
+def pairs_of(group: Group, baseline: Group) -> list[tuple[RunFolder, RunFolder]]:
+    """Runs of both by seed; two single runs whatever their seeds."""
+    if len(group.runs) == len(baseline.runs) == 1:
+        return [(group.first, baseline.first)]
+    return [(group.runs[seed], baseline.runs[seed]) for seed in group.runs if seed in baseline.runs]
 
 
 def _of_pairs(

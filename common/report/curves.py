@@ -48,7 +48,9 @@ def curves(report: Any) -> str:
         "training",
         "Training",
         _grid(charts) + details("Other logged values", _grid(others)),
-        "Thin: logged values. Thick: their running mean." if _grid(charts) else "",
+        "Thin: logged values. Thick: their running mean. Of several seeds their mean, as far as all have come."
+        if _grid(charts)
+        else "",
     )
 
 
@@ -77,9 +79,9 @@ def _chart(
         ]
         noisy = kind == "train" and key != "lr" and len(values) > 30
         smooth = running_mean(values, max(len(values) // 25, 3)) if noisy else values
-        series.append(
-            Series(Run(i, run_name), _thinned(smooth), _thinned(values) if noisy else ())
-        )
+        most = max(80, 1200 // len(report.runs))
+        raw = _thinned(values, most) if noisy else ()
+        series.append(Series(Run(i, run_name), _thinned(smooth, min(most, 400)), raw))
 
     return line_chart(
         f"{key} over training steps", series, y_label=y_label, log=log, scale=scale
@@ -100,7 +102,7 @@ def running_mean(
 
 
 def _thinned(
-    values: Sequence[tuple[float, float]], most: int = 400
+    values: Sequence[tuple[float, float]], most: int
 ) -> list[tuple[float, float]]:
     step = -(-len(values) // most) or 1
     return [*values[::step], *(values[-1:] if (len(values) - 1) % step else [])]

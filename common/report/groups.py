@@ -39,6 +39,9 @@ class Group:
     def first(self) -> RunFolder:
         return next(iter(self.runs.values()))
 
+    def holds(self, run: RunFolder) -> bool:
+        return any(member is run for member in self.runs.values())
+
 
 def find_runs(words: Sequence[str | Path]) -> tuple[list[RunFolder], list[str]]:
     """The runs that words name: folders of runs, and folders that hold such; and what was left out, to be said.
@@ -100,31 +103,43 @@ def _unfinished(run: RunFolder) -> str | None:
 
 def grouped(runs: Iterable[RunFolder]) -> list[Group]:
     """Runs of equal configs, seeds apart, in the order of the runs. ValueError for two runs of one config and seed."""
-    found: dict[Any, dict[int, RunFolder]] = {}
-
-    for run in runs:
-        seed = _seed(run)
-        seeds = found.setdefault(_settings(run), {})
-        if seed in seeds:
-            raise ValueError(
-                f"{run.path} and {seeds[seed].path} are of one config and seed {seed}; name one of them"
-            )
-        seeds[seed] = run
-
-    members = [dict(sorted(seeds.items())) for seeds in found.values()]
+    members = [_by_seed(group) for group in by_settings(runs)]
     return [Group(name, seeds) for name, seeds in zip(_names(members), members, strict=True)]
 
 
-def _seed(run: RunFolder) -> int:
+def by_settings(runs: Iterable[RunFolder]) -> list[list[RunFolder]]:
+    """Runs of equal configs, whatever their seeds, in the order of the runs."""
+    found: dict[Any, list[RunFolder]] = {}
+    for run in runs:
+        found.setdefault(_settings(run), []).append(run)
+
+    return list(found.values())
+
+
+def _by_seed(runs: Iterable[RunFolder]) -> dict[int, RunFolder]:
+    found: dict[int, RunFolder] = {}
+
+    for run in runs:
+        seed = seed_of(run)
+        if seed in found:
+            raise ValueError(
+                f"{run.path} and {found[seed].path} are of one config and seed {seed}; name one of them"
+            )
+        found[seed] = run
+
+    return dict(sorted(found.items()))
+
+
+def seed_of(run: RunFolder) -> int:
     return int(run.record.get("seed", run.tree.get("seed", 0)))
 
 
 def _settings(run: RunFolder) -> tuple[tuple[str, str], ...] | str:
     """What the runs of a group have in common; a file of another run of the same seed is taken for the same."""
     if not run.tree:
-        return _without_seed(run)
+        return without_seed(run)
 
-    own = re.compile(rf"_{_seed(run)}(?!\d)")
+    own = re.compile(rf"_{seed_of(run)}(?!\d)")
     flat = flatten(run.tree)
     return tuple(
         sorted(
@@ -133,17 +148,17 @@ def _settings(run: RunFolder) -> tuple[tuple[str, str], ...] | str:
     )
 
 
-def _without_seed(run: RunFolder) -> str:
+def without_seed(run: RunFolder) -> str:
     """A run's name without its seed and, of a test, without the hash of its weights."""
     name, *rest = run.name.split(" ")
-    name = re.sub(rf"[_-](s|seed_?)?{_seed(run)}$", "", name) or name
+    name = re.sub(rf"[_-](s|seed_?)?{seed_of(run)}$", "", name) or name
     return " ".join([name, *(re.sub(r"-[0-9a-f]{8}$", "", word) for word in rest)])
 
 
 def _names(groups: Sequence[Mapping[int, RunFolder]]) -> list[str]:
     """A name for each group: that of its runs; with their folder or a number, where two would have the same."""
     firsts = [next(iter(group.values())) for group in groups]
-    names = [_without_seed(run) for run in firsts]
+    names = [without_seed(run) for run in firsts]
     if len(set(names)) < len(names):
         parents = [run.path.resolve().parent.name for run in firsts]
         names = [f"{parent}/{name}" for parent, name in zip(parents, names, strict=True)]

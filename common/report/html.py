@@ -1,7 +1,10 @@
 """The page around a report: styles, the few lines of script, and small pieces of markup."""
 
+import math
 from collections.abc import Sequence
 from html import escape
+
+from common.comparison import Difference
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -28,10 +31,19 @@ section { background: var(--card); border: 1px solid var(--edge); border-radius:
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 14px 0 0; font-size: 14px; }
 a { color: var(--c1); text-decoration: none; } a:hover { text-decoration: underline; }
 .runs { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 6px 20px; padding: 9px 14px;
-  margin-top: 18px; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; font-size: 14px; }
-.runs label { display: flex; align-items: center; gap: 7px; cursor: pointer; }
+  margin: 18px 0 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; font-size: 14px;
+  min-width: 0; max-height: 30vh; overflow-y: auto; }
+.runs legend { float: left; padding: 0; color: var(--soft); }
+.runs label { display: flex; align-items: center; gap: 7px; cursor: pointer; overflow-wrap: anywhere; }
+h1, h2, h3, p, li, summary { overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--c1); outline-offset: 2px; }
+.words { margin: 12px 0 0; padding-left: 20px; max-width: 92ch; } .words b { font-weight: 600; }
+.words + .hint { margin-top: 6px; }
 .swatch { width: 14px; height: 14px; border-radius: 3px; display: inline-block; flex: none; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; max-width: 100%; }
+.narrow { display: none; }
+.ranked { width: 100%; } .ranked td, .ranked th { padding: 4px 5px; font-size: 13px; }
+.ranked td:first-child { white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 9px; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); font-size: 13px; vertical-align: bottom; }
@@ -62,6 +74,7 @@ svg .label { fill: var(--soft); font-size: 12px; } svg .name { font-size: 12.5px
 svg .value { font-size: 10px; font-variant-numeric: tabular-nums; }
 svg .tailmark { fill: var(--c2); font-size: 10px; font-weight: 700; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--soft); } svg .rule { stroke: var(--grid); }
+svg .up { fill: var(--up); } svg .down { fill: var(--down); }
 svg .share { fill: var(--share); }
 svg .line { fill: none; stroke: var(--run); stroke-width: 2; stroke-linejoin: round; }
 svg .dashed { stroke-dasharray: 7 4; }
@@ -70,23 +83,35 @@ svg circle, svg .bar { fill: var(--run); }
 svg .cell { fill: var(--heat); } svg .cellback { fill: var(--tint); }
 svg .hit { stroke: var(--ink); stroke-width: 1.4; }
 svg .cellvalue { font-size: 11px; } svg .cellvalue.strong { fill: var(--card); font-weight: 600; }
-.panels { display: grid; gap: 6px 8px; align-items: start; min-width: 760px; margin-top: 10px; }
-.panels .head { font-size: 13px; font-weight: 600; align-self: end; line-height: 1.35; }
-.panels .run { grid-column: span 2; overflow-wrap: anywhere; }
-.panels .caption { grid-column: 1 / -1; font-size: 12.5px; color: var(--soft); margin-top: 8px; }
-.panels figure { margin: 0; } .panels figcaption { font-size: 12px; color: var(--soft); }
-.panels img { width: 100%; display: block; border-radius: 4px; cursor: zoom-in; }
+.panels { display: grid; gap: 10px 14px; align-items: start; margin-top: 6px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.panels .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; min-width: 0; }
+.panels .pair h4 { grid-column: 1 / -1; font-size: 13px; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
+.panels figure { margin: 0; min-width: 0; } .panels figcaption { font-size: 12px; color: var(--soft); }
+.panels button { all: unset; display: block; width: 100%; cursor: zoom-in; }
+.panels button:focus-visible { outline: 2px solid var(--c1); outline-offset: 2px; }
+.panels img { width: 100%; display: block; border-radius: 4px; }
 .chips { display: flex; flex-wrap: wrap; gap: 5px 14px; font-size: 12.5px; margin-top: 14px; }
 .chips span { display: flex; align-items: center; gap: 6px; }
 .chips .swatch { border: 1px solid var(--edge); }
-#zoom { position: fixed; inset: 0; background: rgb(0 0 0 / .82); display: none; place-items: center; z-index: 9;
-  cursor: zoom-out; }
-#zoom img { max-width: 94vw; max-height: 92vh; min-width: min(94vw, 900px); image-rendering: auto; }
+#zoom { border: 0; padding: 0; background: none; max-width: 94vw; max-height: 94vh; cursor: zoom-out; }
+#zoom::backdrop { background: rgb(0 0 0 / .82); }
+#zoom img { display: block; max-width: 94vw; max-height: 92vh; min-width: min(94vw, 900px); }
 details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: var(--tint);
   padding: 12px 14px; border-radius: 6px; overflow-x: auto; margin: 10px 0 0; }
 code { font: 12.5px ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 footer { margin-top: 24px; color: var(--soft); font-size: 13px; }
+@media (max-width: 700px) {
+  main { padding: 18px 12px 40px; } section { padding: 14px 12px; } h1 { font-size: 22px; }
+  .tiles { gap: 8px; } .tile { min-width: 0; flex: 1 1 130px; padding: 10px 12px; } .tile b { font-size: 21px; }
+  .tile span { overflow-wrap: anywhere; }
+  .runs { max-height: 18vh; padding: 7px 10px; }
+  .wide { display: none; } .narrow { display: block; }
+  svg.curve .tick, svg.curve .label { font-size: 20px; }
+  th:first-child, td:first-child { min-width: 96px; max-width: 46vw; white-space: normal; overflow-wrap: break-word; }
+  td.wrap { min-width: 150px; }
+}
 @media print { .runs { position: static; } section { break-inside: avoid-page; } }
 """
 
@@ -94,10 +119,9 @@ SCRIPT = """
 document.querySelectorAll('.runs input').forEach(box => box.addEventListener('change', () =>
   document.body.classList.toggle('hide-' + box.dataset.run, !box.checked)));
 const zoom = document.getElementById('zoom');
-document.querySelectorAll('.panels img').forEach(img => img.addEventListener('click', () => {
-  zoom.replaceChildren(img.cloneNode()); zoom.style.display = 'grid'; }));
-const shut = () => { zoom.style.display = 'none'; };
-zoom.addEventListener('click', shut);
+document.querySelectorAll('.panels button').forEach(button => button.addEventListener('click', () => {
+  zoom.replaceChildren(button.firstChild.cloneNode()); zoom.showModal(); }));
+zoom.addEventListener('click', () => zoom.close());
 document.querySelectorAll('table.sortable th button').forEach(button => button.addEventListener('click', () => {
   const head = button.closest('th'), body = head.closest('table').tBodies[0];
   const column = [...head.parentNode.children].indexOf(head);
@@ -108,7 +132,6 @@ document.querySelectorAll('table.sortable th button').forEach(button => button.a
     const a = one.children[column].dataset.v, b = other.children[column].dataset.v;
     return (a === undefined) - (b === undefined) || (down ? b - a : a - b); });
   sorted.forEach(row => body.append(row)); }));
-document.addEventListener('keydown', event => { if (event.key === 'Escape') shut(); });
 """
 COLOURS = 11
 
@@ -124,7 +147,8 @@ def page(title: str, body: str, runs: int) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}{rules}</style></head>"
-        f'<body><main>{body}</main><div id="zoom"></div><script>{SCRIPT}</script></body></html>\n'
+        f'<body><main>{body}</main><dialog id="zoom" aria-label="Enlarged image"></dialog>'
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -149,15 +173,18 @@ def section(anchor: str, title: str, body: str, hint: str = "") -> str:
     if not body:
         return ""
     lead = f'<p class="hint">{hint}</p>' if hint else ""
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{lead}{body}</section>'
+    heading = f'<h2 id="{anchor}-title">{escape(title)}</h2>'
+    return f'<section id="{anchor}" aria-labelledby="{anchor}-title">{heading}{lead}{body}</section>'
 
 
 def details(title: str, body: str) -> str:
-    return (
-        f'<details><summary>{escape(title)}</summary><div class="scroll">{body}</div></details>'
-        if body
-        else ""
-    )
+    """A part that opens at a click; nothing without a body."""
+    return f"<details><summary>{escape(title)}</summary>{scroll(body)}</details>" if body else ""
+
+
+def scroll(body: str) -> str:
+    """What may be wider than the page: it scrolls by itself, also by the keyboard."""
+    return f'<div class="scroll" tabindex="0">{body}</div>'
 
 
 def table(head: str, rows: Sequence[Sequence[str]], css: str = "") -> str:
@@ -170,12 +197,12 @@ def table(head: str, rows: Sequence[Sequence[str]], css: str = "") -> str:
         for row in rows
     ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll"><table class="{css}"><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return scroll(f'<table class="{css}"><thead>{head}</thead><tbody>{body}</tbody></table>')
 
 
 def header(names: Sequence[str], css: str = "") -> str:
     return (
-        f'<tr class="{css}">' + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
+        f'<tr class="{css}">' + "".join(f'<th scope="col">{escape(name)}</th>' for name in names) + "</tr>"
     )
 
 
@@ -199,11 +226,20 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-def delta(value: float | None, before: float | None, css: str = "delta") -> str:
-    """The change in points, marked by sign, arrow and colour; empty where there is none to show."""
-    if value is None or before is None:
+def change(difference: Difference | None, css: str = "delta") -> str:
+    """A change in points, with half of its interval; marked by sign, arrow and colour, grey where it may be none.
+
+    Empty where there is none to show.
+    """
+    if difference is None or not math.isfinite(difference.mean):
         return ""
 
-    change = round(100 * (value - before), 2) + 0.0  # no negative zero
-    kind, arrow = ("up", "▲") if change > 0 else ("down", "▼") if change < 0 else ("soft", "=")
-    return f'<span class="{css} {kind}">{arrow} {change:+.2f}</span>'
+    mean = round(100 * difference.mean, 2) + 0.0  # no negative zero
+    kind, arrow = ("up", "▲") if mean > 0 else ("down", "▼") if mean < 0 else ("soft", "=")
+    text = f"{arrow} {mean:+.2f}"
+    if difference.interval is not None:
+        low, high = difference.interval
+        kind = "soft" if low <= 0 <= high else kind
+        text += f" ± {100 * (high - low) / 2:.2f}"
+
+    return f'<span class="{css} {kind}">{text}</span>'

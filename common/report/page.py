@@ -6,20 +6,25 @@ folder (see `runs`) is left out of the report and named at its top.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from common.comparison import Difference, paired
 from common.evaluation.identity import differences, has_identity, other_means
 from common.evaluation.summary import rescore
 from common.files import replacing
 from common.report.classes import classes, confusion
+from common.report.compared import Compared, compare, pairs_of
 from common.report.curves import curves
+from common.report.groups import Group
 from common.report.html import page
 from common.report.panels import configs, making, panels
 from common.report.runs import RunFolder
 from common.report.sections import headline, notes, run_bar, summary
+from common.report.seeds import mean_result, methods, pooled
 
 SECTIONS = {
     "Scores": summary,
@@ -33,16 +38,19 @@ SECTIONS = {
 
 
 class Report:
-    """The runs of one report, the baseline first, all scored by the baseline's convention.
+    """The methods of one report, the baseline first, all scored by the baseline's convention.
 
-    results: every run's evaluation, None where it has none to show. differing: the runs whose scores do not compare
-    with the first that has any, and why. regrouped: of those that do, the means over other classes than the first's
-    ("tail", levels of groups).
+    groups: the methods, each the runs of one config by seed. runs: each method as one run, of several seeds their mean
+    (`seeds.pooled`). results: its evaluation, None where it has none to show. differing: the methods whose scores do
+    not compare with the first that has any, and why. regrouped: of those that do, the means over other classes than
+    the first's ("tail", levels of groups). changes: of those that do, the comparison with the baseline.
     """
 
     def __init__(self, runs: Sequence[RunFolder], baseline: int):
-        order = [baseline, *(i for i in range(len(runs)) if i != baseline)]
-        self.runs = [runs[i] for i in order]
+        first = runs[baseline]
+        groups = methods([first, *(run for run in runs if run is not first)])
+        self.groups = sorted(groups, key=lambda group: not group.holds(first))
+        self.runs = [pooled(group) for group in self.groups]
         names = [run.name for run in self.runs]
         self.names = [
             n if names.count(n) == 1 else str(run.path)
@@ -55,6 +63,7 @@ class Report:
         self.regrouped: dict[int, set[str]] = {}
         self.results = [self._result(i) for i in range(len(self.runs))]
         self._compare()
+        self.changes = self._changes()
         self._tell_lacks()
         self.shares, self.share_label = self._shares()
 
@@ -110,7 +119,12 @@ class Report:
             f"{name} was scored by {result['convention']}; shown here is {self.convention}."
         )
 
-        return rescore(result, self.convention)
+        seeds = {
+            seed: replace(member, evaluation=rescore(member.evaluation, self.convention))
+            for seed, member in self.groups[i].runs.items()
+        }
+        self.groups[i] = Group(self.groups[i].name, seeds)
+        return mean_result([member.evaluation for member in seeds.values()])
 
     def _compare(self) -> None:
         """Find the runs whose scores do not compare: other classes are left out, all others marked."""
@@ -146,6 +160,43 @@ class Report:
                 f"Identity unknown: {', '.join(unknown)}. Scored before an evaluation kept its identity; whether the "
                 "same images were evaluated in the same way cannot be checked."
             )
+
+    def _changes(self) -> dict[int, Compared]:
+        """The comparison of each method with the baseline, where both kept their confusion matrices."""
+        usable = [
+            i
+            for i in self.scored
+            if self.results[i].get("confusion") and "tail" not in self.regrouped.get(i, ())
+        ]
+        if len(usable) < 2 or usable[0] != 0:
+            return {}
+
+        groups = [Group(self.names[i], self.groups[i].runs) for i in usable]
+        try:
+            compared = compare(groups, groups[0])
+        except ValueError as error:
+            self.notes.append(f"No intervals: {error}.")
+            return {}
+
+        return dict(zip(usable[1:], compared, strict=True))
+
+    def change(self, i: int, get: Callable[[Any], float | None], key: str = "") -> Difference | None:
+        """A score of method `i` against the baseline's, seed by seed where one has several; None where nothing pairs.
+
+        get: the score (0..1) of an evaluation. key: its name in `changes`, which know of intervals over images.
+        """
+        found = self.changes[i].overall.get(key) if i in self.changes else None
+        if found is not None:
+            return found.difference if math.isfinite(found.difference.mean) else None
+
+        pairs = pairs_of(self.groups[i], self.groups[0])
+        if not pairs or any(run.evaluation is None for pair in pairs for run in pair):
+            return None
+
+        values = [(get(ours.evaluation), get(theirs.evaluation)) for ours, theirs in pairs]
+        if any(None in pair for pair in values):
+            return None
+        return paired([after for after, _ in values], [before for _, before in values])
 
     def _tell_lacks(self) -> None:
         """What the training labels of the runs lack, each lack once."""
@@ -216,7 +267,7 @@ def write_report(
     *,
     command: str | None = None,
 ) -> Path:
-    """Write the report on `runs` and return its path; changes are against `runs[baseline]`.
+    """Write the report on `runs` and return its path; changes are against `runs[baseline]`, seeds together.
 
     command: how the report was made, for its last line. Raises ValueError without runs.
     """
@@ -235,7 +286,7 @@ def write_report(
     )
     body = (
         headline(report)
-        + f"<nav>{links}</nav>"
+        + f'<nav aria-label="Sections">{links}</nav>'
         + notes(report)
         + run_bar(report)
         + "".join(sections.values())
@@ -246,6 +297,6 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
 
     with replacing(out) as draft:
-        draft.write_text(page(title, body, len(runs)), encoding="utf-8")
+        draft.write_text(page(title, body, len(report.runs)), encoding="utf-8")
 
     return out

@@ -15,14 +15,18 @@ from common.report.html import chip, details, header, section, swatch, table
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, error_map
 
 MOST, WIDTH = 8, 560  # images shown, and their width in pixels
+NARROW, MANY_RUNS = 300, 3  # the width beside more runs than so many
+BUDGET = 1_500_000  # characters that all images may take in the page
 _COUNTED = ("cores", "threads")
+NAMING = ("name", "output")  # settings that only say where a run lies
+NAMED = 6  # settings of a run that are told before the rest is counted
 CHIPS = 24  # classes named below the images
 
 
 class _Panel:
     """One evaluated image at the size it is shown, with every run's prediction."""
 
-    def __init__(self, key: str, files: Sequence[Mapping[str, Path]]):
+    def __init__(self, key: str, files: Sequence[Mapping[str, Path]], width: int):
         parts = [part for part in files if {"image", "truth"} <= part.keys()]
         self.key = key
 
@@ -30,8 +34,8 @@ class _Panel:
             image = opened.convert("RGB")
 
         self.size = (
-            min(WIDTH, image.width),
-            max(1, round(image.height * min(WIDTH, image.width) / image.width)),
+            min(width, image.width),
+            max(1, round(image.height * min(width, image.width) / image.width)),
         )
         # a gap of 2 first averages whole pixels: half the time, no difference to be seen
         self.image = np.asarray(image.resize(self.size, Image.Resampling.LANCZOS, reducing_gap=2.0))
@@ -85,55 +89,73 @@ def panels(report: Any) -> str:
     per_class = report.results[report.scored[0]]["per_class"]
     palette = [item["color"] for item in per_class]
     tail = [item["id"] for item in per_class if item["tail"]]
-    cells = ["<div></div><div></div>"] if report.compared else []
-    if report.compared:
-        cells += [
-            f'<div class="head run">{swatch(i)} {escape(report.names[i])}</div>' for i in shown
-        ]
-
-    cells += [
-        f'<div class="head">{part}</div>'
-        for part in ("image", "truth", *("prediction", "errors") * len(shown))
-    ]
+    width = WIDTH if len(shown) <= MANY_RUNS else NARROW
     area = np.zeros(len(palette), np.int64)
+    parts: list[str] = []
 
     for key in complete[:MOST]:
-        panel = _Panel(key, [report.runs[i].panels.get(key, {}) for i in shown])
-        cells += _panel_row(panel, palette, tail)
+        panel = _Panel(key, [report.runs[i].panels.get(key, {}) for i in shown], width)
+        made = _panel(report, shown, panel, palette, tail)
+        if parts and sum(map(len, parts)) + len(made) > BUDGET:
+            break
+
+        parts.append(made)
         labels = [panel.truth, *(p for p in panel.predictions if p is not None)]
         area += sum(np.bincount(label[label >= 0], minlength=len(palette)) for label in labels)
 
-    columns = f'style="grid-template-columns:repeat({2 + 2 * len(shown)},minmax(0,1fr))"'
-    grid = f'<div class="scroll"><div class="panels" {columns}>{"".join(cells)}</div></div>'
     hint = "A click enlarges an image. Under each error map: the share of its labelled pixels that are right."
+    if any(len(group.runs) > 1 for group in report.groups):
+        hint += " Of several seeds the first is shown."
+    if len(parts) < min(len(complete), MOST):
+        hint += f" {len(parts)} of {len(complete)} images, to keep this file small."
 
-    return section("images", "Images", grid + _legend(per_class, area, bool(tail)), hint)
+    return section("images", "Images", "".join(parts) + _legend(per_class, area, bool(tail)), hint)
 
 
-def _panel_row(
-    panel: _Panel, palette: Sequence[Sequence[int]], tail: Sequence[int]
-) -> list[str]:
+def _panel(
+    report: Any,
+    shown: Sequence[int],
+    panel: _Panel,
+    palette: Sequence[Sequence[int]],
+    tail: Sequence[int],
+) -> str:
+    """One image: itself with the truth, and a pair of prediction and errors for each run."""
     truth = colourise(panel.truth, palette)
-    row = [f'<div class="caption">image {escape(panel.key)}</div>']
-    row += [
-        _figure(panel.image, f"image {panel.key}", photo=True),
-        _figure(truth, f"truth of image {panel.key}"),
+    pairs = [
+        _pair(
+            "",
+            "image and truth" if report.compared else "",
+            _figure(panel.image, f"image {panel.key}", "image", photo=True),
+            _figure(truth, f"truth of image {panel.key}", "truth"),
+        )
     ]
 
-    for pred, right in zip(panel.predictions, panel.right, strict=True):
+    for i, pred, right in zip(shown, panel.predictions, panel.right, strict=True):
+        title = f"{swatch(i)} {escape(report.names[i])}" if report.compared else ""
         if pred is None:
-            row += [
-                '<div class="caption" style="grid-column:auto">no prediction</div>',
-                "<div></div>",
-            ]
+            pairs.append(_pair(f"r{i}", title, "<p>no prediction</p>"))
             continue
 
-        row.append(_figure(colourise(pred, palette), f"prediction for image {panel.key}"))
-        caption = "" if right is None else f"{100 * right:.1f} % right"
+        of_run = f", {report.names[i]}" if report.compared else ""
+        said = "errors" if right is None else f"errors; {100 * right:.1f} % right"
         errors = error_map(panel.image, panel.truth, pred, tail)
-        row.append(_figure(errors, f"errors in image {panel.key}", caption, photo=True))
+        coloured = colourise(pred, palette)
+        pairs.append(
+            _pair(
+                f"r{i}",
+                title,
+                _figure(coloured, f"prediction for image {panel.key}{of_run}", "prediction"),
+                _figure(errors, f"errors in image {panel.key}{of_run}", said, photo=True),
+            )
+        )
 
-    return row
+    heading = f'<h3 style="margin-top:14px">image {escape(panel.key)}</h3>'
+    return f'{heading}<div class="panels">{"".join(pairs)}</div>'
+
+
+def _pair(css: str, title: str, *figures: str) -> str:
+    heading = f"<h4>{title}</h4>" if title else ""
+    return f'<div class="pair {css}">{heading}{"".join(figures)}</div>'
 
 
 def _figure(picture: np.ndarray, alt: str, caption: str = "", photo: bool = False) -> str:
@@ -149,7 +171,8 @@ def _figure(picture: np.ndarray, alt: str, caption: str = "", photo: bool = Fals
     data = base64.b64encode(buffer.getvalue()).decode()
     note = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
 
-    return f'<figure><img src="data:image/{kind};base64,{data}" alt="{escape(alt)}">{note}</figure>'
+    shown = f'<img src="data:image/{kind};base64,{data}" alt="{escape(alt)}">'
+    return f'<figure><button type="button">{shown}</button>{note}</figure>'
 
 
 def _legend(per_class: Sequence[Mapping[str, Any]], area: np.ndarray, tail: bool) -> str:
@@ -234,6 +257,11 @@ def configs(report: Any) -> str:
         for name, run in zip(report.names, report.runs, strict=True)
         if run.config
     )
+    if not whole:
+        return ""
+    if not report.compared:
+        return section("configuration", "Configuration", whole, "The whole resolved config.")
+
     keys = dict.fromkeys(key for settings in flat for key in settings)
     differing = [key for key in keys if len({settings.get(key, "–") for settings in flat}) > 1]
     rows = [
@@ -243,18 +271,29 @@ def configs(report: Any) -> str:
         ]
         for key in differing
     ]
-    body = (
-        table(header(["setting", *report.names], "left"), rows)
-        if rows and report.compared
-        else ""
-    )
-    hint = (
-        "Settings that differ; the whole resolved configs below."
-        if body
-        else "The whole resolved config."
-    )
+    body = _changed(report.names, flat)
+    body += details("Table: every setting that differs", table(header(["setting", *report.names], "left"), rows))
 
-    return section("configuration", "Configuration", body + whole if whole else "", hint)
+    return section("configuration", "Configuration", body + whole)
+
+
+def _changed(names: Sequence[str], flat: Sequence[Mapping[str, str]]) -> str:
+    """In a line for each run, what it sets otherwise than the baseline."""
+    base = flat[0]
+    items = []
+
+    for i, settings in list(enumerate(flat))[1:]:
+        keys = [key for key in {**base, **settings} if key not in NAMING]
+        keys = [key for key in keys if base.get(key) != settings.get(key)]
+        said = [
+            f"<code>{escape(key)}</code> {escape(settings.get(key, '–'))} (not {escape(base.get(key, '–'))})"
+            for key in keys[:NAMED]
+        ]
+        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+        text = ", ".join(said) + more if said else "no other setting"
+        items.append(f'<li class="r{i}">{swatch(i)} <b>{escape(names[i])}</b>: {text}</li>')
+
+    return f'<p>Against {escape(names[0])}:</p><ul class="words">{"".join(items)}</ul>'
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -2,17 +2,21 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
+from common.comparison import Difference
 from common.data.imbalance import GROUPS
 from common.metrics import CONVENTIONS, scores, tail_miou
-from common.report.html import delta, details, header, points, section, swatch, table
+from common.report.compared import NOISE, Compared
+from common.report.html import change, details, header, points, section, swatch, table
 
+TITLED = 3  # methods that the title names
 TILES = ("mIoU(tail)", "mIoU", "mAcc", "aAcc")
 SCORES = {
     "mIoU": "miou",
@@ -29,13 +33,44 @@ def headline(report: Any) -> str:
     names = report.names
     dataset = next((result.get("dataset") for result in results if result), None)
     others = [name for i, name in enumerate(names) if i and i not in report.differing]
+    if len(others) > TITLED:
+        others = [f"{len(others)} methods"]
     title = f"{', '.join(others)} against {names[0]}" if others else ", ".join(names)
     data = f" on {escape(dataset)}" if dataset else ""
     images = next((result["images"] for result in results if result), None)
     basis = f"{images} images, " if images else ""
     lead = f"Long-tailed semantic segmentation{data} · {basis}convention <b>{escape(report.convention)}</b>"
 
-    return f'<h1>{escape(title)}</h1><p class="soft">{lead}</p><div class="tiles">{_tiles(report)}</div>'
+    return (
+        f'<h1>{escape(title)}</h1><p class="soft">{lead}</p>{_words(report)}'
+        f'<div class="tiles">{_tiles(report)}</div>'
+    )
+
+
+def _words(report: Any) -> str:
+    """What the comparison of each method with the baseline says, in a sentence, and what its intervals are of."""
+    compared = report.changes.values()
+    if not compared:
+        return ""
+
+    items = []
+    for i, found in report.changes.items():
+        name, _, said = found.sentence.partition(": ")
+        items.append(f'<li class="r{i}"><b>{escape(name)}</b>: {escape(said)}.</li>')
+
+    basis = f"Against {report.names[0]}, in points of IoU"
+    if any(found.half_width is not None for found in _differences(compared)):
+        basis += (
+            f"; ± is half of a 95 % interval (over seeds: Student’s t of paired differences). “{NOISE}”: Holm’s p is "
+            "not below 0.05"
+        )
+    if any(found.half_width is None for found in _differences(compared)):
+        basis += "; one pair says nothing of other seeds"
+    return f'<ul class="words">{"".join(items)}</ul><p class="hint">{escape(basis)}.</p>'
+
+
+def _differences(compared: Iterable[Compared]) -> list[Difference]:
+    return [item.difference for found in compared for item in found.overall.values()]
 
 
 def _tiles(report: Any) -> str:
@@ -45,16 +80,16 @@ def _tiles(report: Any) -> str:
     others = [i for i in report.scored if i] or report.scored
     best = max(others, key=lambda i: report.results[i]["miou"] or 0)
     result = report.results[best]
-    base = report.results[0] if best else None
     tiles = []
 
     for name in TILES:
         key = SCORES[name]
         if result.get(key) is not None:
-            change = delta(result[key], base[key], "") if base else ""
+            found = report.change(best, itemgetter(key), key) if best else None
+            shown = change(found, "")
             label = f"{name} · {escape(report.names[best])}" if report.compared else name
             tiles.append(
-                f'<div class="tile"><span>{label}</span><b>{points(result[key])}</b>{change}</div>'
+                f'<div class="tile"><span>{label}</span><b>{points(result[key])}</b>{shown}</div>'
             )
 
     return "".join(tiles)
@@ -72,13 +107,20 @@ def run_bar(report: Any) -> str:
     """The legend of all charts; a click hides a run."""
     if not report.compared:
         return ""
+    names = [name + _seeds(report, i) for i, name in enumerate(report.names)]
     entries = [
         f'<label><input type="checkbox" checked data-run="r{i}">{swatch(i)}{escape(name)}'
         + (" (baseline)" if i == 0 else "")
         + "</label>"
-        for i, name in enumerate(report.names)
+        for i, name in enumerate(names)
     ]
-    return f'<div class="runs">{"".join(entries)}</div>'
+    return f'<fieldset class="runs"><legend>Shown:</legend>{"".join(entries)}</fieldset>'
+
+
+def _seeds(report: Any, i: int) -> str:
+    """How many seeds a method has, where it is not one."""
+    count = len(report.groups[i].runs)
+    return f", {count} seeds" if count > 1 else ""
 
 
 def summary(report: Any) -> str:
@@ -103,15 +145,16 @@ def summary(report: Any) -> str:
             css = (
                 ' class="best"' if comparable and value is not None and value == best[c] else ""
             )
-            change = delta(value, values[0][c]) if i and comparable else ""
-            line.append(f"<span{css}>{points(value)}</span>{change}")
+            shown = _change(report, i, columns[c], value, values[0][c]) if i and comparable else ""
+            line.append(f"<span{css}>{points(value)}</span>{shown}")
 
         cells.append(line)
 
     body = table(_summary_head(columns), cells) + _conventions(report)
     hint = (
         f"In percent, convention <b>{escape(report.convention)}</b>. Tail, rare, common and frequent use the same IoU "
-        f"of each class and differ in the classes they average{_group_rules(report)}."
+        f"of each class and differ in the classes they average{_group_rules(report)}. "
+        "Of several seeds the mean; changes are those of the same seeds, grey where their 95 % interval includes 0."
     )
 
     return section("scores", "Scores", body, hint)
@@ -124,7 +167,19 @@ def _summary_name(report: Any, i: int) -> str:
     reason = escape("; ".join(report.differing.get(i, ())))
     badge = f' <span class="mark" title="{reason}">{mark}</span>' if mark else ""
 
-    return f"{swatch(i)} {escape(report.names[i])}{role}{badge}"
+    seeds = _seeds(report, i)
+    return f"{swatch(i)} {escape(report.names[i])}{seeds}{role}{badge}"
+
+
+def _change(
+    report: Any, i: int, column: "_Column", value: float | None, before: float | None
+) -> str:
+    """A value's change against the baseline: of evaluations seed by seed, of logged values as they are."""
+    if report.results[i] and report.results[0]:
+        return change(report.change(i, column.get, column.key))
+    if value is None or before is None:
+        return ""
+    return change(Difference(value - before, 1))
 
 
 def _group_rules(report: Any) -> str:
@@ -153,13 +208,14 @@ class _Column:
     name: str
     get: Callable[[dict[str, Any]], float | None]  # its value in a row
     over: str = ""
+    key: str = ""  # in an evaluation, of what is no group
 
 
 def _columns(report: Any) -> list[_Column]:
     """Every score that some run has."""
     over = {"miou_tail": "tail"}
     columns = [
-        _Column("", name, lambda row, key=key: row.get(key), over.get(key, ""))
+        _Column("", name, lambda row, key=key: row.get(key), over.get(key, ""), key)
         for name, key in SCORES.items()
     ]
     levels = {

@@ -15,7 +15,7 @@ from tests.unit.report_runs import BETTER, make_run
 
 def test_the_tail_comes_first_in_the_tiles(tmp_path):
     html = write_report(tmp_path / "r.html", [RunFolder.load(make_run(tmp_path / "run"))]).read_text()
-    tiles = html[html.index('class="tiles"') : html.index("<nav>")]
+    tiles = html[html.index('class="tiles"') : html.index("<nav ")]
     assert re.findall(r"<span>([^<]*)</span>", tiles) == ["mIoU(tail)", "mIoU", "mAcc", "aAcc"]
 
 
