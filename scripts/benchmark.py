@@ -9,6 +9,7 @@
     daformer     the same of DAFormer
     kmeans       balanced k-means against k-means-constrained (with --large also at full size)
     loss         the loss at label size: fused, one image at a time, and enlarged as a whole; labels likewise
+    remedies     what every remedy of the training loss costs, in plain cross-entropies
     ltss         Mask2Former: order of inference, a training step against transformers, deformable attention
     gpu          a step of every system on this GPU: busy or waiting, kernels, memory, the loader beside it
     full-size    every official config through one real training step (also: --full-size [NAME …])
@@ -31,7 +32,8 @@ from common import cli
 from common.files import refuse_to_overwrite
 
 NAMES = (
-    "loader", "step", "metrics", "cpsl", "usrn", "unimatch", "daformer", "kmeans", "loss", "ltss", "gpu", "full-size",
+    "loader", "step", "metrics", "cpsl", "usrn", "unimatch", "daformer", "kmeans", "loss", "remedies",
+    "ltss", "gpu", "full-size",
 )  # fmt: skip
 MODULES = {name: f"scripts.bench.{name.replace('-', '_')}" for name in NAMES}
 CHILD = "one-step"  # a process that full-size starts
