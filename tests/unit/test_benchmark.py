@@ -11,6 +11,7 @@ import torch
 
 from common.config import load_config
 from common.data import SegmentationDataset
+from common.losses.build import LOSSES
 from scripts import benchmark
 from scripts.bench import (
     cpsl,
@@ -71,6 +72,12 @@ def test_benchmark_of_metrics(config, tmp_path):
     rows = bench("metrics", "--config", config, tmp_path / "a.json")
     assert [row["name"] for row in rows] == ["confusion matrix", "classes from logits", "evaluation"]
     assert rows[0]["check"] == {"pixels apart": 0}
+
+
+def test_benchmark_of_remedies(tmp_path):
+    rows = bench("remedies", tmp_path / "a.json")
+    assert [row["name"] for row in rows] == ["loss of 2×11, 4×6 → 9×13", "loss of 2×150, 4×6 → 9×13"]
+    assert LOSSES.keys() <= rows[0]["ms"].keys() and "lovasz, at: network" in rows[0]["ms"]
 
 
 def test_benchmark_of_cpsl(tmp_path):

@@ -1,7 +1,9 @@
 """scripts/remedies.py: what each remedy would do on a small data set, against counts made by hand."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import yaml
 from common.losses.build import LOSSES
 from scripts import remedies
 from tests.unit.data_files import folder_options, make_folder, save
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,3 +92,24 @@ def test_counts_as_the_sampler_shows_the_images(config, tmp_path, monkeypatch, c
     expected = (2 * 160 / 6) / 2560  # of six showings four have 80 pixels each
     assert json.loads(out.read_text())["sampled"][2] == pytest.approx(expected, rel=1e-5)
     assert "to class2 × 1.33 by the stream's sampler" in printed
+
+
+def test_costs_in_the_table_are_those_that_were_measured():
+    """Every remedy of the loss has a line in docs/remedies.md; its cost is what the benchmark has left."""
+    rows = json.loads((ROOT / "docs/results/remedies_cost.json").read_text())["rows"]
+
+    def cost(name: str) -> str:
+        return ", ".join(f"{row['faster'][name]:.1f}" for row in rows)
+
+    named = []
+    for line in (ROOT / "docs/remedies.md").read_text().splitlines():
+        if not re.match(r"\| (logits|class_weight|focus|sets) `", line):
+            continue
+        cells = [cell.strip() for cell in line.split("|")]
+        names = [name for name in re.findall(r"`(\w+)`", cells[1]) if name in LOSSES]
+        named += names
+        on_the_grid = f"{names[0]}, at: network"
+        more = f" (`at: network`: {cost(on_the_grid)})" if on_the_grid in rows[0]["faster"] else ""
+        assert cells[4] == cost(names[0]) + more, names
+
+    assert sorted(named) == sorted(LOSSES)
