@@ -37,7 +37,7 @@ from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
 from common.jobs.plan import ROOT
-from scripts import evidence_page, run_many
+from scripts import evidence_page, model_cards, run_many
 from scripts.evidence_plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
 
 EVALUATION = "evaluation.json"  # in the folder of a run
@@ -336,7 +336,7 @@ def packed(matrices: np.ndarray) -> list[list[int]]:
 
 
 def page(plan: Plan, file: str) -> None:
-    """Write the page and its pictures."""
+    """Write the page and its pictures, and the model cards where they tell of the same results."""
     path = ROOT / plan.page
     results = read_results(plan)
     path.write_text(evidence_page.page(results, file), encoding="utf-8")
@@ -345,6 +345,9 @@ def page(plan: Plan, file: str) -> None:
         (path.parent / name).write_text(picture, encoding="utf-8")
 
     print(path)
+    if (ROOT / plan.results).parent == model_cards.RESULTS:
+        model_cards.write()
+        print(model_cards.PAGE)
 
 
 if __name__ == "__main__":

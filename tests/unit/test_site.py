@@ -18,7 +18,8 @@ def test_the_site_has_every_page_and_no_broken_link(tmp_path):
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert built.returncode == 0, built.stderr
 
-    for page in ("index.html", "uda/index.html", "docs/remedies/index.html", "docs/images/report.png"):
+    pages = ("index.html", "uda/index.html", "docs/remedies/index.html", "docs/model_cards/index.html")
+    for page in (*pages, "docs/images/report.png"):
         assert (tmp_path / "site" / page).is_file()
     remedies = (tmp_path / "site/docs/remedies/index.html").read_text()
     assert 'href="../../#the-sign-of-blv"' in remedies, "links between pages stay"
