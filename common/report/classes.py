@@ -27,6 +27,7 @@ from common.report.html import (
 MANY = 60  # classes beyond which the class chart shows groups of neighbours in frequency
 MOST_BARS = 400  # of one chart
 FEW = 20  # classes up to which their chart shows at a glance which gained and lost
+SHOWN = 3  # runs whose confusions are open
 ENDS = 8  # classes named of those that gained most, and of those that lost most
 
 
@@ -226,9 +227,13 @@ def confusion(report: Any) -> str:
     return section(
         "confusion",
         f"Confusion of the {called}",
-        f'<div class="stack">{"".join(charts)}</div>',
+        _stack(charts[:SHOWN]) + details("The other runs", _stack(charts[SHOWN:])),
         hint,
     )
+
+
+def _stack(charts: Sequence[str]) -> str:
+    return f'<div class="stack">{"".join(charts)}</div>' if charts else ""
 
 
 def _row_shares(row: np.ndarray, columns: Sequence[int]) -> list[float | None]:

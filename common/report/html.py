@@ -41,7 +41,8 @@ h1, h2, h3, p, li, summary { overflow-wrap: anywhere; }
 .words + .hint { margin-top: 6px; }
 .swatch { width: 14px; height: 14px; border-radius: 3px; display: inline-block; flex: none; }
 .scroll { overflow-x: auto; max-width: 100%; }
-.narrow { display: none; }
+.narrow { display: none; margin-top: 14px; }
+.wide { margin-top: 14px; }
 .ranked { width: 100%; } .ranked td, .ranked th { padding: 4px 5px; font-size: 13px; }
 .ranked td:first-child { white-space: normal; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }

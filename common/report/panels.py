@@ -16,7 +16,7 @@ from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, error_map
 
 MOST, WIDTH = 8, 560  # images shown, and their width in pixels
 NARROW, MANY_RUNS = 300, 3  # the width beside more runs than so many
-BUDGET = 1_500_000  # characters that all images may take in the page
+BUDGET = 1_300_000  # characters that all images may take in the page
 _COUNTED = ("cores", "threads")
 NAMING = ("name", "output")  # settings that only say where a run lies
 NAMED = 6  # settings of a run that are told before the rest is counted

@@ -150,6 +150,14 @@ def test_usrns_words(words, checkpoint, resume):
     assert (args.config, args.checkpoint, args.resume) == ("c.json", checkpoint, resume)
 
 
+def test_predictions_belong_to_a_test(monkeypatch):
+    """As in LTSS, where the parser says so: nothing else predicts images."""
+    words = ["main.py", "--config", str(ROOT / "semi_sup/configs/toy_1over8_usrn.json"), "--save-predictions", "x"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(ValueError, match="--save-predictions belongs to --test"):
+        semi.main()
+
+
 # The config inside a checkpoint ---------------------------------------------------------------------------------------
 
 

@@ -182,7 +182,7 @@ def test_a_box_hides_a_run_everywhere(small):
 
 
 @needs_browser
-def test_an_image_is_enlarged_and_closed_by_click_and_key(small):
+def test_an_image_is_enlarged_by_a_click_and_closed_by_another(small):
     script = """
     const dialog = document.getElementById('zoom');
     const button = document.querySelector('.panels button');
