@@ -1,11 +1,16 @@
 """A network for use without this project: python scripts/export.py [CONFIG] CHECKPOINT --size HxW --output NAME.pt2.
 
 The program takes images (B, 3, H, W), RGB in 0–255, of exactly this batch and size, and gives class scores
-(B, K, H, W). `torch.export.load(NAME.pt2).module()(images)` runs it; PyTorch is all that it needs.
+(B, K, H, W). `torch.export.load(NAME.pt2).module()(images)` runs it; PyTorch is all that it needs. With --dynamic
+height and width may change: a second size is tried, and a network that keeps the first one is refused.
+NAME.onnx writes ONNX, which needs `pip install .[onnx]`. What was written is run, by onnxruntime there, and its
+scores are compared.
 """
 
 import argparse
+import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +24,8 @@ from common.models import load_model
 from common.models.carried import best_of, open_config
 
 TOLERANCE = 1e-4  # relative L2 difference that the exported program may have
+FURTHER = (64, 32)  # pixels by which the second size of --dynamic is higher and wider
+ONNX = ("onnx", "onnxruntime", "onnxscript")  # packages
 
 
 class Scores(nn.Module):
@@ -38,37 +45,87 @@ def main() -> None:
     cli.add_model(parser)
     parser.add_argument("--size", required=True, metavar="HxW", help="height and width in pixels")
     parser.add_argument("--batch", type=int, default=1, help="images at a time (default 1)")
-    cli.add_out(parser, "FILE", "ends in .pt2")
+    parser.add_argument("--dynamic", action="store_true", help="height and width may differ from --size")
+    cli.add_out(parser, "FILE", "ends in .pt2 or .onnx")
     cli.add_force(parser)
     args = cli.parse(parser)
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", args.size)
     if not size or args.batch < 1:
         raise ValueError(f"--size {args.size} --batch {args.batch}: give HEIGHTxWIDTH, such as 512x1024, and 1 or more")
-    if Path(args.out).suffix != ".pt2":
-        raise ValueError(f"--out {args.out}: the name has to end in .pt2")
+    if Path(args.out).suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"--out {args.out}: the name has to end in .pt2 or .onnx")
+    if Path(args.out).suffix == ".onnx":
+        require_onnx()
     refuse_to_overwrite([args.out], args.force)
     cfg = open_config(args.config, args.checkpoint, args.overrides)
     args.checkpoint = args.checkpoint or best_of(cfg)
     model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
     scores = Scores(model.eval(), offsets_of(cfg, args.checkpoint))
-    apart = export(scores, images, Path(args.out))
+    apart = export(scores, images, Path(args.out), args.dynamic)
     print(f"wrote {args.out}; its scores differ from the network's by {apart:.1e} (relative)")
 
 
+def require_onnx() -> None:
+    """ValueError where a package that ONNX needs is not installed."""
+    missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install .[onnx], or write a .pt2 file")
+
+
 @torch.no_grad()
-def export(model: nn.Module, images: Tensor, out: Path) -> float:
+def export(model: nn.Module, images: Tensor, out: Path, dynamic: bool = False) -> float:
     """Write the program and run what was written; ValueError where it does not give the model's scores."""
-    expected = model(images)
-    program = torch.export.export(model, (images,))
+    varying = torch.export.Dim.AUTO
+    shapes = ({2: varying, 3: varying},) if dynamic else None
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     out.parent.mkdir(parents=True, exist_ok=True)
+
     with replacing(out) as draft:
-        torch.export.save(program, draft)
-        found = torch.export.load(draft).module()(images)
-        apart = float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
+        run = write_onnx(program, images, draft) if out.suffix == ".onnx" else write_pt2(program, draft)
+        apart = difference(run(images), model(images))
+        if dynamic:
+            apart = max(apart, at_another_size(model, run, images, out))
         if not apart <= TOLERANCE:
             raise ValueError(f"{out}: the exported program's scores differ by {apart:.1e} (relative); not written")
+
     return apart
+
+
+def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Write the program for PyTorch; what runs the file."""
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def write_onnx(program: torch.export.ExportedProgram, images: Tensor, path: Path) -> Callable[[Tensor], Tensor]:
+    """Write the program in ONNX, weights included; what runs the file."""
+    import onnxruntime
+
+    torch.onnx.export(program, (images,), dynamo=True, verbose=False).save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
+
+
+def at_another_size(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, out: Path) -> float:
+    """The difference at a second size. ValueError where the program holds on to the first one."""
+    height, width = images.shape[-2] + FURTHER[0], images.shape[-1] + FURTHER[1]
+    larger = torch.randint(0, 256, (*images.shape[:2], height, width), dtype=torch.uint8)
+    try:
+        found = run(larger)
+    except Exception as error:  # torch's guards and onnxruntime have classes of their own
+        reason = " ".join(str(error).split())[:150]
+        name = type(getattr(model, "model", model)).__name__
+        text = f"{out}: {name} cannot be exported with --dynamic, {height}x{width} fails ({reason})"
+        raise ValueError(f"{text}; leave it out and export each --size") from error
+
+    return difference(found, model(larger))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative L2 difference."""
+    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The programs under scripts/: what they write, and that bad input ends in one line and exit code 2."""
 
 import base64
+import importlib.util
 import io
 import json
 import re
@@ -34,6 +35,7 @@ from scripts import (
     shrink_dataset,
 )
 from tests.unit.data_files import classes, picture, save, save_rgb16
+from tests.unit.four_systems import tiny_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("unchanged")
@@ -220,6 +222,36 @@ def test_export_runs_without_the_project(tmp_path, call, fails):
     assert found.shape == (1, 19, 32, 64)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert "give HEIGHTxWIDTH" in fails(export.main, config, weights, "--size", "32", "--out", out)
+
+
+def test_export_of_any_size(scenes, tmp_path, call, fails):
+    """DeepLabV3+ takes sizes that it was not exported with; without its packages ONNX is refused."""
+    config, weights = tiny_config("ltss_benchmark", scenes, tmp_path), tmp_path / "w.safetensors"
+    model = build_model(load_config(config).model).eval()
+    save_file(model.state_dict(), weights)
+    words = (config, weights, "--size", "64x96", "--dynamic", "--out")
+    call(export.main, *words, tmp_path / "any.pt2")
+    program = torch.export.load(tmp_path / "any.pt2").module()
+    for size in ((64, 96), (96, 160)):
+        images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), model.predict(images), rtol=1e-4, atol=1e-5)
+
+    missing = [name for name in export.ONNX if importlib.util.find_spec(name) is None]
+    if missing:
+        assert "pip install .[onnx]" in fails(export.main, *words, tmp_path / "any.onnx")
+
+
+def test_export_names_a_network_that_keeps_its_size(tmp_path):
+    class Fixed(torch.nn.Module):
+        def forward(self, images):
+            return images.float() + torch.zeros(32, 64)
+
+    images = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
+    out = tmp_path / "fixed.pt2"
+    with pytest.raises(ValueError, match="Fixed cannot be exported with --dynamic, 96x96 fails .*; leave it out"):
+        export.export(Fixed(), images, out, dynamic=True)
+    assert not out.exists() and export.export(Fixed(), images, out) == 0
 
 
 # browse, doctor ---------------------------------------------------------------------------------------------------
