@@ -26,6 +26,7 @@ FURTHER_HEAD = (
     "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
     "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
 )
+UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
@@ -129,7 +130,7 @@ def strengths(results: Mapping[str, Any]) -> str:
     if tuned:
         lines += ["", "Chosen on images of their own, with a seed of their own:", "", choices_table(tuned)]
     else:
-        lines += ["", "One strength each, fixed before any result: **nothing is tuned, the baseline neither.**"]
+        lines += ["", UNTUNED]
 
     return "\n".join([*lines, ""])
 
