@@ -21,7 +21,15 @@ from torch import Tensor
 from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share, Whole
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
+from common.engine.method import (
+    IN_PARTS,
+    Batch,
+    Losses,
+    Method,
+    MethodContext,
+    move_average,
+    pixel_loss,
+)
 from common.models import EncoderDecoder, build_network
 from common.ops.resize import resize, size_of
 from semi_sup.consistency import in_boxes, paste
@@ -53,7 +61,7 @@ class U2PL(Method):
 
     Options = U2PLConfig
     options: U2PLConfig
-    compiles = False
+    uncompiled = IN_PARTS
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

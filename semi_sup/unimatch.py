@@ -28,7 +28,7 @@ from torch import Tensor
 
 from common.config import Config, ConfigError
 from common.config.bounds import Count, NotNegative, Rate, Share
-from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
+from common.engine.method import IN_PARTS, Batch, Losses, Method, MethodContext, pixel_loss
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import EncoderDecoder, build_network
 from semi_sup import consistency
@@ -78,7 +78,7 @@ class Consistency(Method):
 
     Options = ConsistencyConfig
     backwards = 2
-    compiles = False
+    uncompiled = IN_PARTS
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

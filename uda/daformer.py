@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share
 from common.data import IGNORE
-from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
+from common.engine.method import (
+    IN_PARTS,
+    Batch,
+    Losses,
+    Method,
+    MethodContext,
+    move_average,
+    pixel_loss,
+)
 from common.losses.counts import PseudoUnit
 from common.losses.feature_distance import cells_of, feature_distance
 from common.models import SegmentationModel, Segmentor, build_network
@@ -88,7 +96,7 @@ class DAFormer(Method):
     fitting = "daformer or deeplabv2_reduced"
     backwards = 2
     pseudo_labels: PseudoUnit | None = "shares"
-    compiles = False
+    uncompiled = IN_PARTS
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

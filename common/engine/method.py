@@ -44,6 +44,9 @@ class MethodContext:
         return Counts.from_statistics(self.statistics, self.shares)
 
 
+IN_PARTS = "runs the network in parts"  # so that a compiled call of it would never be used
+
+
 class Method(nn.Module, ABC):
     """One paper: it owns its networks, and its `state_dict()` is all that a resume restores.
 
@@ -56,7 +59,7 @@ class Method(nn.Module, ABC):
     Options: type[Any]  # the dataclass of the section `method`, without its `name`
     options: Any  # an instance of it
     backwards = 1
-    compiles = True  # False: a training pass runs parts of the network, not its call, which `train.compile` compiles
+    uncompiled: str | None = None  # why `train.compile`, which compiles the call of the network, is refused
     records = False  # True: nothing of a step is decided on the host, so `train.compile: reduce-overhead` may record it
     predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
 

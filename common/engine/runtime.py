@@ -152,8 +152,8 @@ def _require_compilation(cfg: Config, method: Method) -> None:
     """ConfigError where `train.compile` would do nothing for this method, or could not do what it says."""
     where = f"{cfg.name}: train.compile"
     name = type(method).__name__
-    if cfg.train.compile and not method.compiles:
-        raise ConfigError(f"{where}: {name} runs the network in parts, set it to false")
+    if cfg.train.compile and method.uncompiled:
+        raise ConfigError(f"{where}: {name} {method.uncompiled}, set it to false")
     if cfg.train.compile != RECORDED:
         return
 

@@ -13,14 +13,19 @@ from common import experiment
 from common.config import Config, ConfigError, ModelConfig, load_config
 from common.engine import rehearse
 from fully_sup import train as supervised
+from fully_sup.supervised import METHODS as supervised_methods
+from ltss_benchmark.methods import METHODS as ltss_methods
 from ltss_benchmark.methods import build_method as ltss_method
+from semi_sup.config import METHODS as semi_sup_methods
 from semi_sup.config import build_method as semi_sup_method
 from tests.contexts import context
 from tests.unit.test_cpsl_method import CLASSES, SMALL
+from uda.train import METHODS as uda_methods
 from uda.train import build_method as uda_method
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).resolve().parents[2]
+DEEPLAB = "ltss_benchmark/configs/toy/deeplabv3p/deeplabv3p_R18.yaml"
 MASK2FORMER = "ltss_benchmark/configs/toy/mask2former/maskformer2_R18.yaml"
 
 
@@ -65,19 +70,29 @@ def test_every_system_can_be_rehearsed(path, build):
 
 
 @pytest.mark.parametrize(
-    ("path", "build", "works"),
+    ("path", "build", "message"),
     [
-        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, True),
-        ("uda/configs/daformer/gta5_to_cityscapes.yaml", uda_method, False),
+        ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, None),
+        (DEEPLAB, ltss_method, None),
+        ("uda/configs/daformer/gta5_to_cityscapes.yaml", uda_method, "DAFormer runs the network in parts, set it to"),
+        (MASK2FORMER, ltss_method, "Mask2FormerMethod takes ten minutes and more to compile on a CPU"),
     ],
 )
-def test_compilation_is_refused_where_it_would_do_nothing(path, build, works):
+def test_compilation_is_refused_where_it_would_not_help(path, build, message):
     cfg = load_config(ROOT / path, ["train.devices=1", "train.compile=true", "model.pretrained=true"])
-    if works:
+    if message is None:
         rehearse(cfg, build)
         return
-    with pytest.raises(ConfigError, match="train.compile: DAFormer runs the network in parts, set it to false"):
+    with pytest.raises(ConfigError, match=f"train.compile: {message}"):
         rehearse(cfg, build)
+
+
+def test_the_methods_that_are_compiled():
+    """All that call their network as a whole in training."""
+    methods = {**supervised_methods, **semi_sup_methods, **uda_methods, **ltss_methods}
+    compiled = {name for name, method in methods.items() if method.uncompiled is None}
+    semi_supervised, adapted = {"baseline", "self_training", "usrn"}, {"warm_up", "cpsl", "proda", "distill"}
+    assert compiled == {"supervised", "deeplabv3plus", *semi_supervised, *adapted}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +100,7 @@ def test_compilation_is_refused_where_it_would_do_nothing(path, build, works):
     [
         ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, True, None),
         ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, False, "without a GPU set it to true"),
-        (MASK2FORMER, ltss_method, True, "a step of Mask2FormerMethod needs the host"),
+        (DEEPLAB, ltss_method, True, "a step of DeepLabV3PlusMethod needs the host"),
     ],
 )
 def test_graphs_are_recorded_where_nothing_needs_the_host(path, build, gpu, words, monkeypatch):
