@@ -26,6 +26,7 @@ FURTHER_HEAD = (
     "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
     "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
 )
+NOTHING_FREE = "nothing that is free has as high a mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
@@ -192,7 +193,8 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]
     curve = [run for name in after for run in of_curve(split, name)]
     found = {remedy: best_free(split, remedies[0], remedy, curve) for remedy in remedies[1:]}
     pairs = {remedy: pair for remedy, pair in found.items() if pair is not None}
-    if not pairs:
+    alone = [remedy for remedy in found if curve and remedy not in pairs and remedy in split["runs"]]
+    if not pairs and not alone:
         return []
 
     adjusted = holm({remedy: difference.p for remedy, (_, difference) in pairs.items()})
@@ -200,6 +202,7 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]
         f"- **{remedy}** against {free}: mIoU(tail) {verdict(difference, adjusted[remedy])}."
         for remedy, (free, difference) in pairs.items()
     ]
+    lines += [f"- **{remedy}**: {NOTHING_FREE}" for remedy in alone]
 
     head = (
         "Against what is free: of the baseline and all strengths after training (below), the one with the highest "
