@@ -1,7 +1,7 @@
 """Train or evaluate: `python train_net.py CONFIG [--num-gpus N] [--resume] [KEY VALUE | key=value …]`.
 
     train_net.py CONFIG                                  train; --resume resumes from the newest checkpoint
-    train_net.py CONFIG --eval-only --checkpoint CKPT    scores into <run>/inference/; --tta: also with augmentation
+    train_net.py [CONFIG] --eval-only --checkpoint CKPT  scores into <run>/inference/; --tta: also with augmentation
     train_net.py CONFIG --eval-only --resume             the same of the run's newest checkpoint
 
 The release's words are --config-file CONFIG, MODEL.WEIGHTS CKPT and TEST.AUG.ENABLED True.
@@ -15,6 +15,7 @@ on a machine without GPUs CPU ones; torchrun does as well.
 import argparse
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from common import cli, distributed
@@ -25,8 +26,9 @@ from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
 from common.files import refuse_to_overwrite
 from common.models import load_model
+from common.models.carried import carried_config
 from ltss_benchmark import launch, results
-from ltss_benchmark.detectron2_keys import read_config
+from ltss_benchmark.detectron2_keys import changed_config, read_config
 from ltss_benchmark.mask2former import STREAM
 from ltss_benchmark.methods import build_method, check_options
 
@@ -91,7 +93,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(words)
     if args.config_file is None and args.opts and cli.is_config(args.opts[0]):
         args.config_file = args.opts.pop(0)
-    if args.config_file is None:
+    if args.config_file is None and not (args.eval_only and args.checkpoint):
         parser.error("the following arguments are required: CONFIG (or --config-file CONFIG)")
 
     args.opts += ["MODEL.WEIGHTS", args.checkpoint] if args.checkpoint else []
@@ -108,11 +110,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_config(args: argparse.Namespace) -> Config:
-    path = Path(args.config_file)
-    beside = HERE / path
-    cfg = read_config(
-        beside if beside.is_file() and not path.exists() else path, args.opts, check_options
-    )
+    if args.config_file is None:
+        cfg = changed_config(partial(carried_config, args.checkpoint), args.opts, check_options)
+    else:
+        path = Path(args.config_file)
+        beside = HERE / path
+        file = beside if beside.is_file() and not path.exists() else path
+        cfg = read_config(file, args.opts, check_options)
+
     if args.eval_only and cfg.model.reset_classifier:
         raise ConfigError(
             f"{cfg.name}: model.reset_classifier: --eval-only cannot score a new classifier; set it to false, and "

@@ -4,6 +4,6 @@ Every key of detectron2 stands in one table: `translated` (it becomes keys of th
 says what the config does), `untranslated` (one value is what is done anyway, or none).
 """
 
-from ltss_benchmark.detectron2_keys.read import read_config
+from ltss_benchmark.detectron2_keys.read import changed_config, read_config
 
-__all__ = ["read_config"]
+__all__ = ["changed_config", "read_config"]

@@ -6,6 +6,7 @@ A value is read as YAML; detectron2's tuples `(512, 512)` are understood.
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from common.config import Config, ConfigError, load_config
@@ -15,6 +16,7 @@ from ltss_benchmark.detectron2_keys.translated import DEPENDENT, KEYS, Typed, li
 from ltss_benchmark.detectron2_keys.untranslated import DONE_ANYWAY, REFUSED
 
 Pairs = Sequence[tuple[str, str]]  # of the command line: key, value
+Load = Callable[[Sequence[str]], Config]  # key=value words to a config
 KNOWN = (*KEYS, *DEPENDENT, *AGREEING, *DONE_ANYWAY, *REFUSED)
 # similarity of a key, and of its last part, from which on it is a likely misspelling
 NEAR = 0.88
@@ -29,9 +31,16 @@ def read_config(
     check: further conditions on the config. Raises ConfigError, which names detectron2's key where that was typed.
     """
     check_config_file(path)
+    return changed_config(partial(load_config, path), words, check)
+
+
+def changed_config(
+    load: Load, words: Sequence[str], check: Callable[[Config], None] | None = None
+) -> Config:
+    """The same of a config that lies elsewhere: `load` makes it of key=value words."""
     pairs = split_pairs(words)
-    draft = _load(path, [pair for pair in pairs if pair[0] not in DEPENDENT], None, None)
-    cfg = _load(path, pairs, draft, check)
+    draft = _load(load, [pair for pair in pairs if pair[0] not in DEPENDENT], None, None)
+    cfg = _load(load, pairs, draft, check)
 
     for key, value in pairs:
         complaint = disagreement(key, value.strip(), cfg) if key in AGREEING else None
@@ -42,11 +51,11 @@ def read_config(
 
 
 def _load(
-    path: Path, pairs: Pairs, draft: Config | None, check: Callable[[Config], None] | None
+    load: Load, pairs: Pairs, draft: Config | None, check: Callable[[Config], None] | None
 ) -> Config:
     words = overrides(pairs, draft)
     try:
-        cfg = load_config(path, words)
+        cfg = load(words)
         if check is not None:
             check(cfg)
     except ValueError as error:

@@ -103,6 +103,11 @@ def test_evaluation_leaves_scores_and_masks(data, tmp_path, capsys):
     with pytest.raises(ValueError, match="there already, and 2 more"):
         train_net.main(words(EVERY, data, run, *asked))
 
+    (run / "inference" / "lt_sem_seg_evaluation.json").unlink()
+    here("--eval-only", "--checkpoint", str(run), "--device", "cpu")  # the config is the checkpoint's own
+    again = json.loads((run / "inference" / "lt_sem_seg_evaluation.json").read_text())
+    assert again["sem_seg"] == tree["sem_seg"]
+
 
 def check_pictures(folder: Path, values: np.ndarray, masks: list[dict]) -> None:
     """The PNG files show what the masks of the same evaluation cover, in the values of the label files (K,)."""
