@@ -1,8 +1,9 @@
-"""Segment any images: python scripts/predict.py [CONFIG] CHECKPOINT IMAGE|FOLDER … --output DIR [key=value …].
+"""Segment any images: python scripts/predict.py [CONFIG] CHECKPOINT IMAGE|FOLDER|LIST … --output DIR [key=value …].
 
 Writes <name>.png with class ids (palette PNG; 16-bit above 254 classes) and <name>_overlay.jpg. No labels and no data
 set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …). A folder's
-images below --out are left out: they are what an earlier call wrote.
+images below --out are left out: they are what an earlier call wrote. LIST is a .txt file with a path a line, relative
+to its own folder.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from common import cli, console, distributed
 from common.config import Config
 from common.data import DatasetRow
 from common.data.catalogue import registry
-from common.data.catalogue.lists import IMAGE_SUFFIXES
+from common.data.catalogue.lists import IMAGE_SUFFIXES, read_list
 from common.data.images import read_image
 from common.evaluation import mirrored_classes, network_input, write_label
 from common.evaluation.adjustment import offsets_of
@@ -30,7 +31,7 @@ from common.visualize import colourise, overlay
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_model(parser, "IMAGE|FOLDER", "folders are searched for images")
+    cli.add_model(parser, "IMAGE|FOLDER|LIST", "folders are searched for images; a .txt file lists them")
     cli.add_out(parser, "DIR", "where labels and overlays go")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
     cli.add_device(parser)
@@ -71,29 +72,50 @@ def images(words: list[str], out: Path) -> dict[str, Path]:
     """Output name (relative, without suffix) → image file. ValueError for what is no image, and for equal names."""
     found: dict[str, Path] = {}
     for word in words:
-        path = Path(word)
-        if path.is_dir():
-            there = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            earlier = out.resolve() if out.resolve() != path.resolve() else None
-            inside = [
-                p
-                for p in there
-                if not p.name.startswith(".")  # macOS's ._x is no image
-                and (earlier is None or earlier not in p.resolve().parents)
-            ]
-            if not inside:
-                raise ValueError(f"{path}: no images here ({', '.join(IMAGE_SUFFIXES)})")
-            named = [(str(p.relative_to(path).with_suffix("")), p) for p in inside]
-        elif path.is_file():
-            named = [(path.stem, path)]
-        else:
-            raise ValueError(f"{path}: no such image or folder")
-        for name, file in named:
+        for name, file in named(Path(word), out):
             if name in found:
                 raise ValueError(f"{file}: {found[name]} would be written as {name!r} too; give each its own --out")
             found[name] = file
     if not found:
-        raise ValueError("no image given; name image files or folders")
+        raise ValueError("no image given; name image files, folders or lists")
+    return found
+
+
+def named(path: Path, out: Path) -> list[tuple[str, Path]]:
+    """Output name and file of each image that a word of the command line stands for."""
+    if path.is_dir():
+        return in_folder(path, out)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such image, folder or list")
+    return in_list(path) if path.suffix.lower() == ".txt" else [(path.stem, path)]
+
+
+def in_folder(path: Path, out: Path) -> list[tuple[str, Path]]:
+    """All images below a folder, but for those below `out`."""
+    there = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    earlier = out.resolve() if out.resolve() != path.resolve() else None
+    inside = [
+        p
+        for p in there
+        if not p.name.startswith(".")  # macOS's ._x is no image
+        and (earlier is None or earlier not in p.resolve().parents)
+    ]
+    if not inside:
+        raise ValueError(f"{path}: no images here ({', '.join(IMAGE_SUFFIXES)})")
+
+    return [(str(p.relative_to(path).with_suffix("")), p) for p in inside]
+
+
+def in_list(path: Path) -> list[tuple[str, Path]]:
+    """The images of a list. Paths that lead out of its folder keep nothing but their last part."""
+    found = []
+    for line in read_list(path):
+        file = path.parent / line
+        if not file.is_file():
+            raise ValueError(f"{path}: no image {line!r}; a line is a path, relative to the list's folder")
+        outside = Path(line).is_absolute() or ".." in Path(line).parts
+        found.append((file.stem if outside else str(Path(line).with_suffix("")), file))
+
     return found
 
 

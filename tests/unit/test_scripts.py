@@ -130,6 +130,20 @@ def test_predict_writes_what_the_network_says(config, weights, tmp_path, call):
         assert shown.size == (64, 64)
 
 
+def test_predict_takes_a_list(config, weights, tmp_path, call, fails):
+    """Paths are relative to the list's folder; one that leads out of it is written by its last part."""
+    for path in ("in/a.png", "in/deep/b c.png", "elsewhere/d.png"):
+        save(picture(32, 48), tmp_path / path)
+    images = tmp_path / "in" / "some.txt"
+    images.write_text(f"deep/b c.png\n\n../elsewhere/d.png\n{tmp_path / 'in' / 'a.png'}\n")
+    out = tmp_path / "out"
+    call(predict.main, config, weights, images, "--out", out, "--device", "cpu")
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == ["a.png", "d.png", "deep/b c.png"]
+
+    images.write_text("deep/e.png\n")
+    assert "some.txt: no image 'deep/e.png'" in fails(predict.main, config, weights, images, "--out", out)
+
+
 def test_predict_keeps_what_is_there(config, weights, tmp_path, call, fails):
     """Its own inputs, and what an earlier call has written; files below --out are no inputs."""
     folder = tmp_path / "in"
