@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from common.config import SourceConfig, load_config
-from common.data import DATASETS, SegmentationDataset
+from common.data import DATASETS, SegmentationDataset, make_streams
 from common.data.labels import read_index
 from common.models import build_model, load_weights
 from fully_sup import test as fully_sup_test
@@ -298,6 +298,29 @@ def test_browse_shows_training_samples(config, tmp_path, call, fails):
     assert text.count("<figcaption>label") == 2 and "draw 1: " in text and "vegetation" in text
     assert "streams: labeled" in fails(browse.main, config, "--stream", "target")
     assert "--count" in fails(browse.main, config, "--count", 0)
+
+
+def test_browse_shows_what_a_sampler_makes_of_rare_classes(config, tmp_path, call, fails):
+    """Only draws that show a pole or a sign, of an epoch; how often by the sampler, against a count of many draws."""
+    out, names = tmp_path / "samples.html", "traffic sign,truck"
+    sampler = "data.streams.labeled.sampler={order: repeat_factor, level: image, threshold: 0.9}"
+    call(browse.main, config, sampler, "--classes", names, "--count", 9, "--out", out)
+    text = out.read_text()
+
+    cfg = load_config(config, [sampler])
+    stream = make_streams(cfg.data, cfg.seed, tmp_path / ".cache")["labeled"]
+    classes = stream.dataset.row.classes
+    ids = torch.tensor([classes.index(name) for name in names.split(",")])
+    shown = [np.isin(stream.dataset.open(i)["label"], ids).any() for i in range(len(stream.dataset))]
+    draws = [stream.order.index(draw) for draw in range(3000)]
+    share = 100 * np.mean([shown[index] for index in draws])
+    said = re.search(r"traffic sign or truck: in (\d+) of 3 images \(.*?\); ([\d.]+)% of all draws", text)
+    assert int(said[1]) == sum(shown) and float(said[2]) == pytest.approx(share, abs=3)
+
+    expected = [draw for draw in range(3) if torch.isin(stream.sample(draw)["label"].long(), ids).any()]
+    assert [int(draw) for draw in re.findall(r"draw (\d+): ", text)] == expected
+    assert text.count("; image drawn ") == len(expected)
+    assert "did you mean 'traffic sign'" in fails(browse.main, config, "--classes", "trafic sign")
 
 
 def test_browse_names_a_missing_data_set(config, fails):
