@@ -1,12 +1,16 @@
-"""Segment any images: python scripts/predict.py [CONFIG] CHECKPOINT IMAGE|FOLDER|LIST … --output DIR [key=value …].
+"""Segment images and videos.
+
+    python scripts/predict.py [CONFIG] CHECKPOINT IMAGE|FOLDER|LIST|VIDEO … --output DIR [key=value …]
 
 Writes <name>.png with class ids (palette PNG; 16-bit above 254 classes) and <name>_overlay.jpg. No labels and no data
 set are needed; the config gives network, class names and colours, and how windows are laid (`eval.mode`, …). A folder's
 images below --out are left out: they are what an earlier call wrote. LIST is a .txt file with a path a line, relative
-to its own folder.
+to its own folder. Frames of a VIDEO become <name>/000000.png and so on; PyAV or OpenCV has to be installed.
 """
 
 import argparse
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +32,13 @@ from common.models import load_model
 from common.models.carried import best_of, open_config
 from common.visualize import colourise, overlay
 
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+FRAME = "{:06d}"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_model(parser, "IMAGE|FOLDER|LIST", "folders are searched for images; a .txt file lists them")
+    cli.add_model(parser, "IMAGE|FOLDER|LIST|VIDEO", "folders are searched for images; a .txt file lists them")
     cli.add_out(parser, "DIR", "where labels and overlays go")
     parser.add_argument("--opacity", type=float, default=0.5, help="of the colours in the overlay (default 0.5)")
     cli.add_device(parser)
@@ -43,16 +50,23 @@ def main() -> None:
         raise ValueError(f"--opacity {args.opacity} is not in [0, 1]")
     out = Path(args.out)
     row, pictures = row_of(cfg), images(args.rest, out)
-    refuse_to_overwrite((file for name in pictures for file in written(out / name)), args.force)
+    videos = {name: path for name, path in pictures.items() if path.suffix.lower() in VIDEO_SUFFIXES}
+    for path in videos.values():
+        require_decoder(path)
+    refuse_to_overwrite((file for name in pictures for file in expected(out / name, name in videos)), args.force)
 
     out.mkdir(parents=True, exist_ok=True)
     device = distributed.start(args.device)
     model = load_model(cfg.model, args.checkpoint)
     model = model.to(device).eval()
     offsets = offsets_of(cfg, args.checkpoint)
+    count = 0
     for name, path in console.bar(pictures.items(), what="predicting"):
-        segment(model, cfg, row, path, out / name, args.opacity, device, offsets)
-    print(f"{len(pictures)} images segmented: labels and overlays in {out}")
+        shots = frames(path, name) if name in videos else [(name, read_image(path))]
+        for shot, image in shots:
+            segment(model, cfg, row, image, out / shot, args.opacity, device, offsets)
+            count += 1
+    print(f"{count} images segmented: labels and overlays in {out}")
 
 
 def row_of(cfg: Config) -> DatasetRow:
@@ -66,6 +80,11 @@ def row_of(cfg: Config) -> DatasetRow:
 def written(out: Path) -> tuple[Path, Path]:
     """The files of one image: label and overlay."""
     return out.with_name(f"{out.name}.png"), out.with_name(f"{out.name}_overlay.jpg")
+
+
+def expected(out: Path, is_video: bool) -> tuple[Path, ...]:
+    """What one image leaves, or the first frame of a video."""
+    return written(out / FRAME.format(0) if is_video else out)
 
 
 def images(words: list[str], out: Path) -> dict[str, Path]:
@@ -119,19 +138,65 @@ def in_list(path: Path) -> list[tuple[str, Path]]:
     return found
 
 
+# Videos -------------------------------------------------------------------------------------------------------------
+
+
+def require_decoder(path: Path) -> None:
+    if find_spec("av") is None and find_spec("cv2") is None:
+        raise ValueError(f"{path}: a video needs PyAV or OpenCV; pip install av, or opencv-python-headless")
+
+
+def frames(path: Path, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Output name and pixels uint8 (H, W, 3) of each frame, one at a time. ValueError for what is no video."""
+    decode = _frames_of_av if find_spec("av") is not None else _frames_of_opencv
+    empty = True
+    for i, image in enumerate(decode(path)):
+        empty = False
+        yield f"{name}/{FRAME.format(i)}", image
+    if empty:
+        raise ValueError(f"{path}: holds no frame that can be decoded")
+
+
+def _frames_of_av(path: Path) -> Iterator[np.ndarray]:
+    import av
+
+    try:
+        with av.open(str(path)) as video:
+            for frame in video.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path}: cannot decode the video ({error})") from error
+
+
+def _frames_of_opencv(path: Path) -> Iterator[np.ndarray]:
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    try:
+        while True:
+            there, image = video.read()
+            if not there:
+                return
+            yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    finally:
+        video.release()
+
+
+# One image ----------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def segment(
     model: nn.Module,
     cfg: Config,
     row: DatasetRow,
-    path: Path,
+    image: np.ndarray,
     out: Path,
     opacity: float,
     device: torch.device,
     offsets: torch.Tensor | None = None,
 ) -> None:
     """`<out>.png` and `<out>_overlay.jpg` of one image."""
-    image = read_image(path)
     batch = network_input(image, cfg.eval)[None].to(device)
     label = predict_labels(model, batch, cfg.eval, image.shape[:2], mirrored_classes(row), offsets)[0]
     label = label.cpu().numpy().astype(np.int32)

@@ -144,6 +144,37 @@ def test_predict_takes_a_list(config, weights, tmp_path, call, fails):
     assert "some.txt: no image 'deep/e.png'" in fails(predict.main, config, weights, images, "--out", out)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is not installed")
+def test_predict_takes_a_video(config, weights, tmp_path, call, fails):
+    import av
+
+    with av.open(str(tmp_path / "drive.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for i in range(3):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 60 * i, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+
+    words = (predict.main, config, weights, tmp_path / "drive.mp4", "--out", tmp_path / "out", "--device", "cpu")
+    call(*words)
+    names = sorted(path.name for path in (tmp_path / "out" / "drive").iterdir())
+    assert names == [f"00000{i}{end}" for i in range(3) for end in (".png", "_overlay.jpg")]
+    with Image.open(tmp_path / "out" / "drive" / "000002.png") as label:
+        assert label.size == (64, 48)
+    assert "000000.png: there already" in fails(*words)
+
+    (tmp_path / "drive.mp4").write_bytes(b"no video")
+    assert "drive.mp4: cannot decode the video" in fails(*words, "--force")
+
+
+def test_predict_says_what_a_video_needs(config, weights, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(predict, "find_spec", lambda name: None)
+    (tmp_path / "drive.mp4").write_bytes(b"")
+    line = fails(predict.main, config, weights, tmp_path / "drive.mp4", "--out", tmp_path / "out")
+    assert "drive.mp4: a video needs PyAV or OpenCV" in line and not (tmp_path / "out").exists()
+
+
 def test_predict_keeps_what_is_there(config, weights, tmp_path, call, fails):
     """Its own inputs, and what an earlier call has written; files below --out are no inputs."""
     folder = tmp_path / "in"
