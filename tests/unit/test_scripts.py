@@ -285,6 +285,16 @@ def test_export_of_any_size(scenes, tmp_path, call, fails):
     missing = [name for name in export.ONNX if importlib.util.find_spec(name) is None]
     if missing:
         assert "pip install .[onnx]" in fails(export.main, *words, tmp_path / "any.onnx")
+        return
+
+    import onnxruntime
+
+    call(export.main, *words, tmp_path / "any.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "any.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randint(0, 256, (1, 3, 128, 64), dtype=torch.uint8)  # neither of the sizes that it was tried at
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model.predict(images), rtol=1e-4, atol=1e-4)
 
 
 def test_export_names_a_network_that_keeps_its_size(tmp_path):
