@@ -61,7 +61,7 @@ class Mask2FormerMethod(Method):
 
     Options = Mask2FormerConfig
     options: Mask2FormerConfig
-    uncompiled = "takes ten minutes and more to compile on a CPU, untried on a GPU"
+    uncompiled = "takes minutes to compile on a CPU, untried on a GPU"
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

@@ -96,13 +96,7 @@ class Plan:
             }
             commands[name] = _filled(self.score, places)
 
-        return Jobs(
-            command="",
-            output=f"{self.output}/{split}/{SCORES}",
-            runs={name: {"command": command} for name, command in commands.items()},
-            seeds=self.seeds,
-            threads=self.threads,
-        )
+        return self._commands(f"{split}/{SCORES}", commands)
 
     def afters(self) -> dict[str, Jobs]:
         """Split → a run for each change of the baseline's trained classifier, and seed."""
@@ -115,9 +109,13 @@ class Plan:
             name: f"python scripts/rebalance.py {trained} {after.name} {shlex.join(after.options)} {left}"
             for name, after in self.after.items()
         }
+        return self._commands(split, commands)
+
+    def _commands(self, part: str, commands: Mapping[str, str]) -> Jobs:
+        """Runs with a command of their own each, for every seed."""
         return Jobs(
             command="",
-            output=f"{self.output}/{split}",
+            output=f"{self.output}/{part}",
             runs={name: {"command": command} for name, command in commands.items()},
             seeds=self.seeds,
             threads=self.threads,

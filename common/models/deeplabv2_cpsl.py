@@ -172,14 +172,16 @@ class DeepLabV2(SegmentationModel):
         self.layer5 = PyramidHead(channels, o.head_channels, o.features, num_classes, o.dropout)
         self._initialise()
 
-    def _add_resnet(self, w: int, blocks: tuple[int, int, int, int]) -> None:
-        b1, b2, b3, b4 = blocks
-        self.conv1 = nn.Conv2d(3, w, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(w)
-        self.layer1 = stage(w, w, b1)
-        self.layer2 = stage(4 * w, 2 * w, b2, stride=2)
-        self.layer3 = stage(8 * w, 4 * w, b3, dilation=2)
-        self.layer4 = stage(16 * w, 8 * w, b4, dilation=4)
+    def _add_resnet(self, width: int, blocks: tuple[int, int, int, int]) -> None:
+        first, second, third, fourth = blocks
+
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+
+        self.layer1 = stage(width, width, first)
+        self.layer2 = stage(4 * width, 2 * width, second, stride=2)
+        self.layer3 = stage(8 * width, 4 * width, third, dilation=2)
+        self.layer4 = stage(16 * width, 8 * width, fourth, dilation=4)
 
     def _initialise(self) -> None:
         """N(0, 0.01) for every convolution, the classifier too; biases and the gate keep PyTorch's start."""

@@ -119,10 +119,14 @@ def _means(rows: _Rows, labels: Tensor, centres: Tensor) -> tuple[Tensor, np.nda
     """Means float64 (k,d) and sizes (k,) of the clusters; an empty one keeps its centre."""
     sums = torch.zeros_like(centres)
     for where, x in rows.blocks():
+        cluster = labels[where].to(x.device)
         part = torch.zeros(centres.shape, device=x.device)
-        sums += part.index_add_(0, labels[where].to(x.device), x)
+        sums += part.index_add_(0, cluster, x)
+
     sizes = torch.bincount(labels, minlength=len(centres)).to(sums.device)
-    return torch.where(sizes[:, None] > 0, sums / sizes.clamp_min(1)[:, None], centres), sizes
+    column = sizes[:, None]
+    means = sums / column.clamp_min(1)
+    return torch.where(column > 0, means, centres), sizes
 
 
 def _moments(rows: _Rows) -> tuple[Tensor, float]:

@@ -18,7 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
@@ -301,32 +301,43 @@ def _with_border(value: Tensor, shapes: Shapes) -> Tensor:
 def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
     batch, queries, heads, levels, points = locations.shape[:-1]
     height, width, _, start = level_constants(tuple(shapes), value.device, points)
-    table_rows = batch * heads * sum((h + 2) * (w + 2) for h, w in shapes)
-    kind = torch.int32 if table_rows < 2**31 else torch.int64
-
-    def axis(coordinate: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        limit = size.to(coordinate.dtype)
-        position = coordinate * limit - 0.5  # in pixels; −1 and `size` are the border
-        moves = (position > -1) & (position < limit)
-        position = torch.minimum(position.clamp_(min=-1), limit)
-        # Clamped again as integers: the integer of a NaN is arbitrary, and a row must exist.
-        lower = torch.minimum(position.floor().to(kind).clamp_(min=-1), size.to(kind) - 1)
-        return lower, position - lower, moves
+    cells = sum((h + 2) * (w + 2) for h, w in shapes)
+    rows_of_image = heads * cells
+    kind = torch.int32 if batch * rows_of_image < 2**31 else torch.int64
 
     samples = levels * points
     x, y = _float(locations).reshape(batch, queries, heads, samples, 2).unbind(-1)
-    column, x, moves_x = axis(x, width)
-    row, y, moves_y = axis(y, height)
+    column, x, moves_x = _axis(x, width, kind)
+    row, y, moves_y = _axis(y, height, kind)
+
+    counter = partial(torch.arange, dtype=kind, device=value.device)
+    head = counter(heads).view(heads, 1)
+    image = counter(batch).view(batch, 1, 1, 1)
+    first_of_image = image * rows_of_image
 
     stride = (width + 2).to(kind)
-    head = torch.arange(heads, dtype=kind, device=value.device).view(heads, 1)
-    number = torch.arange(batch, dtype=kind, device=value.device).view(batch, 1, 1, 1)
-    image = number * (table_rows // batch)
+    cell = row * stride
+    cell.add_(column).add_(start + stride + 1)
+    rows = cell.mul_(heads).add_(head + first_of_image)
 
-    cell = (row * stride).add_(column).add_(start + stride + 1)
-    rows = cell.mul_(heads).add_(head + image)
     flat = (t.view(-1, samples) for t in (x, y, moves_x, moves_y))
     return _Corners(rows.view(-1, samples), stride * heads, *flat)
+
+
+def _axis(
+    coordinate: Tensor, size: Tensor, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis of a level: the pixel before each sample, −1 for the border; how far the sample is beyond it, in
+    pixels; whether it moves with its coordinate."""
+    limit = size.to(coordinate.dtype)
+    position = coordinate * limit - 0.5  # in pixels; −1 and `size` are the border
+    moves = (position > -1) & (position < limit)
+    position = torch.minimum(position.clamp_(min=-1), limit)
+
+    # Clamped again as integers: the integer of a NaN is arbitrary, and a row must exist.
+    lower = position.floor().to(kind).clamp_(min=-1)
+    lower = torch.minimum(lower, size.to(kind) - 1)
+    return lower, position - lower, moves
 
 
 def _corner_rows(at: _Corners, heads: int) -> Tensor:

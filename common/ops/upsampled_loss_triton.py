@@ -77,9 +77,13 @@ def _slope(z, klass, classes, place, inside, factor, label, log_sums, class_weig
     weight = factor * _weight(valid, y, place, class_weight, pixel_weight)
     log_sum = tl.load(log_sums + place, mask=inside, other=0.0)
 
-    hit = (klass[:, None] == y[None, :]).to(tl.float32)
-    slope = (tl.exp(z - log_sum[None, :]) - hit) * weight[None, :]
-    return tl.where((klass < classes)[:, None] & valid[None, :], slope, 0.0)
+    row = klass[:, None]
+    softmax = tl.exp(z - log_sum[None, :])
+    one_hot = (row == y[None, :]).to(tl.float32)
+    slope = (softmax - one_hot) * weight[None, :]
+
+    counts = (row < classes) & valid[None, :]
+    return tl.where(counts, slope, 0.0)
 
 
 # The kernels --------------------------------------------------------------------------------------------------------

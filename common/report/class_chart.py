@@ -72,21 +72,35 @@ def _narrow_bar(
     iou: Axis,
 ) -> list[str]:
     y, bar, width = place
+    foot = y + bar - 3.5
+    parts = _value_bar(title, value, iou, y + 1, bar - 2, foot)
+    if value is None or change is None:
+        return parts
+
+    shown = _points(change)
+    kind = "up" if shown > 0 else "down" if shown < 0 else ""
+    return [*parts, text(width, foot, f"{shown:+.1f}", f"value {kind}", "end")]
+
+
+def _value_bar(
+    title: str, value: float | None, iou: Axis, top: float, height: float, foot: float
+) -> list[str]:
+    """The bar of an IoU, and its number on the line `foot`."""
     if value is None:
-        return [text(4, y + bar - 3.5, "undefined", "tick")]
+        return [text(iou.start + 4, foot, "undefined", "tick")]
 
     end = iou.at(value)
-    title = f"{title}: IoU {100 * value:.2f} %"
-    parts = [
-        rect(0, y + 1, end, bar - 2, "bar", title),
-        text(end + 4, y + bar - 3.5, f"{100 * value:.1f}", "value"),
-    ]
-    if change is not None:
-        shown = round(100 * change, 1) + 0.0  # no negative zero
-        kind = "up" if shown > 0 else "down" if shown < 0 else ""
-        parts.append(text(width, y + bar - 3.5, f"{shown:+.1f}", f"value {kind}", "end"))
+    bar = rect(iou.start, top, end - iou.start, height, "bar", _titled(title, value))
+    return [bar, text(end + 4, foot, f"{100 * value:.1f}", "value")]
 
-    return parts
+
+def _titled(title: str, value: float) -> str:
+    return f"{title}: IoU {100 * value:.2f} %"
+
+
+def _points(change: float) -> float:
+    """A change in points, as it is shown."""
+    return round(100 * change, 1) + 0.0  # no negative zero
 
 
 def _wide(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str) -> str:
@@ -186,27 +200,19 @@ def _class_bars(
     delta: Axis,
 ) -> list[str]:
     y, bar = place
-    if value is None:
-        return [text(iou.start + 4, y + bar - 2.5, "undefined", "tick")]
-    end, title = iou.at(value), f"{title}: IoU {100 * value:.2f} %"
-    parts = [rect(iou.start, y + 0.5, end - iou.start, bar - 1.5, "bar", title)]
-    parts.append(text(end + 4, y + bar - 2.5, f"{100 * value:.1f}", "value"))
-    if change is not None:
-        start, end = sorted((delta.at(0), delta.at(change)))
-        parts.append(
-            rect(
-                start,
-                y + 0.5,
-                end - start,
-                bar - 1.5,
-                "bar",
-                f"{title} ({100 * change:+.2f} points)",
-            )
-        )
-        shown = round(100 * change, 1) + 0.0  # no negative zero
-        x, anchor = (end + 4, "start") if shown >= 0 else (start - 4, "end")
-        parts.append(text(x, y + bar - 2.5, f"{shown:+.1f}", "value", anchor))
-    return parts
+    top, height = y + 0.5, bar - 1.5
+    foot = y + bar - 2.5
+    parts = _value_bar(title, value, iou, top, height, foot)
+    if value is None or change is None:
+        return parts
+
+    start, end = sorted((delta.at(0), delta.at(change)))
+    said = f"{_titled(title, value)} ({100 * change:+.2f} points)"
+    parts.append(rect(start, top, end - start, height, "bar", said))
+
+    shown = _points(change)
+    x, anchor = (end + 4, "start") if shown >= 0 else (start - 4, "end")
+    return [*parts, text(x, foot, f"{shown:+.1f}", "value", anchor)]
 
 
 def _baseline(runs: Sequence[Run]) -> int | None:

@@ -110,13 +110,15 @@ def _lorenz(classes: Sequence[dict[str, Any]], gini: dict[str, float]) -> str:
     square = _Square(left=46, right=400, top=12, bottom=300)
     parts = _lorenz_axes(square)
 
-    for run, (unit, key) in enumerate((("pixel", "pixels"), ("image", "images"))):
-        counts = [item[key] for item in classes]
+    for run, unit in enumerate(("pixel", "image")):
+        counted = f"{unit}s"
+        counts = [item[counted] for item in classes]
         parts.append(_lorenz_curve(square, counts, run))
 
         colour = f"var(--c{html.run_colour(run)})"
-        label = f'<tspan style="fill:{colour}">■</tspan> {key}, Gini {gini[unit]:.3f}'
-        parts.append(text(square.left + 14, square.top + 22 + 20 * run, label))
+        mark = f'<tspan style="fill:{colour}">■</tspan>'
+        height = square.top + 22 + 20 * run
+        parts.append(text(square.left + 14, height, f"{mark} {counted}, Gini {gini[unit]:.3f}"))
 
     return svg(square.right + 30, square.bottom + 26, "Lorenz curves of pixels and images", parts)
 
@@ -139,10 +141,12 @@ def _lorenz_axes(square: _Square) -> list[str]:
 def _lorenz_curve(square: _Square, counts: Sequence[int], run: int) -> str:
     """What the rarest classes hold together, over the share of classes, in the colour of `run`."""
     ascending = np.sort(counts)
-    held = np.concatenate([[0], ascending.cumsum() / ascending.sum()])
-    of_classes = np.linspace(0, 1, len(held))
+    held = ascending.cumsum() / ascending.sum()
+    heights = [0, *held]
+    shares = np.linspace(0, 1, len(heights))
 
-    points = (f"{square.x(x):.1f},{square.y(y):.1f}" for x, y in zip(of_classes, held, strict=True))
+    corners = zip(shares, heights, strict=True)
+    points = (f"{square.x(x):.1f},{square.y(y):.1f}" for x, y in corners)
     style = 'fill="none" style="stroke:var(--run)" stroke-width="2"'
     return f'<polyline class="r{run}" points="{" ".join(points)}" {style}/>'
 

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from common import cli
+from common.config import load_config
 from common.data import DATASETS, toy
+from common.models import build_model
 
 
 @pytest.fixture
@@ -58,6 +61,25 @@ def config(scenes, tmp_path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(TREE | {"output": str(tmp_path), "data": TREE["data"] | {"root": str(scenes)}}))
     return path
+
+
+@pytest.fixture
+def weights(config, tmp_path) -> Path:
+    path = tmp_path / "small.safetensors"
+    save_file(build_model(load_config(config).model).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys) -> Callable[..., str]:
+    """Run a program's main with these words; returns what it prints."""
+
+    def run(main, *words) -> str:
+        monkeypatch.setattr(sys, "argv", ["program.py", *map(str, words)])
+        assert not main()
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture

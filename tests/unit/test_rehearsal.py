@@ -75,7 +75,7 @@ def test_every_system_can_be_rehearsed(path, build):
         ("semi_sup/configs/voc_1over32_baseline.json", semi_sup_method, None),
         (DEEPLAB, ltss_method, None),
         ("uda/configs/daformer/gta5_to_cityscapes.yaml", uda_method, "DAFormer runs the network in parts, set it to"),
-        (MASK2FORMER, ltss_method, "Mask2FormerMethod takes ten minutes and more to compile on a CPU"),
+        (MASK2FORMER, ltss_method, "Mask2FormerMethod takes minutes to compile on a CPU"),
     ],
 )
 def test_compilation_is_refused_where_it_would_not_help(path, build, message):

@@ -5,8 +5,6 @@ import importlib.util
 import io
 import json
 import re
-import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from common.config import SourceConfig, load_config
 from common.data import DATASETS, SegmentationDataset, make_streams
 from common.data.labels import read_index
-from common.models import build_model, load_weights
+from common.models import build_model
 from fully_sup import test as fully_sup_test
 from scripts import (
     benchmark,
@@ -30,7 +28,6 @@ from scripts import (
     doctor,
     export,
     make_longtail,
-    predict,
     report,
     shrink_dataset,
 )
@@ -39,25 +36,6 @@ from tests.unit.four_systems import tiny_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("unchanged")
-
-
-@pytest.fixture
-def weights(config, tmp_path) -> Path:
-    path = tmp_path / "small.safetensors"
-    save_file(build_model(load_config(config).model).state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., str]:
-    """Run a program's main with these words; returns what it prints."""
-
-    def run(main, *words) -> str:
-        monkeypatch.setattr(sys, "argv", ["program.py", *map(str, words)])
-        assert not main()
-        return capsys.readouterr().out
-
-    return run
 
 
 # class_stats ------------------------------------------------------------------------------------------------------
@@ -110,84 +88,7 @@ def test_documented_example_trains_on_what_it_says(tmp_path):
     assert len(SegmentationDataset(cfg.data.val)) == 1
 
 
-# predict, convert_checkpoint, export ------------------------------------------------------------------------------
-
-
-def test_predict_writes_what_the_network_says(config, weights, tmp_path, call):
-    pictures = tmp_path / "in"
-    for name, size in (("a.png", (40, 72)), ("deep/b.jpg", (64, 64))):
-        save(picture(*size), pictures / name)
-    call(predict.main, config, weights, pictures, "--out", tmp_path / "out", "--device", "cpu")
-    found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*"))
-    assert found == ["a.png", "a_overlay.jpg", "deep/b.png", "deep/b_overlay.jpg"]
-    model = build_model(load_config(config).model).eval()
-    load_weights(model, weights)
-    image = torch.from_numpy(np.array(Image.open(pictures / "a.png"))).permute(2, 0, 1)[None]
-    with Image.open(tmp_path / "out" / "a.png") as written:
-        assert written.mode == "P" and written.getpalette()[:3] == list(DATASETS["cityscapes"].palette[0])
-        assert np.array_equal(np.array(written), model.labels(image)[0][0].numpy())
-    with Image.open(tmp_path / "out" / "deep" / "b_overlay.jpg") as shown:
-        assert shown.size == (64, 64)
-
-
-def test_predict_takes_a_list(config, weights, tmp_path, call, fails):
-    """Paths are relative to the list's folder; one that leads out of it is written by its last part."""
-    for path in ("in/a.png", "in/deep/b c.png", "elsewhere/d.png"):
-        save(picture(32, 48), tmp_path / path)
-    images = tmp_path / "in" / "some.txt"
-    images.write_text(f"deep/b c.png\n\n../elsewhere/d.png\n{tmp_path / 'in' / 'a.png'}\n")
-    out = tmp_path / "out"
-    call(predict.main, config, weights, images, "--out", out, "--device", "cpu")
-    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == ["a.png", "d.png", "deep/b c.png"]
-
-    images.write_text("deep/e.png\n")
-    assert "some.txt: no image 'deep/e.png'" in fails(predict.main, config, weights, images, "--out", out)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV is not installed")
-def test_predict_takes_a_video(config, weights, tmp_path, call, fails):
-    import av
-
-    with av.open(str(tmp_path / "drive.mp4"), "w") as video:
-        stream = video.add_stream("mpeg4", rate=10)
-        stream.width, stream.height = 64, 48
-        for i in range(3):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 60 * i, np.uint8), format="rgb24")
-            video.mux(stream.encode(frame))
-        video.mux(stream.encode())
-
-    words = (predict.main, config, weights, tmp_path / "drive.mp4", "--out", tmp_path / "out", "--device", "cpu")
-    call(*words)
-    names = sorted(path.name for path in (tmp_path / "out" / "drive").iterdir())
-    assert names == [f"00000{i}{end}" for i in range(3) for end in (".png", "_overlay.jpg")]
-    with Image.open(tmp_path / "out" / "drive" / "000002.png") as label:
-        assert label.size == (64, 48)
-    assert "000000.png: there already" in fails(*words)
-
-    (tmp_path / "drive.mp4").write_bytes(b"no video")
-    assert "drive.mp4: cannot decode the video" in fails(*words, "--force")
-
-
-def test_predict_says_what_a_video_needs(config, weights, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(predict, "find_spec", lambda name: None)
-    (tmp_path / "drive.mp4").write_bytes(b"")
-    line = fails(predict.main, config, weights, tmp_path / "drive.mp4", "--out", tmp_path / "out")
-    assert "drive.mp4: a video needs PyAV or OpenCV" in line and not (tmp_path / "out").exists()
-
-
-def test_predict_keeps_what_is_there(config, weights, tmp_path, call, fails):
-    """Its own inputs, and what an earlier call has written; files below --out are no inputs."""
-    folder = tmp_path / "in"
-    image = save(picture(32, 32), folder / "a.png")
-    before = image.read_bytes()
-    words = (predict.main, config, weights, folder, "--device", "cpu", "--out")
-    assert "a.png: there already; write elsewhere, or replace what is there with --force" in fails(*words, folder)
-    assert image.read_bytes() == before and len(list(folder.iterdir())) == 1
-
-    assert "1 images segmented" in call(*words, folder / "labels")
-    assert "a.png: there already, and 1 more" in fails(*words, folder / "labels")
-    assert "1 images segmented" in call(*words, folder / "labels", "--force")
-    assert image.read_bytes() == before
+# convert_checkpoint, export -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,18 +121,6 @@ def test_predictions_are_not_written_over_labels(config, weights, tmp_path, fail
 @pytest.mark.parametrize("program", [report, browse])
 def test_pages_end_in_html(program, config, tmp_path, fails):
     assert "x.json: the name has to end in .html" in fails(program.main, config, "--out", tmp_path / "x.json")
-
-
-def test_predict_refuses(config, weights, tmp_path, fails):
-    out, image = ("--out", tmp_path / "out"), save(picture(32, 32), tmp_path / "in" / "a.png")
-    assert "no such image" in fails(predict.main, config, weights, tmp_path / "b.png", *out)
-    save(picture(32, 32), tmp_path / "in" / "a.jpg")
-    assert "written as 'a' too" in fails(predict.main, config, weights, tmp_path / "in", *out)
-    assert "no such weight file" in fails(predict.main, config, tmp_path / "none.pth", image, *out)
-    wrong = fails(predict.main, config, weights, image, "model.num_classes=11", *out)
-    assert "model.num_classes is 11, cityscapes has 19" in wrong
-    image.write_bytes(image.read_bytes()[:200])
-    assert "a.png: cannot decode the image" in fails(predict.main, config, weights, image, *out)
 
 
 def test_convert_an_official_file(tmp_path, call, fails):
