@@ -22,7 +22,8 @@ from common.ops.ring import RingBank
 
 ROOT = Path(__file__).resolve().parents[2]
 # Networks in which a batch norm sees an image pooled to 1×1: they need two images. The others train on one.
-PAIRS = ("upernet", "pspnet", "knet", "deeplabv3plus", "usrn")
+PAIRS = ("upernet", "pspnet", "knet", "deeplabv3plus", "usrn", "deeplabv3plus_unimatch", "deeplabv3plus_u2pl")
+SEMI_DATA = ("cityscapes", "pascal", "coco")  # as UniMatch's configs name them
 
 
 def least_batch(cfg: Config) -> int:
@@ -150,7 +151,12 @@ FAMILIES: dict[str, Family] = {
         "labeled",
     ),
     "semi_sup": Family(
-        tuple(f"{data}_1over*_{method}.json" for data in ("voc", "city") for method in ("baseline", "usrn")),
+        (
+            *(f"{data}_1over*_{method}.json" for data in ("voc", "city") for method in ("baseline", "usrn")),
+            # ADE20K's 150 classes have no toy scenes
+            *(f"{folder}/{data}_*.yaml" for folder in ("unimatch", "unimatch_v2") for data in SEMI_DATA),
+            "u2pl_base/cityscapes_*.yaml",
+        ),
         "semi_sup.config:build_method",
         "labeled",
         semi_files,

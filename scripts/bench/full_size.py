@@ -1,10 +1,11 @@
 """Every official config through one real training step: the paper's crop, all classes and streams.
 
-Names choose configs by a part of their name; none means all. The images are toy scenes in the real layout and size.
-The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON file is written
-after each, and a later call measures what is missing: `seconds` of the step, `data_seconds` of them for loading,
-`cpu_seconds` that its threads worked, which other programs on the cores hardly change, `peak_gib` above what the
-process holds with weights, gradients and optimiser state, which are `held_gib`.
+Names choose configs: a whole name that one, a part all that have it, none all. The images are toy scenes in the real
+layout and size. The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON
+file is written after each, and a later call measures what is missing: `seconds` of the step, `data_seconds` of them for
+loading, `cpu_seconds` that its threads worked, which other programs on the cores hardly change, `peak_gib` above what
+the process holds with weights, gradients and optimiser state, which are `held_gib`. Each row names its commit and
+machine.
 """
 
 import argparse
@@ -44,10 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     words, changes = split_overrides(args.names)
     known = official()
-    chosen = [name for name in known if not words or any(word in name for word in words)]
-    for word in words:
-        if not any(word in name for name in known):
-            raise ValueError(f"{word!r} is part of no official config's name; --list prints them")
+    chosen = choose(words, list(known))
     if args.list:
         print("\n".join(chosen))
         return 0
@@ -62,11 +60,28 @@ def run(args: argparse.Namespace) -> int:
                 continue
             result = measure(name, args, changes, Path(folder))
             failed += "error" in result
-            results |= {"commit": commit(), "machine": describe_machine()}
             results["configs"][name] = result
             write_json(out, results)
             print(f"{name}: {summary(result)}", flush=True)
     return int(failed > 0)
+
+
+def choose(words: list[str], names: list[str]) -> list[str]:
+    """The names that one of the words is, or is a part of where it is no whole name; all without words.
+
+    ValueError for a word that is part of none.
+    """
+    if not words:
+        return names
+
+    chosen: set[str] = set()
+    for word in words:
+        found = [word] if word in names else [name for name in names if word in name]
+        if not found:
+            raise ValueError(f"{word!r} is part of no official config's name; --list prints them")
+        chosen.update(found)
+
+    return [name for name in names if name in chosen]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -91,7 +106,7 @@ def measure(name: str, args: argparse.Namespace, changes: list[str], folder: Pat
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
-            return json.loads(line.removeprefix(MARK)) | {"date": time.strftime("%Y-%m-%d")}
+            return json.loads(line.removeprefix(MARK)) | {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
     reason = done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"]
     return {"error": f"exit code {done.returncode}: {reason[-1]}"}
 
@@ -163,6 +178,7 @@ def one_step(args: argparse.Namespace) -> None:
         "parameters": sum(p.numel() for p in trainer.parameters),
         "precision": cfg.train.precision,
         "device": str(device),
+        "machine": describe_machine(),
         **({"size": args.size} if args.size else {}),
         **({"changes": changes} if changes else {}),
     }

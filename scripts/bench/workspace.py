@@ -22,6 +22,7 @@ REAL_SIZE: dict[str, Size] = {  # height, width of an image, by the data set's f
     "gta5": (1052, 1914),
     "synthia": (760, 1280),
     "voc": (375, 500),
+    "coco": (480, 640),
     "ade20k_full": (512, 683),
 }
 SPLITLESS = ("gta5", "synthia")

@@ -254,7 +254,8 @@ def test_full_size_of_domain_adaptation(tmp_path):
     """ImageNet's weights are made up, and MIC that masks half of each batch has two images of each domain."""
     name = "uda/mic/cityscapes_to_acdc_blv"
     crops = [f"data.streams.{stream}.augment.crop=[64,64]" for stream in ("source", "target")]
-    words = [*crops, "model.backbone=mit_b0", "model.options.channels=8", "method.mask_block=16", "--size", "64x128"]
+    words = [*crops, "model.backbone=mit_b0", "model.options.channels=8", "method.mask_block=16"]
+    words += ["method.margins.bottom=0", "--size", "64x128"]
     assert benchmark.main(["full-size", name, *words, "--out", str(tmp_path / "full.json")]) == 0
     result = json.loads((tmp_path / "full.json").read_text())["configs"][name]
     assert result["batch"] == {"source": 2, "target": 2} and np.isfinite(result["loss"])
@@ -273,7 +274,31 @@ def test_full_size_knows_every_official_config():
     assert not any("camvid" in name or "toy" in name for name in names)
     splits = [f"voc_1over{n}" for n in (64, 32, 16)] + [f"city_1over{n}" for n in (32, 16, 8)]
     semi = {f"semi_sup/{split}_{method}" for split in splits for method in ("baseline", "usrn")}
-    assert semi == {name for name in names if name.startswith("semi_sup/")}
+    unimatch = {name for name in names if name.startswith("semi_sup/uni") or name.startswith("semi_sup/u2pl")}
+    assert semi == {name for name in names if name.startswith("semi_sup/")} - unimatch
+    networks = [f"unimatch/{data}_r101" for data in ("cityscapes_1_16", "pascal_366", "coco_1_512")]
+    networks += [f"unimatch_v2/pascal_92_dinov2_{size}" for size in ("small", "base", "large")]
+    assert {f"semi_sup/{name}" for name in [*networks, "u2pl_base/cityscapes_1_16_blv"]} <= unimatch
+
+
+def test_full_size_takes_whole_names_and_parts():
+    names = ["a/stage1", "a/stage1_blv", "b/stage1"]
+    assert full_size.choose([], names) == names
+    assert full_size.choose(["a/stage1"], names) == ["a/stage1"]
+    assert full_size.choose(["stage1_", "b"], names) == ["a/stage1_blv", "b/stage1"]
+    with pytest.raises(ValueError, match="'c' is part of no official config's name"):
+        full_size.choose(["b", "c"], names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unimatch/pascal_366_r50", "unimatch_v2/coco_1_512_dinov2_small",
+                                  "u2pl_base/cityscapes_1_16_blv"])  # fmt: skip
+def test_full_size_of_self_training(name, tmp_path):
+    crops = [f"data.streams.{stream}.augment.crop=[70,70]" for stream in ("labeled", "unlabeled")]
+    words = [f"semi_sup/{name}", *crops, "--size", "80x96", "--out", str(tmp_path / "full.json")]
+    assert benchmark.main(["full-size", *words]) == 0
+    [result] = json.loads((tmp_path / "full.json").read_text())["configs"].values()
+    assert np.isfinite(result["loss"]) and result["machine"]["cores"] > 0
 
 
 @pytest.mark.parametrize("split", ["voc_1over64", "city_1over32"])
