@@ -8,7 +8,7 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
     score      the final runs that are done once more, with the further scores of the plan's `score`
     after      what is changed in the baseline's trained classifier (`after` of the plan), in every strength
     collect    the confusion matrix of every image of the final runs that are done → the file of results
-    page       the page of what the results say
+    page       the page of what the results say, and the README's table where it has a place for this plan
 
 A remedy with one strength has nothing to choose: it is fixed by the plan. With `branch: STEP` the final runs of
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
@@ -37,7 +37,7 @@ from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
 from common.jobs.plan import ROOT
-from scripts import evidence_page, model_cards, run_many
+from scripts import evidence_page, evidence_summary, model_cards, run_many
 from scripts.evidence_plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
 
 EVALUATION = "evaluation.json"  # in the folder of a run
@@ -336,7 +336,7 @@ def packed(matrices: np.ndarray) -> list[list[int]]:
 
 
 def page(plan: Plan, file: str) -> None:
-    """Write the page and its pictures, and the model cards where they tell of the same results."""
+    """Write the page and its pictures, and what tells of the same results: the README's table, the model cards."""
     path = ROOT / plan.page
     results = read_results(plan)
     path.write_text(evidence_page.page(results, file), encoding="utf-8")
@@ -345,6 +345,8 @@ def page(plan: Plan, file: str) -> None:
         (path.parent / name).write_text(picture, encoding="utf-8")
 
     print(path)
+    if results and evidence_summary.renew(ROOT / "README.md", file, results):
+        print(ROOT / "README.md")
     if (ROOT / plan.results).parent == model_cards.RESULTS:
         model_cards.write()
         print(model_cards.PAGE)

@@ -14,7 +14,7 @@ from scipy import stats
 
 from common.comparison import Difference, head_and_tail
 from common.config import load_config, read_tree, typed
-from scripts import evidence, evidence_page, evidence_plot
+from scripts import evidence, evidence_page, evidence_plot, evidence_summary
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -205,14 +205,18 @@ def test_runs_are_scored_once_more(plan, tmp_path, monkeypatch, fails):
     assert "good_1/scores.json: 100 pixels are predicted otherwise" in fails(evidence.main, "collect", plan)
 
 
+def grass_tree_pole(tree: int, pole: int) -> dict:
+    """A recorded run with so many hits of the last two classes."""
+    matrix = np.array([[900, 50, 0], [100 - tree, tree, 0], [100 - pole, 0, pole]])
+    return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": evidence.packed(matrix[None])}
+
+
 def test_a_remedy_is_held_against_the_best_that_is_free():
     """Of three strengths the first two cost less of the head than the remedy; the second has the higher tail."""
-    def run(tree: int, pole: int) -> dict:
-        matrix = np.array([[900, 50, 0], [100 - tree, tree, 0], [100 - pole, 0, pole]])
-        return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": evidence.packed(matrix[None])}
-
     made = {"baseline": (90, 40), "late": (80, 60), "free t_1": (88, 50), "free t_2": (84, 56), "free t_3": (70, 70)}
-    runs = {name: {str(s): run(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()}
+    runs = {
+        name: {str(s): grass_tree_pole(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()
+    }
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
     name, difference = evidence_page.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
     assert name == "free t_2" and difference.n == 3 and difference.mean == pytest.approx(0.04)
@@ -220,7 +224,7 @@ def test_a_remedy_is_held_against_the_best_that_is_free():
     (sentence,) = evidence_page.against_free(split, ["baseline", "late"], ["free"])[1:-1]
     assert sentence.startswith("- **late** against free t_2: mIoU(tail) +4.0 ± 0.0 points over 3 pairs: better")
 
-    runs["late"] = {str(s): run(99 - s, 60 + s) for s in range(3)}
+    runs["late"] = {str(s): grass_tree_pole(99 - s, 60 + s) for s in range(3)}
     (sentence,) = evidence_page.against_free(split, ["baseline", "late"], ["free"])[1:-1]
     assert sentence.startswith("- **late**: nothing that is free has as high a mean mIoU(head)")
 
@@ -291,3 +295,36 @@ def test_the_plans_of_the_project():
         assert (ROOT / plan.page).read_text() == evidence_page.page(known, file)
         for name, picture in evidence_page.pictures(known, file).items() if known else ():
             assert ((ROOT / plan.page).parent / name).read_text() == picture
+        if known:
+            readme = (ROOT / "README.md").read_text()
+            table = evidence_summary.summary(known, next(iter(known["splits"])))
+            assert evidence_summary.renewed(readme, file, table) == readme
+
+
+def test_the_table_of_the_readme():
+    """A line a remedy and the best strength after training, by their tails; bold what Holm's p decides."""
+    made = {"baseline": (90, 40), "late": (80, 60), "bad": (90, 30), "free t_1": (90, 50), "free t_2": (20, 52)}
+    jitter = {"late": [0, 0, 1], "bad": [0, 1, 0], "free t_1": [0, 0, 0], "free t_2": [0, 0, 0]}
+    runs = {
+        name: {str(s): grass_tree_pole(tree, pole + jitter.get(name, [0, 0, 0])[s]) for s in range(3)}
+        for name, (tree, pole) in made.items()
+    }
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    results = {"remedies": {"baseline": [], "late": [], "bad": []}, "after": {"free": []}, "splits": {"s": split}}
+    rows = [line.split(" | ") for line in evidence_summary.summary(results, "s").splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| late", "| free t_1", "| bad"]
+    assert rows[0][1:3] == ["3", "**+20.3 ± 1.4**"] and rows[0][4] == "**+10.3 ± 1.4** |"
+    # the head gains where fewer poles are taken for its first class
+    assert rows[1][2:] == ["+10.0 ± 0.0", "+0.4 ± 0.0", "free: the baseline's own weights |"]
+    assert rows[2][2].startswith("**-9.7")
+
+
+def test_the_readme_keeps_what_is_not_the_table():
+    begin = evidence_summary.BEGIN.format(plan="a.yaml")
+    text = f"before\n{begin}\nold\n{evidence_summary.END}\nafter"
+    new = evidence_summary.renewed(text, "a.yaml", "new")
+    assert new == f"before\n{begin}\n\nnew\n\n{evidence_summary.END}\nafter"
+    assert evidence_summary.renewed(new, "a.yaml", "new") == new
+    assert evidence_summary.renewed(text, "b.yaml", "new") == text
+    with pytest.raises(ValueError, match="no '<!-- end: what helps -->' after"):
+        evidence_summary.renewed(text.replace(evidence_summary.END, ""), "a.yaml", "new")

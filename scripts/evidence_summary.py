@@ -1,0 +1,90 @@
+"""The table in the README that says which remedies help, made from the results of one plan."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.comparison import LEVEL, Difference, holm, number
+from scripts.evidence_page import best_free, compare, matrices_of, of_curve, score
+
+BEGIN, END = "<!-- begin: what helps, of {plan} -->", "<!-- end: what helps -->"
+HEAD = "| | seeds | mIoU(tail) | mIoU(head) | mIoU(tail) against what is free |\n|---|---|---|---|---|"
+
+
+def summary(results: Mapping[str, Any], split_name: str) -> str:
+    """A line a remedy in the order of the tail, and one for the best strength of each change after training."""
+    split, remedies = results["splits"][split_name], list(results["remedies"])
+    baseline = remedies[0]
+    curves = {name: of_curve(split, name) for name in results["after"]}
+    curve = [run for runs in curves.values() for run in runs]
+    free = {runs_of_best(split, runs) for runs in curves.values() if runs}
+
+    matrices = matrices_of(split, [*remedies, *curve])
+    trained = {name: matrices[name] for name in remedies if name in matrices}
+    heads, tails = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
+    decided = {key: compare(trained, baseline, split, key) for key in ("miou_head", "miou_tail")}
+    against = against_free(split, baseline, list(trained)[1:], curve)
+
+    lines = [HEAD]
+    for name in sorted({*decided["miou_tail"], *free}, key=lambda name: -tails[name][0].mean):
+        cells = [
+            _cell(changes[name][0], decided[key][name][1] if name in decided[key] else None)
+            for key, changes in (("miou_tail", tails), ("miou_head", heads))
+        ]
+        last = "free: the baseline's own weights" if name in free else against[name]
+        lines.append(f"| {name} | {tails[name][0].n} | {' | '.join(cells)} | {last} |")
+
+    return "\n".join(lines)
+
+
+def runs_of_best(split: Mapping[str, Any], names: list[str]) -> str:
+    """The strength with the highest mean mIoU."""
+    matrices = matrices_of(split, names)
+    return max(names, key=lambda name: np.mean([score(m, split, "miou") for m in matrices[name].values()]))
+
+
+def against_free(
+    split: Mapping[str, Any], baseline: str, remedies: list[str], curve: list[str]
+) -> dict[str, str]:
+    """Remedy → its difference in mIoU(tail) to the best that is free and costs no more of the head."""
+    found = {remedy: best_free(split, baseline, remedy, curve) for remedy in remedies}
+    adjusted = holm({remedy: None if pair is None else pair[1].p for remedy, pair in found.items()})
+    return {
+        remedy: "nothing free keeps as much of the head" if pair is None else _cell(pair[1], adjusted[remedy])
+        for remedy, pair in found.items()
+    }
+
+
+def _cell(difference: Difference, p: float | None) -> str:
+    """A difference, bold where Holm's p decides it."""
+    text = number(difference)
+    return f"**{text}**" if p is not None and p < 1 - LEVEL else text
+
+
+def renewed(text: str, plan: str, table: str) -> str:
+    """The README with the table in its place; as it is where it has no place for this plan.
+
+    ValueError where the place has no end.
+    """
+    begin = BEGIN.format(plan=plan)
+    if begin not in text:
+        return text
+
+    before, _, rest = text.partition(begin)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md: no {END!r} after {begin!r}; put it behind the table")
+
+    return f"{before}{begin}\n\n{table}\n\n{END}{after}"
+
+
+def renew(readme: Path, plan: str, results: Mapping[str, Any]) -> bool:
+    """Write the table of the first split into the README; whether it has a place for it."""
+    old = readme.read_text(encoding="utf-8")
+    new = renewed(old, plan, summary(results, next(iter(results["splits"]))))
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+
+    return BEGIN.format(plan=plan) in new
