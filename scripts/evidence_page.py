@@ -26,7 +26,8 @@ FURTHER_HEAD = (
     "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
     "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
 )
-NOTHING_FREE = "nothing that is free has as high a mean mIoU(head) on the same seeds."
+HEAD_ALLOWED = 0.005  # of mIoU(head): what may be given up for the tail, as the project's goal has it
+NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
@@ -189,7 +190,7 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
 
 
 def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]) -> list[str]:
-    """A sentence a remedy: its mIoU(tail) against the best that costs no training and no more of the head."""
+    """A sentence a remedy: its mIoU(tail) against the best that costs no training and hardly more of the head."""
     curve = [run for name in after for run in of_curve(split, name)]
     found = {remedy: best_free(split, remedies[0], remedy, curve) for remedy in remedies[1:]}
     pairs = {remedy: pair for remedy, pair in found.items() if pair is not None}
@@ -206,8 +207,8 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]
 
     head = (
         "Against what is free: of the baseline and all strengths after training (below), the one with the highest "
-        "mIoU(tail) that has no less mIoU(head) than the remedy, on the same seeds. It is picked on these images, in "
-        "its favour.\n"
+        "mIoU(tail) whose mIoU(head) is at most half a point below the remedy's, on the same seeds. It is picked on "
+        "these images, in its favour.\n"
     )
     return [head, *lines, ""]
 
@@ -228,7 +229,8 @@ def best_free(
         {name: [score(runs[seed], split, key) for seed in seeds] for name, runs in matrices.items()}
         for key in ("miou_head", "miou_tail")
     )
-    others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= np.mean(heads[remedy])]
+    least = np.mean(heads[remedy]) - HEAD_ALLOWED
+    others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= least]
     if not others:
         return None
 

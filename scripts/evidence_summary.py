@@ -48,11 +48,11 @@ def runs_of_best(split: Mapping[str, Any], names: list[str]) -> str:
 def against_free(
     split: Mapping[str, Any], baseline: str, remedies: list[str], curve: list[str]
 ) -> dict[str, str]:
-    """Remedy → its difference in mIoU(tail) to the best that is free and costs no more of the head."""
+    """Remedy → its difference in mIoU(tail) to the best that is free and costs hardly more of the head."""
     found = {remedy: best_free(split, baseline, remedy, curve) for remedy in remedies}
     adjusted = holm({remedy: None if pair is None else pair[1].p for remedy, pair in found.items()})
     return {
-        remedy: "nothing free keeps as much of the head" if pair is None else _cell(pair[1], adjusted[remedy])
+        remedy: "nothing free keeps the head as well" if pair is None else _cell(pair[1], adjusted[remedy])
         for remedy, pair in found.items()
     }
 

@@ -53,6 +53,18 @@ Milliseconds of each form, and how many times faster the first is than the other
 | result | row | ms | faster |
 |---|---|---|---|
 """
+FULL = """
+## One real step at full size, on a CPU
+
+`python scripts/benchmark.py --full-size NAME`: the official config with its classes, crops and streams on scenes of the
+real size, one image a stream (two where a batch norm or the method needs them), float32, random weights. Seconds are
+those of the step, beside other work; CPU seconds are what its threads worked, which other work hardly changes. Memory is
+that of weights, gradients and optimiser (held), and the peak above ([values](results/full_size.json)). Configs that are
+not here share network and crop with one that is, or were not run.
+
+| config | images | crop | parameters, M | s | CPU s | held, GiB | peak above, GiB | threads, processor |
+|---|---|---|---|---|---|---|---|---|
+"""
 
 
 def main() -> None:
@@ -68,8 +80,10 @@ def page() -> str:
     gpu = read("gpu_before")
     steps = [step(row) for row in gpu["rows"]]
     plain = [form(name, row) for name in MEASURED for row in read(name)["rows"]]
+    full = [full_size(name, row) for name, row in sorted(read("full_size")["configs"].items())]
 
-    return "".join([HEAD, "\n", OPERATORS, head, *counted, AFTER, GPU.format(**gpu), *steps, CPU, *plain])
+    parts = [HEAD, "\n", OPERATORS, head, *counted, AFTER, GPU.format(**gpu), *steps, CPU, *plain, FULL, *full]
+    return "".join(parts)
 
 
 def read(name: str) -> Mapping[str, Any]:
@@ -97,6 +111,16 @@ def form(result: str, row: Mapping[str, Any]) -> str:
     times = ", ".join(f"{name} {value:.4g}" for name, value in row["ms"].items())
     faster = ", ".join(f"{value:.2f}× {name}" for name, value in row.get("faster", {}).items())
     return line([f"[{result}](results/{result}.json)", row["name"], times, faster])
+
+
+def full_size(name: str, row: Mapping[str, Any]) -> str:
+    """A row of one step at full size."""
+    images = " + ".join(map(str, row["batch"].values()))
+    crops = ", ".join(dict.fromkeys(row["crop"].values()))
+    machine = f"{row['machine']['threads']}, {row['machine']['processor']}"
+    memory = [f"{row['held_gib']:.2f}", f"{row['peak_gib']:.2f}"]
+    worked = row.get("cpu_seconds", "–")
+    return line([name, images, crops, f"{row['parameters'] / 1e6:.1f}", row["seconds"], worked, *memory, machine])
 
 
 def line(cells: list[Any]) -> str:
