@@ -6,7 +6,7 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
     choose     the strength of each with the highest mIoU there → the file of choices; commit it before the next step
     final      the chosen strengths with every seed, on the final splits
     score      the final runs that are done once more, with the further scores of the plan's `score`
-    after      what is changed in the baseline's trained classifier (`after` of the plan), in every strength
+    after      what is changed in trained classifiers (`after` of the plan), in every strength
     collect    the confusion matrix of every image of the final runs that are done → the file of results
     page       the page of what the results say, and the README's table where it has a place for this plan
 
@@ -94,7 +94,7 @@ def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:
         return [run for run in runs if f"{run.output.parent}/{run.label}" in done]
 
     runs = [run for jobs in plan.afters().values() for run in runs_of(jobs, args)]
-    return [run for run in runs if f"{run.output}/{plan.baseline}_{run.seed}" in done]
+    return [run for run in runs if f"{run.output}/{plan.changed(run.name)}_{run.seed}" in done]
 
 
 def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
@@ -201,7 +201,10 @@ def collect(plan: Plan) -> None:
         "note": plan.note,
         "remedies": {name: list(strengths[choices[name]["chosen"]]) for name, strengths in plan.remedies.items()},
         "choices": choices,
-        "after": {name: [after.name, *after.options] for name, after in plan.after.items()},
+        "after": {
+            name: {"of": plan.changed(name), "change": [after.name, *after.options]}
+            for name, after in plan.after.items()
+        },
         "splits": splits,
     }
     path = ROOT / plan.results

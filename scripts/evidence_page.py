@@ -40,9 +40,14 @@ def page(results: Mapping[str, Any] | None, plan: str) -> str:
 
     parts = [head, protocol(results), strengths(results)]
     for name, split in results["splits"].items():
-        parts.append(section(name, split, list(results["remedies"]), list(results["after"]), picture_of(plan, name)))
+        parts.append(section(name, split, list(results["remedies"]), changed(results), picture_of(plan, name)))
 
     return "\n".join(parts)
+
+
+def changed(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is changed after training → the remedy whose networks it changes."""
+    return {name: after["of"] for name, after in results["after"].items()}
 
 
 def picture_of(plan: str, split: str) -> str:
@@ -152,9 +157,9 @@ def choices_table(choices: Mapping[str, Any]) -> str:
 
 
 def section(
-    name: str, split: Mapping[str, Any], remedies: list[str], after: list[str], picture: str
+    name: str, split: Mapping[str, Any], remedies: list[str], after: Mapping[str, str], picture: str
 ) -> str:
-    """The tables of one split. Remedies without a pair with the baseline are named as such."""
+    """The tables of one split. Remedies without a pair with the baseline are named as such. after: see `changed`."""
     baseline = remedies[0]
     head = f"## Split {name}: {len(split['images'])} images\n"
     if baseline not in split["runs"]:
@@ -163,7 +168,7 @@ def section(
     matrices = matrices_of(split, remedies)
     compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
     lines = [head]
-    if changes_of(split, remedies, after) is not None:
+    if changes_of(split, remedies, list(after)) is not None:
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     lines += further_tables(split, remedies)
@@ -172,8 +177,8 @@ def section(
     if absent:
         lines.append(f"Not run yet: {', '.join(absent)}.\n")
     lines += against_free(split, remedies, after)
-    for remedy in after:
-        lines.append(after_training(remedy, split, baseline))
+    for remedy, of in after.items():
+        lines.append(after_training(remedy, of, split, baseline))
 
     return "\n".join([*lines, ""])
 
@@ -189,10 +194,12 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
     return [*lines, ""]
 
 
-def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]) -> list[str]:
+def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[str, str]) -> list[str]:
     """A sentence a remedy: its mIoU(tail) against the best that costs no training and hardly more of the head."""
-    curve = [run for name in after for run in of_curve(split, name)]
-    found = {remedy: best_free(split, remedies[0], remedy, curve) for remedy in remedies[1:]}
+    baseline = remedies[0]
+    curve = [run for name, of in after.items() if of == baseline for run in of_curve(split, name)]
+    further = [run for name, of in after.items() if of != baseline for run in of_curve(split, name)]
+    found = {remedy: best_free(split, baseline, remedy, curve) for remedy in [*remedies[1:], *further]}
     pairs = {remedy: pair for remedy, pair in found.items() if pair is not None}
     alone = [remedy for remedy in found if curve and remedy not in pairs and remedy in split["runs"]]
     if not pairs and not alone:
@@ -206,7 +213,7 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: list[str]
     lines += [f"- **{remedy}**: {NOTHING_FREE}" for remedy in alone]
 
     head = (
-        "Against what is free: of the baseline and all strengths after training (below), the one with the highest "
+        "Against what is free: of the baseline and all strengths of changes in it (below), the one with the highest "
         "mIoU(tail) whose mIoU(head) is at most half a point below the remedy's, on the same seeds. It is picked on "
         "these images, in its favour.\n"
     )
@@ -238,11 +245,12 @@ def best_free(
     return best, paired(tails[remedy], tails[best])
 
 
-def after_training(remedy: str, split: Mapping[str, Any], baseline: str) -> str:
-    """The table of what was changed in the baseline's classifier, a line a strength."""
-    head = f"### {remedy}: after training, on the baseline's own weights\n"
-    matrices = matrices_of(split, [baseline, *of_curve(split, remedy)])
-    if len(matrices) == 1:
+def after_training(remedy: str, of: str, split: Mapping[str, Any], baseline: str) -> str:
+    """The table of what was changed in the classifier of `of`, a line a strength."""
+    head = f"### {remedy}: after training, on the weights of {of}\n"
+    strengths = of_curve(split, remedy)
+    matrices = matrices_of(split, [*dict.fromkeys([baseline, of]), *strengths])
+    if not strengths:
         return f"{head}\nNot run yet.\n"
 
     compared = {key: compare(matrices, baseline, split, key) for key in SCORES}

@@ -17,10 +17,14 @@ STRENGTHS = "strengths"  # in the folder of a run of `after`: what scripts/rebal
 
 @dataclass(frozen=True)
 class After:
-    """A remedy of scripts/rebalance.py, and its options: `tau=0.1,0.2`, one of which has several values."""
+    """A remedy of scripts/rebalance.py, and its options: `tau=0.1,0.2`, one of which has several values.
+
+    of: the remedy whose networks it changes; empty: the baseline's, which costs no training.
+    """
 
     name: str
     options: tuple[str, ...]
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,24 @@ class Plan:
         for name, strengths in self.remedies.items():
             if not strengths:
                 raise ValueError(f"remedies.{name}: names no strength")
-        for name in self.after:
+        for name, after in self.after.items():
             if name in self.remedies:
                 raise ValueError(f"after.{name}: is the name of a remedy; take another")
+            if after.of and after.of not in self.remedies:
+                raise ValueError(f"after.{name}.of: {after.of!r} is no remedy of the plan: {', '.join(self.remedies)}")
+            for other in self.after:
+                if other.startswith(f"{name} "):  # results are named NAME STRENGTH
+                    raise ValueError(f"after.{other}: begins with the name of another; take one that does not")
         if self.tuning_seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
 
     @property
     def baseline(self) -> str:
         return next(iter(self.remedies))
+
+    def changed(self, name: str) -> str:
+        """The remedy whose trained networks `after.NAME` changes."""
+        return self.after[name].of or self.baseline
 
     def tuned(self) -> dict[str, Mapping[str, tuple[str, ...]]]:
         """The remedies of which a strength has to be chosen."""
@@ -99,16 +112,16 @@ class Plan:
         return self._commands(f"{split}/{SCORES}", commands)
 
     def afters(self) -> dict[str, Jobs]:
-        """Split → a run for each change of the baseline's trained classifier, and seed."""
+        """Split → a run for each change of a trained classifier, and seed."""
         return {split: self._jobs_after(split) for split in self.final} if self.after else {}
 
     def _jobs_after(self, split: str) -> Jobs:
-        trained = f"{{output}}/{self.baseline}_{{seed}}"
         left = f"--output {{output}}/{{label}}/{STRENGTHS} {{device}}"
-        commands = {
-            name: f"python scripts/rebalance.py {trained} {after.name} {shlex.join(after.options)} {left}"
-            for name, after in self.after.items()
-        }
+        commands = {}
+        for name, after in self.after.items():
+            trained = f"{{output}}/{self.changed(name)}_{{seed}}"
+            commands[name] = f"python scripts/rebalance.py {trained} {after.name} {shlex.join(after.options)} {left}"
+
         return self._commands(split, commands)
 
     def _commands(self, part: str, commands: Mapping[str, str]) -> Jobs:

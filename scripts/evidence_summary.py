@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.comparison import LEVEL, Difference, holm, number
-from scripts.evidence_page import best_free, compare, matrices_of, of_curve, score
+from scripts.evidence_page import best_free, changed, compare, matrices_of, of_curve, score
 
 BEGIN, END = "<!-- begin: what helps, of {plan} -->", "<!-- end: what helps -->"
 HEAD = "| | seeds | mIoU(tail) | mIoU(head) | mIoU(tail) against what is free |\n|---|---|---|---|---|"
@@ -17,12 +17,15 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
     """A line a remedy in the order of the tail, and one for the best strength of each change after training."""
     split, remedies = results["splits"][split_name], list(results["remedies"])
     baseline = remedies[0]
-    curves = {name: of_curve(split, name) for name in results["after"]}
-    curve = [run for runs in curves.values() for run in runs]
-    free = {runs_of_best(split, runs) for runs in curves.values() if runs}
+    curves = {name: runs for name in results["after"] if (runs := of_curve(split, name))}
+    of = changed(results)
+    curve = [run for name, runs in curves.items() if of[name] == baseline for run in runs]
+    best = {best_of(split, runs): of[name] for name, runs in curves.items()}
+    free = [name for name, remedy in best.items() if remedy == baseline]
+    further = [name for name in best if name not in free]
 
-    matrices = matrices_of(split, [*remedies, *curve])
-    trained = {name: matrices[name] for name in remedies if name in matrices}
+    matrices = matrices_of(split, [*remedies, *best])
+    trained = {name: matrices[name] for name in [*remedies, *further] if name in matrices}
     heads, tails = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
     decided = {key: compare(trained, baseline, split, key) for key in ("miou_head", "miou_tail")}
     against = against_free(split, baseline, list(trained)[1:], curve)
@@ -39,7 +42,7 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
     return "\n".join(lines)
 
 
-def runs_of_best(split: Mapping[str, Any], names: list[str]) -> str:
+def best_of(split: Mapping[str, Any], names: list[str]) -> str:
     """The strength with the highest mean mIoU."""
     matrices = matrices_of(split, names)
     return max(names, key=lambda name: np.mean([score(m, split, "miou") for m in matrices[name].values()]))

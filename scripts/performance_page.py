@@ -58,9 +58,9 @@ FULL = """
 
 `python scripts/benchmark.py --full-size NAME`: the official config with its classes, crops and streams on scenes of the
 real size, one image a stream (two where a batch norm or the method needs them), float32, random weights. Seconds are
-those of the step, beside other work; CPU seconds are what its threads worked, which other work hardly changes. Memory is
-that of weights, gradients and optimiser (held), and the peak above ([values](results/full_size.json)). Configs that are
-not here share network and crop with one that is, or were not run.
+those of the step, beside other work; CPU seconds are what its threads worked, which other work hardly changes. Memory
+is that of weights, gradients and optimiser (held), and the peak above ([values](results/full_size.json)). Configs that
+are not here share network and crop with one that is, or were not run.
 
 | config | images | crop | parameters, M | s | CPU s | held, GiB | peak above, GiB | threads, processor |
 |---|---|---|---|---|---|---|---|---|

@@ -151,17 +151,24 @@ def test_results_of_other_images_are_refused(plan, tmp_path, monkeypatch, fails)
 
 def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
     """The command of every seed whose baseline is done; its results, a strength each, make a table and a curve."""
-    after = {"logit adjustment": {"name": "logit_adjustment", "options": ["tau=0.25,1"]}}
+    after = {
+        "logit adjustment": {"name": "logit_adjustment", "options": ["tau=0.25,1"]},
+        "good, then logit adjustment": {"name": "logit_adjustment", "options": ["tau=0.25,1"], "of": "good"},
+    }
     edited(plan, remedies={"baseline": {"a": []}, "good": {"b": ["gain=1"]}}, seeds=[1, 2], after=after)
     parsed = typed(evidence.Plan, read_tree(plan), "plan")
     take(monkeypatch, ("choose", plan), ("final", plan))
-    (run, other) = evidence.wanted(parsed, argparse.Namespace(step="after", seeds=None, device=None, threads=None))[:2]
-    assert (run.seed, other.seed) == (1, 2)
+    args = argparse.Namespace(step="after", seeds=None, device=None, threads=None)
+    blocks = [run for run in evidence.wanted(parsed, args) if run.output.name == "blocks"]
+    wanted = {(run.name, run.seed): run for run in blocks}
+    (run, other) = (wanted["logit adjustment", seed] for seed in (1, 2))
+    then = wanted["good, then logit adjustment", 1]
+    assert len(wanted) == 4 and then.command[2] == f"{tmp_path}/out/blocks/good_1"
     trained, left = f"{tmp_path}/out/blocks/baseline_1", f"{tmp_path}/out/blocks/logit adjustment_1/strengths"
     words = [trained, "logit_adjustment", "tau=0.25,1", "--output", left]
     assert run.command[1:] == ("scripts/rebalance.py", *words)
 
-    for done in (run, other):
+    for done in (run, other, then):
         for i, strength in enumerate(("tau_1", "tau_0.25")):
             folder = done.folder / "strengths" / strength
             words = [f"gain={i - 1}", f"seed={done.seed}", f"output={folder.parent}", f"name={strength}"]
@@ -169,12 +176,24 @@ def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
         (done.folder / "job.json").write_text('{"state": "done"}')
     take(monkeypatch, ("collect", plan), ("page", plan))
     runs = json.loads((tmp_path / "results.json").read_text())["splits"]["blocks"]["runs"]
-    assert list(runs) == ["baseline", "good", "logit adjustment tau_0.25", "logit adjustment tau_1"]
+    free, further = ([f"{name} tau_{tau}" for tau in (0.25, 1)] for name in after)
+    assert list(runs) == ["baseline", "good", *free, *further]
     text = (tmp_path / "page.md").read_text()
-    assert "### logit adjustment: after training" in text and "| logit adjustment tau_1 | 2 |" in text
+    assert "### logit adjustment: after training, on the weights of baseline" in text
+    assert "### good, then logit adjustment: after training, on the weights of good" in text
+    assert "| logit adjustment tau_1 | 2 |" in text
+    assert "- **good, then logit adjustment tau_1** against" in text and "- **logit adjustment tau_1**" not in text
     picture = (tmp_path / "images/evidence_plan_blocks.svg").read_text()
     assert "![Change of mIoU(tail) against change of mIoU(head), by remedy](images/evidence_plan_blocks.svg)" in text
     assert ElementTree.fromstring(picture).tag.endswith("svg") and "logit adjustment" in picture
+
+
+def test_changes_after_training_are_of_a_remedy_and_told_apart(plan, fails):
+    change = {"name": "logit_adjustment", "options": ["tau=1"]}
+    edited(plan, after={"x": {**change, "of": "nothing"}})
+    assert "after.x.of: 'nothing' is no remedy of the plan" in fails(evidence.main, "choose", plan)
+    edited(plan, after={"x": change, "x of y": change})
+    assert "after.x of y: begins with the name of another" in fails(evidence.main, "choose", plan)
 
 
 def test_runs_are_scored_once_more(plan, tmp_path, monkeypatch, fails):
@@ -221,11 +240,11 @@ def test_a_remedy_is_held_against_the_best_that_is_free():
     name, difference = evidence_page.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
     assert name == "free t_2" and difference.n == 3 and difference.mean == pytest.approx(0.04)
     assert evidence_page.best_free(split, "baseline", "late", []) is None
-    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], ["free"])[1:-1]
+    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
     assert sentence.startswith("- **late** against free t_2: mIoU(tail) +4.0 ± 0.0 points over 3 pairs: better")
 
     runs["late"] = {str(s): grass_tree_pole(99 - s, 60 + s) for s in range(3)}
-    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], ["free"])[1:-1]
+    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
     assert sentence.startswith("- **late**: nothing that is free comes within half a point of its mean mIoU(head)")
 
 
@@ -257,7 +276,7 @@ def test_numbers_of_the_page_are_scipys():
         seeds = range(5) if remedy != "alone" else range(7, 9)
         runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"], [], "x.svg")
+    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"], {}, "x.svg")
 
     tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
     test = stats.ttest_rel(tails["logits"], tails["baseline"])
@@ -310,7 +329,8 @@ def test_the_table_of_the_readme():
         for name, (tree, pole) in made.items()
     }
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    results = {"remedies": {"baseline": [], "late": [], "bad": []}, "after": {"free": []}, "splits": {"s": split}}
+    remedies = {"baseline": [], "late": [], "bad": []}
+    results = {"remedies": remedies, "after": {"free": {"of": "baseline"}}, "splits": {"s": split}}
     rows = [line.split(" | ") for line in evidence_summary.summary(results, "s").splitlines()[2:]]
     assert [row[0] for row in rows] == ["| late", "| free t_1", "| bad"]
     assert rows[0][1:3] == ["3", "**+20.3 ± 1.4**"] and rows[0][4] == "**+10.3 ± 1.4** |"
