@@ -22,9 +22,12 @@ from common.ops.counter_noise_triton import draws
 from common.ops.resize import Size, size_of
 from common.ops.upsampled_loss import Axis, axis, tile_of
 
-BLOCK = 16  # classes at a time
+BLOCK = 8  # classes at a time
 PIXELS = 128  # columns of the label that a program of the forward works on
 STRIP = 8  # rows of the logits that a program of the backward gives the gradient of
+
+# With more registers a thread, a multiprocessor has room for one program of the backward instead of two.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 
 # Parts of the kernels -----------------------------------------------------------------------------------------------
 
@@ -275,7 +278,7 @@ def forward(
         _loss_kernel[(programs,)](
             logits, pixels.label, rows.low, rows.share, columns.low, columns.share, *pixels[1:],
             log_sums, sums, classes, h, w, height, width, tiles, *logits.stride(), noise.scale, noise.shift,
-            LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi, BLOCK=BLOCK, PIXELS=PIXELS,
+            LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi, BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
         )  # fmt: skip
 
     return sums.sum(), log_sums
@@ -307,7 +310,8 @@ def backward(
         gradient, log_sums, logits, pixels.label, rows.share, rows.start, *columns, *pixels[1:], out,
         classes, h, w, height, width, tiles, cells, *logits.stride(), *out.stride(), noise.scale, noise.shift,
         LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi,
-        BLOCK=BLOCK, PIXELS=wide, CELLS=max(16, triton.next_power_of_2(cells)), STRIP=STRIP, num_warps=8,
+        BLOCK=BLOCK, PIXELS=wide, CELLS=max(16, triton.next_power_of_2(cells)), STRIP=STRIP,
+        num_warps=min(16, wide // 16), **REGISTERS,
     )  # fmt: skip
 
     return out
@@ -327,7 +331,7 @@ def labels(
     if label.numel() > 0:
         _label_kernel[(batch * height * tiles,)](
             logits, rows.low, rows.share, columns.low, columns.share, label, confidence,
-            classes, h, w, height, width, tiles, *logits.stride(), BLOCK=BLOCK, PIXELS=PIXELS,
+            classes, h, w, height, width, tiles, *logits.stride(), BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
         )  # fmt: skip
 
     return label, confidence
