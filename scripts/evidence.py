@@ -37,8 +37,10 @@ from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
 from common.jobs.plan import ROOT
-from scripts import evidence_page, evidence_summary, model_cards, run_many
-from scripts.evidence_plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
+from scripts import model_cards, run_many
+from scripts.study import summary
+from scripts.study.page import FURTHER, FURTHER_OF_CLASS, page_of, pictures
+from scripts.study.plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
 
 EVALUATION = "evaluation.json"  # in the folder of a run
 SAME = 1e-4  # share of pixels that another order of sums may move
@@ -323,9 +325,9 @@ def scored_again(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
 
 def further(scores: Mapping[str, Any]) -> dict[str, Any]:
     """What scores say of the tail beyond the confusion matrix; nothing where they say nothing."""
-    means = {key: scores[key] for key in (*evidence_page.FURTHER, "boundary") if key in scores}
+    means = {key: scores[key] for key in (*FURTHER, "boundary") if key in scores}
     classes = {
-        item["name"]: {key: item[key] for key in evidence_page.FURTHER_OF_CLASS if key in item}
+        item["name"]: {key: item[key] for key in FURTHER_OF_CLASS if key in item}
         for item in scores["per_class"]
         if item["tail"]
     }
@@ -342,13 +344,13 @@ def page(plan: Plan, file: str) -> None:
     """Write the page and its pictures, and what tells of the same results: the README's table, the model cards."""
     path = ROOT / plan.page
     results = read_results(plan)
-    path.write_text(evidence_page.page(results, file), encoding="utf-8")
-    for name, picture in evidence_page.pictures(results, file).items() if results else ():
+    path.write_text(page_of(results, file), encoding="utf-8")
+    for name, picture in pictures(results, file).items() if results else ():
         (path.parent / name).parent.mkdir(exist_ok=True)
         (path.parent / name).write_text(picture, encoding="utf-8")
 
     print(path)
-    if results and evidence_summary.renew(ROOT / "README.md", file, results):
+    if results and summary.renew(ROOT / "README.md", file, results):
         print(ROOT / "README.md")
     if (ROOT / plan.results).parent == model_cards.RESULTS:
         model_cards.write()

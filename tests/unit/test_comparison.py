@@ -62,6 +62,21 @@ def test_power_by_simulation():
     assert power(15, 1.25, 1.0) == pytest.approx(found, abs=0.02)
 
 
+def test_power_is_that_of_the_noncentral_t():
+    """Where SciPy's gives a number; where it gives none, as for 2 pairs and a large effect, the power still does."""
+    for pairs in (2, 3, 8, 40):
+        critical = stats.t.ppf(0.975, pairs - 1)
+        for effect in (0.1, 0.5, 1.0, 2.0, 3.0):
+            shift = effect * np.sqrt(pairs)
+            expected = stats.nct.sf(critical, pairs - 1, shift) + stats.nct.cdf(-critical, pairs - 1, shift)
+            if np.isfinite(expected):
+                assert power(pairs, 1.0, effect) == pytest.approx(expected, abs=1e-5)
+
+    chances = [power(2, 1.0, effect) for effect in np.linspace(0.5, 40, 200)]
+    assert np.isfinite(chances).all() and (np.diff(chances) > 0).all() and chances[-1] > 0.99
+    assert [pairs_needed(0.35, effect) for effect in (2, 3, 5)] == [3, 3, 2]
+
+
 def test_pairs_needed():
     """The least n whose power is enough, for spreads between a quarter of a point and 3.7 points."""
     spreads = [0.25, 0.5, 0.8, 1.0, 1.25, 1.5, 2.0, 2.6, 3.7]

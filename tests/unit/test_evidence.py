@@ -12,9 +12,10 @@ import pytest
 import yaml
 from scipy import stats
 
-from common.comparison import Difference, head_and_tail
+from common.comparison import Difference, head_and_tail, pairs_needed
 from common.config import load_config, read_tree, typed
-from scripts import evidence, evidence_page, evidence_plot, evidence_summary
+from scripts import evidence
+from scripts.study import numbers, page, plot, summary
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -237,14 +238,14 @@ def test_a_remedy_is_held_against_the_best_that_is_free():
         name: {str(s): grass_tree_pole(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()
     }
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    name, difference = evidence_page.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
+    name, difference = numbers.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
     assert name == "free t_2" and difference.n == 3 and difference.mean == pytest.approx(0.04)
-    assert evidence_page.best_free(split, "baseline", "late", []) is None
-    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
+    assert numbers.best_free(split, "baseline", "late", []) is None
+    (sentence,) = page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
     assert sentence.startswith("- **late** against free t_2: mIoU(tail) +4.0 ± 0.0 points over 3 pairs: better")
 
     runs["late"] = {str(s): grass_tree_pole(99 - s, 60 + s) for s in range(3)}
-    (sentence,) = evidence_page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
+    (sentence,) = page.against_free(split, ["baseline", "late"], {"free": "baseline"})[1:-1]
     assert sentence.startswith("- **late**: nothing that is free comes within half a point of its mean mIoU(head)")
 
 
@@ -253,7 +254,7 @@ def test_the_picture_puts_changes_where_they_belong():
     def change(head, tail):
         return (Difference(head / 100, 2, half_width=0.001), Difference(tail / 100, 2, half_width=0.001))
 
-    root = ElementTree.fromstring(evidence_plot.plot({"worse": change(-1, -2), "better": change(1, 2)}, {}))
+    root = ElementTree.fromstring(plot.plot({"worse": change(-1, -2), "better": change(1, 2)}, {}))
     dots = [dot for dot in root.iter() if dot.tag.endswith("circle")][:2]
     (x0, y0), (x1, y1) = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in dots]
     assert x0 < x1 and y0 > y1, "pixels grow downwards"
@@ -265,8 +266,8 @@ def test_the_picture_puts_changes_where_they_belong():
 def test_packed_matrices_come_back():
     matrices = np.random.default_rng(0).integers(0, 3, (4, 5, 5))
     packed = evidence.packed(matrices)
-    assert (evidence_page.total_of(packed, 5) == matrices.sum(0)).all()
-    assert evidence_page.total_of([packed[1]], 5).tolist() == matrices[1].tolist()
+    assert (numbers.total_of(packed, 5) == matrices.sum(0)).all()
+    assert numbers.total_of([packed[1]], 5).tolist() == matrices[1].tolist()
 
 
 def test_numbers_of_the_page_are_scipys():
@@ -276,13 +277,15 @@ def test_numbers_of_the_page_are_scipys():
         seeds = range(5) if remedy != "alone" else range(7, 9)
         runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    text = evidence_page.section("blocks", split, ["baseline", "logits", "alone", "missing"], {}, "x.svg")
+    text = page.section("blocks", split, ["baseline", "logits", "alone", "missing"], {}, "x.svg")
 
     tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
     test = stats.ttest_rel(tails["logits"], tails["baseline"])
     mean = 100 * np.mean(np.subtract(tails["logits"], tails["baseline"]))
     half = 100 * test.confidence_interval(0.95).high - mean
     assert f"mIoU(tail) {mean:+.1f} ± {half:.1f} points over 5 pairs" in text
+    spread = 100 * np.std(np.subtract(tails["logits"], tails["baseline"]), ddof=1)
+    assert f"| logits | 5 | {spread:.1f} | {pairs_needed(spread, 2)} | {pairs_needed(spread, 3)} |" in text
     assert f"{100 * np.mean(tails['logits']):.1f} ({mean:+.1f} ± {half:.1f})" in text
     assert f"mIoU(tail) {100 * np.std(tails['baseline'], ddof=1):.1f}" in text
     assert "**alone**: no seed in common with the baseline yet" in text and "Not run yet: missing." in text
@@ -294,7 +297,7 @@ def one_run(hits: int) -> dict:
 
 
 def tail_of(run: dict) -> float:
-    return head_and_tail(evidence_page.total_of(run["matrices"], 3), [2])["miou_tail"]
+    return head_and_tail(numbers.total_of(run["matrices"], 3), [2])["miou_tail"]
 
 
 def test_the_plans_of_the_project():
@@ -311,13 +314,13 @@ def test_the_plans_of_the_project():
         results = ROOT / plan.results
         known = json.loads(results.read_text()) if results.is_file() else None
         file = f"scripts/evidence_plans/{path.name}"
-        assert (ROOT / plan.page).read_text() == evidence_page.page(known, file)
-        for name, picture in evidence_page.pictures(known, file).items() if known else ():
+        assert (ROOT / plan.page).read_text() == page.page_of(known, file)
+        for name, picture in page.pictures(known, file).items() if known else ():
             assert ((ROOT / plan.page).parent / name).read_text() == picture
         if known:
             readme = (ROOT / "README.md").read_text()
-            table = evidence_summary.summary(known, next(iter(known["splits"])))
-            assert evidence_summary.renewed(readme, file, table) == readme
+            table = summary.summary(known, next(iter(known["splits"])))
+            assert summary.renewed(readme, file, table) == readme
 
 
 def test_the_table_of_the_readme():
@@ -331,7 +334,7 @@ def test_the_table_of_the_readme():
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
     remedies = {"baseline": [], "late": [], "bad": []}
     results = {"remedies": remedies, "after": {"free": {"of": "baseline"}}, "splits": {"s": split}}
-    rows = [line.split(" | ") for line in evidence_summary.summary(results, "s").splitlines()[2:]]
+    rows = [line.split(" | ") for line in summary.summary(results, "s").splitlines()[2:]]
     assert [row[0] for row in rows] == ["| late", "| free t_1", "| bad"]
     assert rows[0][1:3] == ["3", "**+20.3 ± 1.4**"] and rows[0][4] == "**+10.3 ± 1.4** |"
     # the head gains where fewer poles are taken for its first class
@@ -340,11 +343,11 @@ def test_the_table_of_the_readme():
 
 
 def test_the_readme_keeps_what_is_not_the_table():
-    begin = evidence_summary.BEGIN.format(plan="a.yaml")
-    text = f"before\n{begin}\nold\n{evidence_summary.END}\nafter"
-    new = evidence_summary.renewed(text, "a.yaml", "new")
-    assert new == f"before\n{begin}\n\nnew\n\n{evidence_summary.END}\nafter"
-    assert evidence_summary.renewed(new, "a.yaml", "new") == new
-    assert evidence_summary.renewed(text, "b.yaml", "new") == text
+    begin = summary.BEGIN.format(plan="a.yaml")
+    text = f"before\n{begin}\nold\n{summary.END}\nafter"
+    new = summary.renewed(text, "a.yaml", "new")
+    assert new == f"before\n{begin}\n\nnew\n\n{summary.END}\nafter"
+    assert summary.renewed(new, "a.yaml", "new") == new
+    assert summary.renewed(text, "b.yaml", "new") == text
     with pytest.raises(ValueError, match="no '<!-- end: what helps -->' after"):
-        evidence_summary.renewed(text.replace(evidence_summary.END, ""), "a.yaml", "new")
+        summary.renewed(text.replace(summary.END, ""), "a.yaml", "new")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.comparison import LEVEL, Difference, holm, number
-from scripts.evidence_page import best_free, changed, compare, matrices_of, of_curve, score
+from scripts.study.numbers import best_free, changed, compare, matrices_of, of_curve, score
 
 BEGIN, END = "<!-- begin: what helps, of {plan} -->", "<!-- end: what helps -->"
 HEAD = "| | seeds | mIoU(tail) | mIoU(head) | mIoU(tail) against what is free |\n|---|---|---|---|---|"

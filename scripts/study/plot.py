@@ -10,6 +10,7 @@ from html import escape
 
 from common.comparison import Difference
 from common.report.charts import ticks
+from scripts.study.numbers import Change
 
 WIDTH, HEIGHT = 760, 440
 LEFT, RIGHT, TOP, BOTTOM = 64, 500, 20, 390  # of the field; the legend is right of it
@@ -17,8 +18,6 @@ COLOURS = ("#2470c8", "#c85a08", "#0f8a66", "#8a4fc4", "#c22f7d", "#7a6a00", "#0
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1b2027}.soft{fill:#5b6572}.grid{stroke:#e6e9ed}.zero{stroke:#9aa5b3}"
 )
-
-Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
 
 
 def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]]) -> str:

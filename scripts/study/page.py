@@ -6,14 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, holm, number, of_differences, paired, paired_by_seed, verdict
+from common.comparison import LEVEL, holm, number, of_differences, paired_by_seed, pairs_needed, verdict
 from common.metrics import precision_and_recall
-from scripts import evidence_plot
+from scripts.study import plot
+from scripts.study.numbers import (
+    Compared,
+    best_free,
+    changed,
+    changes_of,
+    compare,
+    matrices_of,
+    of_curve,
+    score,
+    unpaired,
+)
 
-Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 FURTHER = {"tolerant_miou_tail": "mIoU~(tail)", "boundary_f_tail": "F~(tail)", "ece": "ECE", "ece_tail": "ECE(tail)"}
 FURTHER_OF_CLASS = ("tolerant_iou", "boundary_f", "ece", "mass")
+EFFECTS = (2, 3, 5)  # points of mIoU(tail)
 HEAD = """# Which remedies help
 
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
@@ -26,13 +37,12 @@ FURTHER_HEAD = (
     "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
     "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
 )
-HEAD_ALLOWED = 0.005  # of mIoU(head): what may be given up for the tail, as the project's goal has it
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
-def page(results: Mapping[str, Any] | None, plan: str) -> str:
+def page_of(results: Mapping[str, Any] | None, plan: str) -> str:
     """Markdown. results: what the step `collect` has left; None: nothing. plan: the file of the comparison."""
     head = HEAD.format(plan=plan)
     if results is None:
@@ -43,11 +53,6 @@ def page(results: Mapping[str, Any] | None, plan: str) -> str:
         parts.append(section(name, split, list(results["remedies"]), changed(results), picture_of(plan, name)))
 
     return "\n".join(parts)
-
-
-def changed(results: Mapping[str, Any]) -> dict[str, str]:
-    """What is changed after training → the remedy whose networks it changes."""
-    return {name: after["of"] for name, after in results["after"].items()}
 
 
 def picture_of(plan: str, split: str) -> str:
@@ -61,40 +66,9 @@ def pictures(results: Mapping[str, Any], plan: str) -> dict[str, str]:
     for name, split in results["splits"].items():
         changes = changes_of(split, list(results["remedies"]), list(results["after"]))
         if changes is not None:
-            found[picture_of(plan, name)] = evidence_plot.plot(*changes)
+            found[picture_of(plan, name)] = plot.plot(*changes)
 
     return found
-
-
-def changes_of(
-    split: Mapping[str, Any], remedies: list[str], after: list[str]
-) -> tuple[dict[str, evidence_plot.Change], dict[str, list[evidence_plot.Change]]] | None:
-    """What the plot shows: the change of every remedy, and those of every strength after training."""
-    baseline = remedies[0]
-    if baseline not in split["runs"]:
-        return None
-
-    matrices = matrices_of(split, list(split["runs"]))
-    head, tail = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
-    changes = {name: (head[name][0], tail[name][0]) for name in head}
-    curves = {name: [changes[run] for run in of_curve(split, name) if run in changes] for name in after}
-    points = {name: changes[name] for name in remedies if name in changes}
-
-    return (points, curves) if changes else None
-
-
-def of_curve(split: Mapping[str, Any], name: str) -> list[str]:
-    """The recorded results of one remedy after training, a strength each, in order."""
-    return [run for run in split["runs"] if run.startswith(f"{name} ")]
-
-
-def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Of the runs that are recorded: name → seed → confusion matrix of all images."""
-    return {
-        name: {seed: total_of(run["matrices"], len(split["classes"])) for seed, run in split["runs"][name].items()}
-        for name in names
-        if name in split["runs"]
-    }
 
 
 def protocol(results: Mapping[str, Any]) -> str:
@@ -172,13 +146,33 @@ def section(
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     lines += further_tables(split, remedies)
-    lines += words(compared, unpaired(matrices, baseline))
+    lines += [pairs_table(compared["miou_tail"]), *words(compared, unpaired(matrices, baseline))]
     absent = [name for name in remedies if name not in split["runs"]]
     if absent:
         lines.append(f"Not run yet: {', '.join(absent)}.\n")
     lines += against_free(split, remedies, after)
     for remedy, of in after.items():
         lines.append(after_training(remedy, of, split, baseline))
+
+    return "\n".join([*lines, ""])
+
+
+def pairs_table(compared: Compared) -> str:
+    """How far the differences spread, and how many pairs would find an effect of a given size."""
+    spread = {name: difference.sd for name, (difference, _) in compared.items() if difference.sd}
+    if not spread:
+        return ""
+
+    head = (
+        "Standard deviation of the paired differences of mIoU(tail), and how many pairs find a true difference of so "
+        f"many points with a chance of 80 % at a level of {100 * (1 - LEVEL):.0f} % (of one test; the deviation is "
+        "itself a guess from few pairs):\n"
+    )
+    lines = [head, "| | pairs | deviation | " + " | ".join(f"{points} points" for points in EFFECTS) + " |"]
+    lines.append("|---" * (len(EFFECTS) + 3) + "|")
+    for name, sd in spread.items():
+        needed = [str(pairs_needed(100 * sd, points)) for points in EFFECTS]
+        lines.append(f"| {name} | {compared[name][0].n} | {100 * sd:.1f} | {' | '.join(needed)} |")
 
     return "\n".join([*lines, ""])
 
@@ -220,31 +214,6 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     return [head, *lines, ""]
 
 
-def best_free(
-    split: Mapping[str, Any], baseline: str, remedy: str, free: list[str]
-) -> tuple[str, Difference] | None:
-    """What a remedy has to beat, and its difference to it in mIoU(tail); None without a seed that all have."""
-    matrices = matrices_of(split, [baseline, remedy, *free])
-    if not free or remedy not in matrices or baseline not in matrices:
-        return None
-
-    seeds = sorted(set.intersection(*(set(runs) for runs in matrices.values())))
-    if not seeds:
-        return None
-
-    heads, tails = (
-        {name: [score(runs[seed], split, key) for seed in seeds] for name, runs in matrices.items()}
-        for key in ("miou_head", "miou_tail")
-    )
-    least = np.mean(heads[remedy]) - HEAD_ALLOWED
-    others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= least]
-    if not others:
-        return None
-
-    best = max(others, key=lambda name: float(np.mean(tails[name])))
-    return best, paired(tails[remedy], tails[best])
-
-
 def after_training(remedy: str, of: str, split: Mapping[str, Any], baseline: str) -> str:
     """The table of what was changed in the classifier of `of`, a line a strength."""
     head = f"### {remedy}: after training, on the weights of {of}\n"
@@ -256,33 +225,6 @@ def after_training(remedy: str, of: str, split: Mapping[str, Any], baseline: str
     compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
     tables = [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     return "\n".join([head, *tables, *further_tables(split, list(matrices))])
-
-
-def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
-    """The confusion matrix (K, K) of all images, from the packed ones of each."""
-    total = np.zeros(num_classes**2, np.int64)
-    for image in images:
-        np.add.at(total, image[0::2], image[1::2])
-    return total.reshape(num_classes, num_classes)
-
-
-def score(matrix: np.ndarray, split: Mapping[str, Any], key: str) -> float:
-    return head_and_tail(matrix, split["tail"], split["convention"])[key]
-
-
-def unpaired(matrices: Mapping[str, Any], baseline: str) -> list[str]:
-    return [name for name in matrices if not set(matrices[name]) & set(matrices[baseline])]
-
-
-def compare(
-    matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any], key: str
-) -> dict[str, tuple[Difference, float | None]]:
-    """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies."""
-    values = {
-        remedy: {seed: score(matrix, split, key) for seed, matrix in seeds.items()}
-        for remedy, seeds in matrices.items()
-    }
-    return paired_by_seed(values, baseline)
 
 
 def main_table(

@@ -1,0 +1,103 @@
+"""What the results of an evidence plan say, in numbers: scores, changes against the baseline and against what is free.
+
+results: what the step `collect` of scripts/evidence.py has left; split: one of its splits.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from common.comparison import Difference, head_and_tail, paired, paired_by_seed
+
+Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
+Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
+HEAD_ALLOWED = 0.005  # of mIoU(head): what may be given up for the tail, as the project's goal has it
+
+
+def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
+    """The confusion matrix (K, K) of all images, from the packed ones of each."""
+    total = np.zeros(num_classes**2, np.int64)
+    for image in images:
+        np.add.at(total, image[0::2], image[1::2])
+    return total.reshape(num_classes, num_classes)
+
+
+def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Of the runs that are recorded: name → seed → confusion matrix of all images."""
+    return {
+        name: {seed: total_of(run["matrices"], len(split["classes"])) for seed, run in split["runs"][name].items()}
+        for name in names
+        if name in split["runs"]
+    }
+
+
+def score(matrix: np.ndarray, split: Mapping[str, Any], key: str) -> float:
+    return head_and_tail(matrix, split["tail"], split["convention"])[key]
+
+
+def of_curve(split: Mapping[str, Any], name: str) -> list[str]:
+    """The recorded results of one remedy after training, a strength each, in order."""
+    return [run for run in split["runs"] if run.startswith(f"{name} ")]
+
+
+def changed(results: Mapping[str, Any]) -> dict[str, str]:
+    """What is changed after training → the remedy whose networks it changes."""
+    return {name: after["of"] for name, after in results["after"].items()}
+
+
+def unpaired(matrices: Mapping[str, Any], baseline: str) -> list[str]:
+    return [name for name in matrices if not set(matrices[name]) & set(matrices[baseline])]
+
+
+def compare(
+    matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any], key: str
+) -> dict[str, tuple[Difference, float | None]]:
+    """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies."""
+    values = {
+        remedy: {seed: score(matrix, split, key) for seed, matrix in seeds.items()}
+        for remedy, seeds in matrices.items()
+    }
+    return paired_by_seed(values, baseline)
+
+
+def changes_of(
+    split: Mapping[str, Any], remedies: list[str], after: list[str]
+) -> tuple[dict[str, Change], dict[str, list[Change]]] | None:
+    """What the plot shows: the change of every remedy, and those of every strength after training."""
+    baseline = remedies[0]
+    if baseline not in split["runs"]:
+        return None
+
+    matrices = matrices_of(split, list(split["runs"]))
+    head, tail = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
+    changes = {name: (head[name][0], tail[name][0]) for name in head}
+    curves = {name: [changes[run] for run in of_curve(split, name) if run in changes] for name in after}
+    points = {name: changes[name] for name in remedies if name in changes}
+
+    return (points, curves) if changes else None
+
+
+def best_free(
+    split: Mapping[str, Any], baseline: str, remedy: str, free: list[str]
+) -> tuple[str, Difference] | None:
+    """What a remedy has to beat, and its difference to it in mIoU(tail); None without a seed that all have."""
+    matrices = matrices_of(split, [baseline, remedy, *free])
+    if not free or remedy not in matrices or baseline not in matrices:
+        return None
+
+    seeds = sorted(set.intersection(*(set(runs) for runs in matrices.values())))
+    if not seeds:
+        return None
+
+    heads, tails = (
+        {name: [score(runs[seed], split, key) for seed in seeds] for name, runs in matrices.items()}
+        for key in ("miou_head", "miou_tail")
+    )
+    least = np.mean(heads[remedy]) - HEAD_ALLOWED
+    others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= least]
+    if not others:
+        return None
+
+    best = max(others, key=lambda name: float(np.mean(tails[name])))
+    return best, paired(tails[remedy], tails[best])
