@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from common.lazy import Lazy
 from common.metrics import Convention, class_counts, defined_mean, score_counts
+
+stats = Lazy("scipy.stats")
 
 LEVEL = 0.95
 RESAMPLES = 10_000

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from common.lazy import Lazy
 from common.models.mask2former.decoder import masks
 from common.ops.point_sample import class_masks, point_sample
+
+optimize = Lazy("scipy.optimize")
 
 # mask values of the layers that are matched together: what the cache holds some of, or 256 MiB
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -131,7 +133,7 @@ def assign(cost: np.ndarray, copies: ArrayLike | None = None) -> tuple[np.ndarra
         targets = np.repeat(targets, repeats)[np.argsort(number, kind="stable")]
         targets = targets[: max(cost.shape)]
 
-    query, column = linear_sum_assignment(cost[:, targets])
+    query, column = optimize.linear_sum_assignment(cost[:, targets])
     return query, targets[column]
 
 

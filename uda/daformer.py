@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from common.config import Config, ConfigError
@@ -32,6 +31,7 @@ from common.engine.method import (
     move_average,
     pixel_loss,
 )
+from common.lazy import Lazy
 from common.losses.counts import PseudoUnit
 from common.losses.feature_distance import cells_of, feature_distance
 from common.models import SegmentationModel, Segmentor, build_network
@@ -40,6 +40,8 @@ from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize, size_of
 from uda.confidence import Margins, check_margins, pseudo_labels, valid_pixels
+
+timm = Lazy("timm")
 
 SIGMA = (0.15, 1.15)  # of the blur, in pixels
 
@@ -343,7 +345,7 @@ def set_teacher_mode(teacher: nn.Module, mode: Literal["train", "eval"]) -> None
     """Evaluation mode, or training mode without what is random in it: batch norm takes the statistics of the batch."""
     teacher.train(mode == "train")
     for module in teacher.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd | DropPath):
+        if isinstance(module, nn.modules.dropout._DropoutNd | timm.layers.DropPath):
             module.eval()
 
 

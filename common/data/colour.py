@@ -3,8 +3,7 @@ torchvision's colour jitter with an explicit generator, and blur."""
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms import functional
+from PIL import Image, ImageEnhance
 
 _ROWS = 64  # rows at a time in the HSV round trip
 
@@ -125,10 +124,10 @@ def colour_jitter(
     order: torchvision's ColorJitter on Pillow images."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     steps = (
-        lambda x: functional.adjust_brightness(x, brightness),
-        lambda x: functional.adjust_contrast(x, contrast),
-        lambda x: functional.adjust_saturation(x, saturation),
-        lambda x: functional.adjust_hue(x, shift),
+        lambda x: ImageEnhance.Brightness(x).enhance(brightness),
+        lambda x: ImageEnhance.Contrast(x).enhance(contrast),
+        lambda x: ImageEnhance.Color(x).enhance(saturation),
+        lambda x: shift_hue(x, shift),
     )
     shift = rng.uniform(-hue, hue)
 
@@ -136,6 +135,20 @@ def colour_jitter(
         image = steps[k](image)
 
     return image
+
+
+def shift_hue(image: Image.Image, turns: float) -> Image.Image:
+    """The hue of an RGB image moved around its circle, in whole 255ths, as torchvision does it."""
+    hue, saturation, value = image.convert("HSV").split()
+    steps = int(turns * 255)
+    moved = hue.point(lambda level: (level + steps) % 256)
+
+    return Image.merge("HSV", (moved, saturation, value)).convert("RGB")
+
+
+def greyscale(image: Image.Image) -> Image.Image:
+    """An RGB image without its colours, still of three channels."""
+    return image.convert("L").convert("RGB")
 
 
 def binomial_blur(image: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
 from common.config import ConfigError, ModelConfig, pick, typed
 from common.config.bounds import AtLeast, AtMost, Depth, Rate, Width
+from common.lazy import Lazy
 from common.models.backbones import (
     build_backbone,
     is_timm,
@@ -27,6 +27,8 @@ from common.models.backbones import (
 from common.models.pretrained import load_backbone
 from common.models.segmentor import SegmentationModel
 from common.ops.resize import resize
+
+torchvision = Lazy("torchvision")
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 WIDTH = 64
@@ -126,11 +128,10 @@ def stage(channels: int, width: int, dilations: list[int], stride: int = 1) -> n
     shortcut = nn.Sequential(
         nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
     )
-    blocks = [Bottleneck(channels, width, stride, shortcut, dilation=dilations[0])]
-    return nn.Sequential(
-        *blocks,
-        *(Bottleneck(4 * width, width, dilation=dilation) for dilation in dilations[1:]),
-    )
+    block = torchvision.models.resnet.Bottleneck
+    first = block(channels, width, stride, shortcut, dilation=dilations[0])
+    others = (block(4 * width, width, dilation=dilation) for dilation in dilations[1:])
+    return nn.Sequential(first, *others)
 
 
 class Branch(nn.Module):

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.lazy import constant_result
+
 Form = Literal["grid_sample", "embedding_bag", "triton"]
 Shapes = Sequence[tuple[int, int]]
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def ms_deform_attn(
     return _fused(value, sizes, locations, weights, form)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def choose_form(device: str, deterministic: bool = False) -> Form:
     """The form for a device type; what is chosen is logged once."""
     return _choose(device, deterministic)

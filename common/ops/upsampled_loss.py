@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
+from common.lazy import constant_result
 from common.ops.counter_noise import Noise, draws, new_seed
 from common.ops.deform_attn import triton_missing
 from common.ops.resize import Size, size_of, taps
@@ -121,7 +122,7 @@ def choose_form(logits: Tensor) -> Form:
     return _choose_on_cuda() if math.prod(logits.shape[1:]) < 2**31 else "torch"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _choose_on_cuda() -> Form:
     return _chosen_on_cuda()
 
@@ -348,7 +349,7 @@ def axis(cells: int, pixels: int, align_corners: bool, device: torch.device) -> 
     return Axis(low.int(), share.flatten(), start.int())
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def tile_of(cells: int, pixels: int, align_corners: bool) -> tuple[int, int] | None:
     """Columns of the label and of the logits that a program of the backward takes: the first of TILES into which all
     pixels fit that the cells contribute to, from a multiple of 4 on. None where none is large enough."""

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from common.lazy import constant_result
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMS = ("fully_sup", "semi_sup", "uda", "ltss_benchmark")
 # A module may import those before it in this list, and its own package.
 ORDER = (
-    "files", "config", "pickles", "distributed", "console", "data", "ops", "models", "losses", "engine", "inference",
-    "metrics", "comparison", "evaluation", "rebalance", "visualize", "report", "experiment", "api", "cli", "steps",
-    "jobs",
+    "files", "lazy", "config", "pickles", "distributed", "console", "data", "ops", "models", "losses", "engine",
+    "inference", "metrics", "comparison", "evaluation", "rebalance", "visualize", "report", "experiment", "api", "cli",
+    "steps", "jobs",
 )  # fmt: skip
 FILES = sorted(p for top in ("common", *SYSTEMS, "scripts") for p in (ROOT / top).rglob("*.py"))
 
@@ -89,3 +92,24 @@ def test_importing_the_core_is_quick_and_needs_no_gpu():
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden)
     assert done.stdout.strip() == "ok", done.stderr
+
+
+def test_programs_start_without_what_they_may_not_need():
+    """Seconds of a start: the compiler, timm, torchvision, and SciPy's statistics come with their first use."""
+    code = "import sys; import scripts.systems, common.api; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    slow = {"torch._dynamo", "sympy", "timm", "torchvision", "scipy.stats", "scipy.optimize", "sklearn", "matplotlib"}
+    assert slow & set(done.stdout.split()) == set()
+
+
+def test_a_constant_result_is_marked_as_torch_marks_it():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    constant_result(ours)
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}

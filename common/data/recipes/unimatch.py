@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
-from torchvision.transforms import functional
 
 from common.config.bounds import Interval, Share, Size
-from common.data.colour import colour_jitter, from_pillow, to_pillow
+from common.data.colour import colour_jitter, from_pillow, greyscale, to_pillow
 from common.data.dataset import SegmentationDataset
 from common.data.focus import draw_until_shown, point_of, take_focus
 from common.data.geometry import (
@@ -125,7 +124,7 @@ def strong(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         image = colour_jitter(image, rng, 0.5, 0.25)
 
     if rng.random() < 0.2:
-        image = functional.to_grayscale(image, 3)
+        image = greyscale(image)
 
     if rng.random() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms import functional
 
 from common.config.bounds import Interval, Share, Side, Size
-from common.data.colour import binomial_blur, colour_jitter, from_pillow, to_pillow
+from common.data.colour import binomial_blur, colour_jitter, from_pillow, greyscale, to_pillow
 from common.data.dataset import SegmentationDataset
 from common.data.focus import draw_until_shown, point_of, take_focus
 from common.data.geometry import Geometry, cut_maps, draw_offset, pad, pillow
@@ -65,7 +64,7 @@ class USRNViews(Recipe):
             image = colour_jitter(image, rng, 0.4, 0.1)
 
         if rng.random() < 0.2:
-            image = functional.to_grayscale(image, 3)
+            image = greyscale(image)
 
         return {**result, "weak": weak, "strong": from_pillow(image)}
 

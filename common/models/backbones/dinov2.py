@@ -8,12 +8,14 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.config.bounds import Ascending, AtLeast, AtMost, Depth, Width
+from common.lazy import Lazy
 from common.models.backbones.vit import Tap
+
+timm = Lazy("timm")
 
 PATCH = 14  # pixels along a patch's side
 OFFSET = 0.1  # what the release adds to a grid's side before it divides by the table's
@@ -77,7 +79,8 @@ class DINOv2(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, dim, PATCH, stride=PATCH)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        block = partial(Block, dim, heads, qkv_bias=True, init_values=1.0, norm_layer=norm)
+        kind = timm.models.vision_transformer.Block
+        block = partial(kind, dim, heads, qkv_bias=True, init_values=1.0, norm_layer=norm)
         self.blocks = nn.ModuleList(block() for _ in range(max(taps) + 1))
         self.norm = norm(dim)
         self._init_weights()

@@ -5,9 +5,12 @@ timm fuses branches by nearest upsampling with a fixed factor, the segmentation 
 they accept images of any size. Convs start Kaiming normal (fan-out), BN at 1/0, as timm makes them.
 """
 
-import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from common.lazy import Lazy
+
+timm = Lazy("timm")
 
 
 def resize_branch(x: Tensor, factor: int, size: tuple[int, int]) -> Tensor:

@@ -6,11 +6,13 @@ SegFormer's own release, and DAFormer's after it, have 1e-5 where patches are em
 
 import math
 
-from timm.models.pvt_v2 import OverlapPatchEmbed, PyramidVisionTransformerStage
 from torch import Tensor, nn
 
 from common.config.bounds import Positive, Rate
+from common.lazy import Lazy
 from common.models.backbones.swin import drop_path_rates
+
+timm = Lazy("timm")
 
 VARIANTS = {  # channels, blocks a stage
     "mit_b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
@@ -35,11 +37,12 @@ class MiT(nn.Module):
     ):
         super().__init__()
         self.channels, depths = VARIANTS[name]
-        self.patch_embed = OverlapPatchEmbed(
+        pvt = timm.models.pvt_v2
+        self.patch_embed = pvt.OverlapPatchEmbed(
             patch_size=7, stride=4, in_chans=3, embed_dim=self.channels[0]
         )
         self.stages = nn.ModuleList(
-            PyramidVisionTransformerStage(
+            pvt.PyramidVisionTransformerStage(
                 dim=self.channels[max(i - 1, 0)],
                 dim_out=self.channels[i],
                 depth=depths[i],

@@ -3,11 +3,13 @@ parameters keep timm's names."""
 
 from typing import Literal
 
-import timm
 from torch import nn
 
 from common.config import ConfigError
 from common.config.bounds import Rate, Side
+from common.lazy import Lazy
+
+timm = Lazy("timm")
 
 
 def resnet(

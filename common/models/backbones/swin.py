@@ -10,11 +10,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.config.bounds import Depth, Rate, Width
+from common.lazy import Lazy
+
+timm = Lazy("timm")
 
 
 def drop_path_rates(depths: Sequence[int], last: float) -> list[list[float]]:
@@ -102,8 +104,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.mlp = timm.layers.Mlp(dim, 4 * dim)
+        self.drop_path = timm.layers.DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.drop_path(self._attention(self.norm1(x), mask if self.shift else None))

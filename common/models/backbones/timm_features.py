@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError, nearest
 from common.config.bounds import AtLeast, AtMost, Length, Rate
+from common.lazy import Lazy
 from common.models.neck import MultiLevelNeck
 from common.models.pretrained.classifiers import classifier_weights
+
+timm = Lazy("timm")
 
 PREFIX = "timm:"
 # how timm lets images be of any size

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.config.bounds import Ascending, AtLeast, AtMost, Depth, Width
+from common.lazy import Lazy
+
+timm = Lazy("timm")
 
 Tap = Annotated[int, AtLeast(0), AtMost(63)]  # the number of a block
 
@@ -59,9 +61,9 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, dim))
         self.patch_embed = nn.Conv2d(3, dim, 16, stride=16)
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(max(taps) + 1)
-        )
+        kind = timm.models.vision_transformer.Block
+        block = partial(kind, dim, heads, qkv_bias=True, norm_layer=norm)
+        self.blocks = nn.ModuleList(block() for _ in range(max(taps) + 1))
         self._init_weights()
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
+from common.lazy import Lazy
 from common.models.pretrained.containers import find_weights, read_weights
 from common.models.pretrained.timm import check_host
+
+timm = Lazy("timm")
 
 COUNTER = "num_batches_tracked"
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-import timm
 from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor, nn
 
+from common.lazy import Lazy
 from common.models.pretrained import detectron2, mmseg
 from common.models.pretrained.containers import find_weights, read_weights, short
+
+timm = Lazy("timm")
 
 TAGS = {  # backbone → timm's pretrained model
     "resnet18": "resnet18.tv_in1k",
