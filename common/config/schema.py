@@ -59,11 +59,18 @@ class StreamConfig(SourceConfig):
 
 
 @dataclass(frozen=True)
+class ValidationConfig(SourceConfig):
+    """What is validated on, which is no training image unless the config says so."""
+
+    split: str = "val"
+
+
+@dataclass(frozen=True)
 class DataConfig(SourceConfig):
     """The training streams, and the validation source."""
 
     streams: Mapping[str, StreamConfig] = field(default_factory=dict)
-    val: SourceConfig = field(default_factory=lambda: SourceConfig(split="val"))
+    val: ValidationConfig = field(default_factory=ValidationConfig)
     workers: Processes = 2  # loader processes per stream
     cache: str | None = None  # folder of statistics and decoded images; None: <output>/.cache
     cache_size: Positive | None = None  # GiB of decoded images of the streams kept there; None: none

@@ -32,6 +32,7 @@ def test_streams_inherit_their_source(config):
     assert cfg.data.streams["labeled"].dataset == cfg.data.val.dataset == "camvid"
     assert cfg.data.streams["labeled"].root == "here"
     assert (cfg.data.streams["labeled"].split, cfg.data.val.split) == ("train", "val")
+    assert load_config(config, ["data.val.root=there"]).data.val.split == "val"  # another root, no training images
 
 
 def test_saved_config_reads_back_equal(config, tmp_path):
