@@ -14,7 +14,7 @@ from common import cli
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-MEASURED = ("step_blv", "usrn_step", "cpsl_step", "ltss", "cpsl", "loader", "metrics", "kmeans")
+MEASURED = ("step_blv", "usrn_step", "cpsl_step", "ltss", "attention_host", "cpsl", "loader", "metrics", "kmeans")
 HEAD = """# Performance
 
 Made by `python scripts/performance_page.py` from `docs/results/*.json`; a test fails where it is not. Every figure was

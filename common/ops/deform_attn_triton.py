@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from common.ops.deform_attn import level_constants
+from common.ops.deform_attn_bags import level_constants
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def _backward_kernel(
             )
 
 
-def _launch(
+def launch(
     kernel, tensors: tuple[Tensor, ...], value: Tensor, locations: Tensor, elements: int
 ) -> None:
     """Start a kernel on tiles of about `elements` numbers, the channels rounded up to a power of two."""
@@ -171,7 +171,7 @@ def forward(
     """(B, Q, M·D); contiguous inputs, shapes as in `ms_deform_attn`."""
     out = value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
     levels = level_constants(tuple(shapes), value.device)
-    _launch(
+    launch(
         _forward_kernel,
         (value, levels, locations, weights, out),
         value,
@@ -204,5 +204,5 @@ def backward(
         grad_locations,
         grad_weights,
     )
-    _launch(_backward_kernel, tensors, value, locations, elements=512)
+    launch(_backward_kernel, tensors, value, locations, elements=512)
     return grad_value.to(value.dtype), grad_locations, grad_weights

@@ -3,7 +3,8 @@
 `inference` compares predicted classes from query maps that are resized in bands of rows with K class maps at full size.
 `step` is forward and backward on one image beside Mask2Former of the `transformers` package, both on random weights;
 it needs that package. `operation` has every form of the attention that runs on the device; on a GPU the chosen form has
-to be 3 times as fast as `grid_sample`, in a quarter of its memory, at 16 images.
+to be 3 times as fast as `grid_sample`, in a quarter of its memory, at 16 images. `host` is what surrounds the two
+kernels of the attention, which small ones wait for: forward and backward without a launch, on a few tokens on the CPU.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from common.config import ModelConfig
 from common.models import build_model
 from common.models.mask2former import Mask2Former
+from common.ops import deform_attn
 from common.ops.deform_attn import choose_form, ms_deform_attn, triton_missing
 from ltss_benchmark.criterion import CriterionConfig, SetCriterion
 from ltss_benchmark.matcher import find_targets
@@ -29,7 +32,7 @@ FROZEN = 53_120  # affine parameters of ResNet-50's norms: constant here, traine
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--only", choices=tuple(PARTS), help="one of the three parts")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     parser.add_argument("--batch", type=int, help="images of `operation` (default 1, on a GPU 16)")
 
 
@@ -201,8 +204,38 @@ def bars_of(device: str, form: str) -> dict[str, float]:
     return {"bar": 3.0, "memory_bar": 0.25} if device == "cuda" and form != "grid_sample" else {}
 
 
+def host(args: argparse.Namespace, sizes: Sizes) -> list[measure.Row]:
+    """The attention's autograd function against the operator of `torch.library` that compiled code calls."""
+    if find_spec("triton") is None:
+        warnings.warn("host: left out, Triton is not installed", stacklevel=2)
+        return []
+
+    from common.ops import deform_attn_triton
+
+    shapes = ((2, 2), (4, 4))
+    tokens = sum(h * w for h, w in shapes)
+    places = (2, tokens, 8, len(shapes), 4)
+    tensors = (torch.randn(2, tokens, 8, 32), torch.rand(*places, 2), torch.rand(places))
+    value, locations, weights = (t.requires_grad_() for t in tensors)
+    gradient = torch.ones(2, tokens, 256)
+
+    def function() -> tuple[Tensor, ...]:
+        out = ms_deform_attn(value, shapes, locations, weights, form="triton")
+        return torch.autograd.grad(out, tensors, gradient)
+
+    def operator() -> tuple[Tensor, ...]:
+        out = deform_attn._fused(value, sum(shapes, ()), locations, weights, "triton")
+        return torch.autograd.grad(out, tensors, gradient)
+
+    with mock.patch.object(deform_attn_triton, "launch", lambda *arguments, **options: None):
+        forms = {"function": function, "operator": operator}
+        facts = {"tokens": tokens, "batch": 2}
+        return [measure.compare("host time of deformable attention", forms, args.rounds, check={}, **facts)]
+
+
 PARTS: dict[str, Callable[[argparse.Namespace, Sizes], list[measure.Row]]] = {
     "inference": inference,
     "step": step,
     "operation": operation,
+    "host": host,
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +161,14 @@ def test_benchmark_of_ltss(tmp_path, monkeypatch):
     monkeypatch.setattr(ltss, "find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="the package transformers is not installed"):
         assert bench("ltss", "--only", "step", tmp_path / "d.json") == []
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert bench("ltss", "--only", "host", tmp_path / "e.json") == []
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_benchmark_of_the_attentions_host_time(tmp_path):
+    [row] = bench("ltss", "--only", "host", tmp_path / "a.json")
+    assert set(row["ms"]) == {"function", "operator"} and row["tokens"] == 20
 
 
 def test_bars_of_the_attention_on_a_gpu(tmp_path, monkeypatch):

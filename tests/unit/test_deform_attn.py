@@ -211,3 +211,20 @@ def check_triton(device):
         assert out.dtype == dtype
         for ours, theirs in zip((out, *grads), (exact, *exact_grads), strict=True):
             assert (ours.double() - theirs).norm() <= tolerance * theirs.norm(), (layout, dtype)
+    check_dispatch(device)
+
+
+def check_dispatch(device):
+    """Compiled or not the same kernels run, with gradients of the first order alone."""
+    value, locations, weights = (t.to(device) for t in inputs(dtype=torch.float32))
+    sizes = [side for shape in SHAPES for side in shape]
+    out = ms_deform_attn(value, SHAPES, locations, weights, "triton")
+    assert torch.equal(out, deform_attn._fused(value, sizes, locations, weights, "triton"))
+
+    strided = value.transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(out, ms_deform_attn(strided, SHAPES, locations, weights, "triton"))
+
+    first = torch.autograd.grad(out.square().sum(), value, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
