@@ -24,14 +24,17 @@ from common.losses.upsampled import Total
 
 class UnlabelledLosses(NamedTuple):
     """`classes` is L_u_reg, `subclasses` L_u_sub; `kept` and `vetoed` are shares of all pixels, without gradient:
-    those with a class label, and those that the gate took a confident one from. `label` (B, h, w) are the labels that
-    L_u_reg learned, −1 where there is none."""
+    those with a class label, and those that the gate took a confident one from. `surer` is the share with a confident
+    label and a subclass branch that is not the less certain: no more can be vetoed. `label` (B, h, w) are the labels
+    that L_u_reg learned, −1 where there is none, `taken` those that the gate took away."""
 
     classes: Tensor
     subclasses: Tensor
     kept: Tensor
     vetoed: Tensor
+    surer: Tensor
     label: Tensor
+    taken: Tensor
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -77,13 +80,13 @@ def gated_labels(
 
     p = logits.float().softmax(1)
     q = sub_logits.float().softmax(1)
-    return vetoed(confident_classes(p, threshold), p, q, parents[sub_logits.argmax(1)])
-
-
-def vetoed(label: Tensor, p: Tensor, q: Tensor, parent: Tensor) -> Tensor:
-    """Confident labels (B, …) of p, −1 where q is not the less certain and `parent` (B, …), its winner's class, is
-    another. p: (B, C, …); q: (B, K, …), probabilities."""
     free = entropy_of(q) > entropy_of(p)
+    return vetoed(confident_classes(p, threshold), free, parents[sub_logits.argmax(1)])
+
+
+def vetoed(label: Tensor, free: Tensor, parent: Tensor) -> Tensor:
+    """Confident labels (B, …), −1 where they are not `free`, bool (B, …), of a subclass branch whose winner's class,
+    `parent` (B, …), is another."""
     agrees = parent == label
     return torch.where(agrees | free, label, IGNORE)
 
@@ -113,6 +116,14 @@ def area(label: Tensor, valid: Tensor | None) -> Tensor | int:
 def share(label: Tensor, pixels: Tensor | int) -> Tensor:
     """Labelled ones among so many pixels."""
     return (label != IGNORE).sum() / pixels
+
+
+def right_and_wrong(label: Tensor, truth: Tensor, pixels: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Labels (B, …) that are the truth's, and that are not, among so many pixels; −1 in either counts as neither."""
+    known = (label != IGNORE) & (truth != IGNORE)
+    right = known & (label == truth)
+
+    return right.sum() / pixels, (known & ~right).sum() / pixels
 
 
 def pseudo_label_loss(
@@ -149,12 +160,13 @@ def unlabelled_losses(
 
     confident = confident_classes(p, threshold, valid)
     sub_label = confident_classes(q, threshold, valid)
+    free = entropy_of(q) > entropy_of(p)
     if not gate:
         label = confident
     elif threshold < 0.5:
         label = gated_labels_by_product(weak, weak_sub, parents, threshold, valid)
     else:
-        label = vetoed(confident, p, q, parents[weak_sub.argmax(1)])
+        label = vetoed(confident, free, parents[weak_sub.argmax(1)])
 
     pixels = area(label, valid)
     kept = share(label, pixels)
@@ -164,5 +176,7 @@ def unlabelled_losses(
         subclasses=pseudo_label_loss(strong_sub, sub_label, pixels),
         kept=kept,
         vetoed=share(confident, pixels) - kept,
+        surer=share(torch.where(free, IGNORE, confident), pixels),
         label=label,
+        taken=torch.where(label == IGNORE, confident, IGNORE),
     )

@@ -40,11 +40,17 @@ from common.losses.counts import PseudoUnit
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
-from common.ops.resize import Size, size_of
-from semi_sup.losses import area, confident_labels, pseudo_label_loss, share, unlabelled_losses
+from common.ops.resize import size_of
+from semi_sup.losses import (
+    area,
+    confident_labels,
+    pseudo_label_loss,
+    right_and_wrong,
+    share,
+    unlabelled_losses,
+)
 from semi_sup.subclasses import chosen_counts, parents
-
-CELL = 8  # pixels along a side of a cell of the grid on which the unlabelled losses live
+from semi_sup.view_cells import CELL, at_cells, covers, inside, within
 
 
 @dataclass(frozen=True)
@@ -258,12 +264,28 @@ class SelfTraining(Baseline):
             strong.classes, label, pixels, partial(self.loss.total, progress=progress)
         )
         self.count(label, batch)
+        terms = {"Lu": loss, "kept": share(label, pixels)}
 
         return {
             "loss": self.options.unsupervised * loss,
-            "Lu": loss,
-            "kept": share(label, pixels),
+            **terms,
+            **self.checked({"kept": label}, batch, pixels),
         }
+
+    def checked(
+        self, labels: Mapping[str, Tensor], batch: Batch, pixels: Tensor | int
+    ) -> Losses:
+        """Of pseudo-labels (B, h, w) by name the shares that are right and wrong; nothing unless the stream has labels
+        of its own, which are looked at for this alone."""
+        if "label" not in batch:
+            return {}
+
+        truth = at_cells(self.model.pad_label(batch["label"]))
+        terms = {}
+        for name, label in labels.items():
+            terms[f"{name}_right"], terms[f"{name}_wrong"] = right_and_wrong(label, truth, pixels)
+
+        return terms
 
     def valid(self, batch: Batch, logits: Tensor) -> Tensor | None:
         """Which cells of the logits' grid count, bool (B, h, w): those that show the image; None: all.
@@ -338,6 +360,7 @@ class USRN(SelfTraining):
         if strong.subclasses is None or weak.subclasses is None:
             return super().unlabelled_terms(strong, weak, batch, progress)
 
+        valid = self.valid(batch, strong.classes)
         found = unlabelled_losses(
             strong.classes,
             strong.subclasses,
@@ -346,7 +369,7 @@ class USRN(SelfTraining):
             self.parents,
             o.threshold,
             gate=o.gate,
-            valid=self.valid(batch, strong.classes),
+            valid=valid,
             total=partial(self.loss.total, progress=progress),
         )
         self.count(found.label, batch)
@@ -356,43 +379,8 @@ class USRN(SelfTraining):
             "Lu_reg": found.classes,
             "kept": found.kept,
             "vetoed": found.vetoed,
+            "surer": found.surer,
         }
+        labels = {"kept": found.label, "vetoed": found.taken}
 
-        return {"loss": loss, **terms}
-
-
-def inside(geometry: Tensor, crop: Size, grid: Size) -> Tensor:
-    """Whether the centre of a cell of 8×8 pixels shows the image and no padding, bool (B, *grid).
-
-    geometry: (B, 7) as the samples carry it; crop: height and width in pixels; grid: those of the logits, which cover
-    the crop and what the network pads it by, at the bottom and the right. Padding of the crop itself lies at the bottom
-    and the right, mirrored crops have it at the left.
-    """
-    _, _, height, width, y, x, flip = geometry.T[..., None]
-    rows, columns = (centres(n, geometry.device) for n in grid)
-    mirrored = torch.where(flip > 0, crop[1] - columns, columns)
-    down = rows < height - y
-    across = mirrored < width - x
-    image = down[:, :, None] & across[:, None, :]
-    if covers(crop, grid):
-        return image
-
-    return image & within(crop, grid, len(geometry), geometry.device)
-
-
-def covers(crop: Size, grid: Size) -> bool:
-    """Whether a crop fills its grid: the network pads nothing."""
-    return crop == (CELL * grid[0], CELL * grid[1])
-
-
-def within(crop: Size, grid: Size, batch: int, device: torch.device) -> Tensor:
-    """Whether the centre of a cell lies in the crop of `crop` pixels, bool (batch, *grid)."""
-    down, across = (
-        centres(cells, device) < side for cells, side in zip(grid, crop, strict=True)
-    )
-    return (down[:, None] & across).expand(batch, *grid)
-
-
-def centres(cells: int, device: torch.device) -> Tensor:
-    """The centre of each cell along a side, in pixels."""
-    return torch.arange(CELL / 2, CELL * cells, CELL, device=device)
+        return {"loss": loss, **terms, **self.checked(labels, batch, area(found.label, valid))}

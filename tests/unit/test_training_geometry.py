@@ -21,7 +21,7 @@ from ltss_benchmark import criterion
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import Mask2FormerMethod
 from semi_sup.config import build_method
-from semi_sup.usrn import inside
+from semi_sup.view_cells import inside
 from tests.contexts import context
 from tests.unit.test_cpsl_method import SMALL as CPSL_NETWORK
 from tests.unit.test_models import SMALL, USRN

@@ -14,6 +14,7 @@ from semi_sup.losses import (
     gated_labels,
     gated_labels_by_product,
     pseudo_label_loss,
+    right_and_wrong,
     unlabelled_losses,
 )
 from semi_sup.subclasses import LIMIT, PRESETS, check_counts, offsets, parents, subclass_counts
@@ -128,6 +129,30 @@ def test_without_gate_and_what_it_takes():
     torch.testing.assert_close(free.kept, (confidence > 0.75).float().mean())
     torch.testing.assert_close(gated.kept + gated.vetoed, free.kept)
     assert gated.vetoed > 0 and free.vetoed == 0 and free.subclasses == gated.subclasses
+
+
+def test_what_is_vetoed_had_a_surer_branch():
+    """Pixel by pixel in double precision, whether or not the gate is shut."""
+    (strong, strong_sub), (weak, weak_sub) = views(), views()
+    surer, taken = torch.zeros(2, 9, 11, dtype=torch.bool), torch.full((2, 9, 11), -1)
+    for b, i, j in np.ndindex(*surer.shape):
+        p, q = softmax(weak[b, :, i, j]), softmax(weak_sub[b, :, i, j])
+        surer[b, i, j] = bool(p.max() > 0.75 and normalised_entropy(q) <= normalised_entropy(p))
+        if surer[b, i, j] and int(PARENTS[q.argmax()]) != p.argmax():
+            taken[b, i, j] = int(p.argmax())
+
+    gated, free = (unlabelled_losses(strong, strong_sub, weak, weak_sub, PARENTS, gate=g) for g in (True, False))
+    assert torch.equal(gated.taken, taken) and (free.taken == -1).all()
+    for found in (gated, free):
+        torch.testing.assert_close(found.surer, surer.float().mean())
+    torch.testing.assert_close(gated.vetoed, (taken >= 0).float().mean())
+    assert gated.surer > gated.vetoed > 0
+
+
+def test_right_and_wrong():
+    label, truth = torch.tensor([[-1, 0, 1, 2, 2, 3]]), torch.tensor([[0, 0, 2, 2, -1, -1]])
+    right, wrong = right_and_wrong(label, truth, 8)
+    assert (float(right), float(wrong)) == (2 / 8, 1 / 8)
 
 
 def test_only_the_strong_view_learns():
