@@ -79,9 +79,13 @@ def changes_of(
 
 
 def best_free(
-    split: Mapping[str, Any], baseline: str, remedy: str, free: list[str]
+    split: Mapping[str, Any], baseline: str, remedy: str, free: list[str], allowed: float = HEAD_ALLOWED
 ) -> tuple[str, Difference] | None:
-    """What a remedy has to beat, and its difference to it in mIoU(tail); None without a seed that all have."""
+    """What a remedy has to beat, and its difference to it in mIoU(tail).
+
+    That is the one of `free` and the baseline with the highest mIoU(tail) whose mIoU(head) is at most `allowed` below
+    the remedy's. None where there is none, or no seed that all have.
+    """
     matrices = matrices_of(split, [baseline, remedy, *free])
     if not free or remedy not in matrices or baseline not in matrices:
         return None
@@ -94,7 +98,7 @@ def best_free(
         {name: [score(runs[seed], split, key) for seed in seeds] for name, runs in matrices.items()}
         for key in ("miou_head", "miou_tail")
     )
-    least = np.mean(heads[remedy]) - HEAD_ALLOWED
+    least = np.mean(heads[remedy]) - allowed
     others = [name for name in matrices if name != remedy and np.mean(heads[name]) >= least]
     if not others:
         return None
