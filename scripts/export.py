@@ -10,7 +10,8 @@ scores are compared.
 import argparse
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def main() -> None:
     model = load_model(cfg.model, args.checkpoint)
     images = torch.randint(0, 256, (args.batch, 3, int(size[1]), int(size[2])), dtype=torch.uint8)
     scores = Scores(model.eval(), offsets_of(cfg, args.checkpoint))
-    apart = export(scores, images, Path(args.out), args.dynamic)
+    apart = export(scores, images, Path(args.out), cfg.model.name, args.dynamic)
     print(f"wrote {args.out}; its scores differ from the network's by {apart:.1e} (relative)")
 
 
@@ -74,22 +75,42 @@ def require_onnx() -> None:
 
 
 @torch.no_grad()
-def export(model: nn.Module, images: Tensor, out: Path, dynamic: bool = False) -> float:
-    """Write the program and run what was written; ValueError where it does not give the model's scores."""
+def export(model: nn.Module, images: Tensor, out: Path, name: str, dynamic: bool = False) -> float:
+    """Write the program and run what was written; its relative difference from the model.
+
+    name: what the config calls the model. ValueError where it cannot be exported, or does not give the model's scores.
+    """
     varying = torch.export.Dim.AUTO
     shapes = ({2: varying, 3: varying},) if dynamic else None
-    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    with refused(f"{out}: model {name} cannot be exported", "choose another network"):
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     out.parent.mkdir(parents=True, exist_ok=True)
 
     with replacing(out) as draft:
-        run = write_onnx(program, images, draft) if out.suffix == ".onnx" else write_pt2(program, draft)
+        if out.suffix == ".onnx":
+            with refused(f"{out}: model {name} cannot be written in ONNX", "write a .pt2 file"):
+                run = write_onnx(program, images, draft)
+        else:
+            run = write_pt2(program, draft)
+
         apart = difference(run(images), model(images))
         if dynamic:
-            apart = max(apart, at_another_size(model, run, images, out))
+            with refused(f"{out}: model {name} keeps its size", "leave --dynamic out and export each --size"):
+                apart = max(apart, at_another_size(model, run, images))
         if not apart <= TOLERANCE:
             raise ValueError(f"{out}: the exported program's scores differ by {apart:.1e} (relative); not written")
 
     return apart
+
+
+@contextmanager
+def refused(what: str, advice: str) -> Iterator[None]:
+    """Errors inside become a ValueError of one line: torch's compiler and onnxruntime have classes of their own."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{what} ({type(error).__name__}: {reason}); {advice}") from error
 
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
@@ -108,19 +129,11 @@ def write_onnx(program: torch.export.ExportedProgram, images: Tensor, path: Path
     return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0])
 
 
-def at_another_size(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, out: Path) -> float:
-    """The difference at a second size. ValueError where the program holds on to the first one."""
+def at_another_size(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """The difference at a second size. Whatever the program raises that holds on to the first one."""
     height, width = images.shape[-2] + FURTHER[0], images.shape[-1] + FURTHER[1]
     larger = torch.randint(0, 256, (*images.shape[:2], height, width), dtype=torch.uint8)
-    try:
-        found = run(larger)
-    except Exception as error:  # torch's guards and onnxruntime have classes of their own
-        reason = " ".join(str(error).split())[:150]
-        name = type(getattr(model, "model", model)).__name__
-        text = f"{out}: {name} cannot be exported with --dynamic, {height}x{width} fails ({reason})"
-        raise ValueError(f"{text}; leave it out and export each --size") from error
-
-    return difference(found, model(larger))
+    return difference(run(larger), model(larger))
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

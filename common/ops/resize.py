@@ -86,7 +86,8 @@ def taps(
 def adaptive_average(x: Tensor, size: int) -> Tensor:
     """Average over a size × size grid of bins: (B, C, H, W) to (B, C, size, size).
 
-    CUDA's own kernel adds its gradients in no fixed order; when determinism is asked for, two matrix products do it.
+    CUDA's own kernel adds its gradients in no fixed order, and an exported one holds on to the size of its bins: when
+    determinism is asked for, and in an export, two matrix products do it.
     """
     if size == 1:
         return x.mean((2, 3), keepdim=True)
@@ -96,8 +97,9 @@ def adaptive_average(x: Tensor, size: int) -> Tensor:
 
 
 def needs_products(x: Tensor) -> bool:
-    """Whether the pooling of `x` must be made of operations that have an order."""
-    return x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    """Whether the pooling of `x` must be made of operations that have an order, or that take any size."""
+    ordered = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return ordered or torch.compiler.is_exporting()
 
 
 def _bins(length: int, size: int, like: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The programs under scripts/: what they write, and that bad input ends in one line and exit code 2."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from common.config import SourceConfig, load_config
 from common.data import DATASETS, SegmentationDataset, make_streams
@@ -32,7 +31,6 @@ from scripts import (
     shrink_dataset,
 )
 from tests.unit.data_files import classes, picture, save, save_rgb16
-from tests.unit.four_systems import tiny_config
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("unchanged")
@@ -88,7 +86,7 @@ def test_documented_example_trains_on_what_it_says(tmp_path):
     assert len(SegmentationDataset(cfg.data.val)) == 1
 
 
-# convert_checkpoint, export -----------------------------------------------------------------------------------------
+# convert_checkpoint -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -143,59 +141,6 @@ def test_convert_an_official_file(tmp_path, call, fails):
     assert "there already" in fails(convert_checkpoint.main, *again, tmp_path / "prototypes.pt")
     assert "holds no prototypes" in fails(convert_checkpoint.main, *again, tmp_path / "p.pt")
     assert out.read_bytes() == before
-
-
-def test_export_runs_without_the_project(tmp_path, call, fails):
-    out, weights, config = tmp_path / "small.pt2", tmp_path / "w.safetensors", ROOT / "uda/configs/toy/warm_up.yaml"
-    model = build_model(load_config(config).model).eval()
-    save_file(model.state_dict(), weights)
-    call(export.main, config, weights, "--size", "32x64", "--out", out)
-    images = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        found, expected = torch.export.load(out).module()(images), model.predict(images)
-    assert found.shape == (1, 19, 32, 64)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert "give HEIGHTxWIDTH" in fails(export.main, config, weights, "--size", "32", "--out", out)
-
-
-def test_export_of_any_size(scenes, tmp_path, call, fails):
-    """DeepLabV3+ takes sizes that it was not exported with; without its packages ONNX is refused."""
-    config, weights = tiny_config("ltss_benchmark", scenes, tmp_path), tmp_path / "w.safetensors"
-    model = build_model(load_config(config).model).eval()
-    save_file(model.state_dict(), weights)
-    words = (config, weights, "--size", "64x96", "--dynamic", "--out")
-    call(export.main, *words, tmp_path / "any.pt2")
-    program = torch.export.load(tmp_path / "any.pt2").module()
-    for size in ((64, 96), (96, 160)):
-        images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
-        with torch.no_grad():
-            torch.testing.assert_close(program(images), model.predict(images), rtol=1e-4, atol=1e-5)
-
-    missing = [name for name in export.ONNX if importlib.util.find_spec(name) is None]
-    if missing:
-        assert "pip install .[onnx]" in fails(export.main, *words, tmp_path / "any.onnx")
-        return
-
-    import onnxruntime
-
-    call(export.main, *words, tmp_path / "any.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "any.onnx", providers=["CPUExecutionProvider"])
-    images = torch.randint(0, 256, (1, 3, 128, 64), dtype=torch.uint8)  # neither of the sizes that it was tried at
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(found), model.predict(images), rtol=1e-4, atol=1e-4)
-
-
-def test_export_names_a_network_that_keeps_its_size(tmp_path):
-    class Fixed(torch.nn.Module):
-        def forward(self, images):
-            return images.float() + torch.zeros(32, 64)
-
-    images = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
-    out = tmp_path / "fixed.pt2"
-    with pytest.raises(ValueError, match="Fixed cannot be exported with --dynamic, 96x96 fails .*; leave it out"):
-        export.export(Fixed(), images, out, dynamic=True)
-    assert not out.exists() and export.export(Fixed(), images, out) == 0
 
 
 # browse, doctor ---------------------------------------------------------------------------------------------------
