@@ -2,10 +2,22 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops.resize import resize
+
+
+def layer_dtype(weight: Tensor) -> torch.dtype:
+    """The precision in which a layer with this weight works: under autocast not the weight's own.
+
+    Autocast remembers its cast of a parameter, but neither that of a part of one nor that of a constant.
+    """
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class ConvBNAct(nn.Module):

@@ -48,7 +48,7 @@ def test_sine_position_of_a_small_map():
 
 
 def test_pixel_centres():
-    centres = pixel_centres([(1, 2), (2, 1)], torch.device("cpu"))
+    centres = pixel_centres(((1, 2), (2, 1)), torch.device("cpu"))
     assert centres.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
 
 

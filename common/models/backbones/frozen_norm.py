@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.models.layers import layer_dtype
+
 
 class Made(NamedTuple):
-    """Scale and shift, with the buffers that they were made of."""
+    """Scale, and shift in the convolution's precision, with the buffers that they were made of."""
 
     buffers: tuple[Tensor, ...]
     versions: tuple[int, ...]  # torch counts what is written into a tensor
@@ -22,10 +24,10 @@ class Made(NamedTuple):
 
 
 def _affine(
-    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float
+    weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     scale = weight * (variance + eps).rsqrt()
-    return scale, bias - mean * scale
+    return scale, (bias - mean * scale).to(dtype)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -40,17 +42,18 @@ class FrozenBatchNorm2d(nn.Module):
 
         self._made: Made | None = None
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift (C,); made once, and again when the buffers have other values or are others."""
+    def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and shift (C,), the latter in `dtype`; made once, and again when that is another, or the buffers have
+        other values or are others."""
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return _affine(*buffers, self.eps)
+            return _affine(*buffers, self.eps, dtype)
 
         versions = tuple(buffer._version for buffer in buffers)
         made = self._made
         same = made is not None and all(map(operator.is_, made.buffers, buffers))
-        if made is None or not same or made.versions != versions:
-            made = Made(buffers, versions, *_affine(*buffers, self.eps))
+        if made is None or not same or made.versions != versions or made.shift.dtype != dtype:
+            made = Made(buffers, versions, *_affine(*buffers, self.eps, dtype))
             self._made = made
 
         return made.scale, made.shift
@@ -76,7 +79,7 @@ class FrozenNormConv2d(nn.Conv2d):
         self.norm = (norm,)  # in a tuple: the buffers belong to the norm's own place
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self.norm[0].affine()
+        scale, shift = self.norm[0].affine(layer_dtype(self.weight))
         weight = self.weight * scale.view(-1, 1, 1, 1)
         return F.conv2d(x, weight, shift, self.stride, self.padding, self.dilation, self.groups)
 

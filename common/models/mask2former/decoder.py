@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from common.models.layers import layer_dtype
 from common.models.mask2former.pixel_decoder import PixelFeatures, sine_position
 from common.ops.resize import resize
 
@@ -35,14 +36,13 @@ class Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """query (B, Q, d), key and value (B, N, d); mask (B, 1, Q, N) is true where a query may look → (B, Q, d)."""
+        dtype = layer_dtype(self.in_proj_weight)
+        weights = self.in_proj_weight.to(dtype).chunk(3)
+        biases = self.in_proj_bias.to(dtype).chunk(3)
+
         projected = [
             rearrange(F.linear(x, weight, bias), "b n (h d) -> b h n d", h=self.heads)
-            for x, weight, bias in zip(
-                (query, key, value),
-                self.in_proj_weight.chunk(3),
-                self.in_proj_bias.chunk(3),
-                strict=True,
-            )
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
         attended = F.scaled_dot_product_attention(*projected, attn_mask=mask)
         return self.out_proj(rearrange(attended, "b h n d -> b n (h d)"))

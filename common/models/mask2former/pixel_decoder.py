@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.ops.deform_attn import ms_deform_attn
+from common.ops.kept import kept
 from common.ops.resize import resize
 
 GROUPS = 32  # of every group norm
@@ -24,9 +25,10 @@ class PixelFeatures(NamedTuple):
 
     mask_features: Tensor  # (B, d, H/4, W/4)
     levels: list[Tensor]  # (B, h·w, d) at strides 32, 16, 8
-    shapes: list[tuple[int, int]]  # (h, w) of each level
+    shapes: tuple[tuple[int, int], ...]  # (h, w) of each level
 
 
+@kept
 def sine_position(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """(H·W, dim) sine embedding of pixel positions: dim/2 features of y, then dim/2 of x, sine and cosine in turn.
 
@@ -50,7 +52,8 @@ def sine_position(height: int, width: int, dim: int, device: torch.device) -> Te
     return torch.cat([y, x], 2).flatten(0, 1)
 
 
-def pixel_centres(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+@kept
+def pixel_centres(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """(Σ h·w, 2) centres (x, y) in [0, 1]² of the pixels of all levels."""
     centres = []
     for height, width in shapes:
@@ -98,7 +101,7 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self, query: Tensor, tokens: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]
+        self, query: Tensor, tokens: Tensor, centres: Tensor, shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         """query and tokens (B, S, d), centres (S, 2) → (B, S, d)."""
         batch, count, _ = tokens.shape
@@ -116,7 +119,8 @@ class DeformableAttention(nn.Module):
         )
 
 
-def _reciprocal_sizes(shapes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+@kept
+def _reciprocal_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """(L, 1, 2) of 1 / W, 1 / H, filled on the device so that nothing waits for the host."""
     sizes = [
         torch.full((1,), 1 / side, device=device)
@@ -140,7 +144,7 @@ class EncoderLayer(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(
-        self, x: Tensor, position: Tensor, centres: Tensor, shapes: Sequence[tuple[int, int]]
+        self, x: Tensor, position: Tensor, centres: Tensor, shapes: tuple[tuple[int, int], ...]
     ) -> Tensor:
         x = self.norm1(x + self.self_attn(x + position, x, centres, shapes))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
@@ -216,7 +220,7 @@ class PixelDecoder(nn.Module):
         projected = [
             project(m) for project, m in zip(self.input_proj, reversed(maps[1:]), strict=True)
         ]
-        shapes = [tuple(m.shape[-2:]) for m in projected]
+        shapes = tuple((m.shape[-2], m.shape[-1]) for m in projected)
         device = projected[0].device
         dim = projected[0].shape[1]
         position = torch.cat(
