@@ -17,6 +17,7 @@ from common.config import Config, ConfigError, ModelConfig, TrainConfig
 from common.data.statistics import placeholder
 from common.data.streams import check_division
 from common.engine import checkpoint, optim, trackers
+from common.engine.checkpoint import AVERAGE
 from common.engine.method import Batch, Method, MethodContext
 from common.models import SegmentationModel
 from common.models.pretrained.containers import find_weights
@@ -199,7 +200,7 @@ def prepare(
     mode = {"mode": RECORDED} if cfg.train.compile == RECORDED else {}
 
     if cfg.train.compile:
-        for network in trained_networks(method):
+        for network in called_networks(method):
             network.compile(**mode)
 
     return method
@@ -232,9 +233,11 @@ def _built(
     return method
 
 
-def trained_networks(method: Method) -> list[SegmentationModel]:
-    """The method's networks that learn: not its teachers, though one of them may be what predicts."""
-    networks = [part for part in method.children() if isinstance(part, SegmentationModel)]
+def called_networks(method: Method) -> list[SegmentationModel]:
+    """The networks that a training step calls: students and teachers, not the average of `train.ema`, which predicts
+    alone."""
     return [
-        network for network in networks if any(p.requires_grad for p in network.parameters())
+        part
+        for name, part in method.named_children()
+        if isinstance(part, SegmentationModel) and name != AVERAGE.rstrip(".")
     ]

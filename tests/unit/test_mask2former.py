@@ -52,6 +52,36 @@ def test_pixel_centres():
     assert centres.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
 
 
+def test_what_depends_on_sizes_alone_is_made_once():
+    with torch.inference_mode():
+        made = sine_position(4, 5, 8, torch.device("cpu"))
+    assert sine_position(4, 5, 8, torch.device("cpu")) is made and not made.is_inference()
+
+    program = torch.export.export(Positions(), (torch.zeros(6, 7, 8),))
+    kept = sine_position(6, 7, 8, torch.device("cpu"))
+    assert type(kept) is torch.Tensor and torch.equal(program.module()(torch.zeros(6, 7, 8)), kept)
+
+
+class Positions(nn.Module):
+    def forward(self, x):
+        return x.flatten(0, 1) + sine_position(*x.shape, x.device)
+
+
+def test_packed_weights_are_cast_once():
+    """With the numbers of casts of their parts, gradients included."""
+    attention, x, dtype = Attention(32, 4), torch.randn(2, 5, 32), torch.bfloat16
+    with torch.autocast("cpu", dtype):
+        found = attention(x, x, x)
+    ours = torch.autograd.grad(found.float().square().sum(), list(attention.parameters()))
+
+    parts = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+    heads = [F.linear(x.to(dtype), w.to(dtype), b.to(dtype)).unflatten(2, (4, 8)).transpose(1, 2) for w, b in parts]
+    merged = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    expected = F.linear(merged, *(p.to(dtype) for p in (attention.out_proj.weight, attention.out_proj.bias)))
+    theirs = torch.autograd.grad(expected.float().square().sum(), list(attention.parameters()))
+    assert torch.equal(found, expected) and all(map(torch.equal, ours, theirs))
+
+
 def test_initial_values():
     pixel, decoder = PixelDecoder((8, 8, 8, 8)), MaskedDecoder(outputs=12)
     attention = pixel.layers[3].self_attn

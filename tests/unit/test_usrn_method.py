@@ -167,14 +167,14 @@ def test_pooled_images_beside_others():
 
 
 @pytest.mark.parametrize("predicts", ["student", "teacher"])
-def test_what_learns_is_compiled(predicts, monkeypatch):
-    """Not the network that predicts, which may be the teacher."""
+def test_what_a_step_calls_is_compiled(predicts, monkeypatch):
+    """Student and teacher, whichever of them predicts."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
     m = method("self_training", predicts=predicts)
     cfg = Config(ModelConfig("deeplabv3plus", 5), train=TrainConfig(compile=True))
     prepare(cfg, lambda cfg, context: m, context(), torch.device("cpu"))
-    assert compiled == [m.model]
+    assert compiled == [m.model, m.teacher]
 
 
 def test_total_is_the_weighted_sum():
