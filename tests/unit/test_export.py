@@ -73,7 +73,8 @@ def test_export_names_a_network_that_keeps_its_size(tmp_path):
 # Every architecture --------------------------------------------------------------------------------------------------
 
 WITH_ONNX = pytest.mark.skipif(bool(LACKING), reason=f"not installed: {', '.join(LACKING)}")
-ANY_SIZE = ("pspnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ocrnet", "segformer", "daformer")))
+LONG = ("ocrnet", "segformer", "daformer", "upernet_vit")
+ANY_SIZE = ("pspnet", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG))
 
 
 @pytest.mark.parametrize("end", [".pt2", pytest.param(".onnx", marks=WITH_ONNX)])
