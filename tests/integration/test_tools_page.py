@@ -137,7 +137,7 @@ def program(monkeypatch) -> Callable[[str], Callable[[], int | None]]:
     def of(name: str) -> Callable[[], int | None]:
         main = import_module(name.removesuffix(".py").replace("/", ".")).main
         here = {"PROJECT": Path.cwd(), "download": wheel}
-        if name in ("scripts/performance_page.py", "scripts/model_cards.py"):
+        if name in ("scripts/performance_page.py", "scripts/model_cards.py", "scripts/gate_page.py"):
             here["PAGE"] = Path("page.md")
         for key, value in here.items():
             if key in main.__globals__:
