@@ -74,7 +74,7 @@ def pictures(results: Mapping[str, Any], plan: str) -> dict[str, str]:
     for name, split in results["splits"].items():
         changes = changes_of(split, list(results["remedies"]), list(results["after"]))
         if changes is not None:
-            found[picture_of(plan, name)] = plot.plot(*changes)
+            found[picture_of(plan, name)] = plot.plot(*changes, changed(results))
 
     return found
 

@@ -1,8 +1,8 @@
 """The trade-off of scripts/evidence.py as a picture: what each remedy does to head and tail, beside what is free.
 
 A point is a remedy's mean change of mIoU(head) (across) and mIoU(tail) (up) against the baseline of the same seeds; its
-cross is the 95 % interval of each. The line joins the strengths of what is changed after training: a remedy that trains
-has to lie above it.
+cross is the 95 % interval of each. A line joins the strengths of what is changed after training, from the remedy whose
+networks it changes on: a remedy that trains has to lie above the lines that begin at the baseline.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ STYLE = (
 )
 
 
-def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]]) -> str:
-    """SVG. curves: of each remedy after training its strengths in order."""
+def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]], of: Mapping[str, str]) -> str:
+    """SVG. curves: of each change after training its strengths in order; of: the remedy whose networks it changes."""
     bare = [change for curve in curves.values() for change in curve]  # drawn without intervals
     across = Axis(_reach([change[0] for change in remedies.values()], [change[0] for change in bare]), LEFT, RIGHT)
     up = Axis(_reach([change[1] for change in remedies.values()], [change[1] for change in bare]), BOTTOM, TOP)
@@ -29,8 +29,9 @@ def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]])
     parts = [*_grid(across, up)]
     names = [*curves, *remedies]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    origin = (Difference(0.0, 1), Difference(0.0, 1))  # the baseline
     for name, curve in curves.items():
-        parts += _curve(curve, across, up, colours[name])
+        parts += _curve([remedies.get(of[name], origin), *curve], across, up, colours[name])
     for name, change in remedies.items():
         parts += _point(change, across, up, colours[name])
     for i, name in enumerate(names):
@@ -97,9 +98,8 @@ def _line(mark: float) -> str:
 
 
 def _curve(curve: Sequence[Change], across: Axis, up: Axis, colour: str) -> list[str]:
-    """Through the baseline, which is strength 0."""
-    places = [(across(0), up(0))]
-    places += [(across(100 * head.mean), up(100 * tail.mean)) for head, tail in curve]
+    """curve: what is changed itself, which is strength 0, and the strengths."""
+    places = [(across(100 * head.mean), up(100 * tail.mean)) for head, tail in curve]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places[1:]]
     return [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>', *dots]

@@ -256,13 +256,22 @@ def test_the_picture_puts_changes_where_they_belong():
     def change(head, tail):
         return (Difference(head / 100, 2, half_width=0.001), Difference(tail / 100, 2, half_width=0.001))
 
-    root = ElementTree.fromstring(plot.plot({"worse": change(-1, -2), "better": change(1, 2)}, {}))
+    points = {"worse": change(-1, -2), "better": change(1, 2)}
+    curves = {"free": [change(0, 1)], "then": [change(1, 3)]}
+    of = {"free": "baseline", "then": "better"}
+    root = ElementTree.fromstring(plot.plot(points, {}, {}))
     dots = [dot for dot in root.iter() if dot.tag.endswith("circle")][:2]
     (x0, y0), (x1, y1) = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in dots]
     assert x0 < x1 and y0 > y1, "pixels grow downwards"
     zeros = [line for line in root.iter() if line.get("class") == "zero"]
     centre = ((x0 + x1) / 2, (y0 + y1) / 2)
     assert (float(zeros[0].get("x1")), float(zeros[1].get("y1"))) == pytest.approx(centre, abs=0.2)
+
+    root = ElementTree.fromstring(plot.plot(points, curves, of))
+    free, then = [line.get("points").split(" ") for line in root.iter() if line.tag.endswith("polyline")]
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in root.iter() if dot.tag.endswith("circle")]
+    assert then[0] == dots[3] and free[1:] + then[1:] == dots[:2], "a line begins at the remedy that it changes"
+    assert free[0].split(",")[0] == free[1].split(",")[0], "at the baseline, right below a gain of the tail alone"
 
 
 def test_packed_matrices_come_back():
