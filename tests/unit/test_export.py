@@ -31,6 +31,13 @@ def test_export_runs_without_the_project(tmp_path, call, fails):
     assert "give HEIGHTxWIDTH" in fails(export.main, config, weights, "--size", "32", "--out", out)
 
 
+def test_export_refuses_what_would_not_end(tmp_path, fails):
+    config, out = ROOT / "fully_sup/configs/knet/knet_s3_upernet_swin-t_8x2_512x1024_adamw_80k_cityscapes.yaml", "k.pt2"
+    words = (config, tmp_path / "none.safetensors", "--size", "64x96", "--out", tmp_path / out)
+    assert "--dynamic: model knet keeps its size; leave it out" in fails(export.main, *words, "--dynamic")
+    assert "none.safetensors" in fails(export.main, *words), "without --dynamic its checkpoint is looked for"
+
+
 def test_export_of_any_size(scenes, tmp_path, call, fails):
     """DeepLabV3+ takes sizes that it was not exported with; without its packages ONNX is refused."""
     config, weights = tiny_config("ltss_benchmark", scenes, tmp_path), tmp_path / "w.safetensors"
