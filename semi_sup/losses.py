@@ -26,7 +26,7 @@ class UnlabelledLosses(NamedTuple):
     """`classes` is L_u_reg, `subclasses` L_u_sub; `kept` and `vetoed` are shares of all pixels, without gradient:
     those with a class label, and those that the gate took a confident one from. `surer` is the share with a confident
     label and a subclass branch that is not the less certain: no more can be vetoed. `label` (B, h, w) are the labels
-    that L_u_reg learned, −1 where there is none, `taken` those that the gate took away."""
+    that L_u_reg learned, −1 where there is none, `confident` those before the gate; `pixels` all that count."""
 
     classes: Tensor
     subclasses: Tensor
@@ -34,7 +34,13 @@ class UnlabelledLosses(NamedTuple):
     vetoed: Tensor
     surer: Tensor
     label: Tensor
-    taken: Tensor
+    confident: Tensor
+    pixels: Tensor | int
+
+    @property
+    def taken(self) -> Tensor:
+        """The labels that the gate took away."""
+        return torch.where(self.label == IGNORE, self.confident, IGNORE)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -169,14 +175,17 @@ def unlabelled_losses(
         label = vetoed(confident, free, parents[weak_sub.argmax(1)])
 
     pixels = area(label, valid)
-    kept = share(label, pixels)
+    sure = confident != IGNORE
+    masks = torch.stack([label != IGNORE, sure, sure > free])  # > is "and not"
+    kept, before, surer = masks.flatten(1).sum(1) / pixels
 
     return UnlabelledLosses(
         classes=pseudo_label_loss(strong, label, pixels, total),
         subclasses=pseudo_label_loss(strong_sub, sub_label, pixels),
         kept=kept,
-        vetoed=share(confident, pixels) - kept,
-        surer=share(torch.where(free, IGNORE, confident), pixels),
+        vetoed=before - kept,
+        surer=surer,
         label=label,
-        taken=torch.where(label == IGNORE, confident, IGNORE),
+        confident=confident,
+        pixels=pixels,
     )

@@ -265,21 +265,16 @@ class SelfTraining(Baseline):
         )
         self.count(label, batch)
         terms = {"Lu": loss, "kept": share(label, pixels)}
+        if "label" in batch:
+            terms |= self.checked({"kept": label}, batch, pixels)
 
-        return {
-            "loss": self.options.unsupervised * loss,
-            **terms,
-            **self.checked({"kept": label}, batch, pixels),
-        }
+        return {"loss": self.options.unsupervised * loss, **terms}
 
     def checked(
         self, labels: Mapping[str, Tensor], batch: Batch, pixels: Tensor | int
     ) -> Losses:
-        """Of pseudo-labels (B, h, w) by name the shares that are right and wrong; nothing unless the stream has labels
-        of its own, which are looked at for this alone."""
-        if "label" not in batch:
-            return {}
-
+        """Of pseudo-labels (B, h, w) by name the shares that are right and wrong by the stream's own labels, which are
+        looked at for this alone."""
         truth = at_cells(self.model.pad_label(batch["label"]))
         terms = {}
         for name, label in labels.items():
@@ -360,7 +355,6 @@ class USRN(SelfTraining):
         if strong.subclasses is None or weak.subclasses is None:
             return super().unlabelled_terms(strong, weak, batch, progress)
 
-        valid = self.valid(batch, strong.classes)
         found = unlabelled_losses(
             strong.classes,
             strong.subclasses,
@@ -369,7 +363,7 @@ class USRN(SelfTraining):
             self.parents,
             o.threshold,
             gate=o.gate,
-            valid=valid,
+            valid=self.valid(batch, strong.classes),
             total=partial(self.loss.total, progress=progress),
         )
         self.count(found.label, batch)
@@ -381,6 +375,8 @@ class USRN(SelfTraining):
             "vetoed": found.vetoed,
             "surer": found.surer,
         }
-        labels = {"kept": found.label, "vetoed": found.taken}
+        if "label" in batch:
+            labels = {"kept": found.label, "vetoed": found.taken}
+            terms |= self.checked(labels, batch, found.pixels)
 
-        return {"loss": loss, **terms, **self.checked(labels, batch, area(found.label, valid))}
+        return {"loss": loss, **terms}
