@@ -137,6 +137,11 @@ def test_a_folder_in_any_case_below_the_variable(here, monkeypatch):
     assert resolve(SourceConfig(dataset="gta5"))[1] == here / "gta5"
 
 
+def test_the_error_of_a_toy_set_says_how_to_make_it(here):
+    with pytest.raises(ValueError, match=r"datasets/toy_gta5 .*; scripts/make_toy.py makes toy sets"):
+        resolve(SourceConfig(dataset="gta5", root="datasets/toy_gta5"))
+
+
 def test_the_error_names_link_and_variable(here):
     with pytest.raises(
         ValueError,

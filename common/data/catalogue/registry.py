@@ -271,10 +271,10 @@ def resolve(source: SourceConfig) -> tuple[DatasetRow, Path]:
         (Path(source.root).expanduser(), "`root` of the config") if source.root else home(row)
     )
     if not root.is_dir():
-        raise ValueError(
-            f"data set {row.name!r}: no folder {root} ({origin}); set `root`, or {row.env} to the folder that holds "
-            f"{row.folder}/, or link it: ln -s WHERE_IT_IS {root}"
-        )
+        ways = f"set `root`, or {row.env} to the folder that holds {row.folder}/, or link it: ln -s WHERE_IT_IS {root}"
+        if root.name.startswith("toy"):
+            ways = "scripts/make_toy.py makes toy sets, as do scripts/demo.sh and `main.sh toy` (docs/datasets.md)"
+        raise ValueError(f"data set {row.name!r}: no folder {root} ({origin}); {ways}")
 
     return row.named(root), root
 
