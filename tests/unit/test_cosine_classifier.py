@@ -114,7 +114,7 @@ def test_saved_and_loaded(name, tmp_path):
 def test_exported_and_adjusted(tmp_path):
     model = built(cosine(SMALL["upernet"])).eval()
     x = images(1, 64, 96)
-    assert export(Scores(model), x, tmp_path / "model.pt2") < 1e-5
+    assert export(Scores(model), x, tmp_path / "model.pt2", "upernet") < 1e-5
 
     offsets = post_hoc_offsets([1, 10, 100, 1000, 10], 1.0)
     with torch.no_grad():

@@ -102,7 +102,7 @@ def test_it_is_trained_saved_and_loaded(name, tmp_path):
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", *(pytest.param(n, marks=pytest.mark.slow) for n in EXPORTED)])
 def test_it_is_exported(name, tmp_path):
     model = disturb(build_model(config(name)))
-    assert export(Scores(model), images()[:1], tmp_path / "model.pt2") < 1e-4
+    assert export(Scores(model), images()[:1], tmp_path / "model.pt2", name) < 1e-4
 
 
 @pytest.mark.parametrize("name", NAMES)
