@@ -277,6 +277,13 @@ def configs(report: Any) -> str:
     return section("configuration", "Configuration", body + whole)
 
 
+def _setting(key: str, settings: Mapping[str, str], base: Mapping[str, str]) -> str:
+    """A setting of a run beside that of the baseline."""
+    value = escape(settings.get(key, "–"))
+    other = escape(base.get(key, "–"))
+    return f"<code>{escape(key)}</code> {value} (not {other})"
+
+
 def _changed(names: Sequence[str], flat: Sequence[Mapping[str, str]]) -> str:
     """In a line for each run, what it sets otherwise than the baseline."""
     base = flat[0]
@@ -285,10 +292,7 @@ def _changed(names: Sequence[str], flat: Sequence[Mapping[str, str]]) -> str:
     for i, settings in list(enumerate(flat))[1:]:
         keys = [key for key in {**base, **settings} if key not in NAMING]
         keys = [key for key in keys if base.get(key) != settings.get(key)]
-        said = [
-            f"<code>{escape(key)}</code> {escape(settings.get(key, '–'))} (not {escape(base.get(key, '–'))})"
-            for key in keys[:NAMED]
-        ]
+        said = [_setting(key, settings, base) for key in keys[:NAMED]]
         more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         text = ", ".join(said) + more if said else "no other setting"
         items.append(f'<li class="r{i}">{swatch(i)} <b>{escape(names[i])}</b>: {text}</li>')

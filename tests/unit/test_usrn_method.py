@@ -201,35 +201,6 @@ def test_switches():
     assert set(run(method("baseline").eval(), streams)) == {"Ls", "loss"}
 
 
-@pytest.mark.parametrize("name, branch", [("usrn", True), ("usrn", False), ("self_training", False)])
-def test_labels_of_unlabelled_images_are_looked_at_and_not_learned(name, branch):
-    """The truth at the centres of the cells of 8×8 pixels; losses and what else is logged stay as they were."""
-    streams = batches()
-    m = method(name, threshold=0.2, **({"branch": branch} if name == "usrn" else {"teacher": "none"})).eval()
-    before = run(m, streams)
-
-    net = m.model
-    with torch.no_grad():
-        out = net(streams["unlabeled"]["weak"], subclasses=branch, pooled=2)
-    p = out["pooled_logits"].softmax(1)
-    label = gated_labels(out["pooled_logits"], out["pooled_sub_logits"], m.parents, 0.2) if branch else p.argmax(1)
-    label = torch.where(p.amax(1) > 0.2, label, -1)
-    truth = torch.randint(-1, 5, (2, 4, 4), generator=torch.Generator().manual_seed(3))
-    truth[0] = label[0]
-    pixels = torch.full((2, 32, 32), 4, dtype=torch.int16)
-    pixels[:, 4::8, 4::8] = truth
-    streams["unlabeled"]["label"] = pixels
-
-    m.zero_grad()
-    after = run(m, streams)
-    named = {"kept", "vetoed"} if branch else {"kept"}
-    assert set(after) - set(before) == {f"{key}_{end}" for key in named for end in ("right", "wrong")}
-    assert all(after[key] == value for key, value in before.items())
-    kept = (label >= 0) & (truth >= 0)
-    assert after["kept_right"] == (kept & (label == truth)).float().mean() > 0
-    assert after["kept_wrong"] == (kept & (label != truth)).float().mean()
-
-
 def test_unlabelled_images_need_no_label_and_borders_do_not_count():
     streams = batches()
     geometry = streams["unlabeled"]["geometry"]
