@@ -36,7 +36,7 @@ from common.evaluation.identity import differences
 from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
-from common.jobs.plan import ROOT
+from common.jobs.plan import ROOT, Entry, entry_of
 from scripts import model_cards, run_many
 from scripts.study import summary
 from scripts.study.page import FURTHER, FURTHER_OF_CLASS, page_of, pictures
@@ -106,8 +106,17 @@ def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
     found = []
     for split, jobs in plan.finals(choices).items():
         runs = runs_of(jobs, args)
-        absent = [run for run in runs if not _is_recorded(known, split, run, choices)]
-        needed = {run.after for run in absent}
+        absent = [
+            run for run in runs if run.name in plan.remedies and not _is_recorded(known, split, run, choices)
+        ]
+        before = {run.label: run.after for run in runs}
+        needed: set[str] = set()
+        for run in absent:
+            label = run.after
+            while label:
+                needed.add(label)
+                label = before[label]
+
         found += [run for run in runs if run in absent or run.label in needed]
 
     return found
@@ -123,7 +132,7 @@ def _is_recorded(known: Mapping[str, Any] | None, split: str, run: Run, choices:
 def write_lists(plan: Plan) -> None:
     for name, files in plan.lists.items():
         names = [line for file in files for line in read_list(Path(data_folder()) / file)]
-        path = ROOT / plan.output / "lists" / f"{name}.txt"
+        path = plan.place / "lists" / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_list(path, names)
 
@@ -185,7 +194,10 @@ def collect(plan: Plan) -> None:
     known = read_results(plan)
     splits = {} if known is None else dict(known["splits"])
     for name, jobs in plan.finals(choices).items():
-        results_of_split = _trained(runs_of(jobs), choices, _scored(plan, name))
+        order = list(plan.remedies)
+        runs = [run for run in runs_of(jobs) if run.name in order]
+        runs.sort(key=lambda run: order.index(run.name))
+        results_of_split = _trained(runs, choices, _scored(plan, name))
         if plan.after:
             results_of_split += _after(runs_of(plan.afters()[name]))
 
@@ -197,11 +209,14 @@ def collect(plan: Plan) -> None:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
     results = {
+        "title": plan.title,
         "config": plan.config,
         "settings": list(plan.settings),
         "branch": plan.branch,
         "note": plan.note,
-        "remedies": {name: list(strengths[choices[name]["chosen"]]) for name, strengths in plan.remedies.items()},
+        "steps": {name: said(entry_of(value, name)) for name, value in plan.steps.items()},
+        "remedies": {name: said(plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
+        "against": dict(plan.against),
         "choices": choices,
         "after": {
             name: {"of": plan.changed(name), "change": [after.name, *after.options]}
@@ -216,6 +231,11 @@ def collect(plan: Plan) -> None:
 
     done = {name: sum(len(seeds) for seeds in split["runs"].values()) for name, split in splits.items()}
     print(f"{path}: " + ", ".join(f"{count} runs of {name}" for name, count in done.items()))
+
+
+def said(entry: Entry) -> list[str]:
+    """What a run has of its own, as the page tells it."""
+    return [word for word in (entry.command, entry.config, *entry.settings) if word]
 
 
 def read_results(plan: Plan) -> dict[str, Any] | None:

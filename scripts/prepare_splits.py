@@ -1,10 +1,12 @@
-"""Lists of labelled and unlabelled images: python scripts/prepare_splits.py CONFIG [key=value …] [--labelled N].
+"""Lists of labelled and unlabelled images: python scripts/prepare_splits.py CONFIG [key=value …] [--labelled N]
+[--among LIST].
 
 Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
 number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), or the share that ends
-that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split is put into one order
-that depends on the seed alone: first a few images that together show every class, then the others at random. The
-labelled images are its first N, so the lists of one seed are nested and every list shows every class.
+that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split, or the images of LIST
+alone, is put into one order that depends on the seed alone: first a few images that together show every class, then the
+others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows every
+class.
 """
 
 import argparse
@@ -25,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_words(parser)
     parser.add_argument("--labelled", type=int, metavar="N", help="number of labelled images")
+    parser.add_argument("--among", metavar="LIST", help="list of the images to divide; default: the whole split")
     parser.add_argument("--seed", type=int, default=0)
     args = cli.parse(parser)
     cfg = load_config(args.config, args.overrides)
@@ -33,7 +36,7 @@ def main() -> None:
         print(f"{labelled}: there already")
     if labelled.exists() and (unlabelled is None or unlabelled.exists()):
         return
-    dataset = whole(cfg.data.streams["labeled"])
+    dataset = whole(cfg.data.streams["labeled"], args.among)
     if labelled.exists():
         chosen = SegmentationDataset(replace(dataset.source, list=str(labelled))).records
     else:
@@ -68,13 +71,14 @@ def number(path: Path, images: int) -> int:
     return -(-images // int(share[1]))
 
 
-def whole(source: SourceConfig) -> SegmentationDataset:
-    """All images of the training split. VOC without a list of train_aug: all labelled ones that are not in val."""
-    plain = replace(source, list=None, maps={}, labels=True)
+def whole(source: SourceConfig, among: str | None = None) -> SegmentationDataset:
+    """The images to divide: those of the list `among`, or all of the training split. VOC without a list of train_aug:
+    all labelled ones that are not in val."""
+    plain = replace(source, list=among, maps={}, labels=True)
     try:
         return SegmentationDataset(plain)
     except ValueError:
-        if plain.dataset != "voc":
+        if plain.dataset != "voc" or among is not None:
             raise
     dataset = SegmentationDataset(replace(plain, split="val"))
     folder, held_out = dataset.records[0].label.parent, set(dataset.names)

@@ -46,11 +46,13 @@ def resolve(cfg: Config) -> Config:
     """The config with the network that the method needs, its subclasses and the interval at which counts are refreshed.
 
     Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
-    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images.
+    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images. Supervised
+    training reads no others than the labelled ones.
     """
     method = method_class(METHODS, cfg)
     if method is Baseline:
-        return cfg
+        labeled = {key: source for key, source in cfg.data.streams.items() if key == "labeled"}
+        return replace(cfg, data=replace(cfg.data, streams=labeled))
 
     cfg = _with_refresh(cfg)
     if method is USRN and cfg.method.get("branch", True):

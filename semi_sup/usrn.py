@@ -18,10 +18,11 @@ all three times: each pass normalises with its own batch and moves the running s
 gives labels and no gradient, so no graph is kept of it; the labelled graph is gone before the strong one is built.
 
 `SelfTraining` is USRN without subclasses; with its moving-average teacher it is the base of BLV's semi-supervised
-experiments. `Baseline` knows the labelled images alone; its features are what is clustered. Each takes the config's
-remedies: they act on the student's class logits in both terms, never on what makes pseudo-labels (`pseudo_prior` adds
-the prior of logit adjustment back to that), and class frequencies are those of labels plus the last epoch's
-pseudo-labels. (Subclasses are balanced already; their cross-entropy stays as it is.)
+experiments. `Baseline` knows the labelled images alone; its features are what is clustered. It trains UniMatch's
+networks, too, as the baseline of that. Each takes the config's remedies: they act on the student's class logits in both
+terms, never on what makes pseudo-labels (`pseudo_prior` adds the prior of logit adjustment back to that), and class
+frequencies are those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their
+cross-entropy stays as it is.)
 """
 
 from collections.abc import Iterator, Mapping
@@ -38,7 +39,7 @@ from common.config.bounds import Count, NotNegative, Rate, Share
 from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
 from common.losses.counts import PseudoUnit
 from common.losses.upsampled import upsampled_cross_entropy
-from common.models import build_network
+from common.models import EncoderDecoder, build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from common.ops.resize import size_of
 from semi_sup.losses import (
@@ -115,23 +116,28 @@ class Scores(NamedTuple):
         return [Scores(*pair) for pair in zip(classes, subclasses, strict=True)]
 
 
+def usrn_network(cfg: Config, fitting: str) -> DeepLabV3Plus:
+    """The network of the config. fitting: "usrn", of two branches, or "deeplabv3plus"; ConfigError for another."""
+    model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
+    if model.dual != (fitting == "usrn"):
+        raise ConfigError(
+            f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
+        )
+    return model
+
+
 class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
     Options = BaselineConfig
     options: BaselineConfig
+    model: DeepLabV3Plus | EncoderDecoder
     pseudo_labels: PseudoUnit | None = None  # how they join the class counts of remedies
     records = True
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
-        fitting = "usrn" if self.branches else "deeplabv3plus"
-        self.model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
-        if self.model.dual != self.branches:
-            raise ConfigError(
-                f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
-            )
-
+        self.model = self.make_model(cfg)
         facts = {
             "pseudo_labels": self.pseudo_labels,
             "full_size": False,
@@ -140,18 +146,27 @@ class Baseline(Method):
         }
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
 
-    @property
-    def branches(self) -> bool:
-        """Whether the network has a subclass branch."""
-        return False
+    def make_model(self, cfg: Config) -> DeepLabV3Plus | EncoderDecoder:
+        """The network of the config. ConfigError for one that the method cannot train."""
+        if cfg.model.name in ("deeplabv3plus", "usrn"):
+            return usrn_network(cfg, "deeplabv3plus")
+
+        fitting = "deeplabv3plus, deeplabv3plus_unimatch, deeplabv3plus_u2pl or dpt"
+        # An abstract class will do: it is only asked whether the network is one.
+        model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
+        if model.heads != ("decode",):
+            raise ConfigError(
+                f"{cfg.name}: model.options.auxiliary: the method trains no second head; set it to false"
+            )
+        return model
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
         batch = streams["labeled"]
         yield self.labelled_terms(self.classify(batch["image"]), batch, step / self.steps)
 
     def classify(self, images: Tensor) -> Scores:
-        """One pass of the network; scores at stride 4."""
-        return Scores.of(self.model(images, subclasses=self.branches))
+        """One pass of the network; scores at its stride."""
+        return Scores.of(self.model(images))
 
     def labelled_terms(self, scores: Scores, batch: Batch, progress: float) -> Losses:
         """L_s of the labelled crops."""
@@ -175,6 +190,7 @@ class SelfTraining(Baseline):
 
     Options = SelfTrainingConfig
     options: SelfTrainingConfig
+    model: DeepLabV3Plus
     pseudo_labels = "pixels"
 
     def __init__(self, cfg: Config, context: MethodContext):
@@ -198,6 +214,14 @@ class SelfTraining(Baseline):
 
         self.predict_prefix = "teacher." if o.predicts == "teacher" else "model."
         self.backwards = 2 if o.passes == 3 else 1
+
+    @property
+    def branches(self) -> bool:
+        """Whether the network has a subclass branch."""
+        return False
+
+    def make_model(self, cfg: Config) -> DeepLabV3Plus:
+        return usrn_network(cfg, "usrn" if self.branches else "deeplabv3plus")
 
     # One step ---------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def plan_of(
 ) -> list[Run]:  # fmt: skip
     """`plan` of jobs that were not read from a file; `where` begins the errors."""
     entries = {
-        name: _entry(value, f"{where}: runs.{name}") for name, value in jobs.runs.items()
+        name: entry_of(value, f"{where}: runs.{name}") for name, value in jobs.runs.items()
     }
     _check_names(where, entries, only)
 
@@ -126,7 +126,8 @@ def plan_of(
     return runs
 
 
-def _entry(value: Any, where: str) -> Entry:
+def entry_of(value: Any, where: str) -> Entry:
+    """What a file says of one run: settings, or any of the keys of Entry. ConfigError, which begins with `where`."""
     if not isinstance(value, Mapping):
         value = {"settings": [] if value is None else value}
     return typed(Entry, value, where)

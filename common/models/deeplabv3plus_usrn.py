@@ -66,6 +66,9 @@ class USRNOptions(DeepLabV3PlusOptions):
     """Options of the network with two branches."""
 
     subclasses: Annotated[int, AtLeast(0), AtMost(32768)] = 0  # K, all subclasses together
+    copy_branch: bool = (
+        False  # a checkpoint of one branch fills both; the subclasses' classifier is new
+    )
 
 
 class Backbone(nn.Module):
@@ -244,6 +247,7 @@ class DeepLabV3Plus(SegmentationModel):
     ):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
+        self.copy_branch = getattr(options, "copy_branch", False)  # see common/models/pretrained/usrn.py
         self.heads = ("decode", "subclasses") if self.dual else ("decode",)
         self.embedding_channels = options.channels
         self.encoder = Encoder(backbone, options, self.dual)

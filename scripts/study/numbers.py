@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, paired, paired_by_seed
+from common.comparison import Difference, head_and_tail, holm, paired, paired_by_seed
 
 Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
@@ -59,6 +59,20 @@ def compare(
         for remedy, seeds in matrices.items()
     }
     return paired_by_seed(values, baseline)
+
+
+def between(
+    split: Mapping[str, Any], pairs: Mapping[str, str], key: str
+) -> dict[str, tuple[Difference, float | None]]:
+    """Remedy → its difference to what `pairs` names over the seeds that both have, and Holm's p over the pairs."""
+    found = {}
+    for remedy, other in pairs.items():
+        matrices = matrices_of(split, [other, remedy])
+        if len(matrices) == 2 and set(matrices[other]) & set(matrices[remedy]):
+            found[remedy] = compare(matrices, other, split, key)[remedy][0]
+
+    adjusted = holm({remedy: difference.p for remedy, difference in found.items()})
+    return {remedy: (difference, adjusted[remedy]) for remedy, difference in found.items()}
 
 
 def changes_of(

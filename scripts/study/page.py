@@ -14,6 +14,7 @@ from scripts.study.numbers import (
     HEAD_ALLOWED,
     Compared,
     best_free,
+    between,
     changed,
     changes_of,
     compare,
@@ -27,7 +28,8 @@ SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", 
 FURTHER = {"tolerant_miou_tail": "mIoU~(tail)", "boundary_f_tail": "F~(tail)", "ece": "ECE", "ece_tail": "ECE(tail)"}
 FURTHER_OF_CLASS = ("tolerant_iou", "boundary_f", "ece", "mass")
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
-HEAD = """# Which remedies help
+TITLE = "Which remedies help"
+HEAD = """# {title}
 
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
 Every remedy is trained with the seeds of the baseline, and differences are taken seed by seed. The last checkpoint
@@ -44,6 +46,7 @@ FREE_HEAD = (
     "mIoU(tail) whose mIoU(head) is at most half a point below the remedy's, on the same seeds. It is picked on these "
     "images, in its favour."
 )
+AGAINST_HEAD = "Against each other, Holm's p over these pairs:\n"
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
@@ -52,13 +55,14 @@ NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no
 
 def page_of(results: Mapping[str, Any] | None, plan: str) -> str:
     """Markdown. results: what the step `collect` has left; None: nothing. plan: the file of the comparison."""
-    head = HEAD.format(plan=plan)
+    title = TITLE if results is None else results.get("title", TITLE)
+    head = HEAD.format(title=title, plan=plan)
     if results is None:
         return head + NOTHING
 
     parts = [head, protocol(results), strengths(results)]
     for name, split in results["splits"].items():
-        parts.append(section(name, split, list(results["remedies"]), changed(results), picture_of(plan, name)))
+        parts.append(section(name, split, results, picture_of(plan, name)))
 
     return "\n".join(parts)
 
@@ -112,6 +116,8 @@ def machines(results: Mapping[str, Any]) -> list[str]:
 def strengths(results: Mapping[str, Any]) -> str:
     """The settings of every remedy; where several strengths were tried, which was chosen, and what they scored."""
     lines = ["## Strengths", "", "| remedy | strength | settings |", "|---|---|---|"]
+    for name, settings in results.get("steps", {}).items():
+        lines.append(f"| {name} | comes before others | `{' '.join(settings)}` |")
     for name, settings in results["remedies"].items():
         lines.append(f"| {name} | {results['choices'][name]['chosen']} | `{' '.join(settings)}` |")
 
@@ -138,10 +144,9 @@ def choices_table(choices: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def section(
-    name: str, split: Mapping[str, Any], remedies: list[str], after: Mapping[str, str], picture: str
-) -> str:
-    """The tables of one split. Remedies without a pair with the baseline are named as such. after: see `changed`."""
+def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], picture: str) -> str:
+    """The tables of one split. Remedies without a pair with the baseline are named as such."""
+    remedies, after = list(results["remedies"]), changed(results)
     baseline = remedies[0]
     head = f"## Split {name}: {len(split['images'])} images\n"
     if baseline not in split["runs"]:
@@ -155,6 +160,7 @@ def section(
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     lines += further_tables(split, remedies)
     lines += [pairs_table(compared["miou_tail"]), *words(compared, unpaired(matrices, baseline))]
+    lines += against_others(split, results.get("against", {}))
     absent = [name for name in remedies if name not in split["runs"]]
     if absent:
         lines.append(f"Not run yet: {', '.join(absent)}.\n")
@@ -193,6 +199,20 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
         lines.append(f"- **{remedy}**: {'; '.join(said)}.")
 
     lines += [f"- **{name}**: no seed in common with the baseline yet." for name in without]
+    return [*lines, ""]
+
+
+def against_others(split: Mapping[str, Any], pairs: Mapping[str, str]) -> list[str]:
+    """A sentence a pair of remedies, neither of which need be the baseline."""
+    compared = {key: between(split, pairs, key) for key in ("miou", "miou_tail", "miou_head")}
+    if not compared["miou"]:
+        return []
+
+    lines = [AGAINST_HEAD]
+    for remedy in compared["miou"]:
+        said = [f"{SCORES[key]} {verdict(*differences[remedy])}" for key, differences in compared.items()]
+        lines.append(f"- **{remedy}** against {pairs[remedy]}: {'; '.join(said)}.")
+
     return [*lines, ""]
 
 

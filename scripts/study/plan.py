@@ -4,12 +4,13 @@ import argparse
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from common.config.bounds import Count, Whole
 from common.jobs import Run
-from common.jobs.plan import ROOT, Jobs, plan_of
+from common.jobs.plan import ROOT, Entry, Jobs, entry_of, plan_of
 
 SCORES = "scores"  # in the folder of a run of `score`: what its command leaves
 STRENGTHS = "strengths"  # in the folder of a run of `after`: what scripts/rebalance.py leaves
@@ -29,7 +30,13 @@ class After:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison. Files are relative to the repository."""
+    """A comparison. Files but `output` are relative to the repository.
+
+    What is compared need not be remedies of one config: a strength is a list of settings, or an Entry of a file of jobs
+    (common/jobs/plan.py) with a config, a command, or a run of `steps` that comes before. In settings and commands
+    {data} is the folder of data sets, {lists} that of `lists`, {split} the split's name, {runs} the folder of its runs,
+    {seed} the seed.
+    """
 
     command: str
     config: str
@@ -39,14 +46,18 @@ class Plan:
     page: str
     tune: tuple[str, ...]  # settings by which the tuning images are evaluated
     final: Mapping[str, tuple[str, ...]]  # split → settings
-    remedies: Mapping[str, Mapping[str, tuple[str, ...]]]  # name → strength → settings; the first is the baseline
+    remedies: Mapping[str, Mapping[str, Any]]  # name → strength → settings, or an Entry; the first is the baseline
     settings: tuple[str, ...] = ()  # of all runs
     seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
     tuning_seed: Whole = 0
     branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
     threads: Count = 1
     score: str = ""  # command that scores {checkpoint} once more, with further scores, and leaves {scores}
+    folder: str = "."  # where commands run, and where `output` lies
+    title: str = "Which remedies help"  # of the page
     note: str = ""  # what a reader of the page has to know
+    steps: Mapping[str, Any] = field(default_factory=dict)  # name → settings, or an Entry: what others come `after`
+    against: Mapping[str, str] = field(default_factory=dict)  # remedy → what it is compared with beside the baseline
     after: Mapping[str, After] = field(default_factory=dict)
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
 
@@ -56,6 +67,13 @@ class Plan:
         for name, strengths in self.remedies.items():
             if not strengths:
                 raise ValueError(f"remedies.{name}: names no strength")
+        for name in self.steps:
+            if name in self.remedies:
+                raise ValueError(f"steps.{name}: is the name of a remedy; take another")
+        for remedy, other in self.against.items():
+            for name in (remedy, other):
+                if name not in self.remedies:
+                    raise ValueError(f"against.{remedy}: {name!r} is no remedy of the plan: {', '.join(self.remedies)}")
         for name, after in self.after.items():
             if name in self.remedies:
                 raise ValueError(f"after.{name}: is the name of a remedy; take another")
@@ -68,6 +86,11 @@ class Plan:
             raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
 
     @property
+    def place(self) -> Path:
+        """The folder of all runs."""
+        return (ROOT / self.folder / self.output).resolve()
+
+    @property
     def baseline(self) -> str:
         return next(iter(self.remedies))
 
@@ -75,26 +98,27 @@ class Plan:
         """The remedy whose trained networks `after.NAME` changes."""
         return self.after[name].of or self.baseline
 
-    def tuned(self) -> dict[str, Mapping[str, tuple[str, ...]]]:
+    def entry(self, name: str, strength: str) -> Entry:
+        """What is run for a strength of a remedy."""
+        return entry_of(self.remedies[name][strength], f"remedies.{name}.{strength}")
+
+    def tuned(self) -> dict[str, Mapping[str, Any]]:
         """The remedies of which a strength has to be chosen."""
         return {name: tried for name, tried in self.remedies.items() if len(tried) > 1}
 
     def tuning(self) -> Jobs:
         """A run for each strength that has to be compared with another."""
         strengths = {
-            f"{name}-{i}": (*self.tune, *settings)
+            f"{name}-{i}": self.entry(name, strength)
             for name, tried in self.tuned().items()
-            for i, settings in enumerate(tried.values())
+            for i, strength in enumerate(tried)
         }
-        return self._jobs("tune", strengths, (self.tuning_seed,))
+        return self._jobs("tune", strengths, self.tune, (self.tuning_seed,))
 
     def finals(self, choices: Mapping[str, Any]) -> dict[str, Jobs]:
-        """Split → a run for each remedy and seed."""
-        chosen = {name: self.remedies[name][choices[name]["chosen"]] for name in self.remedies}
-        return {
-            split: self._jobs(split, {name: (*own, *settings) for name, settings in chosen.items()}, self.seeds)
-            for split, own in self.final.items()
-        }
+        """Split → a run for each remedy and seed, and for each step that comes before."""
+        chosen = {name: self.entry(name, choices[name]["chosen"]) for name in self.remedies}
+        return {split: self._jobs(split, chosen, own, self.seeds) for split, own in self.final.items()}
 
     def scorings(self) -> dict[str, Jobs]:
         """Split → a run for each remedy and seed, which scores what it trained once more."""
@@ -117,10 +141,11 @@ class Plan:
 
     def _jobs_after(self, split: str) -> Jobs:
         left = f"--output {{output}}/{{label}}/{STRENGTHS} {{device}}"
+        script = os.path.relpath(ROOT / "scripts" / "rebalance.py", ROOT / self.folder)
         commands = {}
         for name, after in self.after.items():
             trained = f"{{output}}/{self.changed(name)}_{{seed}}"
-            commands[name] = f"python scripts/rebalance.py {trained} {after.name} {shlex.join(after.options)} {left}"
+            commands[name] = f"python {script} {trained} {after.name} {shlex.join(after.options)} {left}"
 
         return self._commands(split, commands)
 
@@ -132,33 +157,54 @@ class Plan:
             runs={name: {"command": command} for name, command in commands.items()},
             seeds=self.seeds,
             threads=self.threads,
+            folder=self.folder,
         )
 
-    def _jobs(self, part: str, runs: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]) -> Jobs:
+    def _jobs(self, part: str, runs: Mapping[str, Entry], own: tuple[str, ...], seeds: tuple[int, ...]) -> Jobs:
+        """own: the settings of the part."""
+        steps = {name: entry_of(value, f"steps.{name}") for name, value in self.steps.items()}
         return Jobs(
             command=self.command,
             config=self.config,
             output=f"{self.output}/{part}",
-            runs={name: self._entry(part, name, settings) for name, settings in runs.items()},
+            runs={
+                name: self._placed(part, name, entry, own) for name, entry in _in_order({**runs, **steps}).items()
+            },
             settings=self.settings,
             seeds=seeds,
             threads=self.threads,
+            folder=self.folder,
         )
 
-    def _entry(self, part: str, name: str, settings: tuple[str, ...]) -> dict[str, Any]:
+    def _placed(self, part: str, name: str, entry: Entry, own: tuple[str, ...]) -> dict[str, Any]:
         """A run as a file of jobs has it."""
-        places = {"{data}": data_folder(), "{lists}": str(ROOT / self.output / "lists")}
-        placed = [_placed(text, places) for text in settings]
-        if self.branch is None or name == self.baseline or part not in self.final:
-            return {"settings": placed}
+        places = {
+            "{data}": data_folder(),
+            "{lists}": str(self.place / "lists"),
+            "{runs}": str(self.place / part),
+            "{split}": part,
+        }
+        if self.branch is not None and name in self.remedies and name != self.baseline and part in self.final:
+            trunk = f"train.branch={self.output}/{part}/{self.baseline}_{{seed}}/checkpoints/step_{self.branch:08d}"
+            entry = replace(entry, settings=(*entry.settings, trunk), after=self.baseline)
 
-        trunk = f"{self.output}/{part}/{self.baseline}_{{seed}}/checkpoints/step_{self.branch:08d}"
-        return {"settings": [*placed, f"train.branch={trunk}"], "after": self.baseline}
+        settings = tuple(_escaped(_filled(text, places)) for text in (*own, *entry.settings))
+        return asdict(replace(entry, settings=settings, command=_filled(entry.command, places)))
 
 
-def _placed(text: str, places: Mapping[str, str]) -> str:
-    text = _filled(text, places)
-    return text.replace("{", "{{").replace("}", "}}")  # what is left in braces is a value, not a word to fill in
+def _in_order(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Each behind what it comes after; what comes after nothing that is there stays at the end, for an error."""
+    waiting = dict(entries)
+    placed: dict[str, Entry] = {}
+    while ready := [name for name, entry in waiting.items() if not entry.after or entry.after in placed]:
+        placed[ready[0]] = waiting.pop(ready[0])
+
+    return placed | waiting
+
+
+def _escaped(text: str) -> str:
+    """Braces but those of {seed} are part of a value, not words to fill in."""
+    return text.replace("{", "{{").replace("}", "}}").replace("{{seed}}", "{seed}")
 
 
 def _filled(text: str, places: Mapping[str, str]) -> str:

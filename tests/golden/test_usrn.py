@@ -79,6 +79,20 @@ def test_both_branches_give_the_reference_outputs(dual):
     assert relative(out["sub_logits"][:, ::8], reference["sub_logits"]) <= 1e-4
 
 
+def test_both_branches_start_from_a_file_of_one(tmp_path):
+    both = build_model(config(copy_branch=True, **SMALL)).eval()
+    new = both.classifier_SubCls[1].weight.clone()
+    one = build_model(config("deeplabv3plus", **SMALL)).eval()
+    x = torch.randn(1, 3, 40, 48)
+    torch.save(one.state_dict(), tmp_path / "one.pth")
+    load_weights(both, tmp_path / "one.pth")
+    with torch.no_grad():
+        out = both.segment(x, subclasses=True)
+        torch.testing.assert_close(out["logits"], one.segment(x)["logits"])
+        torch.testing.assert_close(out["sub_features"], out["features"])
+    assert torch.equal(both.classifier_SubCls[1].weight, new)
+
+
 @pytest.mark.parametrize("form", ["release", "checkpoint"])
 def test_subclass_branch_is_left_out_by_name(form, files, dual, tmp_path, caplog):
     path = files[USRN]
@@ -99,6 +113,8 @@ def test_subclass_branch_is_left_out_by_name(form, files, dual, tmp_path, caplog
 def test_files_that_do_not_fit_are_explained(files, tmp_path):
     single, two = build_model(config("deeplabv3plus", **SMALL)), build_model(config(**SMALL))
     with pytest.raises(ValueError, match="usrn_baseline_voc.pth: no subclass branch in the file; set model.name"):
+        load_weights(two, files[BASELINE])
+    with pytest.raises(ValueError, match="or set model.options.copy_branch=true"):
         load_weights(two, files[BASELINE])
     torch.save({**single.state_dict(), "encoder.projector.weight": torch.zeros(1)}, tmp_path / "extra.pth")
     with pytest.raises(ValueError, match="extra.pth: does not fit this model. not in the model: encoder.proj"):

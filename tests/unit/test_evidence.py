@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,44 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     text = (tmp_path / "page.md").read_text()
     assert "Up to step 40 a seed's runs are one and the same" in text
     assert "**Read this.**" in text and "nothing is tuned" in text and "| good | strong | `gain=2.5` |" in text
+
+
+def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys):
+    """Steps run first and are not recorded; a remedy has a config and a command of its own, and another to be held
+    against. What is recorded already needs no steps."""
+    first = {"after": "second", "settings": ["gain=1", "model.checkpoint={runs}/second_{seed}/{split}"]}
+    remedies = {"baseline": {"a": {"after": "trunk"}}, "good": {"b": first}, "better": {"c": {"settings": ["gain=2"]}}}
+    steps = {"second": {"after": "trunk", "settings": ["gain=5"]}, "trunk": []}
+    edited(plan, remedies=remedies, steps=steps, seeds=[1, 2], against={"better": "good"}, final={"blocks": []})
+    take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan), ("page", plan))
+
+    made = json.loads((tmp_path / "results.json").read_text())
+    assert list(made["splits"]["blocks"]["runs"]) == ["baseline", "good", "better"]
+    command = (tmp_path / "out" / "blocks" / "good_2" / "job.json").read_text()
+    assert f"model.checkpoint={tmp_path}/out/blocks/second_2/blocks" in command
+    text = (tmp_path / "page.md").read_text()
+    assert "- **better** against good: mIoU +3.6 ± 0.0 points over 2 pairs" in text
+    assert "| second | comes before others | `gain=5` |" in text
+
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    take(monkeypatch, ("final", plan))
+    assert "second" not in capsys.readouterr().out and not (tmp_path / "out" / "blocks").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": {"good": []}}, "steps.good: is the name of a remedy"),
+        ({"against": {"good": "gone"}}, "against.good: 'gone' is no remedy of the plan: baseline, good"),
+        ({"remedies": {"baseline": {"a": {"sets": []}}}}, "unknown key 'sets'"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(plan, fails, change, said):
+    edited(plan, **change)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        typed(evidence.Plan, read_tree(plan), "plan").finals({"baseline": {"chosen": "a"}, "good": {"chosen": "weak"}})
+    assert said in str(error.value)
 
 
 def test_results_of_several_machines_are_joined(plan, tmp_path, monkeypatch):
@@ -288,7 +327,8 @@ def test_numbers_of_the_page_are_scipys():
         seeds = range(5) if remedy != "alone" else range(7, 9)
         runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
     split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
-    text = page.section("blocks", split, ["baseline", "logits", "alone", "missing"], {}, "x.svg")
+    results = {"remedies": dict.fromkeys(("baseline", "logits", "alone", "missing")), "after": {}}
+    text = page.section("blocks", split, results, "x.svg")
 
     tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
     test = stats.ttest_rel(tails["logits"], tails["baseline"])
@@ -320,7 +360,8 @@ def test_the_plans_of_the_project():
         choices = {name: {"chosen": next(iter(tried))} for name, tried in plan.remedies.items()}
         runs += [run for jobs in plan.finals(choices).values() for run in evidence.runs_of(jobs)]
         for run in runs:
-            load_config(ROOT / run.command[2], [word for word in run.command[3:] if "=" in word])
+            config = next(word for word in run.command if word.endswith((".yaml", ".json")) and "=" not in word)
+            load_config(run.cwd / config, [word for word in run.command if "=" in word])
 
         results = ROOT / plan.results
         known = json.loads(results.read_text()) if results.is_file() else None

@@ -31,15 +31,20 @@ def matches(raw: Mapping[str, Any]) -> bool:
 def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The file's tensors; the subclass branch is left out where `model` has none, and that is logged.
 
-    Raises ValueError where the model has a subclass branch and the file does not.
+    Raises ValueError where the model has a subclass branch and the file does not, unless the model's `copy_branch`
+    says that the file's one branch is the start of both.
     """
     state = tensors(state_dict(raw))
     branch = [name for name in state if name.startswith(SUBCLASS_BRANCH)]
-    wanted = any(name.startswith(SUBCLASS_BRANCH) for name in model.state_dict())
+    own = model.state_dict()
+    wanted = [name for name in own if name.startswith(SUBCLASS_BRANCH)]
     if wanted and not branch:
-        raise ValueError(
-            "no subclass branch in the file; set model.name to deeplabv3plus, or take a USRN checkpoint"
-        )
+        if not getattr(model, "copy_branch", False):
+            raise ValueError(
+                "no subclass branch in the file; set model.name to deeplabv3plus, take a USRN checkpoint, or set "
+                "model.options.copy_branch=true to start both branches from the one"
+            )
+        return state | _second_branch(state, own, wanted)
 
     if branch and not wanted:
         families = [
@@ -53,3 +58,14 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         state = {name: tensor for name, tensor in state.items() if name not in set(branch)}
 
     return state
+
+
+def _second_branch(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], wanted: list[str]
+) -> dict[str, Tensor]:
+    """The tensors of the second branch as copies of the first; its classifier, of other classes, is the model's own."""
+    first = {name: name.replace("_aux.", ".").replace("_SubCls.", ".") for name in wanted}
+    return {
+        name: own[name] if name.startswith("classifier_SubCls.") else state[source]
+        for name, source in first.items()
+    }
