@@ -3,10 +3,10 @@
 
 Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
 number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), or the share that ends
-that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split, or the images of LIST
-alone, is put into one order that depends on the seed alone: first a few images that together show every class, then the
-others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows every
-class.
+that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split, or the images of
+LIST alone, is put into one order that depends on the seed alone: first a few images that together show every class,
+then the others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows
+every class.
 """
 
 import argparse
