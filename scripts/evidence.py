@@ -51,12 +51,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("plan")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these remedies, or changes after training, alone")
     run_many.add_pool(parser)
     cli.add_force(parser)
     args = parser.parse_args()
     run_many.check_pool(args)
     plan = typed(Plan, read_tree(Path(args.plan)), args.plan)
 
+    check_only(plan, args.only)
     if args.step == "tune" and not plan.tuned():
         print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
         return 0
@@ -82,13 +84,45 @@ def train(plan: Plan, args: argparse.Namespace) -> int:
     return run_many.exit_code(ended)
 
 
+def check_only(plan: Plan, only: list[str] | None) -> None:
+    """ValueError for a name that the plan does not have."""
+    known = [*plan.remedies, *plan.after]
+    for name in only or ():
+        if name not in known:
+            raise ValueError(f"--only: the plan has no {name!r}; it has {', '.join(known)}")
+
+
 def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:
     """The runs of a step."""
-    if args.step == "tune":
-        return runs_of(plan.tuning(), args)
     if args.step == "final":
         return missing(plan, args)
 
+    if args.step == "tune":
+        runs = runs_of(plan.tuning(), args)
+        return with_what_comes_before(runs, [run for run in runs if is_of(run.name.rpartition("-")[0], args.only)])
+
+    return [run for run in after_training(plan, args) if is_of(run.name, args.only)]
+
+
+def is_of(name: str, only: list[str] | None) -> bool:
+    return not only or name in only
+
+
+def with_what_comes_before(runs: list[Run], chosen: list[Run]) -> list[Run]:
+    """Those of `runs` that are chosen, and all that they come after, in order."""
+    before = {run.label: run.after for run in runs}
+    needed = {run.label for run in chosen}
+    for run in chosen:
+        label = run.after
+        while label:
+            needed.add(label)
+            label = before[label]
+
+    return [run for run in runs if run.label in needed]
+
+
+def after_training(plan: Plan, args: argparse.Namespace) -> list[Run]:
+    """The runs of the steps `score` and `after` whose networks are trained."""
     finals = plan.finals(read_choices(plan))
     done = {run.title for jobs in finals.values() for run in runs_of(jobs, args) if state_of(run) == "done"}
     if args.step == "score":
@@ -107,17 +141,13 @@ def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
     for split, jobs in plan.finals(choices).items():
         runs = runs_of(jobs, args)
         absent = [
-            run for run in runs if run.name in plan.remedies and not _is_recorded(known, split, run, choices)
+            run
+            for run in runs
+            if run.name in plan.remedies
+            and is_of(run.name, args.only)
+            and not _is_recorded(known, split, run, choices)
         ]
-        before = {run.label: run.after for run in runs}
-        needed: set[str] = set()
-        for run in absent:
-            label = run.after
-            while label:
-                needed.add(label)
-                label = before[label]
-
-        found += [run for run in runs if run in absent or run.label in needed]
+        found += with_what_comes_before(runs, absent)
 
     return found
 

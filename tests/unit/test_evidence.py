@@ -121,7 +121,7 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     assert "**Read this.**" in text and "nothing is tuned" in text and "| good | strong | `gain=2.5` |" in text
 
 
-def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys):
+def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys, fails):
     """Steps run first and are not recorded; a remedy has a config and a command of its own, and another to be held
     against. What is recorded already needs no steps."""
     first = {"after": "second", "settings": ["gain=1", "model.checkpoint={runs}/second_{seed}/{split}"]}
@@ -138,6 +138,16 @@ def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, ca
     assert "- **better** against good: mIoU +3.6 ± 0.0 points over 2 pairs" in text
     assert "| second | comes before others | `gain=5` |" in text
 
+    assert "--only: the plan has no 'gone'; it has baseline, good, better" in fails(
+        evidence.main, "final", plan, "--only", "gone"
+    )
+    (tmp_path / "results.json").rename(tmp_path / "other.json")
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "final", str(plan), "--only", "better", "--seeds", "3"])
+    capsys.readouterr()
+    assert evidence.main() == 0
+    assert "better_3" in (said := capsys.readouterr().out) and "trunk_3" not in said and "good_3" not in said
+
+    (tmp_path / "other.json").rename(tmp_path / "results.json")
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()
     take(monkeypatch, ("final", plan))
@@ -198,7 +208,7 @@ def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
     edited(plan, remedies={"baseline": {"a": []}, "good": {"b": ["gain=1"]}}, seeds=[1, 2], after=after)
     parsed = typed(evidence.Plan, read_tree(plan), "plan")
     take(monkeypatch, ("choose", plan), ("final", plan))
-    args = argparse.Namespace(step="after", seeds=None, device=None, threads=None)
+    args = argparse.Namespace(only=None, step="after", seeds=None, device=None, threads=None)
     blocks = [run for run in evidence.wanted(parsed, args) if run.output.name == "blocks"]
     wanted = {(run.name, run.seed): run for run in blocks}
     (run, other) = (wanted["logit adjustment", seed] for seed in (1, 2))
