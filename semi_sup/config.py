@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import ceil
 from pathlib import Path
 
@@ -46,13 +46,11 @@ def resolve(cfg: Config) -> Config:
     """The config with the network that the method needs, its subclasses and the interval at which counts are refreshed.
 
     Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
-    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images. Supervised
-    training reads no others than the labelled ones.
+    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images.
     """
     method = method_class(METHODS, cfg)
     if method is Baseline:
-        labeled = {key: source for key, source in cfg.data.streams.items() if key == "labeled"}
-        return replace(cfg, data=replace(cfg.data, streams=labeled))
+        return _labels_alone(cfg)
 
     cfg = _with_refresh(cfg)
     if method is USRN and cfg.method.get("branch", True):
@@ -60,12 +58,29 @@ def resolve(cfg: Config) -> Config:
     if issubclass(method, Consistency) and cfg.method.get("branch", False):
         return _with_subclasses(cfg)
 
-    streams = {
-        key: replace(s, maps={k: v for k, v in s.maps.items() if k != SUB_LABEL})
-        for key, s in _streams(cfg)
-    }
+    _unlabeled(cfg)
+    streams = _without_sub_labels(cfg)
 
     return replace(cfg, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams))
+
+
+def _labels_alone(cfg: Config) -> Config:
+    """A config of any method by `method.name=baseline`: without the other images, and without that method's options."""
+    others = {field.name for method in METHODS.values() for field in fields(method.Options)}
+    unused = others - {field.name for field in fields(Baseline.Options)}
+    options = {key: value for key, value in cfg.method.items() if key not in unused}
+    streams = {key: source for key, source in _without_sub_labels(cfg).items() if key == "labeled"}
+
+    return replace(
+        cfg, method=options, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams)
+    )
+
+
+def _without_sub_labels(cfg: Config) -> dict[str, SourceConfig]:
+    return {
+        key: replace(source, maps={name: path for name, path in source.maps.items() if name != SUB_LABEL})
+        for key, source in cfg.data.streams.items()
+    }
 
 
 def single_branch(cfg: Config) -> Config:
@@ -73,14 +88,15 @@ def single_branch(cfg: Config) -> Config:
     one branch already."""
     if cfg.model.name not in ("usrn", "deeplabv3plus"):
         return cfg
-    options = {key: value for key, value in cfg.model.options.items() if key != "subclasses"}
+    of_second = ("subclasses", "copy_branch")
+    options = {key: value for key, value in cfg.model.options.items() if key not in of_second}
     return replace(cfg, model=replace(cfg.model, name="deeplabv3plus", options=options))
 
 
-def _streams(cfg: Config):
+def _unlabeled(cfg: Config) -> SourceConfig:
     if "unlabeled" not in cfg.data.streams:
         raise ConfigError(f"{cfg.name}: data.streams has no 'unlabeled'")
-    return cfg.data.streams.items()
+    return cfg.data.streams["unlabeled"]
 
 
 def _with_refresh(cfg: Config) -> Config:
@@ -88,7 +104,7 @@ def _with_refresh(cfg: Config) -> Config:
     if not cfg.remedies or "refresh" in counts:
         return cfg
 
-    unlabeled = dict(_streams(cfg))["unlabeled"]
+    unlabeled = _unlabeled(cfg)
     images = SegmentationDataset(replace(unlabeled, labels=False))
     steps = ceil(len(images) / unlabeled.batch_size)
 

@@ -223,6 +223,9 @@ class SelfTraining(Baseline):
     def make_model(self, cfg: Config) -> DeepLabV3Plus:
         return usrn_network(cfg, "usrn" if self.branches else "deeplabv3plus")
 
+    def classify(self, images: Tensor) -> Scores:
+        return Scores.of(self.model(images, subclasses=self.branches))
+
     # One step ---------------------------------------------------------------------------------------------------
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:

@@ -85,6 +85,20 @@ def test_training_resumes_bit_for_bit_and_tests(config, data):
     assert tested["miou"] == json.loads((folder / "evaluation.json").read_text())["miou"]
 
 
+@pytest.mark.parametrize("config", ["unimatch/toy_1over8_unimatch", "unimatch_v2/toy_1over8_unimatch_v2"])
+def test_the_baseline_of_any_config_is_its_name(config, data):
+    """Of the unlabelled images and the method's own options nothing is left; the list that is not there is not read."""
+    path, words = CONFIGS / f"{config}.yaml", settings(config, data, CASES[config][0])
+    here(prepare_splits, path, *words)
+    more = ["method.name=baseline", f"data.streams.unlabeled.list={data}/gone.txt", "name=baseline", "train.steps=2"]
+    here(main, "--config", path, "--device", "cpu", *words, *more)
+
+    lines = [json.loads(line) for line in (data / "saved" / "baseline" / "log.jsonl").read_text().splitlines()]
+    assert {"Ls"} < lines[0].keys() and not {"Lx", "kept"} & lines[0].keys()
+    assert json.loads((data / "saved" / "baseline" / "evaluation.json").read_text())["step"] == 2
+    shutil.rmtree(data / "saved" / "baseline")
+
+
 COCO = {  # config: crop, small network
     "unimatch/coco_1_512_r101": (33, ("model.backbone=resnet18", "model.norm=bn", "model.options={channels: 8}")),
     "unimatch_v2/coco_1_512_dinov2_small": (

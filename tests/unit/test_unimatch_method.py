@@ -36,13 +36,13 @@ DEEPLAB = {"channels": 8, "lateral_channels": 4}
 FIXMATCH = {"unimatch": {"views": 1, "perturb": False}, "unimatch_v2": {"views": 1, "complementary": False}}
 
 
-def method(name="unimatch", classes=5, small=True, remedies=(), **options):
+def method(name="unimatch", classes=5, small=True, remedies=(), alone=False, **options):
     network = "deeplabv3plus_unimatch" if name == "unimatch" else "dpt"
     backbone = {"unimatch": "resnet18" if small else "resnet50s", "unimatch_v2": "dinov2_small"}[name]
     sizes = {} if not small else DEEPLAB if name == "unimatch" else DPT
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     model = ModelConfig(network, classes, backbone, options=sizes, align_corners=True, **plain)
-    sections = {"method": {"name": name, **options}, "remedies": dict(remedies)}
+    sections = {"method": {"name": "baseline" if alone else name, **options}, "remedies": dict(remedies)}
     return build_method(Config(model, **sections, train=TrainConfig(steps=10), name="test"), context(classes))
 
 
@@ -239,6 +239,22 @@ def test_terms_have_the_weights_of_the_paper(name, fixmatch):
     assert all(p.grad is not None for p in m.model.parameters())
 
 
+@pytest.mark.parametrize("name", ["unimatch", "unimatch_v2"])
+def test_supervised_training_is_the_labelled_term_alone(name):
+    """On the same network with the same weights; the loss is torch's on enlarged logits."""
+    both, alone = method(name).eval(), method(name, alone=True).eval()
+    alone.model.load_state_dict(both.model.state_dict())
+    streams = batches()
+    (out,) = alone({"labeled": streams["labeled"]}, 0)
+    torch.testing.assert_close(out["loss"], run(both, streams)["Lx"])
+
+    image, label = streams["labeled"].values()
+    logits = F.interpolate(alone.model(image)["logits"], label.shape[-2:], mode="bilinear", align_corners=True)
+    torch.testing.assert_close(out["loss"], F.cross_entropy(logits, label.long(), ignore_index=-1))
+    out["loss"].backward()
+    assert all(p.grad is not None for p in alone.model.parameters())
+
+
 def test_batch_norm_moves_twice_a_step():
     m = method().train()
     run(m, batches())
@@ -287,6 +303,12 @@ def test_settings_that_cannot_work():
     network = ModelConfig("upernet", 5, "resnet18")
     with pytest.raises(ConfigError, match="set it to deeplabv3plus_unimatch or dpt"):
         build_method(Config(network, method={"name": "unimatch"}, name="test"), context(5))
+    with pytest.raises(ConfigError, match="set it to deeplabv3plus, deeplabv3plus_unimatch"):
+        build_method(Config(network, method={"name": "baseline"}, name="test"), context(5))
+    two_heads = {**DEEPLAB, "auxiliary": True}
+    second = ModelConfig("deeplabv3plus_unimatch", 5, "resnet18", options=two_heads, align_corners=True)
+    with pytest.raises(ConfigError, match="model.options.auxiliary: the method trains no second head"):
+        build_method(Config(second, method={"name": "baseline"}, name="test"), context(5))
     resnet = ModelConfig("deeplabv3plus_unimatch", 5, "resnet18", options=DEEPLAB, align_corners=True)
     with pytest.raises(ConfigError, match="maps of several widths"):
         build_method(Config(resnet, method={"name": "unimatch_v2"}, name="test"), context(5))
