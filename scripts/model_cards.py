@@ -105,7 +105,8 @@ CARDS = (
 EVIDENCE_LIMITS = (
     "A fixed budget: nothing says that these networks had learned what they can.",
     "One small network on one data set; intervals, and what was changed after training, are on the page of the plan "
-    "([remedies](evidence.md), [remedies that come late](evidence_deferred.md)).",
+    "([remedies](evidence.md), [remedies that come late](evidence_deferred.md), [semi-supervised](evidence_semi.md), "
+    "[domain adaptation](evidence_uda.md)).",
 )
 
 
@@ -190,7 +191,8 @@ def evidence_card(name: str) -> str:
         "values": f"[{name}.json](results/{name}.json)",
     }
     parts = [split_part(split, results["remedies"]) for split in results["splits"].values()]
-    settings = [f"{remedy}: {' '.join(words)}" for remedy, words in results["remedies"].items()]
+    rows = {**results.get("steps", {}), **results["remedies"]}
+    settings = [f"{name}: {' '.join(words)}" for name, words in rows.items()]
     seeds = {
         seed
         for split in results["splits"].values()
