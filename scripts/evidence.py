@@ -12,7 +12,7 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
 
 A remedy with one strength has nothing to choose: it is fixed by the plan. With `branch: STEP` the final runs of
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
-comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows,
+comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after. What `collect` finds joins what the file of results holds of earlier calls, whatever the
 machine.
 
