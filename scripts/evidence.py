@@ -24,27 +24,22 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other scripts, which are not installed
 
 from common import cli
 from common.config import read_tree, typed
 from common.data.catalogue.lists import read_list, write_list
-from common.evaluation.identity import differences
-from common.evaluation.per_image import FILE, read_per_image
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
 from common.jobs.plan import ROOT, Entry, entry_of
 from scripts import model_cards, run_many
 from scripts.study import summary
-from scripts.study.page import FURTHER, FURTHER_OF_CLASS, page_of, pictures
-from scripts.study.plan import SCORES, STRENGTHS, Plan, data_folder, runs_of
+from scripts.study.page import page_of, pictures
+from scripts.study.plan import Plan, data_folder, runs_of
+from scripts.study.records import changed_after, scored, split_of, trained
 
-EVALUATION = "evaluation.json"  # in the folder of a run
-SAME = 1e-4  # share of pixels that another order of sums may move
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
 
@@ -228,11 +223,11 @@ def collect(plan: Plan) -> None:
         order = list(plan.remedies)
         runs = [run for run in runs_of(jobs) if run.name in order]
         runs.sort(key=lambda run: order.index(run.name))
-        results_of_split = _trained(runs, choices, _scored(plan, name))
+        results_of_split = trained(runs, choices, scored(plan, name))
         if plan.after:
-            results_of_split += _after(runs_of(plan.afters()[name]))
+            results_of_split += changed_after(runs_of(plan.afters()[name]))
 
-        found = _split(results_of_split)
+        found = split_of(results_of_split)
         if found is not None:
             splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
 
@@ -285,110 +280,6 @@ def _joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: st
     names = [*known["runs"], *(name for name in found["runs"] if name not in known["runs"])]
     runs = {name: {**known["runs"].get(name, {}), **found["runs"].get(name, {})} for name in names}
     return {**found, "runs": runs}
-
-
-class Result(NamedTuple):
-    """A result of a run."""
-
-    run: Run
-    folder: Path
-    name: str  # under which it is recorded
-    strength: str
-    scores: Path | None = None  # what the step `score` has left
-
-
-def _scored(plan: Plan, split: str) -> dict[str, Path]:
-    """Label of a final run → the file of its further scores, where the step `score` has left one."""
-    runs = runs_of(plan.scorings()[split]) if plan.score else []
-    return {run.label: run.folder / f"{SCORES}.json" for run in runs if state_of(run) == "done"}
-
-
-def _trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Path]) -> list[Result]:
-    """The results of trainings that are done."""
-    done = [run for run in runs if state_of(run) == "done"]
-    return [
-        Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done
-    ]
-
-
-def _after(runs: list[Run]) -> list[Result]:
-    """The results of changed classifiers, one a strength."""
-    return [
-        Result(run, folder, f"{run.name} {folder.name}", folder.name)
-        for run in runs
-        if state_of(run) == "done"
-        for folder in sorted((run.folder / STRENGTHS).iterdir(), key=_number)
-    ]
-
-
-def _number(folder: Path) -> tuple[float, str]:
-    """In the order of the numbers that end their names, tau_0.5 before tau_1."""
-    end = folder.name.rpartition("_")[2]
-    try:
-        return float(end), folder.name
-    except ValueError:
-        return 0.0, folder.name
-
-
-def _split(results: list[Result]) -> dict[str, Any] | None:
-    """What the results of one split say; None where there is none."""
-    first: dict[str, Any] | None = None
-    found: dict[str, Any] = {}
-    for run, folder, name, strength, scores in results:
-        result = read_json(folder / EVALUATION)
-        kept = read_per_image(folder / FILE)
-        first = first or {"result": result, "images": kept.names}
-        if parts := differences(result, first["result"]):
-            raise ValueError(f"{run.title}: does not compare with the other runs: {'; '.join(parts)}")
-
-        made = read_json(folder / "run.json")
-        record = {key: made.get(key) for key in ("minutes", "commit", "machine")}
-        again = result if scores is None else scored_again(scores, result)
-        record |= {"strength": strength, "matrices": packed(kept.matrices), "further": further(again)}
-        found.setdefault(name, {})[str(run.seed)] = record
-
-    if first is None:
-        return None
-
-    classes = first["result"]["per_class"]
-    return {
-        "classes": [item["name"] for item in classes],
-        "tail": [item["id"] for item in classes if item["tail"]],
-        "convention": first["result"]["convention"],
-        "identity": first["result"]["identity"],
-        "images": first["images"],
-        "runs": found,
-    }
-
-
-def scored_again(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the step `score` has left. ValueError where it is of other predictions than the run's own `result`."""
-    scores = read_json(path)
-    if parts := differences(scores, result):
-        raise ValueError(f"{path}: is not of the run's evaluation: {'; '.join(parts)}")
-
-    moved = np.abs(np.subtract(scores["confusion"], result["confusion"])).sum() / 2
-    if moved > SAME * np.sum(result["confusion"]):
-        raise ValueError(f"{path}: {moved:.0f} pixels are predicted otherwise than in the run's own evaluation")
-
-    return scores
-
-
-def further(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """What scores say of the tail beyond the confusion matrix; nothing where they say nothing."""
-    means = {key: scores[key] for key in (*FURTHER, "boundary") if key in scores}
-    classes = {
-        item["name"]: {key: item[key] for key in FURTHER_OF_CLASS if key in item}
-        for item in scores["per_class"]
-        if item["tail"]
-    }
-    return {**means, "classes": classes} if means else {}
-
-
-def packed(matrices: np.ndarray) -> list[list[int]]:
-    """Of every image's matrix the numbers that are not 0: place, number, place, number, …"""
-    flat = matrices.reshape(len(matrices), -1)
-    return [np.stack([row.nonzero()[0], row[row.nonzero()]], 1).ravel().tolist() for row in flat]
 
 
 def page(plan: Plan, file: str) -> None:

@@ -11,11 +11,12 @@ from common.data import SegmentationDataset
 from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
+from semi_sup.baseline import Baseline
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import Consistency, UniMatch
 from semi_sup.unimatch_v2 import UniMatchV2
-from semi_sup.usrn import USRN, Baseline, SelfTraining
+from semi_sup.usrn import USRN, SelfTraining
 
 METHODS: dict[str, type[Method]] = {
     "baseline": Baseline,

@@ -18,30 +18,28 @@ all three times: each pass normalises with its own batch and moves the running s
 gives labels and no gradient, so no graph is kept of it; the labelled graph is gone before the strong one is built.
 
 `SelfTraining` is USRN without subclasses; with its moving-average teacher it is the base of BLV's semi-supervised
-experiments. `Baseline` knows the labelled images alone; its features are what is clustered. It trains UniMatch's
-networks, too, as the baseline of that. Each takes the config's remedies: they act on the student's class logits in both
-terms, never on what makes pseudo-labels (`pseudo_prior` adds the prior of logit adjustment back to that), and class
-frequencies are those of labels plus the last epoch's pseudo-labels. (Subclasses are balanced already; their
-cross-entropy stays as it is.)
+experiments. The supervised baseline, whose features are clustered, is in [`baseline.py`](baseline.py). Each takes the
+config's remedies: they act on the student's class logits in both terms, never on what makes pseudo-labels
+(`pseudo_prior` adds the prior of logit adjustment back to that), and class frequencies are those of labels plus the
+last epoch's pseudo-labels. (Subclasses are balanced already; their cross-entropy stays as it is.)
 """
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from common.config import Config, ConfigError
-from common.config.bounds import Count, NotNegative, Rate, Share
-from common.engine.method import Batch, Losses, Method, MethodContext, move_average, pixel_loss
-from common.losses.counts import PseudoUnit
+from common.config.bounds import NotNegative, Rate, Share
+from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.upsampled import upsampled_cross_entropy
-from common.models import EncoderDecoder, build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from common.ops.resize import size_of
+from semi_sup.baseline import Baseline, BaselineConfig, Scores, usrn_network
 from semi_sup.losses import (
     area,
     confident_labels,
@@ -52,16 +50,6 @@ from semi_sup.losses import (
 )
 from semi_sup.subclasses import chosen_counts, parents
 from semi_sup.view_cells import CELL, at_cells, covers, inside, within
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """The `method:` section of the supervised baseline."""
-
-    subclasses: str | tuple[Count, ...] = (
-        "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
-    )
-    supervised: NotNegative = 1.0  # weight of the terms on labelled images
 
 
 @dataclass(frozen=True)
@@ -92,96 +80,6 @@ class USRNConfig(SelfTrainingConfig):
     subclass: NotNegative = 1.0  # weight of the terms on subclasses
     gate: bool = True  # False: every confident label is kept
     branch: bool = True  # False: no subclass branch, plain self-training
-
-
-class Scores(NamedTuple):
-    """Logits of the classes (B, C, h, w) and, where there is a branch for them, of the subclasses (B, K, h, w); of
-    labelled crops the features (B, D, h, w) that the class logits were made of."""
-
-    classes: Tensor
-    subclasses: Tensor | None
-    features: Tensor | None = None
-
-    @classmethod
-    def of(cls, out: Mapping[str, Any], prefix: str = "") -> "Scores":
-        """Those of a network's output; prefix: "pooled_" for images whose features were pooled."""
-        features = None if prefix else out["embedding"]
-        return cls(out[f"{prefix}logits"], out.get(f"{prefix}sub_logits"), features)
-
-    def split(self, sizes: list[int]) -> list["Scores"]:
-        classes = self.classes.split(sizes)
-        subclasses = (
-            [None] * len(sizes) if self.subclasses is None else self.subclasses.split(sizes)
-        )
-        return [Scores(*pair) for pair in zip(classes, subclasses, strict=True)]
-
-
-def usrn_network(cfg: Config, fitting: str) -> DeepLabV3Plus:
-    """The network of the config. fitting: "usrn", of two branches, or "deeplabv3plus"; ConfigError for another."""
-    model = build_network(cfg.model, DeepLabV3Plus, fitting, cfg.name)
-    if model.dual != (fitting == "usrn"):
-        raise ConfigError(
-            f"{cfg.name}: model.name: {cfg.model.name!r} does not fit the method; set it to {fitting}"
-        )
-    return model
-
-
-class Baseline(Method):
-    """Supervised training. Batches: `labeled` (image, label)."""
-
-    Options = BaselineConfig
-    options: BaselineConfig
-    model: DeepLabV3Plus | EncoderDecoder
-    pseudo_labels: PseudoUnit | None = None  # how they join the class counts of remedies
-    records = True
-
-    def __init__(self, cfg: Config, context: MethodContext):
-        super().__init__(cfg, context)
-        self.model = self.make_model(cfg)
-        facts = {
-            "pseudo_labels": self.pseudo_labels,
-            "full_size": False,
-            "features": self.model.embedding_channels,
-            "labels_itself": self.pseudo_labels is not None,
-        }
-        self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
-
-    def make_model(self, cfg: Config) -> DeepLabV3Plus | EncoderDecoder:
-        """The network of the config. ConfigError for one that the method cannot train."""
-        if cfg.model.name in ("deeplabv3plus", "usrn"):
-            return usrn_network(cfg, "deeplabv3plus")
-
-        fitting = "deeplabv3plus, deeplabv3plus_unimatch, deeplabv3plus_u2pl or dpt"
-        # An abstract class will do: it is only asked whether the network is one.
-        model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
-        if model.heads != ("decode",):
-            raise ConfigError(
-                f"{cfg.name}: model.options.auxiliary: the method trains no second head; set it to false"
-            )
-        return model
-
-    def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:
-        batch = streams["labeled"]
-        yield self.labelled_terms(self.classify(batch["image"]), batch, step / self.steps)
-
-    def classify(self, images: Tensor) -> Scores:
-        """One pass of the network; scores at its stride."""
-        return Scores.of(self.model(images))
-
-    def labelled_terms(self, scores: Scores, batch: Batch, progress: float) -> Losses:
-        """L_s of the labelled crops."""
-        label = self.model.pad_label(batch["label"])
-        loss = self.loss.upsampled(
-            scores.classes,
-            label,
-            align_corners=self.model.align_corners,
-            progress=progress,
-            features=scores.features,
-        )
-        return {"loss": self.options.supervised * loss, "Ls": loss}
-
-    def after_step(self, step: int) -> None:
-        self.loss.after_step(step)
 
 
 class SelfTraining(Baseline):

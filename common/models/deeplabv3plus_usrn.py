@@ -33,9 +33,7 @@ torchvision = Lazy("torchvision")
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 WIDTH = 64
 RATES = (6, 12, 18)  # dilations of the ASPP's 3×3 branches
-SUFFIX = (
-    "_SubCls"  # of the second branch's ASPP, decoder and classifier; its stages end in _aux
-)
+SUFFIX = "_SubCls"  # of the second branch's ASPP, decoder, classifier; its stages end in _aux
 DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the classifier
 
 
@@ -66,9 +64,7 @@ class USRNOptions(DeepLabV3PlusOptions):
     """Options of the network with two branches."""
 
     subclasses: Annotated[int, AtLeast(0), AtMost(32768)] = 0  # K, all subclasses together
-    copy_branch: bool = (
-        False  # a checkpoint of one branch fills both; the subclasses' classifier is new
-    )
+    copy_branch: bool = False  # weights of one branch fill both; the second's classifier is new
 
 
 class Backbone(nn.Module):
@@ -247,7 +243,7 @@ class DeepLabV3Plus(SegmentationModel):
     ):
         super().__init__(num_classes, mean, std, align_corners=True, divisor=8)
         self.subclasses, self.dual = subclasses, subclasses > 0
-        self.copy_branch = getattr(options, "copy_branch", False)  # see common/models/pretrained/usrn.py
+        self.copy_branch = isinstance(options, USRNOptions) and options.copy_branch
         self.heads = ("decode", "subclasses") if self.dual else ("decode",)
         self.embedding_channels = options.channels
         self.encoder = Encoder(backbone, options, self.dual)

@@ -16,7 +16,7 @@ from scipy import stats
 from common.comparison import Difference, head_and_tail, pairs_needed
 from common.config import load_config, read_tree, typed
 from scripts import evidence
-from scripts.study import numbers, page, plot, summary
+from scripts.study import numbers, page, plot, records, summary
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -277,7 +277,7 @@ def test_runs_are_scored_once_more(plan, tmp_path, monkeypatch, fails):
 def grass_tree_pole(tree: int, pole: int) -> dict:
     """A recorded run with so many hits of the last two classes."""
     matrix = np.array([[900, 50, 0], [100 - tree, tree, 0], [100 - pole, 0, pole]])
-    return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": evidence.packed(matrix[None])}
+    return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": records.packed(matrix[None])}
 
 
 def test_a_remedy_is_held_against_the_best_that_is_free():
@@ -325,7 +325,7 @@ def test_the_picture_puts_changes_where_they_belong():
 
 def test_packed_matrices_come_back():
     matrices = np.random.default_rng(0).integers(0, 3, (4, 5, 5))
-    packed = evidence.packed(matrices)
+    packed = records.packed(matrices)
     assert (numbers.total_of(packed, 5) == matrices.sum(0)).all()
     assert numbers.total_of([packed[1]], 5).tolist() == matrices[1].tolist()
 
@@ -354,7 +354,7 @@ def test_numbers_of_the_page_are_scipys():
 
 def one_run(hits: int) -> dict:
     matrix = np.array([[900, 50, 0], [30, 700, 0], [100 - hits, 0, hits]])
-    return {"minutes": 1.0, "commit": "abc", "matrices": evidence.packed(matrix[None])}
+    return {"minutes": 1.0, "commit": "abc", "matrices": records.packed(matrix[None])}
 
 
 def tail_of(run: dict) -> float:

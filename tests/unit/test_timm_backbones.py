@@ -16,7 +16,7 @@ from common.models.backbones.timm_features import timm_features
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import Mask2FormerMethod
 from scripts.export import Scores, export
-from semi_sup.usrn import Baseline
+from semi_sup.baseline import Baseline
 from tests.contexts import context
 from tests.unit.test_cpsl_method import CROP, batches
 from uda.cpsl import CPSL
