@@ -240,8 +240,8 @@ def collect(plan: Plan) -> None:
         "settings": list(plan.settings),
         "branch": plan.branch,
         "note": plan.note,
-        "steps": {name: said(entry_of(value, name)) for name, value in plan.steps.items()},
-        "remedies": {name: said(plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
+        "steps": {name: said(plan, entry_of(value, name)) for name, value in plan.steps.items()},
+        "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
         "against": dict(plan.against),
         "choices": choices,
         "after": {
@@ -259,9 +259,13 @@ def collect(plan: Plan) -> None:
     print(f"{path}: " + ", ".join(f"{count} runs of {name}" for name, count in done.items()))
 
 
-def said(entry: Entry) -> list[str]:
+def said(plan: Plan, entry: Entry) -> list[str]:
     """What a run has of its own, as the page tells it."""
-    return [word for word in (entry.command, entry.config, *entry.settings) if word]
+    command = entry.command.replace("{device} ", "")
+    if command and plan.folder != ".":
+        command = f"cd {plan.folder} && {command}"
+
+    return [word for word in (command, entry.config, *entry.settings) if word]
 
 
 def read_results(plan: Plan) -> dict[str, Any] | None:
