@@ -1,7 +1,8 @@
 """Supervised training with the labelled images alone: what semi-supervised methods are compared with.
 
 On USRN's network its features are what is clustered for the subclasses; on UniMatch's networks it is the baseline of
-that. Every config of another method becomes it by `method.name=baseline`.
+that. A config of another method becomes it by `method.name=baseline` (`semi_sup/config.py`), where the network has a
+second head by `model.options.auxiliary=false`, too.
 """
 
 from collections.abc import Iterator, Mapping

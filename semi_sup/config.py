@@ -1,6 +1,7 @@
 """From a config file to one that can be trained: what depends on files of earlier steps is filled in and checked."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from math import ceil
@@ -66,10 +67,15 @@ def resolve(cfg: Config) -> Config:
 
 
 def _labels_alone(cfg: Config) -> Config:
-    """A config of any method by `method.name=baseline`: without the other images, and without that method's options."""
+    """A config of another method by `method.name=baseline`: without its other images, and without its options, which is
+    logged."""
     others = {field.name for method in METHODS.values() for field in fields(method.Options)}
     unused = others - {field.name for field in fields(Baseline.Options)}
     options = {key: value for key, value in cfg.method.items() if key not in unused}
+    left = [key for key in cfg.method if key in unused]
+    if left:
+        logging.getLogger(__name__).info("%s: supervised, without method.%s", cfg.name, ", method.".join(left))
+
     streams = {key: source for key, source in _without_sub_labels(cfg).items() if key == "labeled"}
 
     return replace(

@@ -1,0 +1,160 @@
+"""What the evidence script says of its results: numbers, picture, page and the README's table; the project's plans."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from common.comparison import Difference, head_and_tail, pairs_needed
+from common.config import load_config, read_tree, typed
+from scripts import evidence
+from scripts.study import numbers, page, plot, records, summary
+
+pytestmark = pytest.mark.usefixtures("unchanged")
+ROOT = Path(__file__).parents[2]
+CLASSES = ["road", "tree", "pole"]
+
+
+def grass_tree_pole(tree: int, pole: int) -> dict:
+    """A recorded run with so many hits of the last two classes."""
+    matrix = np.array([[900, 50, 0], [100 - tree, tree, 0], [100 - pole, 0, pole]])
+    return {"minutes": 1.0, "commit": "abc", "machine": None, "matrices": records.packed(matrix[None])}
+
+
+def test_a_remedy_is_held_against_the_best_that_is_free():
+    """Of three strengths the first two cost less of the head than the remedy; the second has the higher tail."""
+    made = {"baseline": (90, 40), "late": (80, 60), "free t_1": (88, 50), "free t_2": (84, 56), "free t_3": (70, 70)}
+    runs = {
+        name: {str(s): grass_tree_pole(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()
+    }
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    name, difference = numbers.best_free(split, "baseline", "late", ["free t_1", "free t_2", "free t_3"])
+    assert name == "free t_2" and difference.n == 3 and difference.mean == pytest.approx(0.04)
+    assert numbers.best_free(split, "baseline", "late", []) is None
+    text = "\n".join(page.against_free(split, ["baseline", "late"], {"free": "baseline"}))
+    alike, any_cost = text.split("whatever it costs of the head")
+    assert "- **late** against free t_2: mIoU(tail) +4.0 ± 0.0 points over 3 pairs: better" in alike
+    assert "- **late** against free t_3: mIoU(tail) -10.0 ± 0.0 points over 3 pairs: worse" in any_cost
+
+    runs["late"] = {str(s): grass_tree_pole(99 - s, 60 + s) for s in range(3)}
+    text = "\n".join(page.against_free(split, ["baseline", "late"], {"free": "baseline"}))
+    assert "- **late**: nothing that is free comes within half a point of its mean mIoU(head)" in text
+
+
+def test_the_picture_puts_changes_where_they_belong():
+    """Of a field from (−1, −2) to (1, 2) points: right is a better head, up a better tail."""
+    def change(head, tail):
+        return (Difference(head / 100, 2, half_width=0.001), Difference(tail / 100, 2, half_width=0.001))
+
+    points = {"worse": change(-1, -2), "better": change(1, 2)}
+    curves = {"free": [change(0, 1)], "then": [change(1, 3)]}
+    of = {"free": "baseline", "then": "better"}
+    root = ElementTree.fromstring(plot.plot(points, {}, {}))
+    dots = [dot for dot in root.iter() if dot.tag.endswith("circle")][:2]
+    (x0, y0), (x1, y1) = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in dots]
+    assert x0 < x1 and y0 > y1, "pixels grow downwards"
+    zeros = [line for line in root.iter() if line.get("class") == "zero"]
+    centre = ((x0 + x1) / 2, (y0 + y1) / 2)
+    assert (float(zeros[0].get("x1")), float(zeros[1].get("y1"))) == pytest.approx(centre, abs=0.2)
+
+    root = ElementTree.fromstring(plot.plot(points, curves, of))
+    free, then = [line.get("points").split(" ") for line in root.iter() if line.tag.endswith("polyline")]
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in root.iter() if dot.tag.endswith("circle")]
+    assert then[0] == dots[3] and free[1:] + then[1:] == dots[:2], "a line begins at the remedy that it changes"
+    assert free[0].split(",")[0] == free[1].split(",")[0], "at the baseline, right below a gain of the tail alone"
+
+
+def test_packed_matrices_come_back():
+    matrices = np.random.default_rng(0).integers(0, 3, (4, 5, 5))
+    packed = records.packed(matrices)
+    assert (numbers.total_of(packed, 5) == matrices.sum(0)).all()
+    assert numbers.total_of([packed[1]], 5).tolist() == matrices[1].tolist()
+
+
+def test_numbers_of_the_page_are_scipys():
+    draw = np.random.default_rng(1)
+    runs = {}
+    for remedy, hits in (("baseline", 60), ("logits", 70), ("alone", 65)):
+        seeds = range(5) if remedy != "alone" else range(7, 9)
+        runs[remedy] = {str(seed): one_run(hits + int(draw.integers(-4, 5))) for seed in seeds}
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    results = {"remedies": dict.fromkeys(("baseline", "logits", "alone", "missing")), "after": {}}
+    text = page.section("blocks", split, results, "x.svg")
+
+    tails = {name: [tail_of(run) for run in seeds.values()] for name, seeds in runs.items()}
+    test = stats.ttest_rel(tails["logits"], tails["baseline"])
+    mean = 100 * np.mean(np.subtract(tails["logits"], tails["baseline"]))
+    half = 100 * test.confidence_interval(0.95).high - mean
+    assert f"mIoU(tail) {mean:+.1f} ± {half:.1f} points over 5 pairs" in text
+    spread = 100 * np.std(np.subtract(tails["logits"], tails["baseline"]), ddof=1)
+    assert f"| logits | 5 | {spread:.1f} | {pairs_needed(spread, 2)} | {pairs_needed(spread, 3)} |" in text
+    assert f"{100 * np.mean(tails['logits']):.1f} ({mean:+.1f} ± {half:.1f})" in text
+    assert f"mIoU(tail) {100 * np.std(tails['baseline'], ddof=1):.1f}" in text
+    assert "**alone**: no seed in common with the baseline yet" in text and "Not run yet: missing." in text
+
+
+def one_run(hits: int) -> dict:
+    matrix = np.array([[900, 50, 0], [30, 700, 0], [100 - hits, 0, hits]])
+    return {"minutes": 1.0, "commit": "abc", "matrices": records.packed(matrix[None])}
+
+
+def tail_of(run: dict) -> float:
+    return head_and_tail(numbers.total_of(run["matrices"], 3), [2])["miou_tail"]
+
+
+def test_the_plans_of_the_project():
+    """Four strengths a remedy, seeds that did not choose, configs that load; the page is what the results say."""
+    for path in sorted((ROOT / "scripts" / "evidence_plans").glob("*.yaml")):
+        plan = typed(evidence.Plan, read_tree(path), path.name)
+        assert {len(tried) for tried in plan.remedies.values()} in ({4}, {1}), "tuned alike, or not at all"
+        runs = evidence.runs_of(plan.tuning()) if plan.tuned() else []
+        choices = {name: {"chosen": next(iter(tried))} for name, tried in plan.remedies.items()}
+        runs += [run for jobs in plan.finals(choices).values() for run in evidence.runs_of(jobs)]
+        for run in runs:
+            config = next(word for word in run.command if word.endswith((".yaml", ".json")) and "=" not in word)
+            load_config(run.cwd / config, [word for word in run.command if "=" in word])
+
+        results = ROOT / plan.results
+        known = json.loads(results.read_text()) if results.is_file() else None
+        file = f"scripts/evidence_plans/{path.name}"
+        assert (ROOT / plan.page).read_text() == page.page_of(known, file)
+        for name, picture in page.pictures(known, file).items() if known else ():
+            assert ((ROOT / plan.page).parent / name).read_text() == picture
+        if known:
+            readme = (ROOT / "README.md").read_text()
+            table = summary.summary(known, next(iter(known["splits"])))
+            assert summary.renewed(readme, file, table) == readme
+
+
+def test_the_table_of_the_readme():
+    """A line a remedy and the best strength after training, by their tails; bold what Holm's p decides."""
+    made = {"baseline": (90, 40), "late": (80, 60), "bad": (90, 30), "free t_1": (90, 50), "free t_2": (20, 52)}
+    jitter = {"late": [0, 0, 1], "bad": [0, 1, 0], "free t_1": [0, 0, 0], "free t_2": [0, 0, 0]}
+    runs = {
+        name: {str(s): grass_tree_pole(tree, pole + jitter.get(name, [0, 0, 0])[s]) for s in range(3)}
+        for name, (tree, pole) in made.items()
+    }
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    remedies = {"baseline": [], "late": [], "bad": []}
+    results = {"remedies": remedies, "after": {"free": {"of": "baseline"}}, "splits": {"s": split}}
+    rows = [line.split(" | ") for line in summary.summary(results, "s").splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| late", "| free t_1", "| bad"]
+    assert rows[0][1:3] == ["3", "**+20.3 ± 1.4**"]
+    assert rows[0][4:] == ["**+10.3 ± 1.4**", "**+8.3 ± 1.4** |"], "against t_1, which keeps the head, and t_2"
+    # the head gains where fewer poles are taken for its first class
+    assert rows[1][2:] == ["+10.0 ± 0.0", "+0.4 ± 0.0", "free", " |"]
+    assert rows[2][2].startswith("**-9.7")
+
+
+def test_the_readme_keeps_what_is_not_the_table():
+    begin = summary.BEGIN.format(plan="a.yaml")
+    text = f"before\n{begin}\nold\n{summary.END}\nafter"
+    new = summary.renewed(text, "a.yaml", "new")
+    assert new == f"before\n{begin}\n\nnew\n\n{summary.END}\nafter"
+    assert summary.renewed(new, "a.yaml", "new") == new
+    assert summary.renewed(text, "b.yaml", "new") == text
+    with pytest.raises(ValueError, match="no '<!-- end: what helps -->' after"):
+        summary.renewed(text.replace(summary.END, ""), "a.yaml", "new")
