@@ -38,7 +38,7 @@ from scripts import model_cards, run_many
 from scripts.study import summary
 from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
-from scripts.study.records import changed_after, scored, split_of, trained
+from scripts.study.records import begun, changed_after, scored, split_of, trained
 
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
@@ -221,14 +221,16 @@ def collect(plan: Plan) -> None:
     splits = {} if known is None else dict(known["splits"])
     for name, jobs in plan.finals(choices).items():
         order = list(plan.remedies)
-        runs = [run for run in runs_of(jobs) if run.name in order]
+        planned = runs_of(jobs)
+        runs = [run for run in planned if run.name in order]
         runs.sort(key=lambda run: order.index(run.name))
         results_of_split = trained(runs, choices, scored(plan, name))
         if plan.after:
             results_of_split += changed_after(runs_of(plan.afters()[name]))
 
-        found = split_of(results_of_split)
+        found = split_of(results_of_split, begun(planned, plan.steps))
         if found is not None:
+            found["convention"] = plan.convention or found["convention"]
             splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
 
     if not splits:
@@ -243,6 +245,7 @@ def collect(plan: Plan) -> None:
         "steps": {name: said(plan, entry_of(value, name)) for name, value in plan.steps.items()},
         "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
         "against": dict(plan.against),
+        "before": {name: plan.before(name, choices[name]["chosen"]) for name in plan.remedies},
         "choices": choices,
         "after": {
             name: {"of": plan.changed(name), "change": [after.name, *after.options]}
@@ -281,9 +284,12 @@ def _joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: st
     if known["identity"] != found["identity"] or known["images"] != found["images"]:
         raise ValueError(f"{where}: holds results of other images or settings; give the plan another `results`")
 
-    names = [*known["runs"], *(name for name in found["runs"] if name not in known["runs"])]
-    runs = {name: {**known["runs"].get(name, {}), **found["runs"].get(name, {})} for name in names}
-    return {**found, "runs": runs}
+    parts = {}
+    for part in ("runs", "starts"):
+        old, new = known.get(part, {}), found[part]
+        parts[part] = {name: {**old.get(name, {}), **new.get(name, {})} for name in {**old, **new}}
+
+    return {**found, **parts}
 
 
 def page(plan: Plan, file: str) -> None:

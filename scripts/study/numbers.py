@@ -119,3 +119,7 @@ def best_free(
 
     best = max(others, key=lambda name: float(np.mean(tails[name])))
     return best, paired(tails[remedy], tails[best])
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}" if np.isfinite(value) else "–"

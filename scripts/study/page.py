@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import LEVEL, Difference, holm, number, of_differences, paired_by_seed, pairs_needed, verdict
+from common.comparison import LEVEL, Difference, holm, number, of_differences, pairs_needed, verdict
 from common.metrics import precision_and_recall
 from scripts.study import plot
+from scripts.study.further import further_tables
 from scripts.study.numbers import (
     HEAD_ALLOWED,
     Compared,
@@ -20,13 +21,12 @@ from scripts.study.numbers import (
     compare,
     matrices_of,
     of_curve,
+    percent,
     score,
     unpaired,
 )
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
-FURTHER = {"tolerant_miou_tail": "mIoU~(tail)", "boundary_f_tail": "F~(tail)", "ece": "ECE", "ece_tail": "ECE(tail)"}
-FURTHER_OF_CLASS = ("tolerant_iou", "boundary_f", "ece", "mass")
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
 TITLE = "Which remedies help"
 HEAD = """# {title}
@@ -36,16 +36,18 @@ Every remedy is trained with the seeds of the baseline, and differences are take
 counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better" and "worse" are said where Holm's p
 over all remedies of a table is below 0.05. Such intervals speak of other seeds on the same images, not of other scenes.
 """
-FURTHER_HEAD = (
-    "Beyond IoU ([scores.md](scores.md)): `~` forgives the pixels of `eval.boundary` at borders, ECE is the expected "
-    "calibration error (of the best class; of a class over the pixels with p ≥ 0.05), mass a class's predicted "
-    "probability over its pixels. Of ECE less is better, of mass 1 is best.\n"
-)
 FREE_HEAD = (
     "Against what is free: of the baseline and all strengths of changes in it (below), the one with the highest "
     "mIoU(tail) whose mIoU(head) is at most half a point below the remedy's, on the same seeds. It is picked on these "
     "images, in its favour."
 )
+STARTS_HEAD = "Where they begin (bold), and how far each goes from there, seed by seed:\n"
+ABSENT = {  # convention of common/metrics.py → what a class without a true pixel does to means
+    "nan_mean": "such a class counts as 0 where it is predicted, and not at all where it is not",
+    "absent_zero": "such a class counts as 0",
+    "ltss": "such a class counts as 0 in mIoU where it is predicted, and is in no mean of head or tail",
+    "detectron2": "such a class is in no mean",
+}
 AGAINST_HEAD = "Against each other, Holm's p over these pairs:\n"
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
@@ -157,7 +159,9 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
     lines = [head]
     if changes_of(split, remedies, list(after)) is not None:
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
+    lines += absent_words(matrices[baseline], split)
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
+    lines += starts_table(split, results.get("before", {}))
     lines += further_tables(split, remedies)
     lines += [pairs_table(compared["miou_tail"]), *words(compared, unpaired(matrices, baseline))]
     lines += against_others(split, results.get("against", {}))
@@ -169,6 +173,15 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
         lines.append(after_training(remedy, of, split, baseline))
 
     return "\n".join([*lines, ""])
+
+
+def absent_words(matrices: Mapping[str, np.ndarray], split: Mapping[str, Any]) -> list[str]:
+    """Which classes no image shows, and what that does to the scores; nothing where all are shown."""
+    pixels = next(iter(matrices.values())).sum(1)
+    absent = [name for name, count in zip(split["classes"], pixels, strict=True) if not count]
+    if not absent:
+        return []
+    return [f"No image shows {', '.join(absent)}; by `{split['convention']}`, {ABSENT[split['convention']]}.\n"]
 
 
 def pairs_table(compared: Compared) -> str:
@@ -277,9 +290,35 @@ def main_table(
     return "\n".join([*lines, ""])
 
 
+def starts_table(split: Mapping[str, Any], before: Mapping[str, list[str]]) -> list[str]:
+    """How far each remedy went from the weights that it began at; nothing where no start was evaluated.
+
+    before: remedy → the steps that it comes after, the nearest first.
+    """
+    recorded = split.get("starts", {})
+    begins = {remedy: next((step for step in steps if step in recorded), None) for remedy, steps in before.items()}
+    pairs = {remedy: step for remedy, step in begins.items() if step and remedy in split["runs"]}
+    if not pairs:
+        return []
+
+    together = {**split, "runs": {**recorded, **split["runs"]}}
+    changes = {key: between(together, pairs, key) for key in SCORES}
+    lines = [STARTS_HEAD, "| | seeds | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+    for start, seeds in matrices_of(together, list(dict.fromkeys(pairs.values()))).items():
+        means = [np.mean([score(matrix, split, key) for matrix in seeds.values()]) for key in SCORES]
+        lines.append(f"| **{start}** | {len(seeds)} | {' | '.join(percent(mean) for mean in means)} |")
+        for remedy in (name for name in changes["miou"] if pairs[name] == start):
+            cells = [number(changes[key][remedy][0]) for key in SCORES]
+            lines.append(f"| {remedy} | {changes['miou'][remedy][0].n} | {' | '.join(cells)} |")
+
+    return ["\n".join([*lines, ""])]
+
+
 def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], split: Mapping[str, Any]) -> str:
     """IoU / precision / recall / predicted over true pixels of each class of the tail, over all seeds of a remedy."""
-    names = [split["classes"][k] for k in split["tail"]]
+    pixels = sum(next(iter(matrices.values())).values()).sum(1)
+    tail = [k for k in split["tail"] if pixels[k]]
+    names = [split["classes"][k] for k in tail]
     lines = [
         "IoU / precision / recall / predicted over true pixels, seeds together:",
         "",
@@ -292,67 +331,6 @@ def tail_table(matrices: Mapping[str, Mapping[str, np.ndarray]], split: Mapping[
         hits = np.diagonal(total)
         iou = hits / np.maximum(total.sum(0) + total.sum(1) - hits, 1)
         rates = [iou, precision, recall]
-        cells = [" / ".join([*(percent(rate[k]) for rate in rates), f"{ratio[k]:.2f}"]) for k in split["tail"]]
+        cells = [" / ".join([*(percent(rate[k]) for rate in rates), f"{ratio[k]:.2f}"]) for k in tail]
         lines.append(f"| {remedy} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def further_tables(split: Mapping[str, Any], names: list[str]) -> list[str]:
-    """What precise borders and probabilities say of the runs that were scored for them; nothing where none was."""
-    found = {
-        name: {seed: run["further"] for seed, run in split["runs"].get(name, {}).items() if run.get("further")}
-        for name in names
-    }
-    found = {name: seeds for name, seeds in found.items() if seeds}
-    if not found:
-        return []
-
-    return [FURTHER_HEAD, _further_means(found, names[0]), _further_classes(found)]
-
-
-def _further_means(found: Mapping[str, Mapping[str, Any]], baseline: str) -> str:
-    lines = ["| | seeds | " + " | ".join(FURTHER.values()) + " |", "|---" * (len(FURTHER) + 2) + "|"]
-    columns = {key: _further_column(found, baseline, key) for key in FURTHER}
-    for name, seeds in found.items():
-        cells = [columns[key][name] for key in FURTHER]
-        lines.append(f"| {name} | {len(seeds)} | {' | '.join(cells)} |")
-
-    return "\n".join([*lines, ""])
-
-
-def _further_column(found: Mapping[str, Mapping[str, Any]], baseline: str, key: str) -> dict[str, str]:
-    """Name → mean of one score, with the change against the baseline where both have it."""
-    values = {
-        name: {seed: run[key] for seed, run in seeds.items() if run.get(key) is not None}
-        for name, seeds in found.items()
-    }
-    changes = paired_by_seed(values, baseline) if baseline in values else {}
-    cells = {}
-    for name, scored in values.items():
-        mean = percent(np.mean(list(scored.values()))) if scored else "–"
-        cells[name] = f"{mean} ({number(changes[name][0])})" if name in changes else mean
-
-    return cells
-
-
-def _further_classes(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """IoU~ / F~ / ECE / mass of each class of the tail, means over the seeds."""
-    classes = list(dict.fromkeys(name for seeds in found.values() for run in seeds.values() for name in run["classes"]))
-    lines = ["IoU~ / F~ / ECE / mass:", "", "| | " + " | ".join(classes) + " |", "|---" * (len(classes) + 1) + "|"]
-    for remedy, seeds in found.items():
-        runs = [run["classes"] for run in seeds.values()]
-        cells = [" / ".join(_mean_of(runs, name, key) for key in FURTHER_OF_CLASS) for name in classes]
-        lines.append(f"| {remedy} | {' | '.join(cells)} |")
-
-    return "\n".join([*lines, ""])
-
-
-def _mean_of(runs: list[Mapping[str, Any]], name: str, key: str) -> str:
-    values = [run[name][key] for run in runs if run.get(name, {}).get(key) is not None]
-    if not values:
-        return "–"
-    return f"{np.mean(values):.2f}" if key == "mass" else percent(np.mean(values))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}" if np.isfinite(value) else "–"

@@ -11,6 +11,7 @@ from typing import Any
 from common.config.bounds import Count, Whole
 from common.jobs import Run
 from common.jobs.plan import ROOT, Entry, Jobs, entry_of, plan_of
+from common.metrics import Convention
 
 SCORES = "scores"  # in the folder of a run of `score`: what its command leaves
 STRENGTHS = "strengths"  # in the folder of a run of `after`: what scripts/rebalance.py leaves
@@ -54,6 +55,7 @@ class Plan:
     threads: Count = 1
     score: str = ""  # command that scores {checkpoint} once more, with further scores, and leaves {scores}
     folder: str = "."  # where commands run, and where `output` lies
+    convention: Convention | None = None  # of the page's scores (common/metrics.py), in place of the runs' own
     title: str = "Which remedies help"  # of the page
     note: str = ""  # what a reader of the page has to know
     steps: Mapping[str, Any] = field(default_factory=dict)  # name → settings, or an Entry: what others come `after`
@@ -82,6 +84,8 @@ class Plan:
             for other in self.after:
                 if other.startswith(f"{name} "):  # results are named NAME STRENGTH
                     raise ValueError(f"after.{other}: begins with the name of another; take one that does not")
+        if self.convention and self.tuned():
+            raise ValueError("convention: strengths are chosen by that of the runs; set eval.convention in `settings`")
         if self.tuning_seed in self.seeds:
             raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
 
@@ -101,6 +105,16 @@ class Plan:
     def entry(self, name: str, strength: str) -> Entry:
         """What is run for a strength of a remedy."""
         return entry_of(self.remedies[name][strength], f"remedies.{name}.{strength}")
+
+    def before(self, name: str, strength: str) -> list[str]:
+        """The steps that a strength of a remedy comes after, the nearest first."""
+        found: list[str] = []
+        step = self.entry(name, strength).after
+        while step and step not in found:
+            found.append(step)
+            step = entry_of(self.steps[step], f"steps.{step}").after if step in self.steps else ""
+
+        return found
 
     def tuned(self) -> dict[str, Mapping[str, Any]]:
         """The remedies of which a strength has to be chosen."""

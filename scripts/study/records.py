@@ -10,7 +10,7 @@ from common.evaluation.identity import differences
 from common.evaluation.per_image import FILE, read_per_image
 from common.files import read_json
 from common.jobs import Run, state_of
-from scripts.study.page import FURTHER, FURTHER_OF_CLASS
+from scripts.study.further import FURTHER, FURTHER_OF_CLASS
 from scripts.study.plan import SCORES, STRENGTHS, Plan, runs_of
 
 EVALUATION = "evaluation.json"  # in the folder of a run
@@ -41,6 +41,15 @@ def trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Pa
     ]
 
 
+def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
+    """The results of the plan's `steps` that are done, of those that leave an evaluation as trainings do."""
+    return [
+        Result(run, run.folder, run.name, "")
+        for run in runs
+        if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()
+    ]
+
+
 def changed_after(runs: list[Run]) -> list[Result]:
     """The results of changed classifiers, one a strength."""
     return [
@@ -60,35 +69,40 @@ def _number(folder: Path) -> tuple[float, str]:
         return 0.0, folder.name
 
 
-def split_of(results: list[Result]) -> dict[str, Any] | None:
-    """What the results of one split say; None where there is none."""
-    first: dict[str, Any] | None = None
-    found: dict[str, Any] = {}
+def split_of(results: list[Result], starts: list[Result]) -> dict[str, Any] | None:
+    """What the results of one split say, and what they begin at; None where there is no result."""
+    if not results:
+        return None
+
+    first = results[0].folder
+    classes = read_json(first / EVALUATION)["per_class"]
+    return {
+        "classes": [item["name"] for item in classes],
+        "tail": [item["id"] for item in classes if item["tail"]],
+        "convention": read_json(first / EVALUATION)["convention"],
+        "identity": read_json(first / EVALUATION)["identity"],
+        "images": read_per_image(first / FILE).names,
+        "runs": recorded(results, first),
+        "starts": recorded(starts, first),
+    }
+
+
+def recorded(results: list[Result], first: Path) -> dict[str, dict[str, Any]]:
+    """Name → seed → what is kept of a run. ValueError where one does not compare with that of the folder `first`."""
+    found: dict[str, dict[str, Any]] = {}
     for run, folder, name, strength, scores in results:
         result = read_json(folder / EVALUATION)
-        kept = read_per_image(folder / FILE)
-        first = first or {"result": result, "images": kept.names}
-        if parts := differences(result, first["result"]):
+        if parts := differences(result, read_json(first / EVALUATION)):
             raise ValueError(f"{run.title}: does not compare with the other runs: {'; '.join(parts)}")
 
         made = read_json(folder / "run.json")
         record = {key: made.get(key) for key in ("minutes", "commit", "machine")}
         again = result if scores is None else scored_again(scores, result)
-        record |= {"strength": strength, "matrices": packed(kept.matrices), "further": further(again)}
+        matrices = packed(read_per_image(folder / FILE).matrices)
+        record |= {"strength": strength, "matrices": matrices, "further": further(again)}
         found.setdefault(name, {})[str(run.seed)] = record
 
-    if first is None:
-        return None
-
-    classes = first["result"]["per_class"]
-    return {
-        "classes": [item["name"] for item in classes],
-        "tail": [item["id"] for item in classes if item["tail"]],
-        "convention": first["result"]["convention"],
-        "identity": first["result"]["identity"],
-        "images": first["images"],
-        "runs": found,
-    }
+    return found
 
 
 def scored_again(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:

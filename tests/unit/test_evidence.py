@@ -118,21 +118,28 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
 
 
 def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys, fails):
-    """Steps run first and are not recorded; a remedy has a config and a command of its own, and another to be held
-    against. What is recorded already needs no steps."""
+    """Steps run first and are where remedies begin; a remedy has a config and a command of its own, and another to be
+    held against. What is recorded already needs no steps."""
     first = {"after": "second", "settings": ["gain=1", "model.checkpoint={runs}/second_{seed}/{split}"]}
     remedies = {"baseline": {"a": {"after": "trunk"}}, "good": {"b": first}, "better": {"c": {"settings": ["gain=2"]}}}
-    steps = {"second": {"after": "trunk", "settings": ["gain=5"]}, "trunk": []}
+    steps = {"second": {"after": "trunk", "settings": ["gain=2"]}, "trunk": []}
     edited(plan, remedies=remedies, steps=steps, seeds=[1, 2], against={"better": "good"}, final={"blocks": []})
     take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan), ("page", plan))
 
     made = json.loads((tmp_path / "results.json").read_text())
     assert list(made["splits"]["blocks"]["runs"]) == ["baseline", "good", "better"]
+    assert list(made["splits"]["blocks"]["starts"]) == ["trunk", "second"]
+    assert made["before"] == {"baseline": ["trunk"], "good": ["second", "trunk"], "better": []}
     command = (tmp_path / "out" / "blocks" / "good_2" / "job.json").read_text()
     assert f"model.checkpoint={tmp_path}/out/blocks/second_2/blocks" in command
     text = (tmp_path / "page.md").read_text()
     assert "- **better** against good: mIoU +3.6 ± 0.0 points over 2 pairs" in text
-    assert "| second | comes before others | `gain=5` |" in text
+    assert "| second | comes before others | `gain=2` |" in text
+    begin = [line.split(" | ") for line in text.split("Where they begin")[1].splitlines() if line.startswith("| ")][1:]
+    assert [(row[0], row[1], row[3]) for row in begin[:4]] == [
+        ("| **trunk**", "2", "62.0"), ("| baseline", "2", "+0.0 ± 0.0"),
+        ("| **second**", "2", "82.0"), ("| good", "2", "-10.0 ± 0.0"),
+    ]  # fmt: skip
 
     assert "--only: the plan has no 'gone'; it has baseline, good, better" in fails(
         evidence.main, "final", plan, "--only", "gone"
@@ -155,6 +162,7 @@ def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, ca
     [
         ({"steps": {"good": []}}, "steps.good: is the name of a remedy"),
         ({"against": {"good": "gone"}}, "against.good: 'gone' is no remedy of the plan: baseline, good"),
+        ({"convention": "detectron2"}, "convention: strengths are chosen by that of the runs"),
         ({"remedies": {"baseline": {"a": {"sets": []}}}}, "unknown key 'sets'"),
     ],
 )

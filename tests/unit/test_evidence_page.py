@@ -96,6 +96,24 @@ def test_numbers_of_the_page_are_scipys():
     assert "**alone**: no seed in common with the baseline yet" in text and "Not run yet: missing." in text
 
 
+def test_a_class_that_no_image_shows():
+    """By detectron2's rule it is in no mean, by MMSegmentation's it is 0 where it is predicted."""
+    made = {"baseline": [[90, 0, 10, 0], [0, 80, 20, 0], [30, 20, 50, 0], [0, 0, 0, 0]]}
+    made["late"] = [[90, 0, 10, 0], [0, 80, 20, 0], [30, 10, 50, 10], [0, 0, 0, 0]]
+    runs = {
+        name: {s: {**one_run(0), "matrices": records.packed(np.array([matrix]))} for s in "12"}
+        for name, matrix in made.items()
+    }
+    split = {"classes": [*CLASSES, "sign"], "tail": [2, 3], "images": ["x"], "runs": runs}
+    results = {"remedies": dict.fromkeys(made), "after": {}}
+    text = page.section("dusk", {**split, "convention": "detectron2"}, results, "x.svg")
+    assert "No image shows sign; by `detectron2`, such a class is in no mean." in text
+    assert "| late | 2 | 60.1 (+2.0 ± 0.0) | 38.5 (+0.0 ± 0.0) |" in text and "| pole |" in text
+    text = page.section("dusk", {**split, "convention": "nan_mean"}, results, "x.svg")
+    assert "such a class counts as 0 where it is predicted" in text
+    assert "| late | 2 | 45.1 (-13.0 ± 0.0) | 19.2 (-19.2 ± 0.0) |" in text
+
+
 def one_run(hits: int) -> dict:
     matrix = np.array([[900, 50, 0], [30, 700, 0], [100 - hits, 0, hits]])
     return {"minutes": 1.0, "commit": "abc", "matrices": records.packed(matrix[None])}
