@@ -16,9 +16,11 @@ LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config) -> Files:
-    """All pages and pictures, in place of those below docs/."""
+    """All pages and pictures, in place of those below docs/, beside what the theme brings."""
+    of_theme = [file for file in files if file.src_dir != config.docs_dir]
     paths = sorted({path for pattern in (*PAGES, *PICTURES) for path in ROOT.glob(pattern)})
-    return Files([File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in paths])
+    ours = [File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in paths]
+    return Files([*of_theme, *ours])
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:

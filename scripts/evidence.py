@@ -237,7 +237,6 @@ def collect(plan: Plan) -> None:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
     results = {
-        "title": plan.title,
         "config": plan.config,
         "settings": list(plan.settings),
         "branch": plan.branch,
@@ -296,7 +295,7 @@ def page(plan: Plan, file: str) -> None:
     """Write the page and its pictures, and what tells of the same results: the README's table, the model cards."""
     path = ROOT / plan.page
     results = read_results(plan)
-    path.write_text(page_of(results, file), encoding="utf-8")
+    path.write_text(page_of(results, file, plan.title), encoding="utf-8")
     for name, picture in pictures(results, file).items() if results else ():
         (path.parent / name).parent.mkdir(exist_ok=True)
         (path.parent / name).write_text(picture, encoding="utf-8")

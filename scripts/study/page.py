@@ -28,7 +28,6 @@ from scripts.study.numbers import (
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
-TITLE = "Which remedies help"
 HEAD = """# {title}
 
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
@@ -55,9 +54,8 @@ UNTUNED = "One strength each, fixed before any result of its own: **nothing is t
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
-def page_of(results: Mapping[str, Any] | None, plan: str) -> str:
+def page_of(results: Mapping[str, Any] | None, plan: str, title: str) -> str:
     """Markdown. results: what the step `collect` has left; None: nothing. plan: the file of the comparison."""
-    title = TITLE if results is None else results.get("title", TITLE)
     head = HEAD.format(title=title, plan=plan)
     if results is None:
         return head + NOTHING

@@ -138,7 +138,7 @@ def test_the_plans_of_the_project():
         results = ROOT / plan.results
         known = json.loads(results.read_text()) if results.is_file() else None
         file = f"scripts/evidence_plans/{path.name}"
-        assert (ROOT / plan.page).read_text() == page.page_of(known, file)
+        assert (ROOT / plan.page).read_text() == page.page_of(known, file, plan.title)
         for name, picture in page.pictures(known, file).items() if known else ():
             assert ((ROOT / plan.page).parent / name).read_text() == picture
         if known:

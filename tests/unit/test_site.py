@@ -1,6 +1,7 @@
 """The pages as a static site, and the workflow that mirrors the gate."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ def test_the_site_has_every_page_and_no_broken_link(tmp_path):
         assert (tmp_path / "site" / page).is_file()
     remedies = (tmp_path / "site/docs/remedies/index.html").read_text()
     assert 'href="../../#the-sign-of-blv"' in remedies, "links between pages stay"
+    style = re.search(r'href="([^"]+/main[^"]*\.css)"', (tmp_path / "site/index.html").read_text())
+    assert style and (tmp_path / "site" / style[1]).is_file(), "the theme's files are part of it"
     assert 'href="common/' not in (tmp_path / "site/index.html").read_text(), "links to files become text"
 
 
