@@ -167,11 +167,14 @@ def add_checkpoint(parser: argparse.ArgumentParser, *aliases: str, default: str 
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
-    """[--tta] [--save-predictions DIR]"""
+    """[--tta] [--save-predictions DIR] [--json FILE]"""
     parser.add_argument(
         "--tta", action="store_true", help="average six scales, each also mirrored"
     )
     parser.add_argument("--save-predictions", metavar="DIR", help="write one PNG an image")
+    parser.add_argument(
+        "--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

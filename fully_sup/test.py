@@ -1,18 +1,16 @@
-"""Evaluate a checkpoint: `python fully_sup/test.py [CONFIG] [CHECKPOINT] [--tta] [--save-predictions DIR] [k=v …]`.
+"""Evaluate a checkpoint: `python fully_sup/test.py [CONFIG] [CHECKPOINT] [--tta] [--save-predictions DIR] …`.
 
 CHECKPOINT is one of ours (a run's `checkpoints/best`; its config is inside, so CONFIG may be left out), a .safetensors
 file, or an official MMSegmentation file. With CONFIG alone it is the best one of the config's run.
 """
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 from common import cli, distributed
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
-from common.files import refuse_to_overwrite, write_json
+from common.files import refuse_to_overwrite
 from common.models import load_model
 from common.models.carried import best_of, open_config
 
@@ -24,9 +22,6 @@ def main() -> None:
     cli.add_config(parser)
     cli.add_checkpoint(parser)
     cli.add_evaluation(parser)
-    parser.add_argument(
-        "--json", metavar="FILE", help="scores go here, not into RUN/test/NAME/evaluation.json"
-    )
     cli.add_force(parser)
     args = cli.parse(parser)
     cfg = open_config(args.config, args.checkpoint, args.overrides)
@@ -41,23 +36,13 @@ def main() -> None:
     model = load_model(cfg.model, args.checkpoint)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
-    kept = {} if args.json else kept_in(folder)
-    outputs = {"save_predictions": args.save_predictions, **kept}
+    outputs = {"save_predictions": args.save_predictions, **kept_in(folder, args.json)}
     result = experiment.score(model.to(device), device, args.checkpoint, **outputs)
     result |= {"checkpoint": args.checkpoint}
     print_result(result)
-    if args.json is None:
-        write_test(folder, cfg, result)
-    elif distributed.rank() == 0:
-        write_scores(Path(args.json), result)
+    write_test(folder, cfg, result, args.json)
 
     distributed.stop()
-
-
-def write_scores(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    print(f"scores written to {path}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="with --eval-only: the release's masks, as COCO's RLE, into <run>/inference/",
     )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="with --eval-only: scores go here, not into RUN/test/NAME/evaluation.json; of --tta the augmented ones",
+    )
     cli.add_force(parser)
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1)
@@ -102,9 +107,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     for flag, given in (
         ("--save-predictions", args.save_predictions),
         ("--save-rle", args.save_rle),
+        ("--json", args.json),
     ):
         if given and not args.eval_only:
-            parser.error(f"{flag} belongs to --eval-only: training writes no predictions")
+            parser.error(f"{flag} belongs to --eval-only: training evaluates into its own folder")
 
     return args
 
@@ -142,7 +148,7 @@ def ready(cfg: Config, args: argparse.Namespace, world: int) -> tuple[Config, Ex
             raise ValueError(f"{weights}: no such checkpoint")
         experiment = open_experiment(cfg, eval_only=True)
         files = prediction_files(args.save_predictions, experiment.val, cfg.eval)
-        refuse_to_overwrite(files, args.force)
+        refuse_to_overwrite([*files, *filter(None, [args.json])], args.force)
         return cfg, experiment
 
     cfg = divided(replace(cfg, eval=plain(cfg.eval)), world)
@@ -226,9 +232,11 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
         inference = results.inference_folder(cfg.folder, augmented)
         keep = results.Predictions(inference / name) if args.save_rle else None
         # the files of both would have the same names
-        pictures = args.save_predictions if options is cfg.eval else None
+        pictures, scores = (
+            (args.save_predictions, args.json) if options is cfg.eval else (None, None)
+        )
 
-        outputs = {"save_predictions": pictures, "keep": keep, **kept_in(folder)}
+        outputs = {"save_predictions": pictures, "keep": keep, **kept_in(folder, scores)}
         result = experiment.score(model, device, weights, cfg=options, **outputs)
         result |= {"checkpoint": str(weights)}
         if keep is not None:
@@ -236,7 +244,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
 
         print_result(result)
         results.print_groups(result)
-        write_test(folder, tested, result)
+        write_test(folder, tested, result, scores)
         results.write_results(
             cfg.folder, result, experiment.val.row, experiment.levels(), augmented
         )

@@ -47,8 +47,9 @@ def main() -> None:
     cfg = open_config(args.config, args.checkpoint, args.overrides)
     if args.test and args.save_feature:
         raise ValueError("--test and --save_feature are two runs")
-    if args.save_predictions and not args.test:
-        raise ValueError("--save-predictions belongs to --test: nothing else predicts images")
+    for flag, given in (("--save-predictions", args.save_predictions), ("--json", args.json)):
+        if given and not args.test:
+            raise ValueError(f"{flag} belongs to --test: nothing else predicts images")
 
     if args.test or args.save_feature:
         args.checkpoint = args.checkpoint or best_of(cfg)
@@ -90,7 +91,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 def release_order(words: list[str]) -> list[str]:
     """Configs and overrides first: behind a switch they would be taken for its value."""
-    flags = ("-c", "--config", "--config-file")
+    flags = ("-c", "--config", "--config-file", "--json")
     first = [
         word
         for before, word in zip(["", *words], words, strict=False)
@@ -158,21 +159,23 @@ def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module
 
 
 def test(cfg: Config, args: argparse.Namespace) -> None:
-    """Scores and panels in a folder of this test; in the run's the report and, without --save-predictions, `preds/`."""
+    """Scores and panels in a folder of this test; in the run's the report and, without --save-predictions, `preds/`.
+    With --json the scores alone, and predictions where --save-predictions asks for them."""
     cfg = cli.with_tta(cfg) if args.tta else cfg
     experiment = Experiment(cfg, train=False)  # needs no training data
     files = prediction_files(args.save_predictions, experiment.val, cfg.eval)
-    refuse_to_overwrite(files, args.force)
+    refuse_to_overwrite([*files, *filter(None, [args.json])], args.force)
     model, device = open_network(cfg, args)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
-    outputs = {"save_predictions": args.save_predictions or cfg.folder / "preds", **kept_in(folder)}
+    pictures = args.save_predictions or (cfg.folder / "preds" if args.json is None else None)
+    outputs = {"save_predictions": pictures, **kept_in(folder, args.json)}
     result = experiment.score(model, device, args.checkpoint, **outputs) | {
         "checkpoint": str(args.checkpoint)
     }
     print_result(result)
-    write_test(folder, cfg, result)
-    if distributed.rank() == 0:
+    write_test(folder, cfg, result, args.json)
+    if distributed.rank() == 0 and args.json is None:
         report(cfg, folder)
 
     distributed.barrier()

@@ -44,21 +44,20 @@ def main() -> None:
         cfg = cli.with_tta(cfg)
 
     experiment = Experiment(cfg, train=False)  # inference needs no source data
-    refuse_to_overwrite(
-        prediction_files(args.save_predictions, experiment.val, cfg.eval), args.force
-    )
+    predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)
+    refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
     device = distributed.start(args.device)
     teacher = args.eval == "teacher"
     model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)
 
     checkpoint = checkpoint_of(cfg, args.checkpoint)
     folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
-    outputs = {"save_predictions": args.save_predictions, **kept_in(folder)}
+    outputs = {"save_predictions": args.save_predictions, **kept_in(folder, args.json)}
     result = experiment.score(model, device, checkpoint, **outputs)
     result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}
     print_result(result)
     print_lines(result)
-    write_test(folder, cfg, result)
+    write_test(folder, cfg, result, args.json)
 
 
 def subset_means(result: dict) -> dict[str, float]:

@@ -46,8 +46,13 @@ def folder_of_test(
     return cfg.folder / FOLDER / f"{'_'.join(words)}-{digest}"
 
 
-def kept_in(folder: Path) -> dict[str, Path]:
-    """Arguments of `evaluate`: where a test keeps its panels and, if the config asks for them, its images' matrices."""
+def kept_in(folder: Path, scores: str | None = None) -> dict[str, Path]:
+    """Arguments of `evaluate`: where a test keeps its panels and, if the config asks for them, its images' matrices.
+
+    scores: as in `write_test`; then nothing is kept but them.
+    """
+    if scores is not None:
+        return {}
     return {"panels": folder / "panels", "per_image": folder / PER_IMAGE}
 
 
@@ -61,9 +66,19 @@ def _content(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def write_test(folder: Path, cfg: Config, result: Mapping[str, Any]) -> None:
-    """Leave the result of a test in its folder (rank 0), with the config and how it was made."""
+def write_test(
+    folder: Path, cfg: Config, result: Mapping[str, Any], scores: str | None = None
+) -> None:
+    """Leave the result of a test in its folder (rank 0), with the config and how it was made.
+
+    scores: a file that takes the result in place of the folder, `--json` of the command line.
+    """
     if distributed.rank() != 0:
+        return
+    if scores is not None:
+        Path(scores).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(scores), result)
+        print(f"scores written to {scores}")
         return
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A checkpoint of any method is all that is needed: its network is tested, drawn from, converted and exported by it."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,15 +87,23 @@ def trained(request, files) -> tuple[str, Path]:
     return system, cfg.folder / "checkpoints" / "last"
 
 
-def test_its_scores(trained, call, tmp_path):
+def test_its_scores(trained, call, fails, tmp_path):
+    """In a folder of the test, or with --json in one file and nowhere else."""
     system, checkpoint = trained
     main, *flags = EVALUATE[system]
-    words = (*flags, checkpoint, "--save-predictions", tmp_path / "masks", "--device", "cpu")
-    if main is train_net.main:
-        assert not main([str(word) for word in words])
-    else:
-        call(main, *words)
+    words = [*flags, checkpoint, "--save-predictions", tmp_path / "masks", "--device", "cpu"]
+    call(main, *words)
     assert len(list((tmp_path / "masks").rglob("*.png"))) == 2
+    kept = list(checkpoint.parents[1].glob("test/*/evaluation.json"))
+
+    scores = tmp_path / "below" / "scores.json"
+    words[-4:] = ["--json", scores, "--device", "cpu"]
+    call(main, *words)
+    same = ("miou", "per_class", "confusion", "identity")
+    in_folder, in_file = (json.loads(path.read_text()) for path in (*kept, scores))
+    assert [in_folder[key] for key in same] == [in_file[key] for key in same]
+    assert list(checkpoint.parents[1].glob("test/*/evaluation.json")) == kept
+    assert f"{scores}: there already" in fails(main, *words)
 
 
 def test_its_pictures(trained, call, tmp_path):
