@@ -237,7 +237,7 @@ def collect(plan: Plan) -> None:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
     results = {
-        "config": plan.config,
+        "config": plan.from_root(plan.config),
         "settings": list(plan.settings),
         "branch": plan.branch,
         "note": plan.note,
@@ -267,7 +267,7 @@ def said(plan: Plan, entry: Entry) -> list[str]:
     if command and plan.folder != ".":
         command = f"cd {plan.folder} && {command}"
 
-    return [word for word in (command, entry.config, *entry.settings) if word]
+    return [word for word in (command, plan.from_root(entry.config), *entry.settings) if word]
 
 
 def read_results(plan: Plan) -> dict[str, Any] | None:

@@ -94,6 +94,10 @@ class Plan:
         """The folder of all runs."""
         return (ROOT / self.folder / self.output).resolve()
 
+    def from_root(self, config: str) -> str:
+        """A config as seen from the repository; runs see it from `folder`."""
+        return (Path(self.folder) / config).as_posix() if config else ""
+
     @property
     def baseline(self) -> str:
         return next(iter(self.remedies))
