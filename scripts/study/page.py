@@ -48,6 +48,10 @@ ABSENT = {  # convention of common/metrics.py → what a class without a true pi
     "detectron2": "such a class is in no mean",
 }
 AGAINST_HEAD = "Against each other, Holm's p over these pairs:\n"
+FREE_IN_OTHERS_HEAD = (
+    "Against what is free in the networks that a remedy is held against: of them and all strengths of changes in them, "
+    "the one with the highest mIoU(tail), its mIoU(head) and its choice as above."
+)
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
@@ -167,6 +171,7 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
     if absent:
         lines.append(f"Not run yet: {', '.join(absent)}.\n")
     lines += against_free(split, remedies, after)
+    lines += against_free_in_others(split, results.get("against", {}), after)
     for remedy, of in after.items():
         lines.append(after_training(remedy, of, split, baseline))
 
@@ -240,6 +245,26 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     lines = [FREE_HEAD]
     for head, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
         found = {remedy: best_free(split, baseline, remedy, curve, allowed) for remedy in compared}
+        lines += [head, *free_words(found), ""]
+
+    return lines
+
+
+def against_free_in_others(
+    split: Mapping[str, Any], pairs: Mapping[str, str], after: Mapping[str, str]
+) -> list[str]:
+    """A sentence a pair of remedies whose other has changed classifiers of its own: whether training had to change."""
+    curves = {
+        other: [run for name, of in after.items() if of == other for run in of_curve(split, name)]
+        for other in dict.fromkeys(pairs.values())
+    }
+    compared = {remedy: other for remedy, other in pairs.items() if curves[other] and remedy in split["runs"]}
+    if not compared:
+        return []
+
+    lines = [FREE_IN_OTHERS_HEAD]
+    for head, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
+        found = {remedy: best_free(split, other, remedy, curves[other], allowed) for remedy, other in compared.items()}
         lines += [head, *free_words(found), ""]
 
     return lines

@@ -44,6 +44,22 @@ def test_a_remedy_is_held_against_the_best_that_is_free():
     assert "- **late**: nothing that is free comes within half a point of its mean mIoU(head)" in text
 
 
+def test_a_remedy_is_held_against_what_is_free_in_the_networks_of_its_pair():
+    """Not against what is free in the baseline's, which keeps the head worse and has the higher tail."""
+    made = {"baseline": (50, 40), "method": (90, 40), "with it": (90, 50)}
+    made |= {"free t_1": (50, 90), "then t_1": (90, 47), "then t_2": (80, 70)}
+    runs = {
+        name: {str(s): grass_tree_pole(tree - s, pole + s) for s in range(3)} for name, (tree, pole) in made.items()
+    }
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    after = {"free": "baseline", "then": "method"}
+    text = "\n".join(page.against_free_in_others(split, {"with it": "method"}, after))
+    alike, any_cost = text.split("whatever it costs of the head")
+    assert "- **with it** against then t_1: mIoU(tail) +3.0 ± 0.0 points over 3 pairs: better" in alike
+    assert "- **with it** against then t_2: mIoU(tail) -20.0 ± 0.0 points over 3 pairs: worse" in any_cost
+    assert not page.against_free_in_others(split, {"with it": "baseline"}, {"then": "method"})
+
+
 def test_the_picture_puts_changes_where_they_belong():
     """Of a field from (−1, −2) to (1, 2) points: right is a better head, up a better tail."""
     def change(head, tail):
