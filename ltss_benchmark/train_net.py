@@ -104,15 +104,22 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     args.opts += ["MODEL.WEIGHTS", args.checkpoint] if args.checkpoint else []
     args.opts += ["TEST.AUG.ENABLED", "True"] if args.tta else []
     args.opts += [f"output={args.output}"] if args.output else []
+    check_flags(parser, args)
+
+    return args
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where a flag of an evaluation is given to a training."""
     for flag, given in (
         ("--save-predictions", args.save_predictions),
         ("--save-rle", args.save_rle),
         ("--json", args.json),
     ):
         if given and not args.eval_only:
-            parser.error(f"{flag} belongs to --eval-only: training evaluates into its own folder")
-
-    return args
+            parser.error(
+                f"{flag} belongs to --eval-only: training evaluates into its own folder"
+            )
 
 
 def open_config(args: argparse.Namespace) -> Config:
