@@ -41,7 +41,7 @@ def expect_config_or_one_line(make, name: str = "") -> bool:
     except ConfigError as error:
         refused, text = True, str(error)
         assert "\n" not in text and name in text and len(text) < 1500, text[:2000]
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20, "a bound against texts that expand without end, not a measurement"
     return refused
 
 
@@ -123,7 +123,7 @@ def test_hostile_yaml(text, words, tmp_path):
     with pytest.raises(ConfigError) as error:
         start = time.process_time()
         load_config(path)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 20, "a bound against texts that expand without end, not a measurement"
     assert words in str(error.value) and str(path.name) in str(error.value) and len(str(error.value)) < 1500
 
 
