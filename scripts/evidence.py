@@ -230,7 +230,7 @@ def collect(plan: Plan) -> None:
 
         found = split_of(results_of_split, begun(planned, plan.steps))
         if found is not None:
-            found["convention"] = plan.convention or found["convention"]
+            found["convention"] = convention_of(plan, found)
             splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
 
     if not splits:
@@ -259,6 +259,20 @@ def collect(plan: Plan) -> None:
 
     done = {name: sum(len(seeds) for seeds in split["runs"].values()) for name, split in splits.items()}
     print(f"{path}: " + ", ".join(f"{count} runs of {name}" for name, count in done.items()))
+
+
+def convention_of(plan: Plan, split: Mapping[str, Any]) -> str:
+    """By which the page scores a split. ValueError where further scores are recorded, which are means by another."""
+    if plan.convention in (None, split["convention"]):
+        return split["convention"]
+
+    for name, seeds in split["runs"].items():
+        if any(run["further"] for run in seeds.values()):
+            raise ValueError(
+                f"{plan.results}: {name}: further scores are means by {split['convention']}, which convention: "
+                f"{plan.convention} does not change; take one of them out of the plan"
+            )
+    return plan.convention
 
 
 def said(plan: Plan, entry: Entry) -> list[str]:

@@ -61,7 +61,12 @@ def _parse_yaml(text: str) -> Any:
 
         try:
             node = loader.get_single_node()
-            return None if node is None else _Tree(loader).value(node)
+            if node is None:
+                return None
+
+            tree = _Tree(loader)
+            tree.check_size(node)
+            return tree.value(node)
         finally:
             loader.dispose()
     except (
@@ -89,20 +94,35 @@ class _Tree:
 
     def __init__(self, loader: _Loader):
         self.loader = loader
-        self.left = MOST_VALUES
+        self.sizes: dict[int, int] = {}
 
-    def value(self, node: yaml.Node, depth: int = 0) -> Any:
-        line = node.start_mark.line + 1
-        self.left -= 1
-        if self.left < 0:
+    def check_size(self, node: yaml.Node, depth: int = 0) -> int:
+        """How many values a node stands for, those that aliases repeat included; each node is looked at once.
+
+        ConfigError for more than MOST_VALUES, so that none of them is built in vain.
+        """
+        _check_level(node, depth)
+        if id(node) in self.sizes:
+            return self.sizes[id(node)]
+
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+
+        size = 1 + sum(self.check_size(part, depth + 1) for part in parts)
+        if size > MOST_VALUES:
+            line = node.start_mark.line + 1
             raise ConfigError(
                 f"line {line}: more than {MOST_VALUES} values, with those that aliases repeat"
             )
-        if depth > DEEPEST:
-            raise ConfigError(
-                f"line {line}: nested more than {DEEPEST} levels deep, or an alias inside what it names"
-            )
 
+        self.sizes[id(node)] = size
+        return size
+
+    def value(self, node: yaml.Node, depth: int = 0) -> Any:
+        _check_level(node, depth)
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self.mapping(node, depth)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
@@ -147,6 +167,14 @@ class _Tree:
             raise ConfigError(
                 f"line {line}: {shown(node.value)} cannot be read as {kind}"
             ) from error
+
+
+def _check_level(node: yaml.Node, depth: int) -> None:
+    if depth > DEEPEST:
+        line = node.start_mark.line + 1
+        raise ConfigError(
+            f"line {line}: nested more than {DEEPEST} levels deep, or an alias inside what it names"
+        )
 
 
 def _merge_of(value: Any, line: int) -> dict[str, Any]:

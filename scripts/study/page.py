@@ -242,12 +242,7 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     if not compared:
         return []
 
-    lines = [FREE_HEAD]
-    for head, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
-        found = {remedy: best_free(split, baseline, remedy, curve, allowed) for remedy in compared}
-        lines += [head, *free_words(found), ""]
-
-    return lines
+    return free_tables(FREE_HEAD, split, dict.fromkeys(compared, baseline), {baseline: curve})
 
 
 def against_free_in_others(
@@ -259,13 +254,20 @@ def against_free_in_others(
         for other in dict.fromkeys(pairs.values())
     }
     compared = {remedy: other for remedy, other in pairs.items() if curves[other] and remedy in split["runs"]}
-    if not compared:
-        return []
+    return free_tables(FREE_IN_OTHERS_HEAD, split, compared, curves) if compared else []
 
-    lines = [FREE_IN_OTHERS_HEAD]
-    for head, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
-        found = {remedy: best_free(split, other, remedy, curves[other], allowed) for remedy, other in compared.items()}
-        lines += [head, *free_words(found), ""]
+
+def free_tables(
+    head: str, split: Mapping[str, Any], compared: Mapping[str, str], curves: Mapping[str, list[str]]
+) -> list[str]:
+    """A sentence a remedy and choice of what is free: head alike, then any.
+
+    compared: remedy → whose networks what is free was made of; curves: those → what was made of them.
+    """
+    lines = [head]
+    for words, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
+        found = {remedy: best_free(split, of, remedy, curves[of], allowed) for remedy, of in compared.items()}
+        lines += [words, *free_words(found), ""]
 
     return lines
 

@@ -39,6 +39,13 @@ WRONG = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """What a network imports when it is first built is no part of the time that a config may take."""
+    path = ROOT / "uda/configs/daformer/toy_lite0.yaml"
+    open_sections(path, tree_of(path))
+
+
 @cache
 def tree_of(path: Path) -> dict:
     """All keys of a shipped config, those with default values too."""

@@ -271,6 +271,10 @@ def test_runs_are_scored_once_more(plan, tmp_path, monkeypatch, fails):
     assert "| good | 2 | 82.0 (+10.0 ± 0.0) | 50.0 (+0.0 ± 0.0) | 6.2 (+0.0 ± 0.0) | – |" in text
     assert "| good | 82.0 / 50.0 / 25.0 / 1.50 |" in text
 
+    edited(plan, convention="detectron2")
+    assert "baseline: further scores are means by nan_mean" in fails(evidence.main, "collect", plan)
+    edited(plan, convention=None)
+
     scores = tmp_path / "out/blocks/scores/good_1/scores.json"
     other = json.loads(scores.read_text())
     other["confusion"][0] = [1700, 200, 0]
