@@ -21,7 +21,7 @@ from common.data import DATASETS
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method, MethodContext
 from common.engine.optim import parameter_groups
-from common.losses.build import LossContext, Slot, build_loss
+from common.losses.build import LossContext, Taken, build_loss
 from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
@@ -77,7 +77,7 @@ class Mask2FormerMethod(Method):
             )
 
         copies = query_numbers(options.matcher, cfg, context.statistics, f"{where}.matcher")
-        remedies = query_loss(cfg, context, options.criterion.class_loss)
+        remedies = query_loss(cfg, context, self.takes(cfg))
         self.criterion = SetCriterion(
             cfg.model.num_classes, options.criterion, copies, remedies
         )
@@ -87,6 +87,18 @@ class Mask2FormerMethod(Method):
             and not self.criterion.seesaw.counts.is_meta
         ):
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)
+
+    @classmethod
+    def takes(cls, cfg: Config) -> Taken:
+        """Slots of single logits, as a query stands for a class of an image; none beside Seesaw, which adjusts them."""
+        criterion = cfg.method.get("criterion", {})
+        class_loss = criterion.get("class_loss", CriterionConfig.class_loss)
+        if class_loss != "ce":
+            text = "adjusts for the counts by itself; set it to ce"
+            return Taken((), f"method.criterion.class_loss {class_loss} {text}", by_images=True)
+
+        why = "it classifies queries, each of which stands for a region, and no pixels"
+        return Taken(("logits", "class_weight"), why, by_images=True)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
@@ -112,22 +124,13 @@ class Mask2FormerMethod(Method):
         )
 
 
-def query_loss(cfg: Config, context: MethodContext, class_loss: str) -> PixelLoss | None:
+def query_loss(cfg: Config, context: MethodContext, taken: Taken) -> PixelLoss | None:
     """What the section `remedies` makes of the queries' classification; None where it asks for nothing.
 
-    A query stands for a class of an image, so what is counted, also as `pixels`, are the images that show a class.
-    Raises ConfigError for the slots of losses of pixels, and beside Seesaw, which adjusts the logits by itself.
+    Raises ConfigError for the slots that are not taken.
     """
-    slots: tuple[Slot, ...] = ("logits", "class_weight")
-    why = "it classifies queries, each of which stands for a region, and no pixels"
-    if class_loss != "ce":
-        slots = ()
-        why = f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
-
-    counts, sampled = (
-        each._replace(pixels=each.images) for each in (context.counts, context.sampled)
-    )
-    facts = LossContext(counts, slots=slots, why=why, sampled=sampled)
+    counts, sampled = taken.counted(context.counts), taken.counted(context.sampled)
+    facts = LossContext(counts, slots=taken.slots, why=taken.why, sampled=sampled)
     remedies = build_loss(cfg.remedies, facts, f"{cfg.name}: remedies")
 
     return (

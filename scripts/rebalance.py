@@ -2,7 +2,9 @@
 
 RUN is a finished run's folder, or a checkpoint of one. NAME and its options are those of docs/remedies.md, e.g.
 tau_norm tau=0.7. Words such as eval.per_image=true, with a dot, change the run's config. Everything but the classifier
-stays as it is; the result is evaluated as the run was, and DIR (RUN_NAME) is a run's folder itself.
+stays as it is; the result is evaluated as the run was, and DIR (RUN_NAME) is a run's folder itself. logit_adjustment
+takes any network: one whose classifier has no bias to hold it keeps its weights, and the result's config has it as
+eval.logit_adjustment.
 
 One option may have several values, tau=0.1,0.2,0.5: all are then evaluated with one forward pass an image. DIR holds a
 folder for each, with its evaluation and no checkpoint; call this again with the value that is chosen.
@@ -11,7 +13,7 @@ folder for each, with its evaluation and no checkpoint; call this again with the
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,15 +28,17 @@ from common.config.load import config_of
 from common.engine import checkpoint, runtime
 from common.evaluation.adjustment import offsets_of
 from common.evaluation.folder import made
-from common.evaluation.variants import Variants, evaluate_variants
+from common.evaluation.variants import Repeats, Variants, View, evaluate_variants
 from common.experiment import Experiment, counts_of, print_result
 from common.files import read_artifact, refuse_to_overwrite, remove, write_json
 from common.losses.counts import Counts
 from common.models import SegmentationModel, load_model
 from common.models.disalign import Aligned
 from common.models.pretrained.containers import read_metadata, weight_file
-from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_features
+from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_features, seek_classifier
 from common.rebalance.features import Features
+from common.rebalance.given import Stage2
+from common.rebalance.logit_adjustment import FoldedAdjustment, folds, warn_of_others
 
 KIND = "rebalance"  # in the run.json of a result
 SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc"}
@@ -60,12 +64,12 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that was trained, and its run. place: the name of its classifier. file: the weights."""
+    """A network that was trained, and its run. place: the name of its classifier, if it has one. file: the weights."""
 
     file: Path
     experiment: Experiment
     network: SegmentationModel
-    place: str
+    place: str | None
     device: torch.device
 
     @property
@@ -94,7 +98,8 @@ def rebalance(
     refuse_unfinished(Path(run), file, cfg)
     remedies = build_stage2(name, options)
     where = f"{name}: {cfg.name}"
-    place = find_classifier(cfg.model, where)
+    any_network = all(isinstance(remedy, FoldedAdjustment) for remedy in remedies.values())
+    place = seek_classifier(cfg.model) if any_network else find_classifier(cfg.model, where)
 
     top = Path(output or f"{folder_of(file, cfg)}_{name}")
     folders = {strength: top / strength for strength in remedies}
@@ -105,19 +110,18 @@ def rebalance(
     runtime.configure(cfg.train, target)
     trained = Trained(file, experiment, load_network(cfg, file, target), place, target)
 
-    given = given_of(trained, where)
-    classifier = trained.network.get_submodule(place)
-    classifiers = {strength: remedy(classifier, given) for strength, remedy in remedies.items()}
+    changes = changed(trained, remedies, folders, where)
 
     for path in earlier:
         remove(path)
-    results = score(trained, list(classifiers.values()), list(folders.values()))
+    results = score(trained, list(changes.values()))
     facts = {"checkpoint": str(file), "name": name}
     found = {}
     for (strength, remedy), result in zip(remedies.items(), results, strict=True):
         found[strength] = {**result, KIND: {**facts, "options": asdict(remedy)}}
 
-    leave(trained, classifiers, folders, found, started)
+    for strength, change in changes.items():
+        leave(trained, change, found[strength], started, alone=len(changes) == 1)
     return found
 
 
@@ -193,65 +197,102 @@ def given_of(trained: Trained, where: str) -> Given:
     return Given(cfg, Counts.from_statistics(statistics), where, features)
 
 
+# What is changed ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a remedy makes of the trained network. cfg: of the result, with its folder. classifier: None where nothing
+    of the network changes, but `eval.logit_adjustment` of `cfg`."""
+
+    cfg: Config
+    classifier: nn.Module | None
+
+
+def changed(
+    trained: Trained, remedies: Mapping[str, Stage2], folders: Mapping[str, Path], where: str
+) -> dict[str, Changed]:
+    """Strength → what that remedy makes."""
+    given = given_of(trained, where)
+    classifier = trained.network.get_submodule(trained.place) if trained.place else None
+    found = {}
+
+    for strength, remedy in remedies.items():
+        if isinstance(remedy, FoldedAdjustment) and not folds(classifier):
+            cfg, new = adjusted(given, remedy.tau), None
+        else:
+            new = remedy(classifier, given)
+            cfg = config_with(trained, new)
+        folder = folders[strength]
+        found[strength] = Changed(replace(cfg, name=folder.name, output=str(folder.parent)), new)
+
+    return found
+
+
+def adjusted(given: Given, tau: float) -> Config:
+    """The run's config with τ in its evaluation."""
+    if tau:
+        warn_of_others(given)
+    together = given.cfg.eval.logit_adjustment + tau
+    return replace(given.cfg, eval=replace(given.cfg.eval, logit_adjustment=together))
+
+
+def config_with(trained: Trained, classifier: nn.Module) -> Config:
+    """The run's config, with what the network now has."""
+    model = trained.cfg.model
+    if isinstance(classifier, Aligned):
+        model = replace(model, disalign=trained.place)
+    return replace(trained.cfg, model=model)
+
+
 # What is left -------------------------------------------------------------------------------------------------------
 
 
-def score(trained: Trained, classifiers: list[nn.Module], folders: list[Path]) -> list[dict[str, Any]]:
-    """The evaluation of the network with each classifier on the run's validation set, by the run's settings."""
+def score(trained: Trained, changes: Sequence[Changed]) -> list[dict[str, Any]]:
+    """The evaluation of the network with each change on the run's validation set, by the run's settings."""
     experiment, device = trained.experiment, trained.device
-    variants = Variants(trained.network, trained.place, classifiers).to(device)
+    classifiers = [change.classifier for change in changes if change.classifier is not None]
+    if classifiers:
+        variants: Repeats = Variants(trained.network, trained.place, classifiers)
+    else:
+        variants = Repeats(trained.network, len(changes))
+
     pixels = experiment.counted.statistics.pixel_count.tolist()
-    offsets = offsets_of(trained.cfg, trained.file, pixels)
-    options = {"device": device, "groups": experiment.levels(), "offsets": offsets}
-    results = evaluate_variants(variants, experiment.val, trained.cfg.eval, folders, **options)
+    views = [
+        View(change.cfg.folder, change.cfg.eval, offsets_of(change.cfg, trained.file, pixels)) for change in changes
+    ]
+    options = {"device": device, "groups": experiment.levels()}
+    results = evaluate_variants(variants.to(device), experiment.val, views, **options)
 
     rule = {"group_rule": experiment.grouping.rule} if experiment.grouping else {}
     return [{"step": trained.step, **result, **rule} for result in results]
 
 
-def leave(
-    trained: Trained,
-    classifiers: Mapping[str, nn.Module],
-    folders: Mapping[str, Path],
-    results: Mapping[str, Mapping[str, Any]],
-    started: float,
-) -> None:
-    """Write the folder of every strength, its evaluation last; a single one has a checkpoint."""
-    counted = trained.experiment.counted
-    counts = counts_of(counted.dataset, counted.statistics)
-    for strength, folder in folders.items():
-        classifier = classifiers[strength]
-        cfg = config_of_result(trained, classifier, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if len(folders) == 1:
-            save_network(trained, classifier, cfg)
+def leave(trained: Trained, change: Changed, result: Mapping[str, Any], started: float, alone: bool) -> None:
+    """Write the folder of a result, its evaluation last. alone: it has a checkpoint."""
+    cfg, counted = change.cfg, trained.experiment.counted
+    cfg.folder.mkdir(parents=True, exist_ok=True)
+    if alone:
+        save_network(trained, change)
 
-        save_config(cfg, folder / "config.yaml")
-        write_json(folder / "statistics.json", counts)
-        write_json(folder / "run.json", made(cfg, KIND, started, time.time()))
-        result = results[strength]
-        scalars = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
-        (folder / "log.jsonl").write_text(json.dumps({"kind": "eval", **scalars}) + "\n")
-        write_json(folder / "evaluation.json", result)
+    save_config(cfg, cfg.folder / "config.yaml")
+    write_json(cfg.folder / "statistics.json", counts_of(counted.dataset, counted.statistics))
+    write_json(cfg.folder / "run.json", made(cfg, KIND, started, time.time()))
+    scalars = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+    (cfg.folder / "log.jsonl").write_text(json.dumps({"kind": "eval", **scalars}) + "\n")
+    write_json(cfg.folder / "evaluation.json", result)
 
 
-def config_of_result(trained: Trained, classifier: nn.Module, folder: Path) -> Config:
-    """The run's config, with the place of the result and whatever the network now has."""
-    model = trained.cfg.model
-    if isinstance(classifier, Aligned):
-        model = replace(model, disalign=trained.place)
-    return replace(trained.cfg, model=model, name=folder.name, output=str(folder.parent))
-
-
-def save_network(trained: Trained, classifier: nn.Module, cfg: Config) -> None:
+def save_network(trained: Trained, change: Changed) -> None:
     """The checkpoint of a result: the network alone, which everything that reads checkpoints takes as it is."""
-    trained.network.set_submodule(trained.place, classifier)
+    if change.classifier is not None:
+        trained.network.set_submodule(trained.place, change.classifier)
     metadata = {
         "predict_prefix": "",
-        "config": json.dumps(to_tree(cfg)),
+        "config": json.dumps(to_tree(change.cfg)),
         "class_pixels": json.dumps(trained.experiment.counted.statistics.pixel_count.tolist()),
     }
-    checkpoint.save(cfg.folder / "checkpoints", trained.step, trained.network, {}, metadata)
+    checkpoint.save(change.cfg.folder / "checkpoints", trained.step, trained.network, {}, metadata)
 
 
 def curve(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -6,6 +6,7 @@ with its default options, and which would change nothing. docs/remedies.md says 
 """
 
 import argparse
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other scripts, which are not installed
+
 from common import cli
 from common.config import Config, ConfigError, load_config, typed
 from common.data import SegmentationDataset, Statistics, class_statistics
 from common.data.orders import SamplerConfig, images_of_classes, make_order, rare_class_probabilities
 from common.data.statistics import repeat_factors
+from common.engine.method import method_class
 from common.files import refuse_to_overwrite, write_json
-from common.losses.build import LOSSES, LossContext, build_loss
+from common.losses.build import LOSSES, LossContext, Taken, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.models import build_model
 from common.models.cosine import SCALE, cosine_scale
+from scripts.systems import system_of
 
 LOOKED_AT = 64  # labels that are opened for the width of the classes
 SIDE = 256  # of the image that tells the network's stride
@@ -60,7 +65,8 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
     """All figures, as JSON holds them."""
     if not statistics.pixel_count.any():
         raise ConfigError(f"{cfg.name}: data.streams.{stream}: no training label shows a class; correct the labels")
-    counts = Counts.from_statistics(statistics)
+    taken = method_class(system_of(cfg).methods, cfg, "supervised").takes(cfg)
+    counts = taken.counted(Counts.from_statistics(statistics))
     losses = {name: of_loss(name, counts) for name, row in LOSSES.items() if row.slot in ("logits", "class_weight")}
     samplers = of_samplers(cfg, stream, statistics)
     seen = sampled_shares(cfg, stream, dataset, statistics)
@@ -72,7 +78,8 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
         "stride": stride,
         "classes": classes_of(dataset, statistics, stride, losses, samplers),
         "losses": {name: {"slot": LOSSES[name].slot, "span": span(values)} for name, values in losses.items()},
-        "refused": {name: why for name in losses if (why := refusal(name, cfg, counts))},
+        "by": "images" if taken.by_images else "pixels",
+        "refused": {name: why for name in LOSSES if (why := refusal(name, cfg, counts, taken))},
         "anywhere": [name for name, row in LOSSES.items() if row.slot in ("focus", "sets")],
         "repeat_factor": samplers["repeat_factor"],
         "sampled": seen,
@@ -86,8 +93,14 @@ def made(name: str, counts: Counts, cosine: float | None) -> PixelLoss:
         return build_loss({LOSSES[name].slot: {"name": name}}, LossContext(counts, cosine=cosine))
 
 
-def refusal(name: str, cfg: Config, counts: Counts) -> str:
-    """Why a remedy cannot be had with the config's classifier; empty where it can."""
+def refusal(name: str, cfg: Config, counts: Counts, taken: Taken) -> str:
+    """Why a remedy cannot be had with the config's method or classifier; empty where it can."""
+    slot = LOSSES[name].slot
+    if slot not in taken.slots:
+        return taken.why
+    if slot in ("focus", "sets"):
+        return ""
+
     try:
         made(name, counts, cosine_scale(cfg.model))
     except ConfigError as error:
@@ -210,6 +223,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         "cells, width: median area and median horizontal run on the network's grid; a width below 1 is hard to show",
         "enough: images that rare_class sampling would show for the class, P: its probability to be drawn",
+        f"weights and offsets of the loss's remedies go by the {result['by']} of each class",
         "",
         *verdicts(result),
     ]
@@ -254,7 +268,9 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     found["sampler rare_class"] = _of_rare_class(result)
     shown = sum(item["images"] > 0 for item in result["classes"])
     found["sampler class_uniform"] = f"each of {shown} classes in one crop in {2 * shown}"
-    found |= {f"{LOSSES[name].slot} {name}": "acts on any data" for name in result["anywhere"]}
+    for name in result["anywhere"]:
+        refused = result["refused"].get(name)
+        found[f"{LOSSES[name].slot} {name}"] = f"refused: {refused}" if refused else "acts on any data"
 
     wide = max(map(len, found))
     return [f"{name:<{wide}}  {text}" for name, text in found.items()]

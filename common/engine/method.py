@@ -14,7 +14,7 @@ from common.config import Config, ConfigError, pick, typed
 from common.data import DatasetRow, Statistics
 from common.engine.checkpoint import AVERAGE, MODEL
 from common.engine.optim import parameter_groups
-from common.losses.build import LossContext, build_loss
+from common.losses.build import LossContext, Taken, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.models import SegmentationModel
@@ -71,6 +71,11 @@ class Method(nn.Module, ABC):
         self.steps = cfg.train.steps
         # of the training labels; checkpoints tell them
         self.class_pixels = context.statistics.pixel_count.tolist()
+
+    @classmethod
+    def takes(cls, cfg: Config) -> Taken:
+        """What it takes of the section `remedies`, with the other sections as they are."""
+        return Taken()
 
     @abstractmethod
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses | Iterator[Losses]:

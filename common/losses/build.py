@@ -15,7 +15,7 @@ A new loss is one file with a frozen dataclass of its options that does what its
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from common.losses.pixel_seesaw import PixelSeesaw
 from common.losses.region import Region
 
 Slot = Literal["logits", "class_weight", "focus", "sets"]
+SLOTS: tuple[Slot, ...] = get_args(Slot)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,23 @@ class Remedies:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """What a method takes of the section `remedies`: the slots that its loss has, and `why` the others are not there.
+
+    by_images: it does not classify pixels, and what remedies know as the pixels of a class is the number of images that
+    show it.
+    """
+
+    slots: tuple[Slot, ...] = SLOTS
+    why: str = ""
+    by_images: bool = False
+
+    def counted(self, counts: Counts) -> Counts:
+        """Counts as the remedies see them."""
+        return counts._replace(pixels=counts.images) if self.by_images else counts
+
+
+@dataclass(frozen=True)
 class LossContext:
     """What a method tells about itself. `slots`: those that its loss has; a remedy of another one is refused.
 
@@ -119,7 +137,7 @@ class LossContext:
     average: Average = "valid"
     pseudo_labels: PseudoUnit | None = None
     full_size: bool = True
-    slots: tuple[Slot, ...] = ("logits", "class_weight", "focus", "sets")
+    slots: tuple[Slot, ...] = SLOTS
     why: str = ""  # the others are not there
     cosine: float | None = None
     features: int | None = None

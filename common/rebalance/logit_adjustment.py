@@ -38,6 +38,12 @@ class FoldedAdjustment:
         return adjusted
 
 
+def folds(classifier: nn.Module | None) -> bool:
+    """Whether a network's classifier, None where it has none, has a bias that can hold the adjustment."""
+    pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
+    return pointwise and classifier.bias is not None
+
+
 def warn_of_others(given: Given) -> None:
     """Say what corrects for class frequency already."""
     others = []

@@ -18,17 +18,21 @@ def find_classifier(config: ModelConfig, where: str) -> str:
     ConfigError, which begins with `where`, for networks whose logits are made of more than that: several scales, a sum
     of dilated convolutions, queries, kernels that pixels refine.
     """
-    with torch.device("meta"):
-        network = build_model(replace(config, pretrained=False, checkpoint=None)).eval()
-        found = last_module(network, torch.empty(1, 3, SIDE, SIDE))
-
+    found = seek_classifier(config)
     if found is None:
         raise ConfigError(
             f"{where}: model.name: {config.name!r}: its logits are not those of one 1×1 classifier, which is all that "
-            "is changed after training; set eval.logit_adjustment, or train with a remedy"
+            "this changes after training; take logit_adjustment, which any network takes, or train with a remedy"
         )
 
     return found
+
+
+def seek_classifier(config: ModelConfig) -> str | None:
+    """As `find_classifier`; None for other networks."""
+    with torch.device("meta"):
+        network = build_model(replace(config, pretrained=False, checkpoint=None)).eval()
+        return last_module(network, torch.empty(1, 3, SIDE, SIDE))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from common.config import Config, ConfigError, EvalConfig, ModelConfig, load_con
 from common.engine.trainer import Trainer
 from common.evaluation import evaluate
 from common.evaluation.per_image import read_per_image
-from common.evaluation.variants import Variants, evaluate_variants
+from common.evaluation.variants import Repeats, Variants, View, evaluate_variants
 from common.losses.counts import Counts
 from common.losses.logit_adjustment import post_hoc_offsets
 from common.models import SegmentationModel
@@ -160,7 +160,7 @@ def test_networks_without_one_are_refused(name):
         find_classifier(NETWORKS[name], "x")
 
 
-@pytest.mark.parametrize(
+MODES = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -170,6 +170,15 @@ def test_networks_without_one_are_refused(name):
     ],
     ids=["whole", "slide", "augmented", "calibration"],
 )
+
+
+def same(found, expected):
+    """Evaluations that differ in their times alone."""
+    times = dict.fromkeys(("seconds", "ms_per_image"))
+    assert [{**item, **times} for item in found] == [{**item, **times} for item in expected]
+
+
+@MODES
 def test_one_pass_scores_what_each_alone_scores(options, tmp_path):
     network, scene = Small(), Scene()
     trained = network.head[1]
@@ -188,10 +197,9 @@ def test_one_pass_scores_what_each_alone_scores(options, tmp_path):
     once = len(passes)
 
     folders = [tmp_path / name for name in strengths]
-    found = evaluate_variants(Variants(network, "head.1", classifiers), scene, cfg, folders, device="cpu")
-    for item, expected in zip(found, alone, strict=True):
-        times = ("seconds", "ms_per_image")
-        assert {**item, **dict.fromkeys(times)} == {**expected, **dict.fromkeys(times)}
+    views = [View(folder, cfg) for folder in folders]
+    found = evaluate_variants(Variants(network, "head.1", classifiers), scene, views, device="cpu")
+    same(found, alone)
     assert len({json.dumps(item["confusion"]) for item in found}) == 3
     assert len(passes) == 2 * once
 
@@ -200,13 +208,42 @@ def test_one_pass_scores_what_each_alone_scores(options, tmp_path):
         assert len(list((folder / "panels").iterdir())) == 3
 
 
+@MODES
+def test_one_pass_scores_what_each_offset_alone_scores(options, tmp_path):
+    network, scene = Small(), Scene()
+    plain = EvalConfig(workers=0, batch_size=2, per_image=True, **options)
+    views = []
+    for tau in (0.0, 0.1, 0.3):
+        offsets = post_hoc_offsets(PIXELS, tau) if tau else None
+        views.append(View(tmp_path / f"{tau}", replace(plain, logit_adjustment=tau), offsets))
+    alone = [evaluate(network, scene, view.cfg, device="cpu", offsets=view.offsets) for view in views]
+
+    passes = []
+    network.head[0].register_forward_hook(lambda *_: passes.append(1))
+    evaluate(network, scene, plain, device="cpu")
+    once = len(passes)
+
+    found = evaluate_variants(Repeats(network, 3), scene, views, device="cpu")
+    same(found, alone)
+    assert [item["logit_adjustment"] for item in found] == [0, 0.1, 0.3]
+    assert len({json.dumps(item["confusion"]) for item in found}) == 3
+    assert len(passes) == 2 * once
+    for item, view in zip(found, views, strict=True):
+        assert read_per_image(view.folder / "per_image.npz").matrices.sum(0).tolist() == item["confusion"]
+
+
 # The program ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run(config) -> Path:
     """A finished run that was never trained."""
-    cfg = load_config(config, ["train.steps=1", "eval.workers=0", "eval.per_image=true", "name=run", "seed=3"])
+    return untrained(config)
+
+
+def untrained(config, *words) -> Path:
+    words = ["train.steps=1", "eval.workers=0", "eval.per_image=true", "name=run", "seed=3", *words]
+    cfg = load_config(config, words)
     cfg.folder.mkdir()
     method = build_method(cfg, context(list(range(1, 20))))
     Trainer(cfg, method, torch.device("cpu")).save(1)
@@ -262,6 +299,32 @@ def test_a_curve_is_a_folder_of_results(run, monkeypatch, tmp_path, capsys):
     assert found["confusion"] != RunFolder.load(out / "tau_0").evaluation["confusion"]
 
 
+KNET = ("model.name=knet", "model.options={channels: 16, auxiliary: false}")
+
+
+def test_a_network_without_one_classifier_is_adjusted_in_its_scores(config, monkeypatch, tmp_path):
+    run, out = untrained(config, *KNET), tmp_path / "adjusted"
+    call(monkeypatch, run, "logit_adjustment", "tau=0,0.5", "--output", out, "--device", "cpu")
+    call(monkeypatch, run, "logit_adjustment", "tau=0.5", "--output", tmp_path / "one", "--device", "cpu")
+
+    file = run / "checkpoints/last/model.safetensors"
+    cfg = replace(rebalance.config_of_run(file, []), eval=EvalConfig(workers=0, logit_adjustment=0.5))
+    experiment = rebalance.Experiment(cfg, counted="labeled", train=False)
+    network = rebalance.load_network(cfg, file, torch.device("cpu"))
+    expected = experiment.score(network, torch.device("cpu"))
+
+    found = [RunFolder.load(folder).evaluation for folder in (out / "tau_0.5", tmp_path / "one")]
+    assert all(each["confusion"] == expected["confusion"] for each in found)
+    assert all(each["logit_adjustment"] == 0.5 for each in found)
+    assert RunFolder.load(out / "tau_0").evaluation["confusion"] != expected["confusion"]
+
+    again = tmp_path / "again.json"
+    one = tmp_path / "one"
+    monkeypatch.setattr("sys.argv", ["test.py", str(one / "config.yaml"), str(one), "--json", str(again)])
+    fully_sup_test.main()
+    assert json.loads(again.read_text())["confusion"] == expected["confusion"]
+
+
 def test_mistakes_are_one_line(run, fails, tmp_path):
     main = rebalance.main
     assert "no such checkpoint; give a run's folder" in fails(main, tmp_path / "none", "tau_norm")
@@ -271,7 +334,7 @@ def test_mistakes_are_one_line(run, fails, tmp_path):
     assert "remedy: unknown 'bbn'" in fails(main, run, "bbn")
     assert "unknown key 'rho'" in fails(main, run, "tau_norm", "rho=1")
     assert "unknown key 'evil'" in fails(main, run, "tau_norm", "evil.every=1")
-    refused = fails(main, run, "tau_norm", "model.name=knet", "model.options={channels: 16, auxiliary: false}")
+    refused = fails(main, run, "tau_norm", *KNET)
     assert "tau_norm: run: model.name: 'knet': its logits are not those of one 1×1 classifier" in refused
     assert "training stopped at step 1 of 5" in fails(main, run, "tau_norm", "train.steps=5")
     assert "holds the checkpoint that is read" in fails(main, run, "tau_norm", "--output", run, "--force")

@@ -94,6 +94,28 @@ def test_counts_as_the_sampler_shows_the_images(config, tmp_path, monkeypatch, c
     assert "to class2 × 1.33 by the stream's sampler" in printed
 
 
+def test_queries_go_by_images_and_take_two_slots(config, tmp_path, monkeypatch, capsys):
+    """The pole is in 2 of 4 images, the first two classes in all: shares .2, .4 and .4 of the showings."""
+    out = tmp_path / "remedies.json"
+    tree = yaml.safe_load(config.read_text())
+    tree["model"] |= {"name": "mask2former", "options": {"hidden_dim": 32, "num_queries": 8}}
+    config.write_text(yaml.safe_dump(tree | {"method": {"name": "mask2former"}}))
+    printed = run(monkeypatch, capsys, config, "--json", out)
+    result = json.loads(out.read_text())
+    assert result["by"] == "images" and "go by the images of each class" in printed
+    offsets = [item["losses"]["logit_adjustment"] for item in result["classes"][:3]]
+    np.testing.assert_allclose(offsets, np.log([0.4, 0.4, 0.2]), rtol=1e-5)
+
+    lines = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert "differ by up to 0.693" in lines["logits logit_adjustment"]
+    for name in ("focus focal", "sets lovasz"):
+        assert "refused: it classifies queries" in lines[name]
+
+    seesaw = "method.criterion={class_loss: seesaw}"
+    printed = run(monkeypatch, capsys, config, seesaw)
+    assert "class_loss seesaw adjusts for the counts by itself" in printed
+
+
 def test_costs_in_the_table_are_those_that_were_measured():
     """Every remedy of the loss has a line in docs/remedies.md; its cost is what the benchmark has left."""
     rows = json.loads((ROOT / "docs/results/remedies_cost.json").read_text())["rows"]
