@@ -91,8 +91,7 @@ class Mask2FormerMethod(Method):
     @classmethod
     def takes(cls, cfg: Config) -> Taken:
         """Slots of single logits, as a query stands for a class of an image; none beside Seesaw, which adjusts them."""
-        criterion = cfg.method.get("criterion", {})
-        class_loss = criterion.get("class_loss", CriterionConfig.class_loss)
+        class_loss = cls.options_of(cfg).criterion.class_loss
         if class_loss != "ce":
             text = "adjusts for the counts by itself; set it to ce"
             return Taken((), f"method.criterion.class_loss {class_loss} {text}", by_images=True)

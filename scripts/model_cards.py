@@ -106,7 +106,7 @@ EVIDENCE_LIMITS = (
     "A fixed budget: nothing says that these networks had learned what they can.",
     "One small network on one data set; intervals, and what was changed after training, are on the page of the plan "
     "([remedies](evidence.md), [remedies that come late](evidence_deferred.md), [semi-supervised](evidence_semi.md), "
-    "[domain adaptation](evidence_uda.md)).",
+    "[domain adaptation](evidence_uda.md), [Mask2Former](evidence_queries.md)).",
 )
 
 

@@ -65,12 +65,17 @@ class Method(nn.Module, ABC):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__()
-        section = {key: value for key, value in cfg.method.items() if key != "name"}
-        self.options = typed(self.Options, section, f"{cfg.name}: method")
+        self.options = self.options_of(cfg)
         self.optim = cfg.optim
         self.steps = cfg.train.steps
         # of the training labels; checkpoints tell them
         self.class_pixels = context.statistics.pixel_count.tolist()
+
+    @classmethod
+    def options_of(cls, cfg: Config) -> Any:
+        """The section `method` as an instance of `Options`. ConfigError for what does not fit."""
+        section = {key: value for key, value in cfg.method.items() if key != "name"}
+        return typed(cls.Options, section, f"{cfg.name}: method")
 
     @classmethod
     def takes(cls, cfg: Config) -> Taken:
