@@ -40,8 +40,10 @@ class FoldedAdjustment:
 
 def folds(classifier: nn.Module | None) -> bool:
     """Whether a network's classifier, None where it has none, has a bias that can hold the adjustment."""
-    pointwise = isinstance(classifier, nn.Conv2d) and classifier.kernel_size == (1, 1)
-    return pointwise and classifier.bias is not None
+    if not isinstance(classifier, nn.Conv2d) or classifier.kernel_size != (1, 1):
+        return False
+
+    return classifier.bias is not None
 
 
 def warn_of_others(given: Given) -> None:
