@@ -21,7 +21,7 @@ from common.data import DATASETS
 from common.data.statistics import Statistics
 from common.engine.method import Batch, Losses, Method, MethodContext
 from common.engine.optim import parameter_groups
-from common.losses.build import LossContext, Taken, build_loss
+from common.losses.build import LossContext, Slot, Taken, build_loss
 from common.losses.pixel_loss import PixelLoss
 from common.losses.seesaw import SeesawLoss
 from common.models import build_network
@@ -91,13 +91,14 @@ class Mask2FormerMethod(Method):
     @classmethod
     def takes(cls, cfg: Config) -> Taken:
         """Slots of single logits, as a query stands for a class of an image; none beside Seesaw, which adjusts them."""
+        of_pixels = "it classifies queries, each of which stands for a region, and no pixels"
+        refused: dict[Slot, str] = {"focus": of_pixels, "sets": of_pixels}
         class_loss = cls.options_of(cfg).criterion.class_loss
         if class_loss != "ce":
-            text = "adjusts for the counts by itself; set it to ce"
-            return Taken((), f"method.criterion.class_loss {class_loss} {text}", by_images=True)
+            adjusts = f"method.criterion.class_loss {class_loss} adjusts for the counts by itself; set it to ce"
+            refused |= {"logits": adjusts, "class_weight": adjusts}
 
-        why = "it classifies queries, each of which stands for a region, and no pixels"
-        return Taken(("logits", "class_weight"), why, by_images=True)
+        return Taken(refused, by_images=True)
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         batch = streams[STREAM]
@@ -129,7 +130,7 @@ def query_loss(cfg: Config, context: MethodContext, taken: Taken) -> PixelLoss |
     Raises ConfigError for the slots that are not taken.
     """
     counts, sampled = taken.counted(context.counts), taken.counted(context.sampled)
-    facts = LossContext(counts, slots=taken.slots, why=taken.why, sampled=sampled)
+    facts = LossContext(counts, refused=taken.refused, sampled=sampled)
     remedies = build_loss(cfg.remedies, facts, f"{cfg.name}: remedies")
 
     return (

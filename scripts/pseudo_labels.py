@@ -2,10 +2,10 @@
 
 RUN is the folder or a checkpoint of a run of any system. The images are those of its stream without labels (--stream;
 default: the first), whose labels are opened here to count right and wrong ones; without such a stream, those of
-`data.val`. The network that predicts (a teacher, where there is one) sees them as its evaluation would: whole, without
-augmentation and in evaluation mode, where a step labels crops.
+`data.val`. The network that labels in a step (the teacher, where there is one) sees them as the evaluation sees its
+images, in evaluation mode, where a step labels crops.
 
-Printed are, by threshold of confidence, how many labels it keeps and how many of these are right, of all classes and of
+Printed are, by threshold of confidence, how many labels reach it and how many of these are right, of all classes and of
 the tail; then of each class, at the method's own threshold or --at, its share of the truth and of the labels, their
 precision and recall, and the lowest threshold at which --precision of them are right, with its recall there.
 """
@@ -19,40 +19,49 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other scripts, which are not installed
 
-from common import cli, distributed
+from common import cli
 from common.config import Config, ConfigError, pick
 from common.data import SegmentationDataset
+from common.engine.checkpoint import AVERAGE, MODEL
 from common.engine.method import method_class
 from common.evaluation.loop import mirrored_classes, prediction
-from common.evaluation.pseudo_labels import LabelCounts, LabelQuality, place_of
+from common.evaluation.pseudo_labels import BINS, LabelCounts, LabelQuality, Threshold, places_of
 from common.evaluation.samples import chosen_images, sample_batches
+from common.evaluation.summary import number
 from common.files import refuse_to_overwrite, write_json
 from common.inference import probabilities, score_bands
 from common.models import load_model
 from common.models.carried import carried_config
 from common.models.pretrained.containers import weight_file
+from scripts.rebalance import one_process
 from scripts.systems import system_of
+from semi_sup.consistency import ClassThresholds
 
 THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 AT = 0.95  # where neither the method nor the command line has a threshold
+TEACHER = "teacher."  # prefix of a teacher's tensors in a checkpoint
+CLASS_CONFIDENCE = "thresholds.confidence"  # of UniMatch with class thresholds, in a checkpoint
 VALIDATION = "val"  # the name of the images without a stream of unlabelled ones
 
 
 def main() -> None:
     args = parse()
     refuse_to_overwrite(filter(None, [args.json]), args.force)
+    device = one_process(args.device)
+    file = weight_file(args.run)
     cfg = carried_config(args.run, args.overrides)
-    at = threshold_of(cfg) if args.at is None else args.at
+    at = own_threshold(cfg, file) if args.at is None else args.at
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
 
-    result = label_quality(cfg, weight_file(args.run), args.stream, at, args.precision, args.device)
+    result = label_quality(cfg, file, args.stream, at, args.precision, device)
     print(page(result))
     if args.json:
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        write_json(Path(args.json), result)
 
 
 def parse() -> argparse.Namespace:
@@ -73,33 +82,75 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def threshold_of(cfg: Config) -> float:
-    """The method's own threshold, else AT."""
+def own_threshold(cfg: Config, file: Path) -> Threshold:
+    """The method's own, one or (K,); else AT. ValueError for one that is finer than what is counted."""
     options = method_class(system_of(cfg).methods, cfg, "supervised").options_of(cfg)
-    return float(getattr(options, "threshold", AT))
+    threshold = float(getattr(options, "threshold", AT))
+    if getattr(options, "class_thresholds", None) is None:
+        try:
+            places_of(threshold)
+        except ValueError as error:
+            raise ConfigError(f"{cfg.name}: method.{error}; give another by --at") from error
+        return threshold
+
+    thresholds = ClassThresholds(cfg.model.num_classes, threshold, options.class_thresholds)
+    with safe_open(file, "pt") as tensors:
+        if CLASS_CONFIDENCE not in tensors.keys():  # noqa: SIM118, it is no mapping
+            text = "the checkpoint holds no mean confidence of classes; set it to null, or give --at"
+            raise ConfigError(f"{cfg.name}: method.class_thresholds: {text}")
+        thresholds.confidence.copy_(tensors.get_tensor(CLASS_CONFIDENCE))
+
+    of_classes = thresholds.of(torch.arange(cfg.model.num_classes)).double().numpy()
+    return np.ceil(of_classes * BINS - 1e-3) / BINS
 
 
 def label_quality(
-    cfg: Config, file: Path, stream: str | None, at: float, precision: float, device: str | None = None
+    cfg: Config, file: Path, stream: str | None, at: Threshold, precision: float, device: torch.device
 ) -> dict[str, Any]:
     """All figures, as JSON holds them. ValueError before any work for what cannot be counted."""
-    if cfg.remedies.get("pseudo_prior"):
-        text = "a step adds the prior to the logits that it makes labels of, which this does not; set it to false"
-        raise ConfigError(f"{cfg.name}: remedies.pseudo_prior: {text}")
-
-    place_of(at)  # before the work: whether it is one
+    refuse_other_labels(cfg)
+    places_of(at)  # whether they are thresholds
     name, dataset = images_of(cfg, stream)
-    target = distributed.start(device)
-    network = load_model(cfg.model, file).to(target)
-    quality = count(network, dataset, cfg, target)
+    network = load_model(cfg.model, file, labelling(cfg, file)).to(device)
+    quality = count(network, dataset, cfg, device)
+    row = dataset.row
+    values: list[Threshold] = [*THRESHOLDS] if isinstance(at, np.ndarray) else sorted({*THRESHOLDS, at})
+    own = [at_threshold(quality, at, row.tail)] if isinstance(at, np.ndarray) else []
+
     return {
         "images": len(chosen_images(dataset, cfg.eval)),
         "stream": name,
-        "at": at,
+        "at": at.tolist() if isinstance(at, np.ndarray) else at,
         "precision": precision,
-        "thresholds": [at_threshold(quality, value, dataset.row.tail) for value in sorted({*THRESHOLDS, at})],
-        "classes": of_classes(quality, dataset.row.classes, at, precision),
+        "thresholds": [at_threshold(quality, value, row.tail) for value in values] + own,
+        "classes": of_classes(quality, row.classes, at, precision),
     }
+
+
+def refuse_other_labels(cfg: Config) -> None:
+    """ConfigError where a step makes its labels of more than a network's answer."""
+    elsewhere = method_class(system_of(cfg).methods, cfg, "supervised").labels_from
+    if elsewhere:
+        raise ConfigError(f"{cfg.name}: method.name: {cfg.method.get('name')} takes its labels from {elsewhere}")
+
+    if cfg.remedies.get("pseudo_prior"):
+        text = "a step adds the prior to the logits that it makes labels of, which this does not; set it to false"
+        raise ConfigError(f"{cfg.name}: remedies.pseudo_prior: {text}")
+    if cfg.eval.logit_adjustment:
+        text = "it changes predictions, and no label of a step; set it to 0"
+        raise ConfigError(f"{cfg.name}: eval.logit_adjustment: {cfg.eval.logit_adjustment:g}: {text}")
+
+
+def labelling(cfg: Config, file: Path) -> str | None:
+    """The prefix of the network that labels in a step: a teacher, else the one that is trained. None, the one that
+    predicts, in a run whose steps label nothing."""
+    with safe_open(file, "pt") as tensors:
+        prefixes = {name.partition(".")[0] + "." for name in tensors.keys()}  # noqa: SIM118
+    if TEACHER in prefixes:
+        return TEACHER
+
+    labels = any(not source.labels for source in cfg.data.streams.values())
+    return MODEL if labels and AVERAGE in prefixes else None
 
 
 def images_of(cfg: Config, stream: str | None) -> tuple[str, SegmentationDataset]:
@@ -110,7 +161,13 @@ def images_of(cfg: Config, stream: str | None) -> tuple[str, SegmentationDataset
 
     name = without[0] if stream is None else stream
     source = pick(cfg.data.streams, name, f"{cfg.name}: --stream")
-    return name, SegmentationDataset(replace(source, labels=True))
+    dataset = SegmentationDataset(replace(source, labels=True, maps={}))
+    known, wanted = dataset.row.num_classes, cfg.model.num_classes
+    if known != wanted:
+        text = f"data set {dataset.row.name!r} has {known} classes, the network {wanted}"
+        raise ConfigError(f"{cfg.name}: data.streams.{name}: {text}; make them equal")
+
+    return name, dataset
 
 
 def count(network: torch.nn.Module, dataset: SegmentationDataset, cfg: Config, device: torch.device) -> LabelQuality:
@@ -132,22 +189,25 @@ def count(network: torch.nn.Module, dataset: SegmentationDataset, cfg: Config, d
     return counts.quality()
 
 
-def at_threshold(quality: LabelQuality, threshold: float, tail: tuple[int, ...]) -> dict[str, float | None]:
-    """What a threshold keeps, in shares. The tail's are those of its predicted classes; recall is a mean over it."""
+def at_threshold(quality: LabelQuality, threshold: Threshold, tail: tuple[int, ...]) -> dict[str, Any]:
+    """What a threshold keeps, in shares. The tail's are those of its predicted classes; recall is a mean over it.
+    `threshold` is None for one of each class."""
     classes = list(tail)
     recall = quality.recall(threshold)[classes]
     figures = {
-        "threshold": threshold,
+        "threshold": np.nan if isinstance(threshold, np.ndarray) else threshold,
         "kept": quality.kept(threshold),
         "right": quality.accuracy(threshold),
-        "tail_labels": float(np.nansum(quality.shares(threshold)[classes])),
+        "tail_labels": float(quality.shares(threshold)[classes].sum()) if classes else np.nan,
         "tail_right": quality.accuracy(threshold, classes),
         "tail_recall": float(np.nanmean(recall)) if np.isfinite(recall).any() else np.nan,
     }
     return {key: number(value) for key, value in figures.items()}
 
 
-def of_classes(quality: LabelQuality, classes: tuple[str, ...], at: float, precision: float) -> list[dict[str, Any]]:
+def of_classes(
+    quality: LabelQuality, classes: tuple[str, ...], at: Threshold, precision: float
+) -> list[dict[str, Any]]:
     """One row a class."""
     threshold, there = quality.threshold_for(precision)
     columns = {
@@ -162,10 +222,6 @@ def of_classes(quality: LabelQuality, classes: tuple[str, ...], at: float, preci
         {"name": name, **{key: number(float(values[k])) for key, values in columns.items()}}
         for k, name in enumerate(classes)
     ]
-
-
-def number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
 
 
 # As text ------------------------------------------------------------------------------------------------------------
@@ -184,9 +240,10 @@ def page(result: Mapping[str, Any]) -> str:
     for item in result["thresholds"]:
         own = "  ".join(cell(item[key]) for key in ("kept", "right"))
         tail = "  ".join(cell(item[key]) for key in ("tail_labels", "tail_right", "tail_recall"))
-        lines.append(f"{item['threshold']:>9g}  {own}  |             {tail}")
+        threshold = "of class" if item["threshold"] is None else f"{item['threshold']:g}"
+        lines.append(f"{threshold:>9}  {own}  |             {tail}")
 
-    lines += ["", f"at {result['at']:g}:"]
+    lines += ["", *at_of(result)]
     titles = "  ".join(f"{title:>7}" for title in columns.values())
     lines.append(f"{'class':<{wide}}  {titles}  {goal:>9}  {'recall':>7}")
     for item in classes:
@@ -195,6 +252,16 @@ def page(result: Mapping[str, Any]) -> str:
         lines.append(f"{item['name']:<{wide}}  {cells}  {found:>9}  {cell(item['recall_there'])}")
 
     return "\n".join(lines)
+
+
+def at_of(result: Mapping[str, Any]) -> list[str]:
+    """The threshold of the table of classes, in words."""
+    at = result["at"]
+    if not isinstance(at, list):
+        return [f"at {at:g}:"]
+
+    each = (f"{item['name']} {value:g}" for item, value in zip(result["classes"], at, strict=True))
+    return [f"at each class's own threshold: {', '.join(each)}"]
 
 
 def cell(share: float | None) -> str:

@@ -26,12 +26,12 @@ from common import cli, distributed
 from common.config import Config, save_config, to_tree
 from common.config.load import config_of
 from common.engine import checkpoint, runtime
-from common.evaluation.adjustment import offsets_of
 from common.evaluation.folder import made
 from common.evaluation.variants import Repeats, Variants, View, evaluate_variants
 from common.experiment import Experiment, counts_of, print_result
 from common.files import read_artifact, refuse_to_overwrite, remove, write_json
 from common.losses.counts import Counts
+from common.losses.logit_adjustment import post_hoc_offsets
 from common.models import SegmentationModel, load_model
 from common.models.disalign import Aligned
 from common.models.pretrained.containers import read_metadata, weight_file
@@ -258,9 +258,11 @@ def score(trained: Trained, changes: Sequence[Changed]) -> list[dict[str, Any]]:
         variants = Repeats(trained.network, len(changes))
 
     pixels = experiment.counted.statistics.pixel_count.tolist()
-    views = [
-        View(change.cfg.folder, change.cfg.eval, offsets_of(change.cfg, trained.file, pixels)) for change in changes
-    ]
+    views = []
+    for change in changes:
+        tau = change.cfg.eval.logit_adjustment
+        views.append(View(change.cfg.folder, change.cfg.eval, post_hoc_offsets(pixels, tau) if tau else None))
+
     options = {"device": device, "groups": experiment.levels()}
     results = evaluate_variants(variants.to(device), experiment.val, views, **options)
 

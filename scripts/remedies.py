@@ -8,6 +8,7 @@ with its default options, and which would change nothing. docs/remedies.md says 
 import argparse
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from common.files import refuse_to_overwrite, write_json
 from common.losses.build import LOSSES, LossContext, Taken, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
-from common.models import build_model
+from common.models import SegmentationModel, build_model
 from common.models.cosine import SCALE, cosine_scale
 from scripts.systems import system_of
 
@@ -50,10 +51,11 @@ def main() -> None:
     refuse_to_overwrite(filter(None, [args.json]), args.force)
 
     cfg = load_config(args.config, args.overrides)
+    taken = method_class(system_of(cfg).methods, cfg, "supervised").takes(cfg)
     name = cli.labelled_stream(cfg, args.stream)
     dataset = SegmentationDataset(cfg.data.streams[name])
     statistics = class_statistics(dataset, args.workers, args.cache)
-    result = describe(cfg, name, dataset, statistics)
+    result = describe(cfg, name, dataset, statistics, taken)
     print(page(result))
     if args.json:
         path = Path(args.json)
@@ -61,16 +63,19 @@ def main() -> None:
         write_json(path, result)
 
 
-def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics) -> dict[str, Any]:
-    """All figures, as JSON holds them."""
+def describe(
+    cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics, taken: Taken
+) -> dict[str, Any]:
+    """All figures, as JSON holds them. taken: by the config's method."""
     if not statistics.pixel_count.any():
         raise ConfigError(f"{cfg.name}: data.streams.{stream}: no training label shows a class; correct the labels")
-    taken = method_class(system_of(cfg).methods, cfg, "supervised").takes(cfg)
     counts = taken.counted(Counts.from_statistics(statistics))
     losses = {name: of_loss(name, counts) for name, row in LOSSES.items() if row.slot in ("logits", "class_weight")}
     samplers = of_samplers(cfg, stream, statistics)
-    seen = sampled_shares(cfg, stream, dataset, statistics)
-    stride = stride_of(cfg)
+    seen = sampled_counts(cfg, stream, dataset, statistics)
+    model = unweighted(cfg)
+    stride = stride_of(model)
+    facts = {"cosine": cosine_scale(cfg.model), "features": model.embedding_channels}
 
     return {
         "stream": stream,
@@ -79,30 +84,30 @@ def describe(cfg: Config, stream: str, dataset: SegmentationDataset, statistics:
         "classes": classes_of(dataset, statistics, stride, losses, samplers),
         "losses": {name: {"slot": LOSSES[name].slot, "span": span(values)} for name, values in losses.items()},
         "by": "images" if taken.by_images else "pixels",
-        "refused": {name: why for name in LOSSES if (why := refusal(name, cfg, counts, taken))},
+        "refused": {name: why for name in LOSSES if (why := refusal(name, counts, taken, facts))},
         "anywhere": [name for name, row in LOSSES.items() if row.slot in ("focus", "sets")],
         "repeat_factor": samplers["repeat_factor"],
-        "sampled": seen,
+        "shares": counts.prior().tolist(),
+        "sampled": None if seen is None else taken.counted(seen).prior().tolist(),
     }
 
 
-def made(name: str, counts: Counts, cosine: float | None) -> PixelLoss:
-    """The loss of one remedy of logits or class weights with its default options."""
+def made(name: str, counts: Counts, facts: Mapping[str, Any]) -> PixelLoss:
+    """The loss of one remedy with its default options. facts: of the network, fields of LossContext."""
+    slot, remedy = LOSSES[name].slot, {"name": name}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a remedy changes nothing is said by the page
-        return build_loss({LOSSES[name].slot: {"name": name}}, LossContext(counts, cosine=cosine))
+        return build_loss({slot: [remedy] if slot == "sets" else remedy}, LossContext(counts, **facts))
 
 
-def refusal(name: str, cfg: Config, counts: Counts, taken: Taken) -> str:
-    """Why a remedy cannot be had with the config's method or classifier; empty where it can."""
+def refusal(name: str, counts: Counts, taken: Taken, facts: Mapping[str, Any]) -> str:
+    """Why a remedy cannot be had with the config's method or network; empty where it can."""
     slot = LOSSES[name].slot
-    if slot not in taken.slots:
-        return taken.why
-    if slot in ("focus", "sets"):
-        return ""
+    if slot in taken.refused:
+        return taken.refused[slot]
 
     try:
-        made(name, counts, cosine_scale(cfg.model))
+        made(name, counts, facts)
     except ConfigError as error:
         return str(error)
     return ""
@@ -110,7 +115,7 @@ def refusal(name: str, cfg: Config, counts: Counts, taken: Taken) -> str:
 
 def of_loss(name: str, counts: Counts) -> list[float]:
     """The vector (K,) that a remedy makes of the counts: offsets or margins, or weights."""
-    loss = made(name, counts, SCALE)  # as if the network had the classifier that it needs
+    loss = made(name, counts, {"cosine": SCALE})  # as if the network had the classifier that it needs
     if LOSSES[name].slot == "class_weight":
         return loss.weights.tolist()
     amplitude = getattr(loss.logits, "amplitude", 1.0)  # of noise: what it reaches, not its mean
@@ -139,11 +144,10 @@ def of_samplers(cfg: Config, stream: str, statistics: Statistics) -> dict[str, A
     }
 
 
-def sampled_shares(
+def sampled_counts(
     cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics
-) -> list[float] | None:
-    """Shares (K,) of the classes as the stream's own sampler is expected to show whole images; None where that refuses
-    the labels."""
+) -> Counts | None:
+    """Counts as the stream's own sampler is expected to show whole images; None where that refuses the labels."""
     sampler = typed(SamplerConfig, cfg.data.streams[stream].sampler, f"data.streams.{stream}.sampler")
     try:
         with warnings.catch_warnings():
@@ -152,7 +156,7 @@ def sampled_shares(
     except ValueError:
         return None
 
-    return Counts.from_statistics(statistics, order.shares(len(dataset))).prior().tolist()
+    return Counts.from_statistics(statistics, order.shares(len(dataset)))
 
 
 def classes_of(
@@ -200,10 +204,15 @@ def runs(label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return label.ravel()[starts], np.diff(np.append(starts, label.size))
 
 
-def stride_of(cfg: Config) -> float:
-    """Pixels of the network's input for one of its output, along a side; nothing is computed for it."""
+def unweighted(cfg: Config) -> SegmentationModel:
+    """The network without any weights: nothing is computed with it."""
     with torch.device("meta"):
-        model = build_model(replace(cfg.model, pretrained=False, checkpoint=None)).eval()
+        return build_model(replace(cfg.model, pretrained=False, checkpoint=None)).eval()
+
+
+def stride_of(model: SegmentationModel) -> float:
+    """Pixels of a network's input for one of its output, along a side."""
+    with torch.device("meta"):
         out = model(torch.empty(1, 3, SIDE, SIDE))
     maps = out["logits"] if "logits" in out else out["pred_masks"]
     return SIDE / maps.shape[-1]
@@ -256,7 +265,7 @@ def verdicts(result: dict[str, Any]) -> list[str]:
         inert = "changes nothing: all classes are treated alike"
         found[f"{item['slot']} {name}"] = acts if item["span"] > INERT else inert
         if name in result["refused"]:
-            found[f"{item['slot']} {name}"] += f"; {result['refused'][name]}"
+            found[f"{item['slot']} {name}"] += f"; refused: {result['refused'][name]}"
 
     for level, item in result["repeat_factor"].items():
         low, mean, high = (item[key] for key in ("lowest", "mean", "highest"))
@@ -280,8 +289,8 @@ def _of_sampled_counts(result: dict[str, Any]) -> str:
     if result["sampled"] is None:
         return "refused: the stream's sampler refuses the labels"
 
-    pairs = zip(result["classes"], result["sampled"], strict=True)
-    factors = {item["name"]: share / item["share"] for item, share in pairs if item["share"]}
+    shares = zip(result["classes"], result["shares"], result["sampled"], strict=True)
+    factors = {item["name"]: seen / share for item, share, seen in shares if share}
     most = max(factors, key=factors.__getitem__)
     least = min(factors, key=factors.__getitem__)
     if factors[most] - factors[least] < INERT:

@@ -114,6 +114,7 @@ class CPSL(Stage):
     Options = CPSLConfig
     options: CPSLConfig
     backwards = 3
+    labels_from = "files of soft labels, rectified by prototypes"
     known: Tensor
     prototypes_ema: Tensor
     distribution: Tensor

@@ -46,6 +46,7 @@ class Distill(Stage):
     Options = DistillConfig
     options: DistillConfig
     backwards = 2
+    labels_from = "the files of an earlier stage"
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)

@@ -61,6 +61,7 @@ class Method(nn.Module, ABC):
     backwards = 1
     uncompiled: str | None = None  # why `train.compile`, which compiles the call of the network, is refused
     records = False  # True: nothing of a step is decided on the host, so `train.compile: reduce-overhead` may record it
+    labels_from: str | None = None  # of images without labels, if not from confident answers of a network
     predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
 
     def __init__(self, cfg: Config, context: MethodContext):

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BINS = 1000  # of confidence: thresholds are told apart by a thousandth
+Threshold = float | np.ndarray
 
 
 class LabelCounts:
@@ -45,8 +47,8 @@ class LabelCounts:
     def quality(self) -> "LabelQuality":
         """What the sums say."""
         given, right = (
-            # kept at a threshold: the bins from it on
-            sums.view(self.num_classes, BINS).flip(1).cumsum(1).flip(1).cpu().numpy()
+            # kept at a threshold: the bins from it on; none at one above all
+            F.pad(sums.view(self.num_classes, BINS).flip(1).cumsum(1).flip(1), (0, 1)).cpu().numpy()
             for sums in (self.given, self.right)
         )
         return LabelQuality(given, right, self.truth.cpu().numpy())
@@ -54,54 +56,60 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class LabelQuality:
-    """Pixels (K, BINS) whose confidence reaches each thousandth, `given` by predicted class and those of them that are
-    `right`; `truth` (K,). Shares are NaN where nothing was counted."""
+    """Pixels (K, BINS + 1) whose confidence reaches each thousandth, `given` by predicted class and those of them that
+    are `right`; `truth` (K,). A threshold is one for all or (K,), of each predicted class. Shares are NaN where nothing
+    was counted."""
 
     given: np.ndarray
     right: np.ndarray
     truth: np.ndarray
 
-    def kept(self, threshold: float) -> float:
-        """Share of all pixels that a threshold keeps."""
-        return float(_ratio(self.given[:, place_of(threshold)].sum(), self.truth.sum()))
+    def _at(self, counts: np.ndarray, threshold: Threshold) -> np.ndarray:
+        """(K,): those that reach the threshold."""
+        return counts[np.arange(len(counts)), places_of(threshold)]
 
-    def accuracy(self, threshold: float, classes: Sequence[int] | None = None) -> float:
+    def kept(self, threshold: Threshold) -> float:
+        """Share of all pixels that a threshold keeps."""
+        return float(_ratio(self._at(self.given, threshold).sum(), self.truth.sum()))
+
+    def accuracy(self, threshold: Threshold, classes: Sequence[int] | None = None) -> float:
         """Share of right ones among the labels that are kept; among those of some predicted classes."""
         chosen = slice(None) if classes is None else list(classes)
-        place = place_of(threshold)
-        return float(_ratio(self.right[chosen, place].sum(), self.given[chosen, place].sum()))
+        right, given = (self._at(counts, threshold)[chosen] for counts in (self.right, self.given))
+        return float(_ratio(right.sum(), given.sum()))
 
-    def shares(self, threshold: float) -> np.ndarray:
+    def shares(self, threshold: Threshold) -> np.ndarray:
         """(K,): of the labels that are kept, those of each class."""
-        given = self.given[:, place_of(threshold)]
+        given = self._at(self.given, threshold)
         return _ratio(given, given.sum())
 
-    def precision(self, threshold: float) -> np.ndarray:
+    def precision(self, threshold: Threshold) -> np.ndarray:
         """(K,): how many labels of a class are right."""
-        place = place_of(threshold)
-        return _ratio(self.right[:, place], self.given[:, place])
+        return _ratio(self._at(self.right, threshold), self._at(self.given, threshold))
 
-    def recall(self, threshold: float) -> np.ndarray:
+    def recall(self, threshold: Threshold) -> np.ndarray:
         """(K,): how many pixels of a class have a label that is kept and right."""
-        return _ratio(self.right[:, place_of(threshold)], self.truth)
+        return _ratio(self._at(self.right, threshold), self.truth)
 
     def threshold_for(self, precision: float) -> np.ndarray:
         """(2, K): the lowest threshold at which so many labels of a class are right, and its recall there; NaN where
         none is. Few labels may be right by chance, which a recall near 0 tells."""
-        enough = (self.given > 0) & (self.right >= precision * self.given)
+        share = _ratio(self.right, self.given)
+        enough = np.nan_to_num(share) >= precision - 1e-12
         places = enough.argmax(1)
         recall = _ratio(self.right[np.arange(len(places)), places], self.truth)
         return np.where(enough.any(1), [places / BINS, recall], np.nan)
 
 
-def place_of(threshold: float) -> int:
-    """The place of a threshold. ValueError for one that is none, or finer than what is counted."""
-    if 0 <= threshold < 1:
-        place = round(threshold * BINS)
-        if place < BINS and abs(threshold * BINS - place) < 1e-6:
-            return place
+def places_of(threshold: Threshold) -> np.ndarray:
+    """The places of thresholds. ValueError for one that is none, or finer than what is counted."""
+    thresholds = np.asarray(threshold, float)
+    places = np.round(thresholds * BINS)
+    fits = (thresholds >= 0) & (thresholds <= 1) & (np.abs(thresholds * BINS - places) < 1e-6)
+    if not fits.all():
+        raise ValueError(f"threshold {thresholds[~fits].flat[0]:g}: expected 0 to 1, in thousandths")
 
-    raise ValueError(f"threshold {threshold:g}: expected 0 to 0.999, in thousandths")
+    return places.astype(int)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -37,10 +37,10 @@ def summarise(
             "color": [int(v) for v in row.palette[k]],
             "tail": k in row.tail,
             "groups": {level: str(names[k]) for level, names in (groups or {}).items()},
-            "iou": _number(got["iou"][k]),
-            "acc": _number(got["acc"][k]),
-            "precision": _number(precision[k]),
-            "recall": _number(recall[k]),
+            "iou": number(got["iou"][k]),
+            "acc": number(got["acc"][k]),
+            "precision": number(precision[k]),
+            "recall": number(recall[k]),
             "pixels": int(pixels[k]),
             "train_pixels": row.counts[k] if row.counts else None,
         }
@@ -51,20 +51,20 @@ def summarise(
     return {
         "dataset": row.name,
         "convention": convention,
-        "miou": _number(got["miou"]),
-        "miou_tail": _number(tail_miou(got["iou"], row.tail)),
-        "macc": _number(got["macc"]),
-        "aacc": _number(got["aacc"]),
-        "fwiou": _number(got["fwiou"]),
+        "miou": number(got["miou"]),
+        "miou_tail": number(tail_miou(got["iou"], row.tail)),
+        "macc": number(got["macc"]),
+        "aacc": number(got["aacc"]),
+        "fwiou": number(got["fwiou"]),
         "groups": {
-            level: {k: _number(v) for k, v in values.items()} for level, values in means.items()
+            level: {k: number(v) for k, v in values.items()} for level, values in means.items()
         },
         "per_class": per_class,
         "confusion": counts.tolist(),
     }
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
@@ -83,7 +83,7 @@ def with_boundaries(result: dict[str, Any], boundaries: Boundaries) -> dict[str,
     }
     return {
         **result,
-        **{name: _number(value) for name, value in means.items()},
+        **{name: number(value) for name, value in means.items()},
         "boundary": {"pixels": boundaries.radius},
         "per_class": _extended(result, got),
     }
@@ -97,8 +97,8 @@ def with_calibration(result: dict[str, Any], calibration: Calibration) -> dict[s
     got = calibration.scores()
     return {
         **result,
-        "ece": _number(got.ece),
-        "ece_tail": _number(tail_miou(got.class_ece, _tail(result))),
+        "ece": number(got.ece),
+        "ece_tail": number(tail_miou(got.class_ece, _tail(result))),
         "calibration": {"floor": FLOOR, **got.bins},
         "per_class": _extended(result, {"ece": got.class_ece, "mass": got.mass}),
     }
@@ -113,7 +113,7 @@ def _extended(
 ) -> list[dict[str, Any]]:
     """The result's `per_class` with further values (K,) of each."""
     return [
-        {**item, **{name: _number(value[item["id"]]) for name, value in values.items()}}
+        {**item, **{name: number(value[item["id"]]) for name, value in values.items()}}
         for item in result["per_class"]
     ]
 

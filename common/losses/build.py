@@ -106,14 +106,13 @@ class Remedies:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a method takes of the section `remedies`: the slots that its loss has, and `why` the others are not there.
+    """What a method takes of the section `remedies`. refused: the slots that its loss has not, and why.
 
     by_images: it does not classify pixels, and what remedies know as the pixels of a class is the number of images that
     show it.
     """
 
-    slots: tuple[Slot, ...] = SLOTS
-    why: str = ""
+    refused: Mapping[Slot, str] = field(default_factory=dict)
     by_images: bool = False
 
     def counted(self, counts: Counts) -> Counts:
@@ -123,7 +122,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class LossContext:
-    """What a method tells about itself. `slots`: those that its loss has; a remedy of another one is refused.
+    """What a method tells about itself. `refused`: the slots that its loss has not, and why.
 
     counts: of the training labels; sampled: the same as the sampler shows them. average: the pixels that a mean is
     taken over. pseudo_labels: how its pseudo-labels join the counts, None where it makes none. full_size: it makes
@@ -137,8 +136,7 @@ class LossContext:
     average: Average = "valid"
     pseudo_labels: PseudoUnit | None = None
     full_size: bool = True
-    slots: tuple[Slot, ...] = SLOTS
-    why: str = ""  # the others are not there
+    refused: Mapping[Slot, str] = field(default_factory=dict)
     cosine: float | None = None
     features: int | None = None
     sampled: Counts | None = None
@@ -184,10 +182,11 @@ def _remedy(
         return None
 
     where = f"{where}.{slot}"
-    if slot not in context.slots:
-        why = f" ({context.why})" if context.why else ""
-        slots = ", ".join(context.slots) or "none"
-        raise ConfigError(f"{where}: this method's loss has no such slot{why}; it has: {slots}")
+    if slot in context.refused:
+        slots = ", ".join(each for each in SLOTS if each not in context.refused) or "none"
+        raise ConfigError(
+            f"{where}: this method's loss has no such slot ({context.refused[slot]}); it has: {slots}"
+        )
 
     options = dict(section)
     name = options.pop("name", None)

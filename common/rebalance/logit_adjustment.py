@@ -6,14 +6,15 @@ What `eval.logit_adjustment: τ` adds to the logits, as part of the network: it 
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeGuard, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.config.bounds import NotNegative
 from common.evaluation.adjustment import IN_TRAINING
 from common.losses.logit_adjustment import post_hoc_offsets
-from common.rebalance.given import Given, require_pointwise
+from common.rebalance.given import Given
 
 
 @dataclass(frozen=True)
@@ -23,22 +24,22 @@ class FoldedAdjustment:
     tau: NotNegative = 1.0
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
-        instead = f"set eval.logit_adjustment: {self.tau:g}, which adds it to any network's scores"
-        trained = require_pointwise(classifier, given.where, instead)
-        if trained.bias is None:
-            raise ConfigError(f"{given.where}: the classifier has no bias; {instead}")
+        if not folds(classifier):
+            instead = f"set eval.logit_adjustment: {self.tau:g}, which adds it to any network's scores"
+            raise ConfigError(f"{given.where}: the classifier has no bias that can hold it; {instead}")
 
         if self.tau:
             warn_of_others(given)
 
-        adjusted = deepcopy(trained)
-        offsets = post_hoc_offsets(given.counts.pixels.tolist(), self.tau).to(trained.bias)
-        adjusted.bias = nn.Parameter(trained.bias.detach() + offsets)
+        adjusted = deepcopy(classifier)
+        bias = cast(Tensor, classifier.bias).detach()
+        offsets = post_hoc_offsets(given.counts.pixels.tolist(), self.tau).to(bias)
+        adjusted.bias = nn.Parameter(bias + offsets)
 
         return adjusted
 
 
-def folds(classifier: nn.Module | None) -> bool:
+def folds(classifier: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """Whether a network's classifier, None where it has none, has a bias that can hold the adjustment."""
     if not isinstance(classifier, nn.Conv2d) or classifier.kernel_size != (1, 1):
         return False

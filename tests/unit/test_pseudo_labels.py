@@ -6,8 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from common.config import load_config
+from common.config import Config, ConfigError, EvalConfig, ModelConfig, load_config
+from common.config.schema import DataConfig, StreamConfig
 from common.data import SegmentationDataset
 from common.engine.trainer import Trainer
 from common.evaluation.pseudo_labels import LabelCounts
@@ -15,6 +18,7 @@ from common.models import load_model
 from fully_sup.supervised import build_method
 from scripts import pseudo_labels
 from tests.contexts import context
+from tests.unit.data_files import save
 
 pytestmark = [
     pytest.mark.usefixtures("unchanged", "one_thread"),
@@ -68,10 +72,124 @@ def test_the_threshold_of_a_precision():
     assert counts.quality().threshold_for(2 / 3)[0][0] == 0
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.0, 0.9505, math.nan])
+def test_a_precision_that_is_met_exactly_is_met():
+    """11 of 20 is 0.55, of which 20 · 0.55 in floating point is more than 11."""
+    counts = LabelCounts(2)
+    truth = torch.tensor([[[0] * 11 + [1] * 9]])
+    counts.update(torch.zeros_like(truth), torch.ones(1, 1, 20), truth)
+    assert counts.quality().threshold_for(0.55)[0][0] == 0
+
+
+def test_each_class_may_have_its_own_threshold():
+    quality, pixels = counted()
+    each = np.array([0.25, 0.5, 0.75, 1.0])
+    kept = [(k, truth) for k, p, truth in pixels if p >= each[k]]
+    assert quality.kept(each) == len(kept) / len(pixels)
+    assert quality.accuracy(each) == sum(k == truth for k, truth in kept) / len(kept)
+    right = [sum(k == truth == c for k, truth in kept) for c in range(K)]
+    np.testing.assert_allclose(quality.precision(each)[:3], [right[c] / sum(k == c for k, _ in kept) for c in range(3)])
+    np.testing.assert_allclose(quality.recall(each), [right[c] / sum(t == c for *_, t in pixels) for c in range(K)])
+
+
+def test_nothing_reaches_a_threshold_above_all():
+    quality, _ = counted()
+    assert quality.kept(1) == 0 and math.isnan(quality.accuracy(1)) and not quality.recall(1).any()
+    row = pseudo_labels.at_threshold(quality, 1.0, (1, 2))
+    assert row["kept"] == 0 and row["tail_recall"] == 0
+    assert row["right"] is row["tail_labels"] is row["tail_right"] is None
+
+
+def test_the_row_of_a_threshold():
+    """Tail of class 1 and 2. Of four pixels three reach 0.5: 0 as 0, 1 as 1 and 2 as 1."""
+    counts = LabelCounts(3)
+    predicted, truth = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 2]]])
+    counts.update(predicted, torch.tensor([[[0.9, 0.6, 0.5, 0.4]]]), truth)
+    row = pseudo_labels.at_threshold(counts.quality(), 0.5, (1, 2))
+    assert row == {
+        "threshold": 0.5,
+        "kept": 3 / 4,
+        "right": 2 / 3,
+        "tail_labels": 2 / 3,
+        "tail_right": 1 / 2,
+        "tail_recall": 1 / 2,  # of class 1 all, of class 2 none
+    }
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.001, 0.9505, math.nan])
 def test_a_threshold_is_in_thousandths(threshold):
-    with pytest.raises(ValueError, match="expected 0 to 0.999, in thousandths"):
+    with pytest.raises(ValueError, match="expected 0 to 1, in thousandths"):
         counted()[0].kept(threshold)
+
+
+# Whose threshold, and which network -----------------------------------------------------------------------------------
+
+
+def config_of(method, streams=None, **changes):
+    data = DataConfig(streams=streams or {})
+    return Config(ModelConfig("none", K), method=method, data=data, name="run", **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({}, 0.95),
+        ({"name": "unimatch", "threshold": 0.8}, 0.8),
+        ({"name": "usrn"}, 0.75),
+        ({"name": "daformer"}, 0.968),
+        ({"name": "unimatch", "threshold": 1.0}, 1.0),
+    ],
+)
+def test_the_threshold_is_the_methods(method, expected, tmp_path):
+    assert pseudo_labels.own_threshold(config_of(method), tmp_path) == expected
+
+
+def test_a_threshold_that_is_too_fine_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"run: method.threshold 0.9685: .* in thousandths; give another by --at"):
+        pseudo_labels.own_threshold(config_of({"name": "unimatch", "threshold": 0.9685}), tmp_path)
+
+
+def test_thresholds_of_classes_are_those_of_the_step(tmp_path):
+    cfg = config_of({"name": "unimatch", "threshold": 0.9, "class_thresholds": 0.99})
+    file = tmp_path / "model.safetensors"
+    save_file({"thresholds.confidence": torch.tensor([0.8, 0.4, 0.2, 0.6])}, file)
+    found = pseudo_labels.own_threshold(cfg, file)
+    np.testing.assert_allclose(found, [0.9, 0.45, 0.225, 0.675])  # τ · c_k / max c
+    assert counted()[0].kept(found) > 0
+
+    save_file({"model.weight": torch.ones(1)}, file)
+    with pytest.raises(ConfigError, match="class_thresholds: the checkpoint holds no mean confidence"):
+        pseudo_labels.own_threshold(cfg, file)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (("model.w", "teacher.w"), False, "teacher."),
+        (("model.w", "average.w"), False, "model."),  # train.ema predicts, the network labels
+        (("model.w", "average.w"), True, None),
+        (("model.w",), False, None),
+        (("head.w",), False, None),
+    ],
+)
+def test_the_network_that_labels(names, labels, expected, tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.ones(1) for name in names}, file)
+    cfg = config_of({}, {"some": StreamConfig(labels=labels)})
+    assert pseudo_labels.labelling(cfg, file) == expected
+
+
+@pytest.mark.parametrize(
+    ("cfg", "why"),
+    [
+        (config_of({"name": "cpsl"}), "method.name: cpsl takes its labels from files of soft labels"),
+        (config_of({"name": "distill"}), "method.name: distill takes its labels from the files of an earlier stage"),
+        (config_of({}, eval=EvalConfig(logit_adjustment=0.5)), "eval.logit_adjustment: 0.5: it changes predictions"),
+        (config_of({}, remedies={"pseudo_prior": True}), "remedies.pseudo_prior: a step adds the prior"),
+    ],
+)
+def test_labels_that_are_made_otherwise_are_refused(cfg, why):
+    with pytest.raises(ConfigError, match=f"run: {why}"):
+        pseudo_labels.refuse_other_labels(cfg)
 
 
 # The program ----------------------------------------------------------------------------------------------------------
@@ -123,6 +241,24 @@ def test_the_images_are_those_without_labels(run, monkeypatch, tmp_path, capsys)
     assert all(item["recall"] is None for item, there in zip(classes, shown, strict=True) if not there)
 
 
+def test_a_teacher_labels(run, monkeypatch, tmp_path):
+    """Its tensors beside the others, from another start: what is counted is what that network alone says."""
+    file = run.folder / "checkpoints/last/model.safetensors"
+    own = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(v) if v.is_floating_point() else v.clone() for name, v in own.items()}
+    other = {name: v.abs() if "running_var" in name else v for name, v in other.items()}
+    taught = {name.replace("model.", "teacher.", 1): v for name, v in other.items()}
+    found = []
+    for k, state in enumerate((own, {**own, **taught}, other)):
+        save_file(state, tmp_path / f"{k}.safetensors", metadata)
+        call(monkeypatch, tmp_path / f"{k}.safetensors", "--json", tmp_path / f"{k}.json")
+        found.append(json.loads((tmp_path / f"{k}.json").read_text()))
+    assert found[1] == found[2] != found[0]
+
+
 def test_without_such_a_stream_they_are_those_of_the_validation(run, monkeypatch, capsys):
     call(monkeypatch, run.folder, "data.streams.unlabeled.labels=true")
     images = len(SegmentationDataset(run.data.val))
@@ -131,12 +267,17 @@ def test_without_such_a_stream_they_are_those_of_the_validation(run, monkeypatch
 
 
 def test_mistakes_are_one_line(run, fails, tmp_path):
+    camvid = tmp_path / "camvid"
+    for folder in ("images", "labels"):
+        (camvid / folder / "train").mkdir(parents=True)
+        save(np.zeros((8, 8), np.uint8), camvid / folder / "train" / "0.png")
     main, folder = pseudo_labels.main, run.folder
     assert "no such checkpoint" in fails(main, tmp_path / "none")
     assert "--stream: unknown 'target'" in fails(main, folder, "--stream", "target")
-    assert "threshold 0.9505: expected 0 to 0.999" in fails(main, folder, "--at", "0.9505")
+    assert "threshold 0.9505: expected 0 to 1" in fails(main, folder, "--at", "0.9505")
     assert "--precision 90: give a share" in fails(main, folder, "--precision", "90")
-    prior = ("remedies.logits.name=logit_adjustment", "remedies.pseudo_prior=true")
-    assert "remedies.pseudo_prior: a step adds the prior" in fails(main, folder, *prior)
+    other = ("data.streams.unlabeled.dataset=camvid", f"data.streams.unlabeled.root={camvid}")
+    other += ("data.streams.unlabeled.split=train",)
+    assert "data set 'camvid' has 11 classes, the network 19" in fails(main, folder, *other)
     (tmp_path / "there.json").write_text("{}")
     assert "there.json: there already" in fails(main, folder, "--json", tmp_path / "there.json")

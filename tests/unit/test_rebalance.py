@@ -90,7 +90,7 @@ def test_weights_normalised_by_tau():
 
 
 def test_classifiers_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="remedy: run: the classifier has no bias; set eval.logit_adjustment: 0.5"):
+    with pytest.raises(ConfigError, match="run: the classifier has no bias that can hold it; set eval.logit_adj"):
         remedy("logit_adjustment", "tau=0.5")(nn.Conv2d(8, 4, 1, bias=False), given())
     with pytest.raises(ConfigError, match="the classifier is a Sequential, not a 1×1 convolution"):
         remedy("tau_norm")(nn.Sequential(nn.Conv2d(8, 4, 1)), given())

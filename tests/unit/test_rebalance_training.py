@@ -242,9 +242,10 @@ def test_cosine_classifiers_are_trained_again_or_calibrated():
     fresh = remedy("crt", "steps=2", "lr=0.01")(trained, given(features))
     assert isinstance(fresh, CosineClassifier) and not torch.equal(fresh.directions, trained.directions)
     assert isinstance(remedy("disalign", "steps=2")(trained, given(features)).classifier, CosineClassifier)
-    for name in ("tau_norm", "logit_adjustment"):
-        with pytest.raises(ConfigError, match="the classifier is a CosineClassifier, not a 1×1 convolution; "):
-            remedy(name)(trained, given())
+    with pytest.raises(ConfigError, match="the classifier is a CosineClassifier, not a 1×1 convolution; "):
+        remedy("tau_norm")(trained, given())
+    with pytest.raises(ConfigError, match="the classifier has no bias that can hold it; set eval.logit_adjustment: 1,"):
+        remedy("logit_adjustment")(trained, given())
 
     options = {"channels": 8, "auxiliary": False, "classifier": "cosine"}
     config = replace(SMALL["upernet_no_aux"], options=options)

@@ -111,9 +111,25 @@ def test_queries_go_by_images_and_take_two_slots(config, tmp_path, monkeypatch, 
     for name in ("focus focal", "sets lovasz"):
         assert "refused: it classifies queries" in lines[name]
 
-    seesaw = "method.criterion={class_loss: seesaw}"
-    printed = run(monkeypatch, capsys, config, seesaw)
-    assert "class_loss seesaw adjusts for the counts by itself" in printed
+    sampler = "data.streams.labeled.sampler={order: repeat_factor, level: pixel, threshold: 0.0625}"
+    printed = run(monkeypatch, capsys, config, sampler, "method.criterion={class_loss: seesaw}")
+    lines = {line.split("  ")[0]: line for line in printed.splitlines()}
+    assert "refused: method.criterion.class_loss seesaw adjusts" in lines["logits logit_adjustment"]
+    assert "refused: it classifies queries" in lines["sets lovasz"]  # which no other class_loss changes
+    # the two images with a pole are shown twice as often: 4 of 6 showings have it, of 16 classes shown in all
+    assert "class2 × 1.25 by the stream's sampler" in lines["counts of: sampled"]
+
+
+def test_region_needs_a_classifier_of_features(config, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "remedies.json"
+    run(monkeypatch, capsys, config, "model.name=knet", "--json", out)
+    assert "region" in json.loads(out.read_text())["refused"]
+
+
+def test_a_method_that_does_not_fit_is_said_before_labels_are_counted(config, fails, tmp_path):
+    words = ("method.name=mask2former", "method.criterion.class_loss=bce", "--cache", tmp_path / "cache")
+    assert "method.criterion.class_loss" in fails(remedies.main, config, *words)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_costs_in_the_table_are_those_that_were_measured():

@@ -45,8 +45,8 @@ def test_refused_where_a_batch_is_never_whole(chosen):
 
 
 def test_a_slot_that_a_method_does_not_have():
-    with pytest.raises(ConfigError, match="no such slot; it has: logits"):
-        build_loss(section("focal"), LossContext(COUNTS, slots=("logits",)))
+    with pytest.raises(ConfigError, match=r"no such slot \(it has no pixels\); it has: logits, class_weight, sets"):
+        build_loss(section("focal"), LossContext(COUNTS, refused={"focus": "it has no pixels"}))
 
 
 def test_idle_and_double_choices_are_said():
