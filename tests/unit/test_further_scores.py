@@ -14,7 +14,7 @@ from common.engine.logging import RunLog
 from common.evaluation import evaluate, format_table
 from common.evaluation.boundaries import Boundaries, edges
 from common.evaluation.calibration import BINS, FLOOR, Calibration
-from common.evaluation.variants import Variants, evaluate_variants
+from common.evaluation.variants import Variants, View, evaluate_variants
 from common.inference import predict_scores, probabilities, score_bands
 from common.losses.logit_adjustment import post_hoc_offsets
 from common.metrics import precision_and_recall
@@ -291,9 +291,8 @@ def test_variants_have_the_calibration_of_their_own(tmp_path):
     torch.manual_seed(0)
     heads = [nn.Conv2d(3, 4, 1) for _ in range(2)]
     cfg = EvalConfig(workers=0, calibration=True, panels=0)
-    together = evaluate_variants(
-        Variants(Linear(), "head", heads), Scene(), cfg, [tmp_path / "a", tmp_path / "b"], device="cpu"
-    )
+    views = [View(tmp_path / name, cfg) for name in "ab"]
+    together = evaluate_variants(Variants(Linear(), "head", heads), Scene(), views, device="cpu")
     for head, got in zip(heads, together, strict=True):
         alone = Linear()
         alone.head = head
