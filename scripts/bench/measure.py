@@ -6,7 +6,8 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 Call = Callable[[], Any]
 Row = dict[str, Any]
 LEAST = 0.05  # seconds that a measurement lasts at least: shorter calls are repeated
+TRIM, MAPPED = -1, -3  # glibc's names of mallopt's parameters: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+LARGEST = 32 << 20  # bytes: as far as glibc raises the second by itself, in a process that frees tensors so large
 
 
 def median_seconds(forms: Mapping[str, Call], rounds: int) -> dict[str, float]:
@@ -114,10 +117,30 @@ def peak_memory(call: Call, device: torch.device | str = "cpu") -> int | None:
         call()
         synchronise()
         return torch.cuda.max_memory_allocated(device) - before
-    before = rest()
-    call()
-    peak = resident("VmHWM")
+    with blocks_given_back():
+        before = rest()
+        call()
+        peak = resident("VmHWM")
+
     return None if before is None or peak is None else max(peak - before, 0)
+
+
+@contextmanager
+def blocks_given_back() -> Iterator[None]:
+    """Inside, what is freed goes back to the system at once, from 256 KiB on. Otherwise glibc keeps blocks of up to
+    32 MiB, and the holes between them would count as the memory of a form that frees one graph and builds another."""
+    library = ctypes.CDLL(None)
+    options = getattr(library, "mallopt", None)  # of glibc; another C library has none
+    if options is None:
+        yield
+        return
+
+    options(MAPPED, 256 << 10)
+    try:
+        yield
+    finally:  # slower than what training has, so times are not taken with it
+        options(MAPPED, LARGEST)
+        options(TRIM, 2 * LARGEST)
 
 
 def rest() -> int | None:

@@ -45,6 +45,25 @@ def test_peak_memory_is_what_a_call_holds_at_once():
     assert 60 << 20 < peak < 80 << 20
 
 
+def test_peak_memory_counts_no_holes_of_the_heap():
+    """One set of blocks is freed, with what keeps them apart still held, before a set of larger ones is built."""
+
+    def call(count: int = 64) -> None:
+        blocks, between = [], []
+        for _ in range(count):
+            blocks.append(np.ones(1 << 20, np.uint8))
+            between.append(np.ones(4 << 10, np.uint8))
+        blocks.clear()
+        blocks += [np.ones(2 << 20, np.uint8) for _ in range(count // 2)]
+
+    np.ones(31 << 20, np.uint8)  # once it is freed, glibc keeps what is smaller
+    call(1)
+    peak = measure.peak_memory(call)
+    if peak is None:
+        pytest.skip("the system tells no peak")
+    assert 60 << 20 < peak < 80 << 20
+
+
 def test_forms_are_compared_with_the_first():
     row = measure.compare("x", {"ours": lambda: None, "slow": lambda: sum(range(2000))}, 3, check={}, bar=2.0, items=4)
     assert row["met"] and row["faster"]["slow"] == pytest.approx(row["ms"]["slow"] / row["ms"]["ours"])
