@@ -13,8 +13,8 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
 A remedy with one strength has nothing to choose: it is fixed by the plan. With `branch: STEP` the final runs of
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
 comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
-and what they come after. What `collect` finds joins what the file of results holds of earlier calls, whatever the
-machine.
+and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
+holds of earlier calls, whatever the machine.
 
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("step", choices=STEPS)
     parser.add_argument("plan")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these remedies, or changes after training, alone")
+    parser.add_argument("--splits", nargs="+", metavar="SPLIT", help="these of the plan's `final` alone")
     run_many.add_pool(parser)
     cli.add_force(parser)
     args = parser.parse_args()
@@ -55,6 +57,8 @@ def main() -> int:
     plan = typed(Plan, read_tree(Path(args.plan)), args.plan)
 
     check_only(plan, args.only)
+    if args.splits:
+        plan = replace(plan, final=named_splits(plan, args.splits))
     if args.step == "tune" and not plan.tuned():
         print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
         return 0
@@ -86,6 +90,15 @@ def check_only(plan: Plan, only: list[str] | None) -> None:
     for name in only or ():
         if name not in known:
             raise ValueError(f"--only: the plan has no {name!r}; it has {', '.join(known)}")
+
+
+def named_splits(plan: Plan, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """The splits of these names, in the plan's order. ValueError for a name that the plan does not have."""
+    for name in names:
+        if name not in plan.final:
+            raise ValueError(f"--splits: the plan has no {name!r}; it has {', '.join(plan.final)}")
+
+    return {name: own for name, own in plan.final.items() if name in names}
 
 
 def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:

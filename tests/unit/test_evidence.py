@@ -100,8 +100,8 @@ def edited(plan: Path, **changes) -> Path:
 
 
 def take(monkeypatch, *steps) -> None:
-    for step, path in steps:
-        monkeypatch.setattr(sys, "argv", ["evidence.py", step, str(path)])
+    for step in steps:
+        monkeypatch.setattr(sys, "argv", ["evidence.py", *map(str, step)])
         assert evidence.main() == 0
 
 
@@ -186,6 +186,21 @@ def test_results_of_several_machines_are_joined(plan, tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "elsewhere/blocks").iterdir()) == ["baseline_3", "good_3"]
     both = json.loads((tmp_path / "results.json").read_text())["splits"]["blocks"]["runs"]
     assert list(both["good"]) == ["1", "2", "3"] and both["good"]["1"] == first["good"]["1"]
+
+
+def test_some_of_the_splits(plan, tmp_path, monkeypatch, fails):
+    """What the others hold stays."""
+    edited(plan, remedies={"baseline": {"a": []}}, seeds=[1])
+    take(monkeypatch, ("choose", plan))
+    for split, expected in (("official", ["official"]), ("blocks", ["blocks", "official"])):
+        take(monkeypatch, ("final", plan, "--splits", split), ("collect", plan, "--splits", split))
+        trained = sorted(path.name for path in (tmp_path / "out").iterdir())
+        known = json.loads((tmp_path / "results.json").read_text())["splits"]
+        assert sorted(known) == trained == expected
+
+    assert "--splits: the plan has no 'gone'; it has blocks, official" in fails(
+        evidence.main, "final", plan, "--splits", "blocks", "gone"
+    )
 
 
 def test_results_of_other_images_do_not_join(plan, tmp_path, monkeypatch, fails):
