@@ -37,6 +37,21 @@ UPERNET = System(
         "data.streams.labeled.augment.box=[64,128]",
     ),
 )
+
+
+def small_mit(side: int) -> tuple[str, ...]:
+    """Crops of this side for a MiT-B0, which has eight blocks in the place of MiT-B5's 52: none is narrower."""
+    return (
+        "model.backbone=mit_b0",
+        "model.options.channels=8",
+        *(
+            f"data.streams.{stream}.augment={{crop: [{side},{side}], box: [{side},{2 * side}]}}"
+            for stream in ("source", "target")
+        ),
+        "method.margins={top: 2, bottom: 15}",
+    )
+
+
 SYSTEMS: dict[str, System] = {
     "upernet": UPERNET,
     "upernet-bf16": System(UPERNET.config, UPERNET.batch, UPERNET.tiny, ("train.precision=bf16",)),
@@ -68,6 +83,32 @@ SYSTEMS: dict[str, System] = {
             "method.samples=16",
             "data.streams.source.augment={base: [64, 128], crop: [48, 64]}",
             "data.streams.target.augment={base: [64, 128], crop: [48, 64]}",
+        ),
+    ),
+    "daformer": System("uda/daformer/gta5_to_cityscapes", 2, small_mit(64)),
+    "hrda": System("uda/hrda/gta5_to_cityscapes", 2, (*small_mit(128), "model.options.crop=[64,64]")),
+    "mic": System(
+        "uda/mic/gta5_to_cityscapes_hrda",
+        2,
+        (*small_mit(128), "model.options.crop=[64,64]", "method.mask_block=16"),
+    ),
+    "unimatch": System(
+        "semi_sup/unimatch/pascal_366_r101",
+        4,
+        (
+            "model.backbone=resnet50s",
+            "model.options.channels=8",
+            "data.streams.labeled.augment.crop=[64,64]",
+            "data.streams.unlabeled.augment.crop=[64,64]",
+        ),
+    ),
+    "unimatch_v2": System(
+        "semi_sup/unimatch_v2/pascal_366_dinov2_small",
+        4,
+        (
+            "model.options={widths: [4, 6, 8, 8], channels: 4, backbone: {dim: 16, heads: 2}}",
+            "data.streams.labeled.augment.crop=[56,56]",
+            "data.streams.unlabeled.augment.crop=[56,56]",
         ),
     ),
 }
