@@ -3,21 +3,22 @@
 import ctypes
 import gc
 import math
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
 LEAST = 0.05  # seconds that a measurement lasts at least: shorter calls are repeated
-TRIM, MAPPED = -1, -3  # glibc's names of mallopt's parameters: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-LARGEST = 32 << 20  # bytes: as far as glibc raises the second by itself, in a process that frees tensors so large
+ALLOCATION = "[memory]"  # a profiler's event: bytes that are allocated, or, below 0, freed
 
 
 def median_seconds(forms: Mapping[str, Call], rounds: int) -> dict[str, float]:
@@ -117,30 +118,29 @@ def peak_memory(call: Call, device: torch.device | str = "cpu") -> int | None:
         call()
         synchronise()
         return torch.cuda.max_memory_allocated(device) - before
-    with blocks_given_back():
-        before = rest()
-        call()
-        peak = resident("VmHWM")
+    before = rest()
+    call()
+    peak = resident("VmHWM")
 
     return None if before is None or peak is None else max(peak - before, 0)
 
 
-@contextmanager
-def blocks_given_back() -> Iterator[None]:
-    """Inside, what is freed goes back to the system at once, from 256 KiB on. Otherwise glibc keeps blocks of up to
-    32 MiB, and the holes between them would count as the memory of a form that frees one graph and builds another."""
-    library = ctypes.CDLL(None)
-    options = getattr(library, "mallopt", None)  # of glibc; another C library has none
-    if options is None:
-        yield
-        return
+def peak_of_tensors(call: Call, device: torch.device | str = "cpu") -> int:
+    """Bytes of tensors that `call` allocates and holds at its peak, on the CPU as on a GPU.
 
-    options(MAPPED, 256 << 10)
-    try:
-        yield
-    finally:  # slower than what training has, so times are not taken with it
-        options(MAPPED, LARGEST)
-        options(TRIM, 2 * LARGEST)
+    `peak_memory` of a process has more in it: holes of the heap, which glibc keeps, so that a form that frees one graph
+    before it builds another seems to hold part of both.
+    """
+    if torch.device(device).type == "cuda":
+        return peak_memory(call, device) or 0
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells of every start and stop
+    with profile(profile_memory=True) as profiler:
+        call()
+
+    events = [event for event in profiler.kineto_results.events() if event.name() == ALLOCATION]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def rest() -> int | None:

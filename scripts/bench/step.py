@@ -196,7 +196,7 @@ def whole_step(name: str, forms: dict[str, Form], args: argparse.Namespace) -> m
     for key, form in forms.items():
         workspace.settle(form.trainer)
         gc.collect()
-        peaks[key] = measure.mebibytes(measure.peak_memory(form, args.device))
+        peaks[key] = measure.mebibytes(measure.peak_of_tensors(form, args.device))
         for parameter in form.trainer.parameters:
             parameter.grad = None
     row = {

@@ -45,23 +45,19 @@ def test_peak_memory_is_what_a_call_holds_at_once():
     assert 60 << 20 < peak < 80 << 20
 
 
-def test_peak_memory_counts_no_holes_of_the_heap():
+def test_peak_of_tensors_counts_no_holes_of_the_heap():
     """One set of blocks is freed, with what keeps them apart still held, before a set of larger ones is built."""
 
-    def call(count: int = 64) -> None:
+    def call() -> None:
         blocks, between = [], []
-        for _ in range(count):
-            blocks.append(np.ones(1 << 20, np.uint8))
-            between.append(np.ones(4 << 10, np.uint8))
+        for _ in range(64):
+            blocks.append(torch.ones(1 << 20, dtype=torch.uint8))
+            between.append(torch.ones(4 << 10, dtype=torch.uint8))
         blocks.clear()
-        blocks += [np.ones(2 << 20, np.uint8) for _ in range(count // 2)]
+        blocks += [torch.ones(2 << 20, dtype=torch.uint8) for _ in range(32)]
 
-    np.ones(31 << 20, np.uint8)  # once it is freed, glibc keeps what is smaller
-    call(1)
-    peak = measure.peak_memory(call)
-    if peak is None:
-        pytest.skip("the system tells no peak")
-    assert 60 << 20 < peak < 80 << 20
+    assert measure.peak_of_tensors(call) == pytest.approx(64 * (1028 << 10), rel=1e-4)
+    assert measure.peak_of_tensors(lambda: None) == 0
 
 
 def test_forms_are_compared_with_the_first():
