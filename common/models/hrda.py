@@ -75,6 +75,7 @@ class HRDANetwork(SegmentationModel):
         self.crop = tuple(crop)
         self.overlap = overlap
         self.window_batch = window_batch
+        self.mixes_images = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
         self.classifiers = tuple(
             name for name, _ in self.named_modules() if name.endswith("conv_seg")
         )
@@ -103,8 +104,7 @@ class HRDANetwork(SegmentationModel):
     def segment_crop(self, x: Tensor, box: Box) -> dict[str, Any]:
         """Normalised images (B, 3, H, W) to `logits` (B, K, h, w), fused in the box and of the context elsewhere,
         `detail` (the logits of the box) and `features` (the backbone's maps of the context)."""
-        features = list(self.backbone(self.context(x)))
-        detail_features = list(self.backbone(box.of(x)))
+        features, detail_features = self._maps(self.context(x), box.of(x))
         context = self.decode_head.head(features)
         detail = self.decode_head.head(detail_features)
         attention = self.decode_head.scale_attention(features).sigmoid()
@@ -118,6 +118,14 @@ class HRDANetwork(SegmentationModel):
         logits = self._fused(attention * inside, context, placed)
 
         return {"logits": logits, "aux": [], "features": features, "detail": detail}
+
+    def _maps(self, context: Tensor, detail: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The backbone's maps of both: in one pass where they have one size and no batch norm would see them together."""
+        if self.mixes_images or context.shape[-2:] != detail.shape[-2:]:
+            return list(self.backbone(context)), list(self.backbone(detail))
+
+        pairs = [maps.chunk(2) for maps in self.backbone(torch.cat((context, detail)))]
+        return [first for first, _ in pairs], [second for _, second in pairs]
 
     def segment(self, x: Tensor) -> dict[str, Any]:
         """The same with detail everywhere: `detail` has the logits' size, `attention` and `context` half of it."""

@@ -79,3 +79,33 @@ def test_the_detail_learns_inside_its_box_alone():
 def test_crops_that_do_not_divide():
     with pytest.raises(ConfigError, match="crop: .*: sides must be multiples of 16 for head: daformer"):
         network(crop=(60, 64))
+
+
+@pytest.mark.parametrize(("backbone", "crop", "passes"), [("mit_b0", 64, 1), ("mit_b0", 48, 2), ("resnet18", 64, 2)])
+def test_context_and_detail_are_one_pass_of_the_backbone(backbone, crop, passes, monkeypatch):
+    """Where they have one size and no batch norm sees both; the maps and the gradients are those of two passes."""
+    options = {"channels": 8, "dropout": 0.0, "crop": (crop, crop)}
+    if backbone == "mit_b0":
+        options["backbone"] = {"drop_path": 0.0}
+    torch.manual_seed(0)
+    model = build_model(ModelConfig("hrda", 5, backbone, options=options)).train()
+    x = torch.randn(2, 3, 128, 128)
+    box = Box(32, 32 + crop, 16, 16 + crop)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        seen.clear()
+        model.zero_grad()
+        out = model.segment_crop(x, box)
+        (out["logits"].square().mean() + out["detail"].square().mean()).backward()
+        first = next(model.backbone.parameters()).grad
+        return out["logits"], out["detail"], out["features"][-1], first.clone()
+
+    seen = []
+    model.backbone.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    once = step()
+    assert seen == ([4] if passes == 1 else [2, 2])
+    monkeypatch.setattr(model, "mixes_images", True)
+    twice = step()
+    assert seen == [2, 2]
+    for ours, plain in zip(once, twice, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
