@@ -120,7 +120,7 @@ class HRDANetwork(SegmentationModel):
         return {"logits": logits, "aux": [], "features": features, "detail": detail}
 
     def _maps(self, context: Tensor, detail: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The backbone's maps of both: in one pass where they have one size and no batch norm would see them together."""
+        """The backbone's maps of both; one pass where they have one size and no batch norm would see them together."""
         if self.mixes_images or context.shape[-2:] != detail.shape[-2:]:
             return list(self.backbone(context)), list(self.backbone(detail))
 
