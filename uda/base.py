@@ -1,7 +1,7 @@
 """What the stages share: a base class, the quarter grid, the losses of the student, files of earlier steps."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -103,8 +103,8 @@ class Stage(Method):
         rate = self.optim.lr * self.options.head_lr_mult
         return [*groups, {**groups[0], "params": own, "name": "loss", "lr": rate}]
 
-    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's logits at the size of the images, and the features that its classifier read."""
+    def look(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The student's logits at the size of the images, and what the network gave."""
         out = self.model(images)
         logits = F.interpolate(
             out["logits"],
@@ -112,7 +112,7 @@ class Stage(Method):
             mode="bilinear",
             align_corners=self.model.align_corners,
         )
-        return logits, out["features"]
+        return logits, out
 
     def upsampled(self, images: Tensor) -> Tensor:
         """The student's logits at the size of the images."""
@@ -135,16 +135,16 @@ class Stage(Method):
         label: Tensor,
         rce: tuple[float, float],
         progress: float,
-        features: Tensor | None = None,
+        out: Mapping[str, Any],
     ) -> Tensor:
         """Symmetric cross-entropy with the factors `rce` of its terms, of logits (B, K, h, w) and label (B, h, w).
 
-        features: what the classifier read, on a grid of its own. Both terms see the logits that the remedies have
-        changed; class weights and focus act on the first alone.
+        out: what the network gave, on a grid of its own. Both terms see the logits that the remedies have changed;
+        class weights and focus act on the first alone.
         """
         alpha, beta = rce
         adjusted = self.loss.adjust(logits, label, progress)
-        total = alpha * self.loss.mean_of(adjusted, label, progress)
+        total = alpha * self.loss.mean_of(adjusted, label, progress, logits=logits)
 
         if beta:
             reverse = reverse_cross_entropy(adjusted, label)
@@ -155,7 +155,7 @@ class Stage(Method):
 
         if not self.loss.sets:
             return total
-        return total + self.loss.set_terms(logits, label, features)
+        return total + self.loss.set_terms(out["logits"], label, out["features"], large=logits)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -5,10 +5,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import ConfigError
 from common.config.bounds import Whole
+from common.ops.resize import size_of
+
+# recipes that pad small images and give no `extent`
+UNTOLD = ("cpsl", "detectron2", "u2pl", "unimatch", "usrn")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,14 @@ def check_margins(margins: Margins, crop: tuple[int, int], where: str) -> None:
             )
 
 
+def check_padding(recipe: object, where: str) -> None:
+    """ConfigError, beginning with `where`, for a recipe whose padding would be learned as if it were image."""
+    if recipe in UNTOLD:
+        raise ConfigError(
+            f"{where}.recipe: {recipe!r} does not tell the padding of small images, which would be learned; use mmseg"
+        )
+
+
 @torch.no_grad()
 def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Labels int64 (B, H, W) of logits (B, K, H, W), and the share of the batch's pixels that are confident, a scalar.
@@ -50,20 +63,24 @@ def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 def valid_pixels(
     target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins
 ) -> Tensor:
-    """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W)."""
-    if margins.of == "image":
-        return image_margins(target["geometry"], size, margins)
+    """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W).
 
-    inside = crop_margins(size, margins, target["image"].device)
+    size: H, W that the network pads the crops to, at the bottom and the right.
+    """
+    crop = size_of(target["image"])
+    inside = (
+        image_margins(target["geometry"], crop, margins)
+        if margins.of == "image"
+        else crop_margins(crop, margins, target["image"].device)
+    )
     extent = target.get("extent")
-    if extent is None:
-        return inside
+    if extent is not None:
+        rows, columns = (torch.arange(side, device=inside.device) for side in crop)
+        down = rows < extent[:, :1]
+        across = columns < extent[:, 1:]
+        inside = inside * down[:, :, None] * across[:, None]
 
-    rows, columns = (torch.arange(side, device=inside.device) for side in size)
-    down = rows < extent[:, :1]
-    across = columns < extent[:, 1:]
-
-    return inside * down[:, :, None] * across[:, None]
+    return F.pad(inside, (0, size[1] - crop[1], 0, size[0] - crop[0]))
 
 
 def crop_margins(size: tuple[int, int], margins: Margins, device: torch.device) -> Tensor:

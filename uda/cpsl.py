@@ -35,7 +35,7 @@ from common.losses.contrast import assignment_cross_entropy, pixel_contrast
 from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import Size, size_of
-from common.ops.resize_chain import resample_labels, resample_points
+from common.ops.resize_chain import reached, resample_labels, resample_points, shown_cells
 from common.ops.ring import RingBank, gather_rows, write
 from common.ops.sinkhorn import sinkhorn
 from common.ops.warp import warp_maps
@@ -176,7 +176,7 @@ class CPSL(Stage):
 
     @torch.no_grad()
     def rectify(self, similarity: Tensor, target: Batch) -> tuple[Tensor, Tensor]:
-        """Labels ŷ (B, h, w), and the share of pixels at which they differ from argmax P_ST."""
+        """Labels ŷ (B, h, w), ignored in padding, and the share of pixels at which they differ from argmax P_ST."""
         crop = size_of(target["weak"])
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
         probabilities = warm
@@ -195,7 +195,8 @@ class CPSL(Stage):
             unsure = best < self.options.threshold * probabilities.sum(1)
             label = label.masked_fill(unsure, IGNORE)
 
-        return label, changed
+        # in padding no class has any probability
+        return label.masked_fill(pseudo <= 0, IGNORE), changed
 
     # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
 
@@ -213,7 +214,7 @@ class CPSL(Stage):
         out = self.model(images)
         self.loss.count(label)
         logits = to_grid(out["logits"], size_of(label))
-        ce = self.symmetric_loss(logits, mixed, o.rce, progress, out["features"])
+        ce = self.symmetric_loss(logits, mixed, o.rce, progress, out)
         first, second = self.self_label(*sampled)
         terms = {"target_sce": ce, "self_label_a": first, "self_label_b": second}
         total = ce + o.self_label * (first + second)
@@ -233,7 +234,7 @@ class CPSL(Stage):
 
     @torch.no_grad()
     def sample(self, label: Tensor, out: Mapping[str, Tensor], grid: Resampling) -> Sampled:
-        """Pixels for the bank: unit features (B, n, D), unit logits (B, n, K), labels (B, n)."""
+        """Pixels of the image for the bank: unit features (B, n, D), unit logits (B, n, K), labels (B, n)."""
         logits = out["logits"].index_select(1, self.known)
         if self.options.bank_labels == "first":
             return self.sample_whole(label, out["features"], logits)
@@ -244,6 +245,8 @@ class CPSL(Stage):
             index = uniform(flat, n)
         else:
             index = class_balanced(flat, self.distribution, n)
+
+        index = out_of_padding(index, reached(grid.rows, grid.columns).flatten(1))
 
         return (
             unit_rows(out["features"], grid, index),
@@ -338,10 +341,12 @@ class CPSL(Stage):
             out = self.model(target["strong"])
 
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
+        shown = shown_cells(target["geometry"], crop, stride=STRIDE)
+        shown, _ = warp_maps(shown[:, None], target["warp"], crop)
         student = self.similarity(
             out["features"], onto_grid(out["features"], size_of(similarity))
         )
-        term = consistency(student, teacher, mask, self.options.temperature)
+        term = consistency(student, teacher, mask & shown[:, 0], self.options.temperature)
         untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum()) + self.loss.untouched()
 
         return {"loss": self.options.consistency * term + untouched, "consistency": term}
@@ -354,6 +359,20 @@ class CPSL(Stage):
         move_average(self.teacher, self.model, self.options.momentum, statistics)
         self.prototypes_ema.lerp_(self.prototypes, 1 - self.options.momentum)
         super().after_step(step)
+
+
+def out_of_padding(index: Tensor, shown: Tensor) -> Tensor:
+    """Cells `index` (B, n); in place of those in padding, cells that show the image. shown: bool (B, N).
+
+    The cells in padding are spread evenly over the others in their order, so that nothing more is drawn.
+    """
+    ends = shown.cumsum(1)
+    count = ends[:, -1:]
+    padding = (shown.shape[1] - count).clamp(min=1)
+    rank = index - ends.gather(1, index)  # of a cell in padding among its like
+    other = torch.searchsorted(ends, rank * count // padding + 1)
+
+    return torch.where(shown.gather(1, index), index, other.clamp(max=shown.shape[1] - 1))
 
 
 def unit_rows(maps: Tensor, grid: Resampling, index: Tensor) -> Tensor:

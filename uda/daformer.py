@@ -39,7 +39,7 @@ from common.models.frozen import Frozen
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize, size_of
-from uda.confidence import Margins, check_margins, pseudo_labels, valid_pixels
+from uda.confidence import Margins, check_margins, check_padding, pseudo_labels, valid_pixels
 
 timm = Lazy("timm")
 
@@ -332,6 +332,9 @@ def check_streams(cfg: Config, options: DAFormerConfig) -> None:
                 "classes of one are pasted into the other"
             )
 
+    check_padding(
+        target.augment.get("recipe", "none"), f"{cfg.name}: data.streams.target.augment"
+    )
     if crops[1]:
         check_margins(options.margins, tuple(crops[1]), f"{cfg.name}: method.margins")
 

@@ -63,7 +63,8 @@ class Distill(Stage):
         self.loss.count(label)
         out = self.model(target["strong"])
         student = to_grid(out["logits"], size_of(label))
-        ce = self.loss(student, label, progress=progress, features=out["features"])
+        facts = {"features": out["features"], "small": out["logits"]}
+        ce = self.loss(student, label, progress=progress, **facts)
         terms = {"target_ce": ce, "labelled": (label != IGNORE).float().mean()}
         if self.options.distillation == 0:
             return {"loss": ce, **terms}

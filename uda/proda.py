@@ -14,11 +14,12 @@ from torch import Tensor
 
 from common.config import Config
 from common.config.bounds import NotNegative, Share
+from common.data import IGNORE
 from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import size_of
-from common.ops.resize_chain import resample_labels
+from common.ops.resize_chain import resample_labels, shown_cells
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
 from uda.base import (
@@ -76,7 +77,7 @@ class ProDA(Stage):
         self.loss.count(label)
         out = self.model(target["weak"])
         logits = to_grid(out["logits"], size_of(label))
-        sce = self.symmetric_loss(logits, label, self.options.rce, progress, out["features"])
+        sce = self.symmetric_loss(logits, label, self.options.rce, progress, out)
         pull = -logits.float().log_softmax(1).mean()
         yield {
             "loss": sce + self.options.regulariser * pull,
@@ -88,7 +89,8 @@ class ProDA(Stage):
 
     @torch.no_grad()
     def label_target(self, target: Batch) -> tuple[Tensor, Tensor]:
-        """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w)."""
+        """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w), ignored in
+        padding."""
         out = self.teacher.eval()(target["full"])
         self._seen += [
             class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)
@@ -97,7 +99,10 @@ class ProDA(Stage):
         closeness = self.closeness(out["features"], onto_crop(out["features"], target))
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
 
-        return closeness, rectified(warm, closeness, self.known).argmax(1)
+        label = rectified(warm, closeness, self.known).argmax(1)
+
+        # in padding no class has any probability
+        return closeness, label.masked_fill(warm.amax(1) <= 0, IGNORE)
 
     def closeness(self, features: Tensor, grid: Resampling) -> Tensor:
         """−‖z − η_k‖ of features (B, D, h, w) brought to a grid (H, W), k of the K classes with a prototype:
@@ -110,10 +115,12 @@ class ProDA(Stage):
         out = self.model(target["strong"])
         crop = size_of(target["weak"])
         teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
+        shown = shown_cells(target["geometry"], crop, stride=STRIDE)
+        shown, _ = warp_maps(shown[:, None], target["warp"], crop)
         student = self.closeness(
             out["features"], onto_grid(out["features"], size_of(closeness))
         )
-        term = consistency(student, teacher, mask, temperature=1.0)
+        term = consistency(student, teacher, mask & shown[:, 0], temperature=1.0)
         # the last part has to reach every parameter
         untouched = 0.0 * out["logits"].sum() + self.loss.untouched()
 

@@ -73,8 +73,9 @@ class WarmUp(Stage):
         if self.discriminator is None:
             return self.source_terms(source, progress)
 
-        logits, features = self.look(source["image"])
-        ce = self.loss(logits, source["label"], progress=progress, features=features)
+        logits, out = self.look(source["image"])
+        facts = {"features": out["features"], "small": out["logits"]}
+        ce = self.loss(logits, source["label"], progress=progress, **facts)
         target = self.upsampled(streams["target"]["image"]).softmax(1)
         gan = self.options.gan
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,23 +21,29 @@ class HardPixels:
 
     threshold: keep the pixels whose class has less than this probability instead, at least `min_kept` of the batch (the
     online hard example mining of MMSegmentation and UniMatch).
+    choose: by the cross-entropy of the network's own logits (clean), or by the loss that the other remedies make of it
+    (noisy): noise that helps rare classes would let their pixels pass as easy ones.
     """
 
     fraction: Annotated[float, Above(0), AtMost(1)] = 0.2
     threshold: Annotated[float, Above(0), Below(1)] | None = None
     min_kept: Count = 100_000
+    choose: Literal["clean", "noisy"] = "clean"
 
-    def mean(self, losses: Tensor) -> Tensor:
-        """Mean of the chosen losses, of any shape; nothing is read on the host."""
+    def mean(self, losses: Tensor, valid: Tensor, by: Tensor) -> Tensor:
+        """Mean of the losses whose pixels are chosen, of any shape; nothing is read on the host.
+
+        valid: what is not ignored. by: the losses that decide; both are 0 where ignored.
+        """
         flat = losses.flatten()
+        by = by.detach().flatten()
         if self.threshold is None:
             count = max(int(self.fraction * flat.numel()), 1)
-            return flat.topk(count, sorted=False).values.mean()
+            return flat.gather(0, by.topk(count, sorted=False).indices).mean()
 
         kept = min(self.min_kept, flat.numel())
-        least = flat.detach().topk(kept).values[-1]
-        chosen = (flat > -math.log(self.threshold)) | (flat >= least)
-        chosen = chosen & (flat > 0)  # ignored pixels have no loss
+        least = by.topk(kept).values[-1]
+        chosen = ((by > -math.log(self.threshold)) | (by >= least)) & valid.flatten()
 
         return (flat * chosen).sum() / chosen.sum().clamp(min=1)
 

@@ -58,7 +58,8 @@ class FocusRemedy(Protocol):
 
 
 class SetRemedy(Protocol):
-    """Slot `sets`: a scalar of logits (B, K, H, W) and label (B, H, W)."""
+    """Slot `sets`: a scalar of logits (B, K, H, W) and label (B, H, W). at: `label`, where the logits are enlarged, or
+    `network`, where the label is thinned out."""
 
     weight: float
     at: str
@@ -117,15 +118,21 @@ class PixelLoss(nn.Module):
         progress: float = 0.0,
         pixel_weight: Tensor | None = None,
         features: Tensor | None = None,
+        small: Tensor | None = None,
     ) -> Tensor:
         """Scalar loss of logits (B, K, H, W) at the label's size and label (B, H, W), −1 where ignored.
 
         progress: share of the training that is over. pixel_weight: a factor for each pixel, of the label's shape.
-        features: (B, D, h, w), what the classifier read, for the terms that ask for it.
+        features: (B, D, h, w), what the classifier read, for the terms that ask for it. small: the logits (B, K, h, w)
+        as the network gave them, for the terms that are `at: network`; else `logits` are.
         """
         adjusted = self.adjust(logits, label, progress)
-        loss = self.mean_of(adjusted, label, progress, pixel_weight)
-        return loss + self.set_terms(logits, label, features) if self.sets else loss
+        loss = self.mean_of(adjusted, label, progress, pixel_weight, logits)
+        if not self.sets:
+            return loss
+
+        small = logits if small is None else small
+        return loss + self.set_terms(small, label, features, large=logits, pixel_weight=pixel_weight)
 
     def upsampled(
         self,
@@ -140,8 +147,7 @@ class PixelLoss(nn.Module):
         """The same of logits (B, K, h, w) at the network's stride, enlarged to the label.
 
         Where it can be, it is fused, and nothing is kept at full size. Else one image is enlarged at a time, or the
-        whole batch where remedies or weights of pixels ask for it; terms over regions see the logits as they are, and
-        the label thinned out, if they are `at: network`. features: those of `forward`.
+        whole batch where remedies or weights of pixels ask for it. features: those of `forward`.
         """
         weighted = pixel_weight is not None and not self.fuses(logits, label, align_corners)
         if self.needs_whole_batch or weighted:
@@ -154,6 +160,7 @@ class PixelLoss(nn.Module):
                 progress=progress,
                 pixel_weight=pixel_weight,
                 features=features,
+                small=logits,
             )
 
         total = self.upsampled_total(
@@ -164,11 +171,7 @@ class PixelLoss(nn.Module):
             pixel_weight=pixel_weight,
         )
         loss = total / self.divisor(label)
-        if not self.sets:
-            return loss
-
-        small_label = thinned(label, size_of(logits))
-        return loss + self.set_terms(logits, small_label, features)
+        return loss + self.set_terms(logits, label, features) if self.sets else loss
 
     def enlarged(
         self,
@@ -179,15 +182,14 @@ class PixelLoss(nn.Module):
         progress: float = 0.0,
         features: Tensor | None = None,
     ) -> Tensor:
-        """The same, for methods that enlarge a whole batch where the loss is not fused, in the precision of the logits:
-        terms over regions then see it."""
+        """The same, for methods that enlarge a whole batch where it is not fused, in the precision of the logits."""
         if self.fuses(logits, label, align_corners):
             return self.upsampled(logits, label, align_corners=align_corners, progress=progress)
 
         large = F.interpolate(
             logits, label.shape[-2:], mode="bilinear", align_corners=align_corners
         )
-        return self(large, label, progress=progress, features=features)
+        return self(large, label, progress=progress, features=features, small=logits)
 
     def upsampled_total(
         self,
@@ -253,11 +255,21 @@ class PixelLoss(nn.Module):
         label: Tensor,
         progress: float,
         pixel_weight: Tensor | None = None,
+        logits: Tensor | None = None,
     ) -> Tensor:
-        """The pixel loss of logits that `adjust` has been through."""
-        if isinstance(self.focus, HardPixels):
-            return self.focus.mean(self.each_of(adjusted, label, progress, pixel_weight))
-        return self.total_of(adjusted, label, progress, pixel_weight) / self.divisor(label)
+        """The pixel loss of logits that `adjust` has been through. logits: those before, by which hard pixels are
+        chosen; else `adjusted` are."""
+        if not isinstance(self.focus, HardPixels):
+            return self.total_of(adjusted, label, progress, pixel_weight) / self.divisor(label)
+
+        losses = self.each_of(adjusted, label, progress, pixel_weight)
+        changed = self.logits is not None or pixel_weight is not None or self.weight(progress) is not None
+        by = losses
+        if changed and self.focus.choose == "clean":
+            plain = adjusted if logits is None else logits
+            by = F.cross_entropy(plain.detach().float(), label.long(), ignore_index=IGNORE, reduction="none")
+
+        return self.focus.mean(losses, label != IGNORE, by)
 
     def total_of(
         self,
@@ -318,18 +330,36 @@ class PixelLoss(nn.Module):
         return (label != IGNORE).sum().clamp(min=1)
 
     def set_terms(
-        self, logits: Tensor, label: Tensor, features: Tensor | None = None
+        self,
+        logits: Tensor,
+        label: Tensor,
+        features: Tensor | None = None,
+        *,
+        large: Tensor | None = None,
+        pixel_weight: Tensor | None = None,
     ) -> Tensor:
-        """Σ weight · term of logits (B, K, H, W) and label (B, H, W); features: those of `forward`."""
+        """Σ weight · term of the network's logits (B, K, h, w) and label (B, H, W); features: those of `forward`.
+
+        large: (B, K, H, W), for terms at label size; else `logits` have that size. pixel_weight: (B, H, W); where it is
+        0, the terms see no label, and their sum is multiplied by the mean weight of the other pixels.
+        """
+        share: Tensor | float = 1.0
+        if pixel_weight is not None:
+            label = torch.where(pixel_weight > 0, label, IGNORE)
+            seen = label != IGNORE
+            share = (pixel_weight * seen).sum() / seen.sum().clamp(min=1)
+
         values = []
         for term in self.sets:
             if isinstance(term, RegionTerm):
                 value = term(self._given(features), label)
+            elif term.at == "network":
+                value = term(logits, thinned(label, size_of(logits)))
             else:
-                value = term(logits, label)
+                value = term(logits if large is None else large, label)
             values.append(term.weight * value)
 
-        return torch.stack(values).sum()
+        return share * torch.stack(values).sum()
 
     @staticmethod
     def _given(features: Tensor | None) -> Tensor:
@@ -345,8 +375,8 @@ class PixelLoss(nn.Module):
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
-    def count(self, label: Tensor, area: float = 1.0) -> None:
-        """Remember pseudo-labels for the next refresh; each stands for `area` pixels."""
+    def count(self, label: Tensor, area: Tensor | float = 1.0) -> None:
+        """Remember pseudo-labels (B, …) for the next refresh; each stands for `area` pixels, see `RefreshedCounts`."""
         self.counts.count(label, area)
 
     def after_step(self, step: int) -> None:

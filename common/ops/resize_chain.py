@@ -93,7 +93,8 @@ def label_matrices(
     """Rows and columns (B, crop/stride, grid) that bring a map of the whole image to its crop as CPSL does soft labels.
 
     The chain: grid → image size (H0, W0) → random size (h, w) → crop → mirror → resize by 1/stride.
-    geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored.
+    geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored. Where the image is smaller than the crop, the crop is padded
+    with 0 at the bottom and the right, and mirrored with its padding.
     """
     with exactly(geometry):
         *sizes, flip = geometry.long().unbind(1)
@@ -102,7 +103,8 @@ def label_matrices(
             cells = cells_of(crop[i], stride)
             taps = Taps(len(geometry), cells, geometry.device)
             taps.resize(crop[i], cells, align_corners)
-            return _through_image(taps, crop[i], sizes[i::2], mirrored, grid[i], align_corners)
+            sides = (crop[i], crop[i])
+            return _through_image(taps, sides, sizes[i::2], mirrored, grid[i], align_corners)
 
         return axis(0, None), axis(1, flip)
 
@@ -114,7 +116,7 @@ def feature_matrices(
 
     The chain: grid → image size / stride → random size / stride → crop at the offset / stride → mirror, all floored
     but the crop's own size.
-    geometry: int (B, 7) = H0, W0, h, w, y, x, mirrored.
+    geometry, padding: as in `label_matrices`.
     """
     with exactly(geometry):
         sizes = torch.div(geometry[:, :6].long(), stride, rounding_mode="floor").unbind(1)
@@ -122,24 +124,39 @@ def feature_matrices(
         def axis(i: int, mirrored: Tensor | None) -> Tensor:
             cells = cells_of(crop[i], stride)
             taps = Taps(len(geometry), cells, geometry.device)
-            return _through_image(taps, cells, sizes[i::2], mirrored, grid[i], align_corners)
+            sides = (crop[i] // stride, cells)
+            return _through_image(taps, sides, sizes[i::2], mirrored, grid[i], align_corners)
 
         return axis(0, None), axis(1, geometry[:, 6])
 
 
+def shown_cells(geometry: Tensor, crop: Size, *, stride: int = 4) -> Tensor:
+    """Which cells of a crop's grid `feature_matrices` makes of the image, bool (B, crop/stride); others are padding."""
+    return reached(*feature_matrices(geometry, (1, 1), crop, stride=stride))
+
+
+def reached(rows: Tensor, columns: Tensor) -> Tensor:
+    """Which output cells of `resample` are made of anything, bool (B, H, W): rows (B, H, h), columns (B, W, w)."""
+    return (rows != 0).any(2)[:, :, None] & (columns != 0).any(2)[:, None]
+
+
 def _through_image(
     taps: Taps,
-    side: int,
+    sides: Size,
     sizes: Sequence[Tensor],
     mirrored: Tensor | None,
     cells: int,
     align_corners: bool,
 ) -> Tensor:
-    """The matrix of a walk that continues from a crop of `side` cells to the whole image and to a grid of `cells`."""
+    """The matrix of a walk that continues from a crop to the whole image and to a grid of `cells`.
+
+    sides: the crop's cells, without and with one that it fills in part.
+    """
     full, resized, start = sizes
     if mirrored is not None:
-        # padding is added after the mirror
-        taps.mirror((resized - start).clamp(max=side), mirrored)
+        # a padded crop is mirrored about its own middle; in others floored sizes may lack the cell filled in part
+        whole, most = sides
+        taps.mirror((resized - start).clamp(min=whole, max=most), mirrored)
 
     taps = (
         taps.crop(start, resized)

@@ -231,7 +231,7 @@ def test_blv_in_every_stage(cfg):
     losses = []
     for average in ("valid", "all"):
         method = make(WarmUp, cfg, logits={"name": "blv", "noise": "constant", "average": average})
-        losses.append([method.loss(logits, label), method.symmetric_loss(logits, label, (0.1, 1.0), 0.0)])
+        losses.append([method.loss(logits, label), method.symmetric_loss(logits, label, (0.1, 1.0), 0.0, {})])
     torch.testing.assert_close(losses[1], [valid * value for value in losses[0]])
     noisy = logits + variation_weights([9, 5, 3, 2, 1]).view(1, -1, 1, 1)
     torch.testing.assert_close(losses[0][0], F.cross_entropy(noisy, label.long(), ignore_index=-1))

@@ -237,7 +237,8 @@ def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
     label = torch.randint(-1, 6, (2, *size)).to(torch.int16)
     full = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=align_corners)
     full = full[..., : size[0], : size[1]]
-    expected = HardPixels(0.3).mean(F.cross_entropy(full, label.long(), ignore_index=-1, reduction="none"))
+    losses = F.cross_entropy(full, label.long(), ignore_index=-1, reduction="none")
+    expected = HardPixels(0.3).mean(losses, label >= 0, losses)
     ours = hard_pixel_cross_entropy(logits, label, fraction=0.3, align_corners=align_corners)
     torch.testing.assert_close(ours, expected)
     grads = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, expected))
@@ -246,7 +247,7 @@ def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
 
 def test_hardest_counts_ignored_pixels():
     losses = torch.tensor([[3.0, 0.0, 1.0, 0.0], [0.0, 0.0, 2.0, 0.0]])
-    assert HardPixels(0.5).mean(losses) == pytest.approx((3 + 2 + 1 + 0) / 4)
+    assert HardPixels(0.5).mean(losses, losses > 0, losses) == pytest.approx((3 + 2 + 1 + 0) / 4)
     logits = torch.randn(1, 3, 2, 2, requires_grad=True)
     value = hard_pixel_cross_entropy(logits, torch.full((1, 8, 8), -1))
     value.backward()

@@ -341,6 +341,11 @@ def test_a_checkpoint_of_the_student_leaves_the_imagenet_network_alone(tmp_path)
         ),
         ("daformer/toy", ["method.threshold=1.5"], "toy: method.threshold: 1.5 is more than 1"),
         ("daformer/toy", ["method.margins.of=picture"], "toy: method.margins.of"),
+        (
+            "daformer/toy",
+            ["data.streams.target.augment={recipe: detectron2, crop: [96, 128]}"],
+            "toy: data.streams.target.augment.recipe: 'detectron2' does not tell the padding of small images, which",
+        ),
         ("mic/toy", ["method.adapt=false"], "adapt: false leaves MIC nothing to do"),
         ("mic/toy", ["method.mask_block=0"], "toy: method.mask_block: 0 is less than 1"),
     ],

@@ -11,7 +11,7 @@ from common.losses.feature_distance import cells_of, feature_distance, main_clas
 from common.ops.block_mask import block_mask, block_noise
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import Jitter, blur, draw_jitter, jitter, taps, to_hsv, to_rgb
-from uda.confidence import Margins, crop_margins, image_margins, pseudo_labels
+from uda.confidence import Margins, crop_margins, image_margins, pseudo_labels, valid_pixels
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
@@ -142,6 +142,27 @@ def test_margins_of_the_image_are_a_map_of_it_that_is_cut_as_labels_are(size, fl
     cut = nearest_crop(stored, g, crop)
     expected[: cut.shape[0], : cut.shape[1]] = cut
     assert torch.equal(image_margins(g.array()[None], crop, margins)[0], torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("of", ["crop", "image"])
+@pytest.mark.parametrize("flip", [0, 1])
+def test_what_the_network_pads_never_counts(of, flip):
+    """A crop of 100², the lower left quarter of its image, of which the network makes 104²."""
+    geometry = Geometry(200, 200, 200, 200, 100, 0, flip).array()[None]
+    target = {"image": torch.zeros(1, 3, 100, 100), "geometry": geometry, "extent": torch.tensor([[100, 100]])}
+    valid = valid_pixels(target, (104, 104), Margins(bottom=10, left=10, of=of))
+    expected = torch.zeros(1, 104, 104)
+    across = slice(90) if flip and of == "image" else slice(10, 100)
+    expected[:, :90, across] = 1
+    assert torch.equal(valid, expected)
+
+
+def test_padding_of_small_images_never_counts():
+    target = {"image": torch.zeros(2, 3, 100, 100), "extent": torch.tensor([[60, 100], [100, 50]])}
+    expected = torch.zeros(2, 104, 104)
+    expected[0, :60, :100] = 1
+    expected[1, :100, :50] = 1
+    assert torch.equal(valid_pixels(target, (104, 104), Margins()), expected)
 
 
 # Feature distance ----------------------------------------------------------------------------------------------------

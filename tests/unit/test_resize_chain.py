@@ -15,6 +15,7 @@ from common.ops.resize_chain import (
     resample_labels,
     resample_points,
     resize_matrices,
+    shown_cells,
 )
 
 
@@ -23,10 +24,10 @@ def bilinear(x: Tensor, size: tuple[int, int], align_corners: bool = True) -> Te
 
 
 def cut(x: Tensor, y: int, x0: int, crop: tuple[int, int], flip: int) -> Tensor:
-    """Crop, mirror, and pad with 0 where the image is smaller."""
+    """Crop, pad with 0 where the image is smaller, and mirror."""
     x = x[..., y : y + crop[0], x0 : x0 + crop[1]]
-    x = x.flip(-1) if flip else x
-    return F.pad(x, (0, crop[1] - x.shape[-1], 0, crop[0] - x.shape[-2]))
+    x = F.pad(x, (0, crop[1] - x.shape[-1], 0, crop[0] - x.shape[-2]))
+    return x.flip(-1) if flip else x
 
 
 def literal_labels(maps: Tensor, geometry: Tensor, crop: tuple[int, int], align_corners: bool = True) -> Tensor:
@@ -98,7 +99,16 @@ def test_image_smaller_than_the_crop():
     assert torch.allclose(ours, literal_labels(maps, geometry, crop), atol=2e-6)
     ours = resample_features(maps, geometry, crop).double()
     assert torch.allclose(ours, literal_features(maps, geometry, crop), atol=2e-6)
-    assert not ours[0, :, 12:].any() and not ours[0, :, :, 20:].any()
+    assert not ours[0, :, 12:].any() and not ours[0, :, :, :4].any() and ours[0, :, :12, 4:].all()
+
+
+@pytest.mark.parametrize("side", [90, 91, 93])
+def test_cells_that_the_crop_fills_in_part(side):
+    """A crop that is not padded is mirrored about the cells that its floored sizes leave, where they are fewer."""
+    geometry = torch.tensor([[96, 96, 96, 96, 0, 96 - side, flip] for flip in (0, 1)])
+    plain, mirrored = shown_cells(geometry, (side, side))[:, 0].tolist()
+    cells = 96 // 4 - (96 - side) // 4
+    assert plain == [i < cells for i in range(-(-side // 4))] == mirrored
 
 
 @pytest.mark.parametrize("mixed", [torch.float32, torch.bfloat16])
