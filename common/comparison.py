@@ -72,8 +72,8 @@ def of_differences(values: Sequence[float], level: float = LEVEL) -> Difference:
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Holm's adjusted p-values of several tests (1979); those without one stay without."""
-    known = sorted((p, name) for name, p in p_values.items() if p is not None)
+    """Holm's adjusted p-values of several tests (1979). Those without one, or with NaN, get and count for none."""
+    known = sorted((p, name) for name, p in p_values.items() if p is not None and math.isfinite(p))
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
 
@@ -283,6 +283,8 @@ def verdict(
 ) -> str:
     """What a difference says, in words. p: adjusted for the other methods. points: how many a score of 1 is."""
     said = number(difference, points)
+    if not math.isfinite(difference.mean):
+        return f"{said}, undefined in a run of {difference.n} pairs"
     if difference.half_width is None or p is None:
         return f"{said} points in one pair, which says nothing about other seeds"
 

@@ -8,9 +8,10 @@ from typing import cast
 
 from torch import nn
 
-from common.config import Config, ConfigError, pick
+from common.config import Config, ConfigError, pick, typed
 from common.config.bounds import NotNegative
 from common.engine.method import Batch, Losses, Method, MethodContext, make_method, pixel_loss
+from common.losses.build import Remedies, Taken
 from common.losses.cross_entropy import Average
 from common.losses.pixel_loss import PixelLoss
 from common.models import build_model
@@ -20,6 +21,7 @@ HEADS = {
     "decode": lambda out: out.get("stages") or [out["logits"]],
     "aux": lambda out: out["aux"],
 }
+FEATURED = "decode"  # the head whose loss is given the features of its classifier
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,16 @@ class Supervised(Method):
 
         for name in self.options.heads:
             section = cfg.remedies if name in remedied else {}
-            features = self.model.embedding_channels if name == "decode" else None
+            features = self.model.embedding_channels if name == FEATURED else None
             self.losses[name] = pixel_loss(
                 section, cfg, context, average=self.options.average, features=features
             )
+
+    @classmethod
+    def takes(cls, cfg: Config) -> Taken:
+        """Features where remedies act on the head that gives them alone."""
+        remedies = typed(Remedies, cfg.remedies, f"{cfg.name}: remedies")
+        return Taken(features=set(remedies.heads) <= {FEATURED})
 
     def _remedied_heads(self, cfg: Config) -> tuple[str, ...]:
         """The heads that remedies act on. ConfigError for one that is not trained."""

@@ -14,7 +14,7 @@ A remedy with one strength has nothing to choose: it is fixed by the plan. With 
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
 comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
-holds of earlier calls, whatever the machine.
+holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen are left out.
 
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
@@ -39,7 +39,7 @@ from scripts import model_cards, run_many
 from scripts.study import summary
 from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
-from scripts.study.records import begun, changed_after, scored, split_of, trained
+from scripts.study.records import begun, changed_after, joined, of_choices, scored, split_of, trained
 
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
@@ -231,7 +231,7 @@ def collect(plan: Plan) -> None:
     """Write what the final runs that are done say, compactly: every statistic can be made from it."""
     choices = read_choices(plan)
     known = read_results(plan)
-    splits = {} if known is None else dict(known["splits"])
+    splits = {} if known is None else of_choices(known, plan, choices)
     for name, jobs in plan.finals(choices).items():
         order = list(plan.remedies)
         planned = runs_of(jobs)
@@ -244,7 +244,7 @@ def collect(plan: Plan) -> None:
         found = split_of(results_of_split, begun(planned, plan.steps))
         if found is not None:
             found["convention"] = convention_of(plan, found)
-            splits[name] = _joined(splits.get(name), found, f"{plan.results}: {name}")
+            splits[name] = joined(splits.get(name), found, f"{plan.results}: {name}")
 
     if not splits:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
@@ -301,21 +301,6 @@ def read_results(plan: Plan) -> dict[str, Any] | None:
     """What earlier calls of `collect` have left, None where there was none."""
     path = ROOT / plan.results
     return read_json(path) if path.is_file() else None
-
-
-def _joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The runs of a split that were known, and those that were found, which replace others of the same seed."""
-    if known is None:
-        return found
-    if known["identity"] != found["identity"] or known["images"] != found["images"]:
-        raise ValueError(f"{where}: holds results of other images or settings; give the plan another `results`")
-
-    parts = {}
-    for part in ("runs", "starts"):
-        old, new = known.get(part, {}), found[part]
-        parts[part] = {name: {**old.get(name, {}), **new.get(name, {})} for name in {**old, **new}}
-
-    return {**found, **parts}
 
 
 def page(plan: Plan, file: str) -> None:

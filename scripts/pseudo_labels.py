@@ -45,6 +45,7 @@ THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 AT = 0.95  # where neither the method nor the command line has a threshold
 TEACHER = "teacher."  # prefix of a teacher's tensors in a checkpoint
 CLASS_CONFIDENCE = "thresholds.confidence"  # of UniMatch with class thresholds, in a checkpoint
+CLASS_SEEN = "thresholds.seen"  # which of them are means; not in older ones
 VALIDATION = "val"  # the name of the images without a stream of unlabelled ones
 
 
@@ -99,6 +100,8 @@ def own_threshold(cfg: Config, file: Path) -> Threshold:
             text = "the checkpoint holds no mean confidence of classes; set it to null, or give --at"
             raise ConfigError(f"{cfg.name}: method.class_thresholds: {text}")
         thresholds.confidence.copy_(tensors.get_tensor(CLASS_CONFIDENCE))
+        there = CLASS_SEEN in tensors.keys()  # noqa: SIM118
+        thresholds.seen.copy_(tensors.get_tensor(CLASS_SEEN) if there else torch.ones_like(thresholds.seen))
 
     of_classes = thresholds.of(torch.arange(cfg.model.num_classes)).double().numpy()
     return np.ceil(of_classes * BINS - 1e-3) / BINS

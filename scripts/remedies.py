@@ -75,7 +75,7 @@ def describe(
     seen = sampled_counts(cfg, stream, dataset, statistics)
     model = unweighted(cfg)
     stride = stride_of(model)
-    facts = {"cosine": cosine_scale(cfg.model), "features": model.embedding_channels}
+    facts = facts_of(cfg, model, taken)
 
     return {
         "stream": stream,
@@ -92,8 +92,17 @@ def describe(
     }
 
 
+def facts_of(cfg: Config, model: SegmentationModel, taken: Taken) -> dict[str, Any]:
+    """What the network and the method tell a loss: fields of LossContext."""
+    return {
+        "cosine": cosine_scale(cfg.model),
+        "features": model.embedding_channels if taken.features else None,
+        "full_size": taken.full_size,
+    }
+
+
 def made(name: str, counts: Counts, facts: Mapping[str, Any]) -> PixelLoss:
-    """The loss of one remedy with its default options. facts: of the network, fields of LossContext."""
+    """The loss of one remedy with its default options. facts: fields of LossContext."""
     slot, remedy = LOSSES[name].slot, {"name": name}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a remedy changes nothing is said by the page
@@ -101,7 +110,7 @@ def made(name: str, counts: Counts, facts: Mapping[str, Any]) -> PixelLoss:
 
 
 def refusal(name: str, counts: Counts, taken: Taken, facts: Mapping[str, Any]) -> str:
-    """Why a remedy cannot be had with the config's method or network; empty where it can."""
+    """Why a remedy, with its default options, cannot be had with the config's method or network; empty where it can."""
     slot = LOSSES[name].slot
     if slot in taken.refused:
         return taken.refused[slot]

@@ -14,6 +14,7 @@ from torch import Tensor
 from common.config import Config, ConfigError
 from common.config.bounds import Count, NotNegative
 from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
+from common.losses.build import Taken
 from common.losses.counts import PseudoUnit
 from common.models import EncoderDecoder, build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
@@ -61,6 +62,12 @@ def usrn_network(cfg: Config, fitting: str) -> DeepLabV3Plus:
     return model
 
 
+def refuse_second_head(model: EncoderDecoder, name: str) -> None:
+    """ConfigError for a network with a head that only a method for it would train."""
+    if model.heads != ("decode",):
+        raise ConfigError(f"{name}: model.options.auxiliary: the method trains no second head; set it to false")
+
+
 class Baseline(Method):
     """Supervised training. Batches: `labeled` (image, label)."""
 
@@ -75,11 +82,16 @@ class Baseline(Method):
         self.model = self.make_model(cfg)
         facts = {
             "pseudo_labels": self.pseudo_labels,
-            "full_size": False,
+            "full_size": self.takes(cfg).full_size,
             "features": self.model.embedding_channels,
             "labels_itself": self.pseudo_labels is not None,
         }
         self.loss = pixel_loss(cfg.remedies, cfg, context, average="valid", **facts)
+
+    @classmethod
+    def takes(cls, cfg: Config) -> Taken:
+        """No logits of a whole batch at label size."""
+        return Taken(full_size=False)
 
     def make_model(self, cfg: Config) -> DeepLabV3Plus | EncoderDecoder:
         """The network of the config. ConfigError for one that the method cannot train."""
@@ -89,10 +101,7 @@ class Baseline(Method):
         fitting = "deeplabv3plus, deeplabv3plus_unimatch, deeplabv3plus_u2pl or dpt"
         # An abstract class will do: it is only asked whether the network is one.
         model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
-        if model.heads != ("decode",):
-            raise ConfigError(
-                f"{cfg.name}: model.options.auxiliary: the method trains no second head; set it to false"
-            )
+        refuse_second_head(model, cfg.name)
         return model
 
     def forward(self, streams: Mapping[str, Batch], step: int) -> Iterator[Losses]:

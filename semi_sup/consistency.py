@@ -1,7 +1,7 @@
 """What FixMatch, UniMatch and UniMatch V2 have in common, as pure functions: pseudo-labels at the size of the crop,
 CutMix of images and labels, the loss of confident pixels, dropout of whole channels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -44,6 +44,15 @@ def pseudo_labels(logits: Tensor, shown: Tensor) -> PseudoLabels:
     `shown` (B, H, W)."""
     label, confidence = upsampled_labels(logits, size_of(shown), align_corners=True)
     return PseudoLabels(label, confidence, shown)
+
+
+def native_area(batch: Mapping[str, Tensor], shown: Tensor) -> Tensor:
+    """Pixels of its whole image that each one of a crop stands for (B,), so that counts of crops are those of images.
+
+    batch: with the `geometry` of the crops. shown: bool (B, H, W), pixels or cells that are no padding.
+    """
+    height, width = batch["geometry"][:, :2].double().unbind(1)
+    return height * width / shown.flatten(1).sum(1).clamp(min=1)
 
 
 def in_boxes(boxes: Tensor, size: Sequence[int]) -> Tensor:
@@ -91,21 +100,23 @@ class ClassThresholds(nn.Module):
     """A threshold for each class: τ_k = τ · c_k / max c, with c_k the moving average of the confidence of the pixels
     that are taken for class k. One that the network is less sure of keeps more of its labels than under one τ for all.
 
-    c starts at 1 for all; a class that nothing was taken for keeps its value. c is the same on all ranks.
+    c starts at 1 for all; a class that nothing was taken for keeps its value, and one that nothing was ever taken for
+    has no part in the maximum. c is the same on all ranks.
     """
 
     confidence: Tensor
+    seen: Tensor
 
     def __init__(self, num_classes: int, threshold: float, momentum: float):
         super().__init__()
         self.threshold = threshold
         self.momentum = momentum
         self.register_buffer("confidence", torch.ones(num_classes))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     def of(self, label: Tensor) -> Tensor:
         """The threshold of each pixel's class, float32 like `label` (B, H, W)."""
-        thresholds = self.threshold * self.confidence / self.confidence.max()
-        return thresholds[label]
+        return class_thresholds(self.threshold, self.confidence, self.seen)[label]
 
     @torch.no_grad()
     def update(self, labels: PseudoLabels) -> None:
@@ -120,6 +131,14 @@ class ClassThresholds(nn.Module):
         mean = (total / count.clamp(min=1)).float()
         moved = self.momentum * self.confidence + (1 - self.momentum) * mean
         self.confidence.copy_(torch.where(count > 0, moved, self.confidence))
+        self.seen |= count > 0
+
+
+def class_thresholds(threshold: float, confidence: Tensor, seen: Tensor) -> Tensor:
+    """τ_k (K,) of mean confidences (K,) and the classes that they are of, bool (K,); at most τ."""
+    highest = torch.where(seen, confidence, 0).max()
+    highest = torch.where(highest > 0, highest, 1.0)
+    return threshold * (confidence / highest).clamp(max=1)
 
 
 def confident_loss(

@@ -30,9 +30,10 @@ from common.engine.method import (
     move_average,
     pixel_loss,
 )
+from common.losses.build import Taken
 from common.models import EncoderDecoder, build_network
 from common.ops.resize import resize, size_of
-from semi_sup.consistency import in_boxes, paste
+from semi_sup.consistency import in_boxes, native_area, paste
 from semi_sup.losses import area, share
 
 
@@ -86,6 +87,11 @@ class U2PL(Method):
         mining = {key: value for key, value in cfg.remedies.items() if key == "focus"}
         self.auxiliary_loss = pixel_loss(mining, cfg, context, average="valid")
 
+    @classmethod
+    def takes(cls, cfg: Config) -> Taken:
+        """No features: the loss is given logits alone."""
+        return Taken(features=False)
+
     def forward(self, streams: Mapping[str, Batch], step: int) -> Losses:
         progress = step / self.steps
         labeled = streams["labeled"]
@@ -107,7 +113,10 @@ class U2PL(Method):
             out["logits"][:count], out["aux"][0][:count], labeled, progress
         )
         kept = drop_uncertain(label, certain, shown, self.options.dropped * (1 - progress))
-        self.loss.count(kept)
+        if self.loss.counts.every:
+            # one number for all: CutMix has moved pixels between the images
+            unlabeled = streams["unlabeled"]
+            self.loss.count(kept, native_area(unlabeled, unlabeled["shown"]).mean())
         unlabelled = self.unlabelled_loss(out["logits"][count:], kept, shown, progress)
         loss = terms["loss"] + self.options.unsupervised * unlabelled
 
@@ -130,7 +139,7 @@ class U2PL(Method):
         images = batch["image"]
         size = size_of(images)
         answer = self.answer(self.teacher.eval(), images)
-        label = resize(answer, size, True).argmax(1)
+        label = resize(answer.float(), size, True).argmax(1)
         shown = batch["shown"] if self.options.mask_padding else torch.ones_like(label).bool()
 
         # torch's generator on the host: the step is not held up by reading a GPU's

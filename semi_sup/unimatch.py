@@ -32,6 +32,7 @@ from common.engine.method import IN_PARTS, Batch, Losses, Method, MethodContext,
 from common.losses.upsampled import upsampled_cross_entropy
 from common.models import EncoderDecoder, build_network
 from semi_sup import consistency
+from semi_sup.baseline import refuse_second_head
 from semi_sup.branch import SubclassBranch, gated_labels
 from semi_sup.consistency import (
     ClassThresholds,
@@ -39,6 +40,7 @@ from semi_sup.consistency import (
     PseudoLabels,
     confident_loss,
     in_boxes,
+    native_area,
     paste,
     pseudo_labels,
 )
@@ -85,6 +87,7 @@ class Consistency(Method):
         fitting = "deeplabv3plus_unimatch or dpt"
         # An abstract class will do: it is only asked whether the network is one.
         self.model = build_network(cfg.model, EncoderDecoder, fitting, cfg.name)  # type: ignore[type-abstract]
+        refuse_second_head(self.model, cfg.name)
         self.loss = pixel_loss(
             cfg.remedies,
             cfg,
@@ -144,21 +147,25 @@ class Consistency(Method):
         """The confidence that a label of the classes has to reach."""
         return self.options.threshold if self.thresholds is None else self.thresholds.of(labels.label)
 
-    def count(self, weak: Labels, logits: Tensor) -> Losses:
-        """Count the weak view's labels, for remedies and thresholds. Returns what is logged of them: the share that is
-        kept, and the share that the gate took away or changed."""
+    def count(self, weak: Labels, logits: Tensor, batch: Batch) -> Losses:
+        """Count the labels of the batch's weak view, for remedies and thresholds. Returns what is logged of them: the
+        share that is kept, and the share that the gate took away or changed."""
         labels = weak.classes
+        free = labels
+        if self.branch is not None:
+            free = pseudo_labels(self.loss.with_prior(logits), labels.shown)
         if self.thresholds is not None:
-            self.thresholds.update(labels)
+            # not by what the gate makes of them, whose confidence is that of a class which was not the likeliest
+            self.thresholds.update(free)
 
         threshold = self.threshold(labels)
         confident = labels.confident(threshold)
-        self.loss.count(confident)
+        if self.loss.counts.every:
+            self.loss.count(confident, native_area(batch, labels.shown))
         terms = {"kept": labels.kept(threshold)}
         if self.branch is None:
             return terms
 
-        free = pseudo_labels(self.loss.with_prior(logits), labels.shown)
         vetoed = free.confident(self.threshold(free)) != confident
         return {**terms, "vetoed": vetoed.sum() / labels.shown.sum().clamp(min=1)}
 
@@ -243,7 +250,7 @@ class UniMatch(Consistency):
 
         seen = self.look(labeled["image"], unlabeled["weak"])
         weak = self.judged(seen.weak, seen.weak_sub, unlabeled["shown"])
-        logged = self.count(weak, seen.weak)
+        logged = self.count(weak, seen.weak, unlabeled)
         terms = self.labelled_terms(
             seen.labelled, seen.embedding, seen.labelled_sub, labeled, progress
         )

@@ -89,7 +89,7 @@ class UniMatchV2(Consistency):
             logits, None if branch is None else branch.eval()(maps), batch["shown"]
         )
 
-        return labels, self.count(labels, logits)
+        return labels, self.count(labels, logits, batch)
 
     def strong_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         maps = self.encode(images)

@@ -40,6 +40,7 @@ from common.losses.upsampled import upsampled_cross_entropy
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 from common.ops.resize import size_of
 from semi_sup.baseline import Baseline, BaselineConfig, Scores, usrn_network
+from semi_sup.consistency import native_area
 from semi_sup.losses import (
     area,
     confident_labels,
@@ -49,7 +50,7 @@ from semi_sup.losses import (
     unlabelled_losses,
 )
 from semi_sup.subclasses import chosen_counts, parents
-from semi_sup.view_cells import CELL, at_cells, covers, inside, within
+from semi_sup.view_cells import at_cells, covers, inside, within
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,14 @@ class SelfTraining(Baseline):
         return within(crop, grid, len(logits), logits.device)
 
     def count(self, label: Tensor, batch: Batch) -> None:
-        self.loss.count(label, CELL**2)
+        """Count pseudo-labels of the cells (B, h, w), for remedies."""
+        if not self.loss.counts.every:
+            return
+
+        shown = self.valid(batch, label[:, None])
+        if shown is None:
+            shown = torch.ones_like(label, dtype=torch.bool)
+        self.loss.count(label, native_area(batch, shown))
 
     def after_step(self, step: int) -> None:
         super().after_step(step)

@@ -20,6 +20,7 @@ def parameter_groups(module: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]
     chosen: list[list[nn.Parameter]] = [[] for _ in range(len(cfg.groups) + 1)]
     patterns = [re.compile(group.match) for group in cfg.groups]
 
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             index = next(
@@ -31,7 +32,8 @@ def parameter_groups(module: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]
 
     for rule, parameters in zip((*cfg.groups, None), chosen, strict=True):
         if not parameters:
-            if rule is not None:
+            # a rule for what is frozen, as a locked backbone, has nothing to do
+            if rule is not None and not any(re.search(rule.match, name) for name in frozen):
                 raise ConfigError(f"optim.groups: no parameter's name matches {rule.match!r}")
             continue
 

@@ -116,7 +116,7 @@ class BLV:
         return typed(cls, preset | chosen, where)
 
     def counted(self, counts: Counts) -> Counts:
-        """The training labels' counts, or those that the options give in their place."""
+        """The training labels' counts, and beside them those that the options give for this remedy alone."""
         if self.counts == "dataset":
             return counts
 
@@ -126,11 +126,12 @@ class BLV:
                 f"BLV counts: {len(given)} given for {len(counts.pixels)} classes"
             )
 
-        return counts._replace(pixels=torch.tensor(given, dtype=torch.float64, device="cpu"))
+        return counts._replace(given=torch.tensor(given, dtype=torch.float64, device="cpu"))
 
     def vector(self, counts: Counts) -> Tensor:
         """w_k (K,)."""
-        return variation_weights(counts.pixels, self.coefficient, self.absent)
+        pixels = counts.pixels if counts.given is None else counts.given
+        return variation_weights(pixels, self.coefficient, self.absent)
 
     def __call__(
         self, logits: Tensor, label: Tensor, vector: Tensor, progress: float = 0.0

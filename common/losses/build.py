@@ -109,11 +109,14 @@ class Taken:
     """What a method takes of the section `remedies`. refused: the slots that its loss has not, and why.
 
     by_images: it does not classify pixels, and what remedies know as the pixels of a class is the number of images that
-    show it.
+    show it. full_size: see LossContext. features: it gives its loss what the network's classifier reads, of a network
+    that tells.
     """
 
     refused: Mapping[Slot, str] = field(default_factory=dict)
     by_images: bool = False
+    full_size: bool = True
+    features: bool = True
 
     def counted(self, counts: Counts) -> Counts:
         """Counts as the remedies see them."""

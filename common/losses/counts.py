@@ -16,11 +16,15 @@ PseudoUnit = Literal["pixels", "shares"]
 
 
 class Counts(NamedTuple):
-    """Of the training labels: pixels of each class and images that show it, float64 (K,); the number of images."""
+    """Of the training labels: pixels of each class and images that show it, float64 (K,); the number of images.
+
+    given: pixels (K,) that a remedy's options state, which goes by them in place of `pixels`; no other one does.
+    """
 
     pixels: Tensor
     images: Tensor
     num_images: float
+    given: Tensor | None = None
 
     @classmethod
     def from_statistics(
@@ -72,6 +76,7 @@ class RefreshedCounts(nn.Module):
 
     pixels: Tensor
     images: Tensor
+    given: Tensor | None
     running: Tensor
     pseudo: Tensor
 
@@ -82,6 +87,8 @@ class RefreshedCounts(nn.Module):
         self.num_images = labelled.num_images
         self.register_buffer("pixels", labelled.pixels.clone(), persistent=False)
         self.register_buffer("images", labelled.images.clone(), persistent=False)
+        given = None if labelled.given is None else labelled.given.clone()
+        self.register_buffer("given", given, persistent=False)
 
         if every:
             self.register_buffer("running", torch.zeros_like(self.pixels))
@@ -89,25 +96,33 @@ class RefreshedCounts(nn.Module):
 
     def current(self) -> Counts:
         """The counts in force."""
+        given = None if self.given is None else self._joined(self.given)
+        return Counts(self._joined(self.pixels), self.images, self.num_images, given)
+
+    def _joined(self, pixels: Tensor) -> Tensor:
+        """Pixels of labels (K,) and those of the pseudo-labels in force."""
         if not self.every:
-            return Counts(self.pixels, self.images, self.num_images)
+            return pixels
 
         pseudo = self.pseudo
         if self.unit == "shares":
-            pseudo = pseudo * (self.pixels.sum() / pseudo.sum().clamp(min=1))
+            pseudo = pseudo * (pixels.sum() / pseudo.sum().clamp(min=1))
 
-        return Counts(self.pixels + pseudo, self.images, self.num_images)
+        return pixels + pseudo
 
     @torch.no_grad()
-    def count(self, label: Tensor, area: float = 1.0) -> None:
-        """Add pseudo-labels (any shape, −1 ignored), each for `area` pixels, on all ranks the same."""
+    def count(self, label: Tensor, area: Tensor | float = 1.0) -> None:
+        """Add pseudo-labels (B, …), −1 ignored, each for `area` pixels, one number or one (B,) for each image, on all
+        ranks the same."""
         if not self.every:
             return
 
-        classes = label.reshape(-1).long() + 1
+        classes = label.long() + 1
+        weights = torch.ones_like(classes, dtype=self.running.dtype)
+        weights *= torch.as_tensor(area, device=label.device).view(-1, *[1] * (label.dim() - 1))
         counts = self.running.new_zeros(len(self.running) + 1)
-        counts.index_add_(0, classes, torch.ones_like(classes, dtype=counts.dtype))
-        self.running += distributed.all_sum(counts)[1:] * area
+        counts.index_add_(0, classes.flatten(), weights.flatten())
+        self.running += distributed.all_sum(counts)[1:]
 
     @torch.no_grad()
     def after_step(self, step: int) -> bool:

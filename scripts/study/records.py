@@ -10,7 +10,7 @@ import numpy as np
 from common.evaluation.identity import differences
 from common.evaluation.per_image import FILE, read_per_image
 from common.files import read_json
-from common.jobs import Run, state_of
+from common.jobs import Run, refuse_others, state_of
 from scripts.study.further import FURTHER, FURTHER_OF_CLASS
 from scripts.study.plan import SCORES, STRENGTHS, Plan, runs_of
 
@@ -36,20 +36,22 @@ def scored(plan: Plan, split: str) -> dict[str, Path]:
 
 
 def trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Path]) -> list[Result]:
-    """The results of trainings that are done."""
+    """The results of trainings that are done. ValueError where one is not what the plan says now."""
     done = [run for run in runs if state_of(run) == "done"]
+    refuse_others(done)
     return [
         Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done
     ]
 
 
 def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
-    """The results of the plan's `steps` that are done, of those that leave an evaluation as trainings do."""
-    return [
-        Result(run, run.folder, run.name, "")
-        for run in runs
-        if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()
+    """The results of the plan's `steps` that are done, of those that leave an evaluation as trainings do. ValueError
+    where one is not what the plan says now."""
+    done = [
+        run for run in runs if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()
     ]
+    refuse_others(done)
+    return [Result(run, run.folder, run.name, "") for run in done]
 
 
 def changed_after(runs: list[Run]) -> list[Result]:
@@ -145,6 +147,65 @@ def further(scores: Mapping[str, Any]) -> dict[str, Any]:
         if item["tail"]
     }
     return {**means, "classes": classes} if means else {}
+
+
+def joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The runs of a split that were known, and those that were found, which replace others of the same seed.
+
+    ValueError, which begins with `where`, where the two are of other images or settings, as far as both say.
+    """
+    if known is None:
+        return found
+
+    parts = differences({"identity": known["identity"]}, {"identity": found["identity"]})
+    if known["images"] != found["images"]:
+        parts.append("other names of images")
+    if parts:
+        raise ValueError(
+            f"{where}: holds results of other images or settings: {'; '.join(parts)}; give the plan another `results`"
+        )
+
+    runs = {}
+    for part in ("runs", "starts"):
+        old, new = known.get(part, {}), found[part]
+        runs[part] = {name: {**old.get(name, {}), **new.get(name, {})} for name in {**old, **new}}
+
+    # what only one of them says goes on being said
+    return {**found, **runs, "identity": {**known["identity"], **found["identity"]}}
+
+
+def of_choices(results: Mapping[str, Any], plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits of known results, with the runs that have the strengths chosen now. The others are left out, and named
+    in a line each: a row is one strength, and a mean over seeds of two would be of none."""
+    splits = {}
+    for name, split in results["splits"].items():
+        kept: dict[str, dict[str, Any]] = {}
+        for row, seeds in split["runs"].items():
+            for seed, run in seeds.items():
+                was, now = _strengths(row, run, plan, results["choices"], choices)
+                if was == now:
+                    kept.setdefault(row, {})[seed] = run
+                else:
+                    print(f"{plan.results}: {name}: {row}, seed {seed}: left out, it is of {was}; {now} is chosen now")
+        if kept:
+            splits[name] = {**split, "runs": kept}
+
+    return splits
+
+
+def _strengths(
+    row: str, run: Mapping[str, Any], plan: Plan, before: Mapping[str, Any], choices: Mapping[str, Any]
+) -> tuple[str, str]:
+    """Of a known run the strength that it has, or that its changed network was trained with, and the one chosen now."""
+    if row in choices:
+        return run["strength"], choices[row]["chosen"]
+
+    for after in plan.after:
+        remedy = plan.changed(after)
+        if row.startswith(f"{after} ") and remedy in before:
+            return before[remedy]["chosen"], choices[remedy]["chosen"]
+
+    return "", ""  # no longer of the plan
 
 
 def packed(matrices: np.ndarray) -> list[list[int]]:

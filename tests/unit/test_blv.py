@@ -243,6 +243,25 @@ def test_refreshed_counts_start_from_those_in_use(unit, counts):
     assert torch.equal(resumed.offsets, student.offsets)
 
 
+@pytest.mark.parametrize("given", [{"preset": "released-head"}, {"counts": list(range(100, 119))}])
+def test_given_counts_are_its_own(given):
+    """Class weights beside it go by the training labels, as without it, before a refresh and after."""
+    sampled = Counts.from_pixels(CITYSCAPES[::-1])
+    context = LossContext(Counts.from_pixels(CITYSCAPES), pseudo_labels="shares", sampled=sampled)
+    section = {"class_weight": {"name": "inverse"}, "counts": {"of": "sampled", "refresh": 1}}
+    both = build_loss({**section, "logits": {"name": "blv", **given}}, context)
+    alone = build_loss(section, context)
+    unchanged = build_loss({"logits": {"name": "blv", **given}}, context)
+    assert torch.equal(both.weights, alone.weights) and torch.equal(both.offsets, unchanged.offsets)
+    assert not torch.equal(both.offsets, build_loss({"logits": {"name": "blv"}}, context).offsets)
+
+    label = quarter_grid(1)
+    for loss in (both, alone):
+        loss.count(label)
+        loss.after_step(0)
+    assert torch.equal(both.weights, alone.weights)
+
+
 @pytest.mark.parametrize("wrong", ["5", -1, 0.5])
 def test_refresh_is_a_number_of_steps(wrong):
     with pytest.raises(ConfigError, match="test.counts.refresh"):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.comparison import head_and_tail, holm, of_differences, paired, pairs_needed, power, verdict
+from common.comparison import (
+    head_and_tail,
+    holm,
+    of_differences,
+    paired,
+    paired_by_seed,
+    pairs_needed,
+    power,
+    verdict,
+)
 from common.metrics import precision_and_recall as rates
 
 
@@ -45,6 +54,18 @@ def test_holm_is_the_step_down_rule():
         "a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": None,
     }  # fmt: skip
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+
+
+def test_what_is_undefined_has_no_p_and_does_not_count():
+    """A score that no image defines is NaN, and so is its p: the others are a family without it, whatever its name."""
+    others = holm({"b": 0.01, "c": 0.04})
+    for name in ("a", "z"):
+        assert holm({name: float("nan"), "b": 0.01, "c": 0.04}) == {**others, name: None}
+
+    scores = {"base": [0.5, 0.6, 0.5], "late": [0.7, 0.81, 0.7], "none": [0.5, math.nan, 0.5]}
+    found = paired_by_seed({name: dict(enumerate(values)) for name, values in scores.items()}, "base")
+    assert found["late"][1] == pytest.approx(stats.ttest_rel(scores["late"], scores["base"]).pvalue)
+    assert verdict(*found["none"]) == "–, undefined in a run of 3 pairs"
 
 
 def test_holm_keeps_the_error_of_a_family():

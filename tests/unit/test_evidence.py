@@ -211,6 +211,81 @@ def test_results_of_other_images_do_not_join(plan, tmp_path, monkeypatch, fails)
     assert "holds results of other images or settings" in fails(evidence.main, "collect", plan)
 
 
+def test_results_join_where_one_does_not_say_a_setting(plan, tmp_path, monkeypatch, fails):
+    """Recorded before an evaluation named it; what is named once is not forgotten."""
+    edited(plan, remedies={"baseline": {"a": []}}, seeds=[1], final={"blocks": []})
+    take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan))
+
+    def found(seed, **more):
+        edited(plan, output=str(tmp_path / f"clone_{seed}"), seeds=[seed])
+        take(monkeypatch, ("final", plan))
+        file = tmp_path / f"clone_{seed}/blocks/baseline_{seed}/evaluation.json"
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps({**result, "identity": {**result["identity"], **more}}))
+
+    for seed, more in ((2, {"window_softmax": False}), (3, {})):
+        found(seed, **more)
+        take(monkeypatch, ("collect", plan))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["splits"]["blocks"]["runs"]["baseline"]) == ["1", "2", "3"]
+    found(4, window_softmax=True)
+    assert "other images or settings: window_softmax False against True" in fails(evidence.main, "collect", plan)
+
+
+def test_runs_that_are_no_longer_the_plans_are_refused(plan, tmp_path, monkeypatch, fails):
+    """What is done was trained with another strength or other settings; where the runs are not, that is no matter."""
+    fixed = {"baseline": {"a": {"after": "trunk"}}, "good": {"b": ["gain=1"]}}
+    edited(plan, remedies=fixed, seeds=[1, 2], final={"blocks": []}, steps={"trunk": []})
+    take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan))
+    before = (tmp_path / "results.json").read_text()
+    changes = {
+        "good_1": {"remedies": {**fixed, "good": {"b": ["gain=2"]}}},
+        "baseline_1": {"settings": ["gain=0.5"]},
+        "trunk_1": {"steps": {"trunk": ["gain=1"]}},
+    }
+    for name, change in changes.items():
+        kept = plan.read_text()
+        edited(plan, **change)
+        said = fails(evidence.main, "collect", plan)
+        assert f"out/blocks/{name}: is finished as another run: command (was" in said and "remove that folder" in said
+        assert (tmp_path / "results.json").read_text() == before
+        edited(plan, output=str(tmp_path / "elsewhere"))
+        take(monkeypatch, ("collect", plan))
+        (tmp_path / "results.json").write_text(before)
+        plan.write_text(kept)
+
+
+def test_results_of_a_strength_that_is_no_longer_chosen_are_left_out(plan, tmp_path, monkeypatch, capsys):
+    """And those of networks that were trained with it; the others stay, on a machine that has no runs, too."""
+    change = {"name": "tau_norm", "options": ["tau=1"]}
+    after = {"a": change, "b": {**change, "of": "good"}}
+    edited(plan, remedies={"baseline": {"a": []}, "good": {"weak": ["gain=1"]}}, seeds=[1, 2], final={"blocks": []})
+    take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan))
+    file = tmp_path / "results.json"
+    results = json.loads(file.read_text())
+    runs = results["splits"]["blocks"]["runs"]
+    runs |= {f"{name} tau_1": {"1": {**runs["good"]["1"], "strength": "tau_1"}} for name in after}
+    file.write_text(json.dumps(results))
+
+    edited(plan, remedies={"baseline": {"a": []}, "good": {"strong": ["gain=2.5"]}}, after=after)
+    edited(plan, output=str(tmp_path / "elsewhere"))
+    take(monkeypatch, ("choose", plan, "--force"))
+    capsys.readouterr()
+    take(monkeypatch, ("collect", plan), ("page", plan))
+    said = capsys.readouterr().out
+    kept = json.loads(file.read_text())["splits"]["blocks"]["runs"]
+    assert kept == {name: runs[name] for name in ("baseline", "a tau_1")}
+    for row in ("good, seed 1", "good, seed 2", "b tau_1, seed 1"):
+        assert f"blocks: {row}: left out, it is of weak; strong is chosen now" in said
+
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "final", str(plan), "--only", "good", "--seeds", "2"])
+    assert evidence.main() == 0
+    file.write_text(json.dumps(results))
+    take(monkeypatch, ("collect", plan))
+    good = json.loads(file.read_text())["splits"]["blocks"]["runs"]["good"]
+    assert {seed: run["strength"] for seed, run in good.items()} == {"2": "strong"}, "not seed 1, of weak"
+
+
 def test_results_of_other_images_are_refused(plan, tmp_path, monkeypatch, fails):
     take(monkeypatch, ("tune", plan), ("choose", plan), ("final", plan))
     file = tmp_path / "out/blocks/good_2/evaluation.json"

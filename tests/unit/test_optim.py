@@ -48,6 +48,16 @@ def test_rule_without_parameters_is_an_error():
         parameter_groups(Net(), OptimConfig(groups=(GroupConfig("nrom"),)))
 
 
+def test_a_rule_for_what_is_frozen_has_nothing_to_do():
+    """As that of a backbone that model.options.lock_backbone freezes; one that others leave nothing to is an error."""
+    net = Net()
+    net.head.requires_grad_(False)
+    groups = parameter_groups(net, OptimConfig(groups=(GroupConfig("head", lr_mult=10.0),)))
+    assert [group["name"] for group in groups] == ["rest"]
+    with pytest.raises(ConfigError, match="no parameter's name matches 'norm'"):
+        parameter_groups(Net(), OptimConfig(groups=(GroupConfig("norm"), GroupConfig("norm"))))
+
+
 def test_groups_name_their_optimizer():
     net = Net()
     groups = parameter_groups(net.conv, OptimConfig()) + [

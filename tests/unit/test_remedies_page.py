@@ -3,14 +3,20 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from common.config import Config, ConfigError, ModelConfig
+from common.engine.method import method_class
 from common.losses.build import LOSSES
+from common.losses.counts import Counts
 from scripts import remedies
+from scripts.systems import system_of
+from tests.contexts import context
 from tests.unit.data_files import folder_options, make_folder, save
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +130,43 @@ def test_region_needs_a_classifier_of_features(config, tmp_path, monkeypatch, ca
     out = tmp_path / "remedies.json"
     run(monkeypatch, capsys, config, "model.name=knet", "--json", out)
     assert "region" in json.loads(out.read_text())["refused"]
+
+
+SMALL = {"channels": 8, "lateral_channels": 4, "dilations": (1, 2, 3), "channel_dropout": 0.0}
+WITH_AUX = {"heads": {"decode": {}, "aux": {}}}
+METHODS = {
+    "supervised": ("upernet", {"channels": 8, "auxiliary": False}, {}),
+    "supervised, of two heads": ("upernet", {"channels": 8, "auxiliary": True}, WITH_AUX),
+    "baseline": ("deeplabv3plus_unimatch", SMALL, {}),
+    "unimatch": ("deeplabv3plus_unimatch", SMALL, {}),
+    "u2pl": ("deeplabv3plus_u2pl", {**SMALL, "backbone": {"multi_grid": (2, 2)}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.filterwarnings("ignore")  # that equal counts change nothing
+def test_what_is_refused_is_what_the_method_refuses(name):
+    """Of every remedy, by the page and by the method that is built with it."""
+    network, sizes, options = METHODS[name]
+    model = ModelConfig(network, 5, "resnet18", options=sizes, align_corners=True)
+    heads = {"heads": ["decode", "aux"]} if options else {}
+    cfg = Config(model, method={"name": name.split(",")[0], **options}, remedies=heads, name="test")
+    system = system_of(cfg)
+    taken = method_class(system.methods, cfg).takes(cfg)
+    facts = remedies.facts_of(cfg, remedies.unweighted(cfg), taken)
+
+    said, met = set(), set()
+    for remedy, row in LOSSES.items():
+        if remedies.refusal(remedy, Counts.from_pixels([100] * 5), taken, facts):
+            said.add(remedy)
+        section = {row.slot: [{"name": remedy}] if row.slot == "sets" else {"name": remedy}}
+        try:
+            system.build_method(replace(cfg, remedies={**section, **heads}), context(5))
+        except ConfigError:
+            met.add(remedy)
+
+    assert said == met and {"gcl", "ldam"} <= met
+    assert ("hard_pixels" in met) is (name == "baseline") and ("region" in met) is (name in ("u2pl", list(METHODS)[1]))
 
 
 def test_a_method_that_does_not_fit_is_said_before_labels_are_counted(config, fails, tmp_path):

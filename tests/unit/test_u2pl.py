@@ -37,7 +37,9 @@ def batches(size=33, classes=5, seed=0):
     label = torch.randint(-1, classes, (2, size, size), generator=g).short()
     shown = torch.ones(2, size, size, dtype=torch.bool)
     shown[0, :, 25:] = False
-    return {"labeled": {"image": images[0], "label": label}, "unlabeled": {"image": images[1], "shown": shown}}
+    geometry = torch.tensor([[2 * size, size, size, size, 0, 0, 0]] * 2)
+    unlabeled = {"image": images[1], "shown": shown, "geometry": geometry}
+    return {"labeled": {"image": images[0], "label": label}, "unlabeled": unlabeled}
 
 
 # The loss
@@ -170,7 +172,10 @@ def test_remedies_act_on_both_terms_but_not_on_the_auxiliary_head():
     changed.loss.offsets.copy_(torch.arange(5.0))
     first, second = plain(batches(), 0), changed(batches(), 0)
     assert first["Lx"] != second["Lx"] and first["Lu"] != second["Lu"] and first["Laux"] == second["Laux"]
-    assert changed.loss.counts.running.sum() > 0
+    # what is kept stands for twice as many pixels of its image as of the crop, or more where that has padding
+    kept = float(second["kept"]) * batches()["unlabeled"]["shown"].sum()
+    area = (2 * 33 / 33 + 2 * 33 / 25) / 2
+    assert float(changed.loss.counts.running.sum()) == pytest.approx(float(kept) * area, rel=1e-5)
 
 
 def test_hard_pixels_are_mined_of_both_heads():
@@ -179,6 +184,16 @@ def test_hard_pixels_are_mined_of_both_heads():
     mined.load_state_dict(plain.state_dict())
     first, second = plain(batches(), 0), mined(batches(), 0)
     assert first["Lx"] < second["Lx"] and first["Laux"] < second["Laux"] and first["Lu"] == second["Lu"]
+
+
+def test_pseudo_labels_are_those_of_float32(monkeypatch):
+    """Enlarged in bfloat16, logits tie, and ties would go to the first class, on Cityscapes one of the frequent ones."""
+    m = method(cutmix=False)
+    logits = (torch.randn(2, 5, 9, 9, generator=torch.Generator().manual_seed(0)) / 8).bfloat16()
+    monkeypatch.setattr(m, "answer", lambda net, images: logits)
+    _, label, _ = m.mixed(batches()["unlabeled"])
+    assert torch.equal(label, resize(logits.float(), (33, 33), True).argmax(1))
+    assert not torch.equal(label, resize(logits, (33, 33), True).argmax(1))
 
 
 def test_settings_that_cannot_work():

@@ -129,14 +129,18 @@ def test_thresholds_follow_the_confidence_of_their_class():
     shown = torch.tensor([[[True, True, True, False]]])
     thresholds.update(PseudoLabels(label, confidence, shown))
     torch.testing.assert_close(thresholds.confidence, torch.tensor([0.9, 0.7, 1.0]))
-    torch.testing.assert_close(thresholds.of(label), torch.tensor([[[0.72, 0.72, 0.56, 0.56]]]))
+    # class 2 was never seen: its 1 is no confidence, so the highest is that of class 0; it has the whole threshold
+    expected = 0.8 * torch.tensor([1.0, 0.7 / 0.9, 1.0])
+    torch.testing.assert_close(thresholds.of(torch.arange(3)), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("momentum", [None, 0.0])
 def test_a_threshold_for_each_class_keeps_what_one_for_all_does_not(name, momentum):
-    """Every pixel is taken for class 1 with a probability of e / (e + 4) = 0.40."""
+    """Every pixel is taken for class 1 with a probability of e / (e + 4) = 0.40; class 0 was sure of its pixels."""
     m = method(name, threshold=0.5, class_thresholds=momentum)
+    if momentum is not None:
+        m.thresholds.seen[0] = True
     for net in [m.model] if name == "unimatch" else [m.model, m.teacher]:
         predict_always(net, 1, 1.0)
     terms = run(m, batches())
@@ -146,6 +150,35 @@ def test_a_threshold_for_each_class_keeps_what_one_for_all_does_not(name, moment
     if acts:
         expected = math.e / (math.e + 4)
         torch.testing.assert_close(m.thresholds.confidence, torch.tensor([1.0, expected, 1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_gate_changes_is_no_confidence_of_a_class(name):
+    """The network takes all for class 1; the branch makes them class 4, whose probability is small: it was not seen."""
+    m = branched(name, threshold=0.5, class_thresholds=0.0)
+    nets = [m.model] if name == "unimatch" else [m.model, m.teacher]
+    branches = [m.branch] if name == "unimatch" else [m.branch, m.teacher_branch]
+    for net in nets:
+        predict_always(net, 1, 5.0)
+    for branch in branches:
+        predict_always(branch.net, 8, 9.0)
+    terms = run(m, streams())
+    assert (float(terms["kept"]), float(terms["vetoed"])) == (0.0, 1.0)
+    assert m.thresholds.seen.tolist() == [False, True, False, False, False]
+
+
+# Counts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_of_crops_are_those_of_whole_images(name):
+    """Pseudo-labels of all that a crop shows count as many pixels as its image has, however large crop and padding."""
+    m = method(name, threshold=0.0, remedies={"logits": {"name": "blv"}, "counts": {"refresh": 9}})
+    given = batches()
+    given["unlabeled"]["geometry"] = torch.tensor([[100, 200, 50, 100, 0, 0, 0], [30, 40, 60, 80, 0, 0, 1]])
+    given["unlabeled"]["shown"][0, 30:] = False
+    run(m, given)
+    torch.testing.assert_close(m.loss.counts.running.sum(), torch.tensor(100 * 200 + 30 * 40.0).double())
 
 
 # Off

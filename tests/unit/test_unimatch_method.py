@@ -69,7 +69,8 @@ def batches(size=42, classes=5, seed=0):
     shown = torch.ones(2, size, size, dtype=torch.bool)
     views = {key: pixels() for key in ("weak", "strong1", "strong2")}
     partner = {f"partner_{key}": pixels() for key in views}
-    unlabeled = {**views, **partner, **boxes, "shown": shown, "partner_shown": shown.clone()}
+    geometry = torch.tensor([[size, size, size, size, 0, 0, 0]] * 2)
+    unlabeled = {**views, **partner, **boxes, "shown": shown, "partner_shown": shown.clone(), "geometry": geometry}
     return {"labeled": {"image": pixels(), "label": label}, "unlabeled": unlabeled}
 
 
@@ -307,8 +308,9 @@ def test_settings_that_cannot_work():
         build_method(Config(network, method={"name": "baseline"}, name="test"), context(5))
     two_heads = {**DEEPLAB, "auxiliary": True}
     second = ModelConfig("deeplabv3plus_unimatch", 5, "resnet18", options=two_heads, align_corners=True)
-    with pytest.raises(ConfigError, match="model.options.auxiliary: the method trains no second head"):
-        build_method(Config(second, method={"name": "baseline"}, name="test"), context(5))
+    for name in ("baseline", "unimatch"):
+        with pytest.raises(ConfigError, match="model.options.auxiliary: the method trains no second head"):
+            build_method(Config(second, method={"name": name}, name="test"), context(5))
     resnet = ModelConfig("deeplabv3plus_unimatch", 5, "resnet18", options=DEEPLAB, align_corners=True)
     with pytest.raises(ConfigError, match="maps of several widths"):
         build_method(Config(resnet, method={"name": "unimatch_v2"}, name="test"), context(5))

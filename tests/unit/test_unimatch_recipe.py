@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.config import ConfigError
 from common.data import IGNORE, build_transform
 from common.data.geometry import Geometry
 from common.data.recipes.unimatch import draw_box, shown
@@ -76,6 +77,23 @@ def test_boxes_have_the_statistics_of_the_release():
     assert some.mean() == pytest.approx(0.5, abs=0.02) and area[some].mean() == pytest.approx(0.207, abs=0.005)
     assert area[some].min() > 0.019 and area[some].max() < 0.4
     assert ((bottom - top) > (right - left))[some].mean() > 0.6  # aspects are uniform in height over width
+
+
+@pytest.mark.parametrize("crop", [(64, 640), (640, 64)])
+def test_boxes_of_a_long_crop(crop):
+    """An area that has no place at any aspect is drawn again: without that, one of seven boxes never comes."""
+    boxes = np.array([draw_box(crop, rng(k)) for k in range(60)])
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    assert (boxes >= 0).all() and (boxes[:, 2:] <= crop).all()
+    assert (area > 0).mean() == pytest.approx(0.5, abs=0.2) and area.max() <= 0.4 * 64 * 640
+
+
+def test_a_crop_that_is_too_long_for_boxes():
+    message = r"augment.crop: \[8, 121\] is too long for CutMix's boxes; its sides may differ by a factor of 15"
+    with pytest.raises(ConfigError, match=message):
+        build_transform({"recipe": "unimatch", "crop": (8, 121), "views": 1})
+    build_transform({"recipe": "unimatch", "crop": (8, 120), "views": 1})
+    build_transform({"recipe": "unimatch", "crop": (8, 121)})  # of labelled images, without boxes
 
 
 def test_partner_needs_views():

@@ -28,6 +28,8 @@ from common.data.recipes.recipe import Recipe
 BLACK = (0, 0, 0)
 AREA = (0.02, 0.4)  # of a CutMix box, as a share of the crop
 ASPECT = (0.3, 1 / 0.3)  # its height over its width
+LONGEST = 15  # long over short side of a crop that can hold, at one of these aspects, a box of about the mean area
+TRIES = 10_000  # per area; a crop up to four times as long as wide needs fewer, but for a chance below 1e-39
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class UniMatchViews(Recipe):
     def __post_init__(self):
         if self.partner and not self.views:
             raise ValueError("partner: true needs views of 1 or 2")
+        if self.views and max(self.crop) > LONGEST * min(self.crop):
+            raise ValueError(
+                f"crop: {list(self.crop)} is too long for CutMix's boxes; its sides may differ by a factor of {LONGEST}"
+            )
 
     def __call__(
         self,
@@ -135,19 +141,21 @@ def strong(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def draw_box(crop: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """A CutMix box, top, left, bottom, right: with probability ½ none (0, 0, 0, 0).
 
-    The area is drawn once, the aspect and the corner until the box lies in the crop.
+    The area is drawn once, the aspect and the corner until the box lies in the crop. In a long crop a large area may
+    have no place at any aspect: after `TRIES` another area is drawn.
     """
     if rng.random() < 0.5:
         return 0, 0, 0, 0
 
     height, width = crop
-    area = rng.uniform(*AREA) * height * width
 
     while True:
-        aspect = rng.uniform(*ASPECT)
-        tall = int(math.sqrt(area * aspect))
-        wide = int(math.sqrt(area / aspect))
-        top = int(rng.integers(height))
-        left = int(rng.integers(width))
-        if top + tall <= height and left + wide <= width:
-            return top, left, top + tall, left + wide
+        area = rng.uniform(*AREA) * height * width
+        for _ in range(TRIES):
+            aspect = rng.uniform(*ASPECT)
+            tall = int(math.sqrt(area * aspect))
+            wide = int(math.sqrt(area / aspect))
+            top = int(rng.integers(height))
+            left = int(rng.integers(width))
+            if top + tall <= height and left + wide <= width:
+                return top, left, top + tall, left + wide
