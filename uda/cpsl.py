@@ -35,7 +35,7 @@ from common.losses.contrast import assignment_cross_entropy, pixel_contrast
 from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import Size, size_of
-from common.ops.resize_chain import reached, resample_labels, resample_points, shown_cells
+from common.ops.resize_chain import reached, resample_labels, resample_points
 from common.ops.ring import RingBank, gather_rows, write
 from common.ops.sinkhorn import sinkhorn
 from common.ops.warp import warp_maps
@@ -341,12 +341,11 @@ class CPSL(Stage):
             out = self.model(target["strong"])
 
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
-        shown = shown_cells(target["geometry"], crop, stride=STRIDE)
-        shown, _ = warp_maps(shown[:, None], target["warp"], crop)
+        mask = mask & (teacher != 0).any(1)  # padding has no features, so no class is similar to any
         student = self.similarity(
             out["features"], onto_grid(out["features"], size_of(similarity))
         )
-        term = consistency(student, teacher, mask & shown[:, 0], self.options.temperature)
+        term = consistency(student, teacher, mask, self.options.temperature)
         untouched = 0.0 * (out["logits"].sum() + self.prototypes.sum()) + self.loss.untouched()
 
         return {"loss": self.options.consistency * term + untouched, "consistency": term}

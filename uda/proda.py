@@ -19,7 +19,7 @@ from common.engine.method import Batch, Losses, MethodContext, move_average
 from common.losses.distillation import consistency
 from common.ops.resampled_products import resampled_products
 from common.ops.resize import size_of
-from common.ops.resize_chain import resample_labels, shown_cells
+from common.ops.resize_chain import reached, resample_labels
 from common.ops.ring import gather_rows
 from common.ops.warp import warp_maps
 from uda.base import (
@@ -89,20 +89,21 @@ class ProDA(Stage):
 
     @torch.no_grad()
     def label_target(self, target: Batch) -> tuple[Tensor, Tensor]:
-        """−d of the teacher's features on the crop's grid (B, K, h, w), and the rectified labels (B, h, w), ignored in
-        padding."""
+        """−d of the teacher's features on the crop's grid (B, K, h, w), 0 in padding, and the rectified labels (B, h,
+        w), ignored there."""
         out = self.teacher.eval()(target["full"])
         self._seen += [
             class_sums(*pair) for pair in zip(out["logits"], out["features"], strict=True)
         ]
         crop = size_of(target["weak"])
-        closeness = self.closeness(out["features"], onto_crop(out["features"], target))
+        grid = onto_crop(out["features"], target)
+        closeness = self.closeness(out["features"], grid)
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
-
         label = rectified(warm, closeness, self.known).argmax(1)
 
-        # in padding no class has any probability
-        return closeness, label.masked_fill(warm.amax(1) <= 0, IGNORE)
+        # in padding no class has any probability, and there is no feature to be close
+        label = label.masked_fill(warm.amax(1) <= 0, IGNORE)
+        return closeness * reached(grid.rows, grid.columns)[:, None], label
 
     def closeness(self, features: Tensor, grid: Resampling) -> Tensor:
         """−‖z − η_k‖ of features (B, D, h, w) brought to a grid (H, W), k of the K classes with a prototype:
@@ -115,12 +116,11 @@ class ProDA(Stage):
         out = self.model(target["strong"])
         crop = size_of(target["weak"])
         teacher, mask = warp_maps(closeness, target["warp"], crop, target["cutout"])
-        shown = shown_cells(target["geometry"], crop, stride=STRIDE)
-        shown, _ = warp_maps(shown[:, None], target["warp"], crop)
+        mask = mask & (teacher != 0).any(1)  # padding
         student = self.closeness(
             out["features"], onto_grid(out["features"], size_of(closeness))
         )
-        term = consistency(student, teacher, mask & shown[:, 0], temperature=1.0)
+        term = consistency(student, teacher, mask, temperature=1.0)
         # the last part has to reach every parameter
         untouched = 0.0 * out["logits"].sum() + self.loss.untouched()
 

@@ -130,13 +130,9 @@ def feature_matrices(
         return axis(0, None), axis(1, geometry[:, 6])
 
 
-def shown_cells(geometry: Tensor, crop: Size, *, stride: int = 4) -> Tensor:
-    """Which cells of a crop's grid `feature_matrices` makes of the image, bool (B, crop/stride); others are padding."""
-    return reached(*feature_matrices(geometry, (1, 1), crop, stride=stride))
-
-
 def reached(rows: Tensor, columns: Tensor) -> Tensor:
-    """Which output cells of `resample` are made of anything, bool (B, H, W): rows (B, H, h), columns (B, W, w)."""
+    """Which output cells of `resample` are made of anything, bool (B, H, W): rows (B, H, h), columns (B, W, w). Those of
+    `feature_matrices` that are not are padding."""
     return (rows != 0).any(2)[:, :, None] & (columns != 0).any(2)[:, None]
 
 

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 
 from common.data import IGNORE, build_transform
-from common.ops.resize_chain import feature_matrices, resample, resample_labels, shown_cells
+from common.losses.distillation import consistency
+from common.ops.resize_chain import feature_matrices, reached, resample, resample_labels
+from common.ops.warp import warp_maps
 from tests.unit.data_files import opened
 from tests.unit.test_uda_configs import CROP, FULL, batches, small
+from uda.base import onto_grid
 from uda.cpsl import out_of_padding
 
 CLASSES = 5
@@ -53,7 +56,7 @@ def test_soft_labels_and_features_lie_where_the_recipe_puts_the_image(flip):
         label = found.argmax(1).masked_fill(found.sum(1) == 0, IGNORE)[0]
         middle = label[::4, 2::4]  # away from the stripes' edges
         assert torch.equal(middle, out["label"][::16, 8::16].long())
-    assert torch.equal(shown_cells(geometry, (96, 160))[0], out["label"][::4, ::4] != IGNORE)
+    assert torch.equal(reached(*feature_matrices(geometry, (1, 1), (96, 160)))[0], out["label"][::4, ::4] != IGNORE)
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -64,17 +67,22 @@ def test_padding_has_no_label(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_padding_takes_no_part_in_the_consistency(kind, tmp_path):
-    """Of a strong view that is mirrored: the teacher's answers in padding change nothing, the others do."""
+    """Of a strong view that is mirrored: it is that of the cells which show the image."""
     method, data = stage1(kind, tmp_path), target()
     data["warp"] = torch.tensor([[-1.0, 0, CROP[1]], [0, 1, 0], [0, 0, 1]]).repeat(2, 1, 1)
     answer = method.label_target(data)[0]
-    terms = []
-    for where in (torch.zeros_like(shown()), ~shown(), shown()):
-        changed = answer.clone()
-        changed[:, 0] += where
-        terms.append(method.strong_terms(data, changed)["consistency"].detach())
-    plain, padding, image = terms
-    assert padding == plain != image
+    assert torch.equal((answer != 0).all(1), shown()) and torch.equal((answer != 0).any(1), shown())
+
+    features = method.model(data["strong"])["features"]
+    likeness = method.similarity if kind == "cpsl" else method.closeness
+    temperature = method.options.temperature if kind == "cpsl" else 1.0
+    student = likeness(features, onto_grid(features, GRID))
+    teacher, mask = warp_maps(answer, data["warp"], CROP, data["cutout"])
+    inside, _ = warp_maps(shown()[:, None], data["warp"], CROP)
+    expected = consistency(student, teacher, mask & inside[:, 0], temperature)
+    found = method.strong_terms(data, answer)["consistency"]
+    torch.testing.assert_close(found, expected)
+    assert not torch.isclose(found, consistency(student, teacher, mask, temperature))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "class_balanced"])

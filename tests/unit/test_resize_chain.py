@@ -11,11 +11,11 @@ from common.ops.resize_chain import (
     Taps,
     feature_matrices,
     label_matrices,
+    reached,
     resample,
     resample_labels,
     resample_points,
     resize_matrices,
-    shown_cells,
 )
 
 
@@ -106,7 +106,7 @@ def test_image_smaller_than_the_crop():
 def test_cells_that_the_crop_fills_in_part(side):
     """A crop that is not padded is mirrored about the cells that its floored sizes leave, where they are fewer."""
     geometry = torch.tensor([[96, 96, 96, 96, 0, 96 - side, flip] for flip in (0, 1)])
-    plain, mirrored = shown_cells(geometry, (side, side))[:, 0].tolist()
+    plain, mirrored = reached(*feature_matrices(geometry, (1, 1), (side, side)))[:, 0].tolist()
     cells = 96 // 4 - (96 - side) // 4
     assert plain == [i < cells for i in range(-(-side // 4))] == mirrored
 

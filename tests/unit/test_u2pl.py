@@ -187,7 +187,7 @@ def test_hard_pixels_are_mined_of_both_heads():
 
 
 def test_pseudo_labels_are_those_of_float32(monkeypatch):
-    """Enlarged in bfloat16, logits tie, and ties would go to the first class, on Cityscapes one of the frequent ones."""
+    """Enlarged in bfloat16, logits tie, and ties would go to the first class, on Cityscapes a frequent one."""
     m = method(cutmix=False)
     logits = (torch.randn(2, 5, 9, 9, generator=torch.Generator().manual_seed(0)) / 8).bfloat16()
     monkeypatch.setattr(m, "answer", lambda net, images: logits)
