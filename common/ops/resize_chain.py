@@ -131,8 +131,10 @@ def feature_matrices(
 
 
 def reached(rows: Tensor, columns: Tensor) -> Tensor:
-    """Which output cells of `resample` are made of anything, bool (B, H, W): rows (B, H, h), columns (B, W, w). Those of
-    `feature_matrices` that are not are padding."""
+    """Which output cells of `resample` are made of anything, bool (B, H, W), of `feature_matrices` all but padding.
+
+    rows: (B, H, h); columns: (B, W, w).
+    """
     return (rows != 0).any(2)[:, :, None] & (columns != 0).any(2)[:, None]
 
 
