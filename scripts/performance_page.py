@@ -54,8 +54,8 @@ CPU = """
 ## Against the plain way, on a CPU
 
 Milliseconds of each form, how many times faster the first is than the others (below 1: slower), and the peak of each in
-MiB above what is held before (of `unimatch_v2_step` that of tensors, else of the process). On a processor without matrix
-units for it, bfloat16 may be slower than float32.
+MiB above what is held before (of `unimatch_v2_step` that of tensors, else of the process). On a processor without
+matrix units for it, bfloat16 may be slower than float32.
 
 | result | row | ms | faster | peak |
 |---|---|---|---|---|
