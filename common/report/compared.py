@@ -1,5 +1,6 @@
 """Methods against a baseline: differences with intervals over seeds or, of single runs, over images."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class Change:
 
     @property
     def word(self) -> str:
+        if not math.isfinite(self.difference.mean):
+            return "undefined"
         if self.p is None:
             return "one pair"
         if not self.told_apart:

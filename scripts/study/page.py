@@ -189,7 +189,8 @@ def absent_words(matrices: Mapping[str, np.ndarray], split: Mapping[str, Any]) -
 
 def pairs_table(compared: Compared) -> str:
     """How far the differences spread, and how many pairs would find an effect of a given size."""
-    spread = {name: difference.sd for name, (difference, _) in compared.items() if difference.sd}
+    every = {name: difference.sd for name, (difference, _) in compared.items()}
+    spread = {name: sd for name, sd in every.items() if sd and math.isfinite(sd)}
     if not spread:
         return ""
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from common.comparison import Difference, head_and_tail, pairs_needed
+from common.comparison import Difference, head_and_tail, of_differences, pairs_needed
 from common.config import load_config, read_tree, typed
+from common.report.compared import Change
 from scripts import evidence
 from scripts.study import numbers, page, plot, records, summary
 
@@ -192,3 +193,13 @@ def test_the_readme_keeps_what_is_not_the_table():
     assert summary.renewed(text, "b.yaml", "new") == text
     with pytest.raises(ValueError, match="no '<!-- end: what helps -->' after"):
         summary.renewed(text.replace(summary.END, ""), "a.yaml", "new")
+
+
+def test_differences_that_are_undefined_have_no_number_of_pairs():
+    """Of a score that one of the runs does not define."""
+    undefined = of_differences([0.1, float("nan")])
+    compared = {"b": (undefined, None), "c": (of_differences([0.1, 0.3]), 0.3)}
+    table = page.pairs_table(compared)
+    assert "| c | 2 |" in table and "| b |" not in table
+    assert page.pairs_table({"b": compared["b"]}) == ""
+    assert Change(undefined, None).word == "undefined"
