@@ -37,6 +37,7 @@ UPERNET = System(
         "data.streams.labeled.augment.box=[64,128]",
     ),
 )
+STRONG = ("method.jitter=1", "method.blur=1")  # in every step, not in some: steps then have the same to do
 
 
 def small_mit(side: int) -> tuple[str, ...]:
@@ -85,12 +86,13 @@ SYSTEMS: dict[str, System] = {
             "data.streams.target.augment={base: [64, 128], crop: [48, 64]}",
         ),
     ),
-    "daformer": System("uda/daformer/gta5_to_cityscapes", 2, small_mit(64)),
-    "hrda": System("uda/hrda/gta5_to_cityscapes", 2, (*small_mit(128), "model.options.crop=[64,64]")),
+    "daformer": System("uda/daformer/gta5_to_cityscapes", 2, small_mit(64), STRONG),
+    "hrda": System("uda/hrda/gta5_to_cityscapes", 2, (*small_mit(128), "model.options.crop=[64,64]"), STRONG),
     "mic": System(
         "uda/mic/gta5_to_cityscapes_hrda",
         2,
         (*small_mit(128), "model.options.crop=[64,64]", "method.mask_block=16"),
+        STRONG,
     ),
     "unimatch": System(
         "semi_sup/unimatch/pascal_366_r101",
