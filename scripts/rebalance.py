@@ -39,6 +39,7 @@ from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_
 from common.rebalance.features import Features
 from common.rebalance.given import Stage2
 from common.rebalance.logit_adjustment import FoldedAdjustment, folds, warn_of_others
+from common.steps import digest_of
 
 KIND = "rebalance"  # in the run.json of a result
 SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc"}
@@ -115,7 +116,7 @@ def rebalance(
     for path in earlier:
         remove(path)
     results = score(trained, list(changes.values()))
-    facts = {"checkpoint": str(file), "name": name}
+    facts = {"checkpoint": str(file), "digest": digest_of(file), "name": name}
     found = {}
     for (strength, remedy), result in zip(remedies.items(), results, strict=True):
         found[strength] = {**result, KIND: {**facts, "options": asdict(remedy)}}

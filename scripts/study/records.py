@@ -11,6 +11,8 @@ from common.evaluation.identity import differences
 from common.evaluation.per_image import FILE, read_per_image
 from common.files import read_json
 from common.jobs import Run, refuse_others, state_of
+from common.models.pretrained.containers import weight_file
+from common.steps import digest_of
 from scripts.study.further import FURTHER, FURTHER_OF_CLASS
 from scripts.study.plan import SCORES, STRENGTHS, Plan, runs_of
 
@@ -55,13 +57,35 @@ def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
 
 
 def changed_after(runs: list[Run]) -> list[Result]:
-    """The results of changed classifiers, one a strength."""
-    return [
+    """The results of changed classifiers, one a strength. ValueError where one is of a network that has been trained
+    anew since."""
+    results = [
         Result(run, folder, f"{run.name} {folder.name}", folder.name)
         for run in runs
         if state_of(run) == "done"
         for folder in sorted((run.folder / STRENGTHS).iterdir(), key=_number)
     ]
+    for result in results:
+        refuse_stale(result)
+
+    return results
+
+
+def refuse_stale(result: Result) -> None:
+    """ValueError where the weights that were changed are not those that their run has now. Nothing is known of a run
+    that is no longer there, or of a result without a digest."""
+    change = read_json(result.folder / EVALUATION).get("rebalance", {})
+    if change.get("digest") is None:
+        return
+
+    read = result.run.cwd / change["checkpoint"]
+    trained = read.parents[2]  # RUN/checkpoints/step_N/FILE
+    now = weight_file(trained)
+    if now.is_file() and digest_of(now) != change["digest"]:
+        raise ValueError(
+            f"{result.run.folder}: is of weights that {trained} no longer has; "
+            "remove it and take the step `after` again"
+        )
 
 
 def _number(folder: Path) -> tuple[float, str]:

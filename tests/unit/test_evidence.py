@@ -12,9 +12,7 @@ import pytest
 import yaml
 
 from common.config import read_tree, typed
-from common.evaluation.identity import differences
 from scripts import evidence
-from scripts.study.records import unadjusted
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -332,25 +330,6 @@ def test_what_is_changed_after_training(plan, tmp_path, monkeypatch, fails):
     picture = (tmp_path / "images/evidence_plan_blocks.svg").read_text()
     assert "![Change of mIoU(tail) against change of mIoU(head), by remedy](images/evidence_plan_blocks.svg)" in text
     assert ElementTree.fromstring(picture).tag.endswith("svg") and "logit adjustment" in picture
-
-
-@pytest.mark.parametrize(
-    ("named", "change", "fits"),
-    [
-        (0.25, {"name": "logit_adjustment", "options": {"tau": 0.25}}, True),  # in the scores
-        (0.0, {"name": "logit_adjustment", "options": {"tau": 0.25}}, True),  # in the network
-        (0.5, {"name": "logit_adjustment", "options": {"tau": 0.25}}, False),
-        (0.25, {"name": "tau_norm", "options": {"tau": 0.25}}, False),
-    ],
-)
-def test_an_adjustment_of_the_scores_is_the_change_itself(named, change, fits, tmp_path):
-    result = {"identity": {"dataset": "a", "logit_adjustment": named}, "rebalance": change}
-    other = {"identity": {"dataset": "a", "logit_adjustment": 0.0}}
-    assert (differences(unadjusted(result, other), other) == []) is fits
-
-    adjusted = {"identity": {"dataset": "a", "logit_adjustment": 0.5}}  # as the runs themselves are
-    result["identity"]["logit_adjustment"] = 0.5 + named
-    assert (differences(unadjusted(result, adjusted), adjusted) == []) is fits
 
 
 def test_changes_after_training_are_of_a_remedy_and_told_apart(plan, fails):
