@@ -92,7 +92,10 @@ def segment(
 
 
 def overlay_of(
-    image: np.ndarray, labels: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.5
+    image: np.ndarray,
+    labels: np.ndarray,
+    palette: Sequence[Sequence[int]],
+    opacity: float = 0.5,
 ) -> np.ndarray:
     """The colours of `labels` (H, W) over `image`, both uint8 (H, W, 3)."""
     return overlay(image, colourise(labels, palette), opacity)
@@ -123,7 +126,9 @@ def score(
     """Scores of (prediction, truth) pairs of one shape, class ids with −1 where there is no truth, by a named
     convention (`common.metrics`): `iou` and `acc` (K,), `miou`, `macc`, `aacc`, `fwiou`, fractions from 0 to 1."""
     if convention not in get_args(Convention):
-        raise ValueError(f"convention {convention!r}: is none of {', '.join(get_args(Convention))}")
+        raise ValueError(
+            f"convention {convention!r}: is none of {', '.join(get_args(Convention))}"
+        )
 
     matrix = ConfusionMatrix(num_classes)
     for prediction, truth in pairs:

@@ -134,7 +134,9 @@ def add_model(
 ) -> None:
     """What uses a trained network: [CONFIG] CHECKPOINT [further words …] [key=value …] [--quiet]."""
     names = ["CONFIG", "CHECKPOINT", *([further] if further else []), "KEY=VALUE"]
-    add_words(parser, " | ".join(names), help_of_further or "a config, a checkpoint, values to change")
+    add_words(
+        parser, " | ".join(names), help_of_further or "a config, a checkpoint, values to change"
+    )
     parser.set_defaults(rest=[] if further else None)
     add_checkpoint(parser)
     add_quiet(parser)
@@ -199,7 +201,11 @@ def completed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
     if getattr(args, "output", None):
         args.overrides.append(f"output={args.output}")
 
-    if named and args.config is None and (is_config(named[0]) or not hasattr(args, "checkpoint")):
+    if (
+        named
+        and args.config is None
+        and (is_config(named[0]) or not hasattr(args, "checkpoint"))
+    ):
         args.config = named.pop(0)
     if named and getattr(args, "checkpoint", "") is None:
         args.checkpoint = named.pop(0)

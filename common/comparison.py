@@ -73,7 +73,9 @@ def of_differences(values: Sequence[float], level: float = LEVEL) -> Difference:
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     """Holm's adjusted p-values of several tests (1979). Those without one, or with NaN, get and count for none."""
-    known = sorted((p, name) for name, p in p_values.items() if p is not None and math.isfinite(p))
+    known = sorted(
+        (p, name) for name, p in p_values.items() if p is not None and math.isfinite(p)
+    )
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
 
@@ -115,7 +117,9 @@ def power(pairs: int, sd: float, effect: float, level: float = LEVEL) -> float:
 
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     deviation = stats.chi.ppf((nodes + 1) / 2, freedom) / math.sqrt(freedom)
-    found = stats.norm.sf(critical * deviation - shift) + stats.norm.cdf(-critical * deviation - shift)
+    found = stats.norm.sf(critical * deviation - shift) + stats.norm.cdf(
+        -critical * deviation - shift
+    )
 
     return float(weights @ found / 2)
 

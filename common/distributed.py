@@ -71,9 +71,8 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """`module` with gradients averaged over the ranks; its buffers are left to it after the start."""
     wrapper = nn.parallel.DistributedDataParallel
     names = inspect.signature(wrapper).parameters
-    renamed = (
-        "forward_sync_buffers" in names
-    )  # from torch 2.13 on; the old name gives a warning
+    # from torch 2.13 on; the old name gives a warning
+    renamed = "forward_sync_buffers" in names
     return wrapper(
         module, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     )
@@ -130,9 +129,8 @@ def synchronise_batchnorm(module: Network, norm: str, device: torch.device) -> N
     # here, because programs without networks import this module
     from timm.layers import convert_sync_batchnorm
 
-    return convert_sync_batchnorm(
-        module
-    )  # torch's own would drop the activation in timm's norms
+    # torch's own would drop the activation in timm's norms
+    return convert_sync_batchnorm(module)
 
 
 @torch.no_grad()

@@ -261,7 +261,9 @@ def leave_report(file: Path, runs: Sequence[Path]) -> None:
     if distributed.rank() != 0:
         return
 
-    command = shlex.join(["python", "scripts/report.py", *map(str, runs), "--output", str(file)])
+    command = shlex.join(
+        ["python", "scripts/report.py", *map(str, runs), "--output", str(file)]
+    )
     try:
         write_report(file, [RunFolder.load(run) for run in runs], command=command)
     except Exception as error:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds `common`, configs and weights
+# the folder that holds `common`, configs and weights
+PROJECT = Path(__file__).resolve().parents[1]
 DRAFT = ".draft-"  # how the name of an unfinished file or folder begins
 LINK = "link: "  # how a text file begins that stands for a symbolic link
 MANIFEST = "manifest.json"

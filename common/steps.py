@@ -179,9 +179,8 @@ def _or_digest(value: Any) -> Any:
     """The digest of what a value names, the value itself where it names no file."""
     if not isinstance(value, str) or not ("/" in value or Path(value).suffix):
         return value
-    folder = value.partition("{")[
-        0
-    ]  # of a template of files' names; of another value all of it
+    # of a template of files' names; of another value all of it
+    folder = value.partition("{")[0]
     return (digest_of(folder) if folder else None) or value
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("*.md", "docs/**/*.md", "fully_sup/**/*.md", "semi_sup/**/*.md", "uda/**/*.md", "ltss_benchmark/**/*.md")
+PAGES = (
+    "*.md",
+    "docs/**/*.md",
+    "fully_sup/**/*.md",
+    "semi_sup/**/*.md",
+    "uda/**/*.md",
+    "ltss_benchmark/**/*.md",
+)
 PICTURES = ("docs/images/*",)
 LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])+)\]\(([^)\s]+)\)")
 
@@ -19,7 +26,10 @@ def on_files(files: Files, config) -> Files:
     """All pages and pictures, in place of those below docs/, beside what the theme brings."""
     of_theme = [file for file in files if file.src_dir != config.docs_dir]
     paths = sorted({path for pattern in (*PAGES, *PICTURES) for path in ROOT.glob(pattern)})
-    ours = [File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in paths]
+    ours = [
+        File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        for path in paths
+    ]
     return Files([*of_theme, *ours])
 
 
@@ -36,7 +46,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         if files.get_file_from_path(place):
             return match[0]
 
-        readme = posixpath.join(place, "README.md")  # a link to a folder, which GitHub shows with its page
+        # a link to a folder, which GitHub shows with its page
+        readme = posixpath.join(place, "README.md")
         if files.get_file_from_path(readme):
             return f"[{text}]({posixpath.relpath(readme, folder or '.')}{hash_sign}{anchor})"
 

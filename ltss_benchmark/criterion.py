@@ -40,9 +40,8 @@ class CriterionConfig:
     """Defaults are the release's."""
 
     class_loss: Literal["ce", "seesaw"] = "ce"
-    class_weight: NotNegative = (
-        2.0  # weights of the terms, in the loss and in the matching cost
-    )
+    # weights of the terms, in the loss and in the matching cost
+    class_weight: NotNegative = 2.0
     mask_weight: NotNegative = 5.0
     dice_weight: NotNegative = 5.0
     no_object_weight: Positive = 0.1  # of queries without a class, in the cross-entropy
@@ -51,9 +50,8 @@ class CriterionConfig:
     importance: Share = 0.75
     seesaw_p: NotNegative = 1.2
     seesaw_q: NotNegative = 1.0
-    normalizer: Literal["targets", "pairs"] = (
-        "targets"  # mask losses are divided by the classes, or matched pairs
-    )
+    # mask losses are divided by the classes, or matched pairs
+    normalizer: Literal["targets", "pairs"] = "targets"
 
 
 def point_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,9 +43,8 @@ class MatcherConfig:
     mode: Literal["one_to_one", "frequency"] = "one_to_one"
     threshold: NotNegative = 0.0  # T
     scale: Positive = 2.0  # S
-    counts: Literal["dataset", "published"] = (
-        "dataset"  # f of the training labels at hand, or of the authors' table
-    )
+    # f of the training labels at hand, or of the authors' table
+    counts: Literal["dataset", "published"] = "dataset"
 
 
 @dataclass(frozen=True)

@@ -247,6 +247,5 @@ def tiny(cfg: Config) -> Config:
 def first_batches(streams: Mapping[str, Stream]) -> dict[str, dict[str, torch.Tensor]]:
     """The first batch of every stream, made in this process."""
     return {
-        name: collate([stream.sample(draw) for draw in range(stream.batch_size)])
-        for name, stream in streams.items()
+        name: collate([stream.sample(draw) for draw in range(stream.batch_size)]) for name, stream in streams.items()
     }

@@ -152,9 +152,7 @@ def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
         absent = [
             run
             for run in runs
-            if run.name in plan.remedies
-            and is_of(run.name, args.only)
-            and not _is_recorded(known, split, run, choices)
+            if run.name in plan.remedies and is_of(run.name, args.only) and not _is_recorded(known, split, run, choices)
         ]
         found += with_what_comes_before(runs, absent)
 

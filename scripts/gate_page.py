@@ -279,9 +279,7 @@ def scores(results: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], ke
     """A score by name and seed."""
     tail, convention = results["tail"], results["convention"]
     return {
-        name: {
-            seed: head_and_tail(np.array(run["confusion"]), tail, convention)[key] for seed, run in seeds.items()
-        }
+        name: {seed: head_and_tail(np.array(run["confusion"]), tail, convention)[key] for seed, run in seeds.items()}
         for name, seeds in runs.items()
     }
 

@@ -161,8 +161,7 @@ def card(about: Card) -> str:
         "values": f"[{about.file}.json](results/{about.file}.json)",
     }
     scores = {
-        name: {key: [run[key] for run in members] for key in ("miou", "miou_tail")}
-        for name, members in results.items()
+        name: {key: [run[key] for run in members] for key in ("miou", "miou_tail")} for name, members in results.items()
     }
     commands = [members[0]["made"]["command"] for members in results.values()]
 
@@ -234,10 +233,7 @@ def split_part(split: Mapping[str, Any], remedies: Iterable[str]) -> str:
         "commit": listed(run["commit"] for run in runs),
     }
     scores = {
-        name: {
-            key: [score(matrix, split, key) for matrix in found.values()]
-            for key in ("miou", "miou_tail")
-        }
+        name: {key: [score(matrix, split, key) for matrix in found.values()] for key in ("miou", "miou_tail")}
         for name, found in matrices_of(split, trained).items()
     }
     return "\n".join([table(facts), score_table(scores)])
@@ -253,8 +249,7 @@ def table(facts: Mapping[str, str]) -> str:
 
 def score_table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     lines = [
-        f"| {name} | {spread(values['miou'])} | {spread(values['miou_tail'])} |"
-        for name, values in scores.items()
+        f"| {name} | {spread(values['miou'])} | {spread(values['miou_tail'])} |" for name, values in scores.items()
     ]
     return "\n".join(["| network | mIoU | mIoU(tail) |", "|---|---|---|", *lines, ""])
 

@@ -153,9 +153,7 @@ def of_samplers(cfg: Config, stream: str, statistics: Statistics) -> dict[str, A
     }
 
 
-def sampled_counts(
-    cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics
-) -> Counts | None:
+def sampled_counts(cfg: Config, stream: str, dataset: SegmentationDataset, statistics: Statistics) -> Counts | None:
     """Counts as the stream's own sampler is expected to show whole images; None where that refuses the labels."""
     sampler = typed(SamplerConfig, cfg.data.streams[stream].sampler, f"data.streams.{stream}.sampler")
     try:

@@ -13,9 +13,7 @@ from common.report import RunFolder, write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or that of a test: RUN/test/NAME")
     parser.add_argument("--baseline", metavar="RUN", help="what changes are measured against (default: the first)")
     where = "default: report.html in the run, or beside the first of several"

@@ -24,9 +24,8 @@ from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 class BaselineConfig:
     """The `method:` section of the supervised baseline."""
 
-    subclasses: str | tuple[Count, ...] = (
-        "rule"  # of each class: a preset's name, numbers, or by the labelled pixels
-    )
+    # of each class: a preset's name, numbers, or by the labelled pixels
+    subclasses: str | tuple[Count, ...] = "rule"
     supervised: NotNegative = 1.0  # weight of the terms on labelled images
 
 
@@ -65,7 +64,9 @@ def usrn_network(cfg: Config, fitting: str) -> DeepLabV3Plus:
 def refuse_second_head(model: EncoderDecoder, name: str) -> None:
     """ConfigError for a network with a head that only a method for it would train."""
     if model.heads != ("decode",):
-        raise ConfigError(f"{name}: model.options.auxiliary: the method trains no second head; set it to false")
+        raise ConfigError(
+            f"{name}: model.options.auxiliary: the method trains no second head; set it to false"
+        )
 
 
 class Baseline(Method):

@@ -29,9 +29,7 @@ class SubclassBranch(nn.Module):
 
     def __init__(self, cfg: Config, numbers: str | Sequence[int]):
         super().__init__()
-        counts = chosen_counts(
-            numbers, cfg.model.num_classes, f"{cfg.name}: method.subclasses"
-        )
+        counts = chosen_counts(numbers, cfg.model.num_classes, f"{cfg.name}: method.subclasses")
         like = replace(cfg.model, num_classes=sum(counts), pretrained=False, checkpoint=None)
         self.net = build_network(like, EncoderDecoder, cfg.model.name, cfg.name)  # type: ignore[type-abstract]
         self.net.backbone = nn.Identity()  # the maps are those of the network itself
@@ -69,7 +67,9 @@ def gated_labels(
 
         found.append((label, confidence, sub_label, sub_confidence))
 
-    label, confidence, sub_label, sub_confidence = (torch.cat(x) for x in zip(*found, strict=True))
+    label, confidence, sub_label, sub_confidence = (
+        torch.cat(x) for x in zip(*found, strict=True)
+    )
     classes = PseudoLabels(label, confidence, shown)
 
     return classes, PseudoLabels(sub_label, sub_confidence, shown)

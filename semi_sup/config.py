@@ -74,18 +74,27 @@ def _labels_alone(cfg: Config) -> Config:
     options = {key: value for key, value in cfg.method.items() if key not in unused}
     left = [key for key in cfg.method if key in unused]
     if left:
-        logging.getLogger(__name__).info("%s: supervised, without method.%s", cfg.name, ", method.".join(left))
+        logging.getLogger(__name__).info(
+            "%s: supervised, without method.%s", cfg.name, ", method.".join(left)
+        )
 
-    streams = {key: source for key, source in _without_sub_labels(cfg).items() if key == "labeled"}
+    streams = {
+        key: source for key, source in _without_sub_labels(cfg).items() if key == "labeled"
+    }
 
     return replace(
-        cfg, method=options, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams)
+        cfg,
+        method=options,
+        model=single_branch(cfg).model,
+        data=replace(cfg.data, streams=streams),
     )
 
 
 def _without_sub_labels(cfg: Config) -> dict[str, SourceConfig]:
     return {
-        key: replace(source, maps={name: path for name, path in source.maps.items() if name != SUB_LABEL})
+        key: replace(
+            source, maps={name: path for name, path in source.maps.items() if name != SUB_LABEL}
+        )
         for key, source in cfg.data.streams.items()
     }
 

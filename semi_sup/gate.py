@@ -54,9 +54,13 @@ def seen(path: Path) -> dict[str, Tensor]:
     cfg = carried_config(path)
     method = build_method(cfg, MethodContext(placeholder(cfg.model.num_classes)))
     if not isinstance(method, USRN) or not method.branches:
-        raise ConfigError(f"{cfg.name}: method: has no subclass branch, hence no gate; take a run of USRN")
+        raise ConfigError(
+            f"{cfg.name}: method: has no subclass branch, hence no gate; take a run of USRN"
+        )
     if not cfg.data.streams["unlabeled"].labels:
-        raise ConfigError(f"{cfg.name}: data.streams.unlabeled.labels: is false; train with true")
+        raise ConfigError(
+            f"{cfg.name}: data.streams.unlabeled.labels: is false; train with true"
+        )
 
     restore(path, method)
     torch.manual_seed(cfg.seed)

@@ -124,7 +124,9 @@ def share(label: Tensor, pixels: Tensor | int) -> Tensor:
     return (label != IGNORE).sum() / pixels
 
 
-def right_and_wrong(label: Tensor, truth: Tensor, pixels: Tensor | int) -> tuple[Tensor, Tensor]:
+def right_and_wrong(
+    label: Tensor, truth: Tensor, pixels: Tensor | int
+) -> tuple[Tensor, Tensor]:
     """Labels (B, …) that are the truth's, and that are not, among so many pixels; −1 in either counts as neither."""
     known = (label != IGNORE) & (truth != IGNORE)
     right = known & (label == truth)

@@ -44,15 +44,13 @@ class U2PLConfig:
     supervised: NotNegative = 1.0  # weight of L_x and of the auxiliary head's loss
     auxiliary: NotNegative = 0.4  # of the latter beside L_x
     unsupervised: NotNegative = 1.0  # weight of L_u
-    dropped: Share = (
-        0.2  # of the pixels, those of highest entropy, at the start; none in the end
-    )
+    # of the pixels, those of highest entropy, at the start; none in the end
+    dropped: Share = 0.2
     cutmix: bool = False
     mask_padding: bool = True  # release: False, padding of unlabelled crops takes part
     supervised_steps: Whole = 0  # at the start, with labelled crops alone
-    copied_steps: Whole = (
-        0  # after these, with the student as its own teacher; release: an epoch
-    )
+    # after these, with the student as its own teacher; release: an epoch
+    copied_steps: Whole = 0
     momentum: Share = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "teacher"
 

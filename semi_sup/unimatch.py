@@ -56,9 +56,8 @@ class ConsistencyConfig:
     views: Literal[1, 2] = 2  # strong views of an unlabelled crop
     supervised: NotNegative = 1.0  # weight of L_x
     unsupervised: NotNegative = 1.0  # weight of all unlabelled losses
-    class_thresholds: Rate | None = (
-        None  # momentum of each class's mean confidence, which scales its τ; None: one τ for all
-    )
+    # momentum of each class's mean confidence, which scales its τ; None: one τ for all
+    class_thresholds: Rate | None = None
     branch: bool = False  # USRN's: a second decoder for subclasses, which gates the labels
     gate: bool = True  # with `branch`; False: it is trained, and gates nothing
     subclass: NotNegative = 1.0  # weight of the losses on subclasses
@@ -145,7 +144,11 @@ class Consistency(Method):
 
     def threshold(self, labels: PseudoLabels) -> float | Tensor:
         """The confidence that a label of the classes has to reach."""
-        return self.options.threshold if self.thresholds is None else self.thresholds.of(labels.label)
+        return (
+            self.options.threshold
+            if self.thresholds is None
+            else self.thresholds.of(labels.label)
+        )
 
     def count(self, weak: Labels, logits: Tensor, batch: Batch) -> Losses:
         """Count the labels of the batch's weak view, for remedies and thresholds. Returns what is logged of them: the

@@ -73,7 +73,8 @@ class UniMatchV2(Consistency):
         embedding = self.model.embed(maps)
         logits = self.model.classify(embedding)
         terms = self.labelled_terms(logits, embedding, sub_logits, labeled, progress)
-        del maps, embedding, logits, sub_logits  # so that their graph is gone before the next one is built
+        # so that their graph is gone before the next one is built
+        del maps, embedding, logits, sub_logits
         yield terms | logged
 
         yield self.strong_terms(unlabeled, weak, weak.flip(), progress)

@@ -64,9 +64,8 @@ class SelfTrainingConfig(BaselineConfig):
 
     unsupervised: NotNegative = 1.0  # weight of the terms on unlabelled images
     threshold: Rate = 0.75  # τ, which a pseudo-label's probability has to exceed
-    teacher: Literal["none", "ema"] = (
-        "ema"  # who labels the weak view: the net itself, or its moving average
-    )
+    # who labels the weak view: the net itself, or its moving average
+    teacher: Literal["none", "ema"] = "ema"
     momentum: Share = 0.99  # of the moving average, in the end; 1 − 1/t before
     predicts: Literal["student", "teacher"] = "student"
     mask_borders: bool = True  # release: False, padding of unlabelled crops takes part
@@ -204,7 +203,9 @@ class SelfTraining(Baseline):
         truth = at_cells(self.model.pad_label(batch["label"]))
         terms = {}
         for name, label in labels.items():
-            terms[f"{name}_right"], terms[f"{name}_wrong"] = right_and_wrong(label, truth, pixels)
+            terms[f"{name}_right"], terms[f"{name}_wrong"] = right_and_wrong(
+                label, truth, pixels
+            )
 
         return terms
 

@@ -83,19 +83,15 @@ class CPSLConfig:
     sinkhorn_iterations: Annotated[int, AtLeast(0), AtMost(1000)] = 3
     normalise_bank: bool = True  # release: False, scores of the bank use raw prototypes
     cutmix: Share = 0.5  # probability
-    cutmix_labels: Literal["source", "target"] = (
-        "source"  # release before September 2022: target
-    )
-    teacher_mode: Literal["eval", "train"] = (
-        "eval"  # release: train, with dropout and batch statistics
-    )
-    strong_statistics: bool = (
-        True  # False: the strong view does not move batch norm's running statistics
-    )
+    # release before September 2022: target
+    cutmix_labels: Literal["source", "target"] = "source"
+    # release: train, with dropout and batch statistics
+    teacher_mode: Literal["eval", "train"] = "eval"
+    # False: the strong view does not move batch norm's running statistics
+    strong_statistics: bool = True
     head_lr_mult: NotNegative = 5.0  # of the head and the prototypes
-    backbone_lr_mult: NotNegative = (
-        3.0  # release: its optimiser lists each backbone tensor three times
-    )
+    # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = 3.0
 
     def __post_init__(self):
         if self.bank_labels == "first" and self.sampling != "uniform":
@@ -341,7 +337,8 @@ class CPSL(Stage):
             out = self.model(target["strong"])
 
         teacher, mask = warp_maps(similarity, target["warp"], crop, target["cutout"])
-        mask = mask & (teacher != 0).any(1)  # padding has no features, so no class is similar to any
+        # padding has no features, so no class is similar to any
+        mask = mask & (teacher != 0).any(1)
         student = self.similarity(
             out["features"], onto_grid(out["features"], size_of(similarity))
         )

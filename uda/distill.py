@@ -31,13 +31,11 @@ class DistillConfig:
     teacher: str  # checkpoint of the previous stage, ours or the release's
     threshold: Rate = 0.95  # confidence that a pseudo-label has to exceed
     distillation: NotNegative = 1.0
-    kd_loss: Literal["kl", "inner_product"] = (
-        "kl"  # release: inner_product, a KL whose logarithm is missing
-    )
+    # release: inner_product, a KL whose logarithm is missing
+    kd_loss: Literal["kl", "inner_product"] = "kl"
     head_lr_mult: NotNegative = 10.0
-    backbone_lr_mult: NotNegative = (
-        3.0  # release: its optimiser lists each backbone tensor three times
-    )
+    # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = 3.0
 
 
 class Distill(Stage):

@@ -44,9 +44,8 @@ class ProDAConfig:
     prototype_momentum: Share = 1e-4
     rce: tuple[NotNegative, NotNegative] = (0.1, 1.0)
     consistency: NotNegative = 10.0
-    regulariser: NotNegative = (
-        0.1  # of −mean log p, the KL to the uniform distribution (GTA5 only)
-    )
+    # of −mean log p, the KL to the uniform distribution (GTA5 only)
+    regulariser: NotNegative = 0.1
     head_lr_mult: NotNegative = 1.0
     backbone_lr_mult: NotNegative = 1.0
 

@@ -24,9 +24,8 @@ from uda.config import command
 
 # share of an image that a class needs for its mean feature to count (release: 10 cells)
 FEWEST = 10 / (129 * 257)
-MEMORY = (
-    3000  # image-level vectors after which a prototype's running mean becomes a moving average
-)
+# image-level vectors after which a prototype's running mean becomes a moving average
+MEMORY = 3000
 
 
 class TargetImages(Dataset):

@@ -32,7 +32,9 @@ def main() -> None:
         help="stage 1: which network",
     )
     parser.add_argument(
-        "--history", action="store_true", help="print and report the stored results of all stages"
+        "--history",
+        action="store_true",
+        help="print and report the stored results of all stages",
     )
     cli.add_force(parser)
     args = cli.parse(parser)

@@ -27,9 +27,8 @@ class WarmUpConfig:
     discriminator_lr: NotNegative = 1e-4
     discriminator_width: Width = 64
     head_lr_mult: NotNegative = 10.0
-    backbone_lr_mult: NotNegative = (
-        3.0  # release: its optimiser lists each backbone tensor three times
-    )
+    # release: its optimiser lists each backbone tensor three times
+    backbone_lr_mult: NotNegative = 3.0
 
 
 class WarmUp(Stage):

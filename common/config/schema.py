@@ -34,15 +34,13 @@ class SourceConfig:
     """Where samples come from. Empty fields of a stream are inherited from `data`."""
 
     dataset: str = ""  # a row of common.data.DATASETS, or "folder"
-    root: str | None = (
-        None  # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
-    )
+    # else $LTS_DATA/<folder of the row>, else ./datasets/<folder of the row>
+    root: str | None = None
     split: str = "train"
     list: str | None = None  # file with one image name per line; restricts the split
     labels: bool = True  # False: no label file is opened or needed
-    maps: Mapping[str, str] = field(
-        default_factory=dict
-    )  # sample key -> folder with an earlier step's files
+    # sample key -> folder with an earlier step's files
+    maps: Mapping[str, str] = field(default_factory=dict)
     # the whole description when dataset is "folder"; a stream's lies over that of `data`
     folder: Mapping[str, Any] | None = None
 
@@ -51,9 +49,8 @@ class SourceConfig:
 class StreamConfig(SourceConfig):
     """One named stream of training samples."""
 
-    batch_size: Count = (
-        2  # images an optimiser step, over all ranks and accumulated micro-batches
-    )
+    # images an optimiser step, over all ranks and accumulated micro-batches
+    batch_size: Count = 2
     augment: Mapping[str, Any] = field(default_factory=dict)
     sampler: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,10 +70,10 @@ class DataConfig(SourceConfig):
     val: ValidationConfig = field(default_factory=ValidationConfig)
     workers: Processes = 2  # loader processes per stream
     cache: str | None = None  # folder of statistics and decoded images; None: <output>/.cache
-    cache_size: Positive | None = None  # GiB of decoded images of the streams kept there; None: none
-    groups: Mapping[str, Any] | None = (
-        None  # rare, common, frequent: thresholds or lists, see common.data.groups
-    )
+    # GiB of decoded images of the streams kept there; None: none
+    cache_size: Positive | None = None
+    # rare, common, frequent: thresholds or lists, see common.data.groups
+    groups: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,21 +83,18 @@ class ModelConfig:
     name: str
     num_classes: Classes
     backbone: str = ""  # a row of common.models.BACKBONES, or timm:NAME
-    pretrained: bool | str = (
-        False  # True: timm's ImageNet weights; a file, or an installed package that holds one
-    )
+    # True: timm's ImageNet weights; a file, or an installed package that holds one
+    pretrained: bool | str = False
     checkpoint: str | None = None  # weights of the whole model, loaded before training
     reset_classifier: bool = False  # `checkpoint` was trained on other classes
     norm: Literal["bn", "sync_bn"] = "sync_bn"
-    mean: tuple[float, float, float] | None = (
-        None  # RGB, 0–255; None: the backbone's own, for most ImageNet's
-    )
+    # RGB, 0–255; None: the backbone's own, for most ImageNet's
+    mean: tuple[float, float, float] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     align_corners: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    disalign: str | None = (
-        None  # the classifier that DisAlign's calibration follows; scripts/rebalance.py sets it
-    )
+    # the classifier that DisAlign's calibration follows; scripts/rebalance.py sets it
+    disalign: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,24 +145,23 @@ class TrainConfig:
     """The loop."""
 
     steps: Count = 1000
-    devices: Devices = (
-        1  # the batch is stated for this many processes; fewer accumulate the rest
-    )
+    # the batch is stated for this many processes; fewer accumulate the rest
+    devices: Devices = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool | None = (
-        None  # memory format of convolutions; None: on CUDA, for networks made of them
-    )
+    # memory format of convolutions; None: on CUDA, for networks made of them
+    channels_last: bool | None = None
     compile: bool | Literal["reduce-overhead"] = False
     tf32: bool = True  # on CUDA, for products of float32; False: of all their digits
     deterministic: bool = False  # on CUDA; the CPU always is
-    threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = (
-        None  # CPU threads; None: torch's default
-    )
+    # CPU threads; None: torch's default
+    threads: Annotated[int, AtLeast(1), AtMost(1024)] | None = None
     log_every: Interval = 50
     save_every: Interval = 1000
     keep: Count = 2  # newest checkpoints; the best one stays as well
-    branch: str | None = None  # a checkpoint's folder of another run, which this one goes on from
-    ema: Momentum | None = None  # of the average of weights, which then predicts; None: there is none
+    # a checkpoint's folder of another run, which this one goes on from
+    branch: str | None = None
+    # of the average of weights, which then predicts; None: there is none
+    ema: Momentum | None = None
     patience: Count | None = None  # evaluations without a new best score that end the run
 
 
@@ -182,26 +175,21 @@ class EvalConfig:
     stride: Size | None = None  # of the windows; None: their size
     window_batch: Count = 4
     window_softmax: bool = False  # slide: average the windows' probabilities, not their logits
-    short_edge: Side | None = (
-        None  # shorter side of the net's input; None: the image's own size
-    )
-    max_edge: Side | None = (
-        None  # with short_edge: the longer side's limit, which shortens both
-    )
+    # shorter side of the net's input; None: the image's own size
+    short_edge: Side | None = None
+    # with short_edge: the longer side's limit, which shortens both
+    max_edge: Side | None = None
     scales: Annotated[tuple[Scale, ...], Length(1, 100)] = (1.0,)
-    scaled_max_edge: Side | None = (
-        None  # with short_edge: that limit for scaled images; None: max_edge times the scale
-    )
+    # with short_edge: that limit for scaled images; None: max_edge times the scale
+    scaled_max_edge: Side | None = None
     flip: bool = False
-    logit_adjustment: NotNegative = (
-        0.0  # post hoc: this times −ln π of the training pixels is added to the logits
-    )
+    # post hoc: this times −ln π of the training pixels is added to the logits
+    logit_adjustment: NotNegative = 0.0
     batch_size: Count = 1
     workers: Processes = 2
     convention: Literal["nan_mean", "absent_zero", "ltss", "detectron2"] = "nan_mean"
-    best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = (
-        "miou"  # its highest value marks `best`
-    )
+    # its highest value marks `best`
+    best: Literal["miou", "miou_tail", "macc", "aacc", "fwiou"] = "miou"
     panels: Whole = 4  # images kept for the report
     max_images: Count | None = None
     per_image: bool = False  # keep the confusion matrix of every image: RUN/per_image.npz
@@ -224,7 +212,9 @@ class EvalConfig:
             )
 
         if self.window_softmax and self.mode != "slide":
-            raise ValueError(f"window_softmax: has no effect in mode: {self.mode}; set mode: slide")
+            raise ValueError(
+                f"window_softmax: has no effect in mode: {self.mode}; set mode: slide"
+            )
 
         for name in ("max_edge", "scaled_max_edge"):
             if getattr(self, name) is not None and self.short_edge is None:
@@ -255,18 +245,16 @@ class Config:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     method: Mapping[str, Any] = field(default_factory=dict)
-    remedies: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of the loss of class logits: common/losses/build.py
+    # of the loss of class logits: common/losses/build.py
+    remedies: Mapping[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     name: str = ""  # the run's folder is <output>/<name>; empty: the config file's stem
     output: str = "runs"
-    runs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # step -> name of its run, where that is not the step's own
+    # step -> name of its run, where that is not the step's own
+    runs: Mapping[str, str] = field(default_factory=dict)
     seed: Whole = 0
 
     @property

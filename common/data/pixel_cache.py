@@ -124,7 +124,9 @@ def pixel_cache(
         try:
             write_cache(paths, name, target, limit, workers)
         except OSError as error:
-            warnings.warn(f"data.cache_size: images are decoded instead ({error})", stacklevel=2)
+            warnings.warn(
+                f"data.cache_size: images are decoded instead ({error})", stacklevel=2
+            )
             return None
 
     return PixelCache(target)

@@ -83,7 +83,9 @@ def _augment(data: DataConfig, name: str) -> Mapping[str, Any]:
         return augment
 
     source = pick(data.streams, lender, f"data.streams.{name}.augment.colour_from")
-    images = {key: getattr(source, key) for key in ("dataset", "root", "split", "list", "folder")}
+    images = {
+        key: getattr(source, key) for key in ("dataset", "root", "split", "list", "folder")
+    }
     return {**augment, "colour_from": images}
 
 

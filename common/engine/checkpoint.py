@@ -31,7 +31,11 @@ from common.files import (
 
 WEIGHTS, STATE = FILES = ("model.safetensors", "state.pt")
 SCORES = "scores.json"
-MODEL, AVERAGE = "model.", "average."  # in a state dict: the network, and its averaged weights (train.ema)
+# in a state dict: the network, and its averaged weights (train.ema)
+MODEL, AVERAGE = (
+    "model.",
+    "average.",
+)
 
 Scores = dict[int, float | None]  # by step; None where the score is undefined
 
@@ -143,7 +147,9 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
     if not any(name.startswith(AVERAGE) for name in tensors):
         averaged = [name for name in own if name.startswith(AVERAGE)]
         sources = {name: MODEL + name.removeprefix(AVERAGE) for name in averaged}
-        tensors |= {name: tensors[source] for name, source in sources.items() if source in tensors}
+        tensors |= {
+            name: tensors[source] for name, source in sources.items() if source in tensors
+        }
 
     state = read_artifact(path / STATE, _load_state)
 

@@ -31,9 +31,8 @@ class BatchCounters:
         counters: list[Tensor] = []
         for norm in self.norms:
             counters.append(norm._buffers[COUNTER])  # type: ignore[arg-type]
-            norm._buffers[COUNTER] = (
-                None  # as __setattr__ does, which takes longer than the kernel that is saved
-            )
+            # as __setattr__ does, which takes longer than the kernel that is saved
+            norm._buffers[COUNTER] = None
 
         try:
             yield

@@ -20,6 +20,7 @@ from common.config import Config, save_config
 from common.engine.trackers import open_trackers
 from common.files import replacing, write_json
 
+# shown by trackers
 CLASS_SCORES = (
     "iou",
     "precision",
@@ -28,8 +29,9 @@ CLASS_SCORES = (
     "boundary_f",
     "ece",
     "mass",
-)  # shown by trackers
-SETTINGS = ("step", "images", "logit_adjustment")  # of an evaluation's numbers those that are no curve
+)
+# of an evaluation's numbers those that are no curve
+SETTINGS = ("step", "images", "logit_adjustment")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -59,9 +59,11 @@ class Method(nn.Module, ABC):
     Options: type[Any]  # the dataclass of the section `method`, without its `name`
     options: Any  # an instance of it
     backwards = 1
-    uncompiled: str | None = None  # why `train.compile`, which compiles the call of the network, is refused
+    # why `train.compile`, which compiles the call of the network, is refused
+    uncompiled: str | None = None
     records = False  # True: nothing of a step is decided on the host, so `train.compile: reduce-overhead` may record it
-    labels_from: str | None = None  # of images without labels, if not from confident answers of a network
+    # of images without labels, if not from confident answers of a network
+    labels_from: str | None = None
     predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
 
     def __init__(self, cfg: Config, context: MethodContext):

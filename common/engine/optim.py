@@ -20,7 +20,9 @@ def parameter_groups(module: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]
     chosen: list[list[nn.Parameter]] = [[] for _ in range(len(cfg.groups) + 1)]
     patterns = [re.compile(group.match) for group in cfg.groups]
 
-    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in module.named_parameters() if not parameter.requires_grad
+    ]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             index = next(

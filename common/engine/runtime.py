@@ -180,7 +180,9 @@ def _require_weights(cfg: ModelConfig) -> None:
 
 def _require_branch(path: str | None) -> None:
     if path is not None and not (Path(path) / checkpoint.WEIGHTS).is_file():
-        raise ValueError(f"train.branch: {path}: no checkpoint; give a folder such as RUN/checkpoints/step_00001000")
+        raise ValueError(
+            f"train.branch: {path}: no checkpoint; give a folder such as RUN/checkpoints/step_00001000"
+        )
 
 
 def prepare(

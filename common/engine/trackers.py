@@ -39,9 +39,8 @@ class TensorBoard:
     """Files below the run's folder: `tensorboard --logdir runs`."""
 
     def __init__(self, cfg: Config, start_step: int):
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # here, since it takes a second to import
-        )
+        # here, since it takes a second to import
+        from torch.utils.tensorboard import SummaryWriter
 
         self.board = SummaryWriter(str(cfg.folder / "tensorboard"), purge_step=start_step)
         text = (cfg.folder / "config.yaml").read_text(encoding="utf-8")
@@ -127,7 +126,9 @@ def require(cfg: Config) -> None:
     """Raise ConfigError where a tracker's package is not installed."""
     for name in cfg.log.trackers:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"log.trackers: {name} is not installed; pip install {name}, or take it out of the list")
+            raise ConfigError(
+                f"log.trackers: {name} is not installed; pip install {name}, or take it out of the list"
+            )
 
 
 def open_trackers(cfg: Config, start_step: int) -> list[Tracker]:

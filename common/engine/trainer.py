@@ -137,7 +137,9 @@ class Trainer:
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
         watched = [total["loss"]]
-        if not self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips those steps itself
+        if (
+            not self.scaler.is_enabled()
+        ):  # fp16 overflows now and then; the scaler skips those steps itself
             watched.append(total["grad_norm"])
 
         finite = torch.isfinite(torch.stack(watched)).all()
@@ -175,7 +177,9 @@ class Trainer:
     def exhausted(self) -> bool:
         """Whether as many evaluations as `train.patience` says have passed without a new best score."""
         patience = self.cfg.train.patience
-        return patience is not None and checkpoint.evaluations_since_best(self.scores) >= patience
+        return (
+            patience is not None and checkpoint.evaluations_since_best(self.scores) >= patience
+        )
 
     @property
     def standstill(self) -> str:

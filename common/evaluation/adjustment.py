@@ -56,7 +56,9 @@ def offsets_of(
 
 def _of_checkpoint(path: str | Path | None) -> list[int] | None:
     stored = None if path is None else read_metadata(path).get(COUNTS)
-    return None if stored is None else read_artifact(path, lambda _: _counts(json.loads(stored)))
+    return (
+        None if stored is None else read_artifact(path, lambda _: _counts(json.loads(stored)))
+    )
 
 
 def _of_run(path: Path) -> list[int] | None:

@@ -48,7 +48,9 @@ class LabelCounts:
         """What the sums say."""
         given, right = (
             # kept at a threshold: the bins from it on; none at one above all
-            F.pad(sums.view(self.num_classes, BINS).flip(1).cumsum(1).flip(1), (0, 1)).cpu().numpy()
+            F.pad(sums.view(self.num_classes, BINS).flip(1).cumsum(1).flip(1), (0, 1))
+            .cpu()
+            .numpy()
             for sums in (self.given, self.right)
         )
         return LabelQuality(given, right, self.truth.cpu().numpy())
@@ -75,7 +77,9 @@ class LabelQuality:
     def accuracy(self, threshold: Threshold, classes: Sequence[int] | None = None) -> float:
         """Share of right ones among the labels that are kept; among those of some predicted classes."""
         chosen = slice(None) if classes is None else list(classes)
-        right, given = (self._at(counts, threshold)[chosen] for counts in (self.right, self.given))
+        right, given = (
+            self._at(counts, threshold)[chosen] for counts in (self.right, self.given)
+        )
         return float(_ratio(right.sum(), given.sum()))
 
     def shares(self, threshold: Threshold) -> np.ndarray:
@@ -107,11 +111,15 @@ def places_of(threshold: Threshold) -> np.ndarray:
     places = np.round(thresholds * BINS)
     fits = (thresholds >= 0) & (thresholds <= 1) & (np.abs(thresholds * BINS - places) < 1e-6)
     if not fits.all():
-        raise ValueError(f"threshold {thresholds[~fits].flat[0]:g}: expected 0 to 1, in thousandths")
+        raise ValueError(
+            f"threshold {thresholds[~fits].flat[0]:g}: expected 0 to 1, in thousandths"
+        )
 
     return places.astype(int)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     part, whole = np.asarray(part, float), np.asarray(whole, float)
-    return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0)
+    return np.divide(
+        part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=whole > 0
+    )

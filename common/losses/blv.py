@@ -77,32 +77,26 @@ def variation_weights(
 class BLV:
     """The slot `logits` of a loss (a row of LOSSES in build.py): z to z'. Defaults are the paper's (preset `paper`)."""
 
-    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = (
-        "dataset"  # of whom, or one number per class
-    )
-    coefficient: Literal["paper", "max", "none"] = (
-        "paper"  # log(Σq/q_k), log(max q/q_k), or w_k = 1
-    )
+    # of whom, or one number per class
+    counts: Literal["dataset", "released"] | tuple[NotNegative, ...] = "dataset"
+    # log(Σq/q_k), log(max q/q_k), or w_k = 1
+    coefficient: Literal["paper", "max", "none"] = "paper"
     # A class without a pixel gets w_k = 1, the rarest class's. ignore: it has no part in the others' weights; release:
     # floor, its count is 1, so that log(Σq) becomes the largest coefficient, and every other weight smaller.
     absent: Literal["ignore", "floor"] = "ignore"
     noise: Literal["gaussian", "uniform", "beta", "exponential", "constant"] = "gaussian"
     sigma: Positive = 6.0  # of the Gaussian
-    limit: Literal["positive", "folded", "signed", "none"] = (
-        "positive"  # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
-    )
+    # clamp(0,1), |clamp(−1,1)|, clamp(−1,1), raw
+    limit: Literal["positive", "folded", "signed", "none"] = "positive"
     sign: Literal[1, -1] = 1
-    amplitude: NotNegative = (
-        1.0  # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
-    )
-    scale: Positive | None = (
-        None  # s of the cosine classifier that it is for; None: any classifier
-    )
+    # of w·e; max_k c_k, noise constant and sign −1 is logit adjustment with τ = 1
+    amplitude: NotNegative = 1.0
+    # s of the cosine classifier that it is for; None: any classifier
+    scale: Positive | None = None
     centre: bool = False  # subtract the mean of the limited draw
     average: Average | None = None  # None: as the method averages
-    schedule: Literal["constant", "rise_fall"] = (
-        "constant"  # σ rises linearly to mid-training, then falls to 0
-    )
+    # σ rises linearly to mid-training, then falls to 0
+    schedule: Literal["constant", "rise_fall"] = "constant"
 
     def __post_init__(self):
         if not isinstance(self.counts, str) and not any(self.counts):

@@ -99,9 +99,8 @@ class Remedies:
     sets: tuple[Mapping[str, Any], ...] = ()
     counts: CountsConfig = CountsConfig()
     pseudo_prior: bool = False
-    heads: tuple[str, ...] = (
-        "decode",
-    )  # of a network with several; the others keep cross-entropy
+    # of a network with several; the others keep cross-entropy
+    heads: tuple[str, ...] = ("decode",)
 
 
 @dataclass(frozen=True)

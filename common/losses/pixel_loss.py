@@ -132,7 +132,9 @@ class PixelLoss(nn.Module):
             return loss
 
         small = logits if small is None else small
-        return loss + self.set_terms(small, label, features, large=logits, pixel_weight=pixel_weight)
+        return loss + self.set_terms(
+            small, label, features, large=logits, pixel_weight=pixel_weight
+        )
 
     def upsampled(
         self,
@@ -263,11 +265,17 @@ class PixelLoss(nn.Module):
             return self.total_of(adjusted, label, progress, pixel_weight) / self.divisor(label)
 
         losses = self.each_of(adjusted, label, progress, pixel_weight)
-        changed = self.logits is not None or pixel_weight is not None or self.weight(progress) is not None
+        changed = (
+            self.logits is not None
+            or pixel_weight is not None
+            or self.weight(progress) is not None
+        )
         by = losses
         if changed and self.focus.choose == "clean":
             plain = adjusted if logits is None else logits
-            by = F.cross_entropy(plain.detach().float(), label.long(), ignore_index=IGNORE, reduction="none")
+            by = F.cross_entropy(
+                plain.detach().float(), label.long(), ignore_index=IGNORE, reduction="none"
+            )
 
         return self.focus.mean(losses, label != IGNORE, by)
 

@@ -112,9 +112,8 @@ class HRDAOptions(DAFormerOptions):
     """Options of HRDA: the head that both scales share, and the detail crops."""
 
     head: Literal["daformer", "deeplabv2_reduced"] = "daformer"
-    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] | None = (
-        None  # None: the head's own
-    )
+    # None: the head's own
+    dilations: Annotated[tuple[Dilation, ...], Length(1, 16)] | None = None
     crop: Size = (512, 512)  # of the detail: height, width
     overlap: bool = True  # windows of inference step by half a crop
     window_batch: Count = 9  # of them in one batch, in evaluation mode

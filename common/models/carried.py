@@ -16,7 +16,9 @@ def open_config(
     if config is not None:
         return load_config(config, overrides)
     if checkpoint is None:
-        raise ConfigError("neither a config nor a checkpoint is named; give CONFIG, or --checkpoint with one of ours")
+        raise ConfigError(
+            "neither a config nor a checkpoint is named; give CONFIG, or --checkpoint with one of ours"
+        )
 
     return carried_config(checkpoint, overrides)
 
@@ -40,6 +42,8 @@ def carried_config(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Con
 
     text = read_metadata(file).get("config")
     if text is None:
-        raise ConfigError(f"{file}: an official or converted checkpoint has no config inside; give --config FILE")
+        raise ConfigError(
+            f"{file}: an official or converted checkpoint has no config inside; give --config FILE"
+        )
 
     return config_of(json.loads(text), overrides, str(file))

@@ -35,20 +35,16 @@ STRIDE = 8  # of the map that the head reads
 class DeepLabV2Options:
     """Options of DeepLabV2; the defaults are the official network."""
 
-    blocks: tuple[Depth, Depth, Depth, Depth] | None = (
-        None  # bottlenecks of each stage of the ResNet; None: BLOCKS
-    )
-    width: Width | None = (
-        None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
-    )
-    backbone: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # options of a backbone timm:NAME in the ResNet's place
+    # bottlenecks of each stage of the ResNet; None: BLOCKS
+    blocks: tuple[Depth, Depth, Depth, Depth] | None = None
+    # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    width: Width | None = None
+    # options of a backbone timm:NAME in the ResNet's place
+    backbone: Mapping[str, Any] = field(default_factory=dict)
     head_channels: Width = 256  # of each branch
     features: Width = 256  # channels before the classifier
-    extra_norm: bool = (
-        False  # a batch norm between backbone and head: CPSL's students of stages 2 and 3
-    )
+    # a batch norm between backbone and head: CPSL's students of stages 2 and 3
+    extra_norm: bool = False
     dropout: Rate = 0.1  # of whole channels, before the classifier
     freeze_bn: bool = False  # batch norms keep their statistics and weights (the warm-up)
     # regular expression → ours, on names of the file

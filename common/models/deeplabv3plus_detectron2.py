@@ -47,7 +47,8 @@ class DeepLabV3PlusD2Options:
     pool_norm: bool = False  # the pooled branch has a batch norm instead of a bias
     project_kernel: Literal[1, 3] = 1  # of the convolution that joins the branches
     bias: bool = False  # of the finest map's and the decoder's convolutions
-    channel_dropout: Rate = 0.0  # of whole channels, after the ASPP, the decoder's and the auxiliary convolutions
+    # of whole channels, after the ASPP, the decoder's and the auxiliary convolutions
+    channel_dropout: Rate = 0.0
     auxiliary: bool = False  # a head on the map before the last
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 

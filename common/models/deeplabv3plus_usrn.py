@@ -41,18 +41,15 @@ DROPOUT = (0.5, 0.5, 0.1)  # after the ASPP, inside the decoder, before the clas
 class DeepLabV3PlusOptions:
     """Options of DeepLabV3+; the defaults are the official network."""
 
-    blocks: tuple[Depth, ...] | None = (
-        None  # bottlenecks of the ResNet's stages; None: those of model.backbone
-    )
-    width: Width | None = (
-        None  # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
-    )
+    # bottlenecks of the ResNet's stages; None: those of model.backbone
+    blocks: tuple[Depth, ...] | None = None
+    # channels of its stem, None: 64; stages end in 4, 8, 16, 32 times as many
+    width: Width | None = None
     channels: Width = 256  # of every ASPP branch and of the decoder
     low_channels: Width = 48  # that the first stage's map is reduced to
     dropout: tuple[Rate, Rate, Rate] = DROPOUT
-    backbone: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # options of a backbone timm:NAME in the ResNet's place
+    # options of a backbone timm:NAME in the ResNet's place
+    backbone: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.blocks and len(self.blocks) != 4:

@@ -25,9 +25,8 @@ WIDTHS = {  # of the head's four levels, and of its decoder
 class DPTOptions:
     """Options of DINOv2 with DPT; the defaults are UniMatch V2's for each backbone."""
 
-    widths: tuple[Width, Width, Width, Width] | None = (
-        None  # channels of the head's four levels
-    )
+    # channels of the head's four levels
+    widths: tuple[Width, Width, Width, Width] | None = None
     channels: Width | None = None  # of the head's decoder
     lock_backbone: bool = False  # the backbone is not trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone

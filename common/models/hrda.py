@@ -75,7 +75,9 @@ class HRDANetwork(SegmentationModel):
         self.crop = tuple(crop)
         self.overlap = overlap
         self.window_batch = window_batch
-        self.mixes_images = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+        self.mixes_images = any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
+        )
         self.classifiers = tuple(
             name for name, _ in self.named_modules() if name.endswith("conv_seg")
         )

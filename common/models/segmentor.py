@@ -42,9 +42,8 @@ class SegmentationModel(nn.Module, ABC):
     heads: tuple[str, ...] = ("decode",)  # what losses train: `logits` (decode), `aux`, …
     classifiers: tuple[str, ...] = ()  # modules (or parameters) with one output per class
     pixel_classifiers: tuple[str, ...] = ()  # 1×1 convolutions, which may be cosine classifiers
-    embedding_channels: int | None = (
-        None  # D of the features that the classifier of `logits` reads, see `segment`
-    )
+    # D of the features that the classifier of `logits` reads, see `segment`
+    embedding_channels: int | None = None
     average_softmax = True  # test-time augmentation averages the softmax of the scores; False: the scores themselves
     scores_are_logits = True  # False: probabilities, or sums of them
     mean: Tensor

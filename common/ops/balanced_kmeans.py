@@ -18,13 +18,11 @@ from torch import Tensor
 
 from common.ops.balanced_assignment import EXACT_BELOW, TIGHT, Matrix, equalise, exact_labels
 
-GRADUAL = (
-    0.8  # share of the points that may be in surplus: this to the power of the iteration, …
-)
+# share of the points that may be in surplus: this to the power of the iteration, …
+GRADUAL = 0.8
 LOOSE = 5e-3  # … down to this; up to EXACT_BELOW points every assignment is exact
-ONE_THREAD = (
-    2**21
-)  # up to this many distances a second thread gains little, and loses much on a busy machine
+# up to this many distances a second thread gains little, and loses much on a busy machine
+ONE_THREAD = 2**21
 SLACK = 1e-4  # relative increase of the objective that the repair may cause by moving points in bulk
 
 
@@ -169,10 +167,11 @@ def _lloyd(
         limit = LOOSE if small or not gradual else max(LOOSE, GRADUAL**iterations)
         scan, prices = equalise(costs, prices, TIGHT if last else limit, generator)
         exact = last or small or scan.excess > 2 * limit
+        # unlike the cost, hardly changed by a size that is not quite n/k
         previous, lower = (
             lower,
             spread + scan.dual,
-        )  # unlike the cost, hardly changed by a size that is not quite n/k
+        )
         converged = converged or (
             iterations > 0 and limit == LOOSE and previous - lower <= tol * previous
         )

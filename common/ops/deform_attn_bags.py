@@ -132,9 +132,7 @@ def _corners(locations: Tensor, shapes: Shapes, value: Tensor) -> _Corners:
     return _Corners(rows.view(-1, samples), stride * heads, *flat)
 
 
-def _axis(
-    coordinate: Tensor, size: Tensor, kind: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _axis(coordinate: Tensor, size: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Along one axis of a level: the pixel before each sample, −1 for the border; how far the sample is beyond it, in
     pixels; whether it moves with its coordinate."""
     limit = size.to(coordinate.dtype)

@@ -361,7 +361,8 @@ def _tile_of(cells: int, pixels: int, align_corners: bool) -> tuple[int, int] | 
     start = axis(cells, pixels, align_corners, torch.device("cpu")).start.long()
 
     for tile in TILES:
-        least = 1 if tile == TILES[-1] else min(4, cells)  # with fewer cells, most of their pixels are worked on twice
+        # with fewer cells, most of their pixels are worked on twice
+        least = 1 if tile == TILES[-1] else min(4, cells)
         for width in range(min(CELLS, cells), least - 1, -1):
             first = torch.arange(0, cells, width)
             begin = start[(first - 1).clamp(min=0)] // 4 * 4

@@ -45,20 +45,37 @@ def _change(
     z, vector, klass, classes, seed, image, row, quad, scale, shift,
     LAW: tl.constexpr, LIMIT: tl.constexpr, ROUNDS: tl.constexpr, PI: tl.constexpr,
 ):  # fmt: skip
-    """z' of enlarged logits (BLOCK, PIXELS)."""
-    offset = tl.load(vector + klass, mask=klass < classes, other=0.0).to(tl.float32)[:, None]
-    if LAW == "":
-        return z + offset
+    """z' of enlarged logits (BLOCK, PIXELS): z itself where nothing changes them."""
+    if vector is None:
+        return z
     else:
-        e = draws(seed, image, row, quad, klass, scale, shift, LAW, LIMIT, ROUNDS, PI)
-        return z + offset * e
+        offset = tl.load(vector + klass, mask=klass < classes, other=0.0).to(tl.float32)[
+            :, None
+        ]
+        if LAW == "":
+            return z + offset
+        else:
+            e = draws(seed, image, row, quad, klass, scale, shift, LAW, LIMIT, ROUNDS, PI)
+            return z + offset * e
 
 
 @triton.jit
 def _taps(low, share, place, inside, cells):
     """The two source cells of pixels along an axis, and the weight of the second."""
     first = tl.load(low + place, mask=inside, other=0)
-    return first, tl.minimum(first + 1, cells - 1), tl.load(share + place, mask=inside, other=0.0)
+    return (
+        first,
+        tl.minimum(first + 1, cells - 1),
+        tl.load(share + place, mask=inside, other=0.0),
+    )
+
+
+@triton.jit
+def _spread(left, across, cell):
+    """How much pixels of a row (PIXELS,) give of their slope to cells (CELLS,): (PIXELS, CELLS)."""
+    to_left = tl.where(left[:, None] == cell[None, :], (1 - across)[:, None], 0.0)
+    to_right = tl.where(left[:, None] + 1 == cell[None, :], across[:, None], 0.0)
+    return to_left + to_right
 
 
 @triton.jit
@@ -73,7 +90,9 @@ def _weight(valid, y, place, class_weight, pixel_weight):
 
 
 @triton.jit
-def _slope(z, klass, classes, place, inside, factor, label, log_sums, class_weight, pixel_weight):
+def _slope(
+    z, klass, classes, place, inside, factor, label, log_sums, class_weight, pixel_weight
+):
     """The gradient at z' (BLOCK, PIXELS), times `factor`: softmax less one-hot, weighted."""
     y = tl.load(label + place, mask=inside, other=-1).to(tl.int32)
     valid = inside & (y >= 0) & (y < classes)
@@ -122,8 +141,9 @@ def _loss_kernel(
         upper = _row(line + top * step_y, left, right, across, live, step_x)
         lower = _row(line + bottom * step_y, left, right, across, live, step_x)
         z = (1 - down) * upper + down * lower
-        if vector is not None:
-            z = _change(z, vector, klass, classes, seed, image, row, quad, scale, shift, LAW, LIMIT, ROUNDS, PI)
+        z = _change(
+            z, vector, klass, classes, seed, image, row, quad, scale, shift, LAW, LIMIT, ROUNDS, PI
+        )  # fmt: skip
 
         own += tl.sum(tl.where(klass[:, None] == y[None, :], z, 0.0), 0)
         z = tl.where((klass < classes)[:, None], z, float("-inf"))
@@ -162,12 +182,12 @@ def _gradient_kernel(
     inside = column < tl.load(column_start + tl.minimum(x0 + cells, w))
     left, right, across = _taps(column_low, column_share, column, inside, w)
     cell = x0 + tl.arange(0, CELLS)
-    spread = tl.where(left[:, None] == cell[None, :], (1 - across)[:, None], 0.0)
-    spread += tl.where(left[:, None] + 1 == cell[None, :], across[:, None], 0.0)
+    spread = _spread(left, across, cell)
 
     live = (klass < classes)[:, None] & inside[None, :]
     line = logits + image.to(tl.int64) * step_b + klass[:, None] * step_k
-    out = gradient + image.to(tl.int64) * grad_b + klass[:, None] * grad_k + cell[None, :] * grad_x
+    out = gradient + image.to(tl.int64) * grad_b + klass[:, None] * grad_k
+    out = out + cell[None, :] * grad_x
     owned = (klass < classes)[:, None] & ((cell < x0 + cells) & (cell < w))[None, :]
     factor = tl.load(upstream).to(tl.float32)
 
@@ -177,18 +197,22 @@ def _gradient_kernel(
     lower = _row(line + above * step_y, left, right, across, live, step_x)
     from_above = tl.zeros([BLOCK, PIXELS], tl.float32)
     while above < tl.minimum(y0 + STRIP, h):
+        below = tl.minimum(above + 1, h - 1)
         upper = lower
-        lower = _row(line + tl.minimum(above + 1, h - 1) * step_y, left, right, across, live, step_x)
+        lower = _row(line + below * step_y, left, right, across, live, step_x)
         ours = from_above
         from_above = tl.zeros([BLOCK, PIXELS], tl.float32)
         stop = tl.load(row_start + above + 1)
         for row in range(start, stop):
             down = tl.load(row_share + row)
             z = (1 - down) * upper + down * lower
-            if vector is not None:
-                z = _change(z, vector, klass, classes, seed, image, row, quad, scale, shift, LAW, LIMIT, ROUNDS, PI)
+            z = _change(
+                z, vector, klass, classes, seed, image, row, quad, scale, shift, LAW, LIMIT, ROUNDS, PI
+            )  # fmt: skip
             place = (image.to(tl.int64) * height + row) * width + column
-            slope = _slope(z, klass, classes, place, inside, factor, label, log_sums, class_weight, pixel_weight)
+            slope = _slope(
+                z, klass, classes, place, inside, factor, label, log_sums, class_weight, pixel_weight
+            )  # fmt: skip
             ours += (1 - down) * slope
             from_above += down * slope
 

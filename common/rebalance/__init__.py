@@ -5,4 +5,11 @@ from common.rebalance.features import read_features
 from common.rebalance.given import Given
 from common.rebalance.place import find_classifier, seek_classifier
 
-__all__ = ["STAGE2", "Given", "build_stage2", "find_classifier", "read_features", "seek_classifier"]
+__all__ = [
+    "STAGE2",
+    "Given",
+    "build_stage2",
+    "find_classifier",
+    "read_features",
+    "seek_classifier",
+]

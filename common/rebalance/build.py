@@ -32,7 +32,9 @@ def build_stage2(name: str, words: Sequence[str]) -> dict[str, Stage2]:
     values = _values(words)
     several = [key for key, value in values.items() if len(value) > 1]
     if len(several) > 1:
-        raise ConfigError(f"{name}: {' and '.join(several)} have several values; give them to one")
+        raise ConfigError(
+            f"{name}: {' and '.join(several)} have several values; give them to one"
+        )
 
     fixed = {key: value[0] for key, value in values.items() if key not in several}
     if not several:
@@ -40,7 +42,8 @@ def build_stage2(name: str, words: Sequence[str]) -> dict[str, Stage2]:
 
     (key,) = several
     found: dict[str, Stage2] = {
-        f"{key}_{text}": typed(remedy, _parsed({**fixed, key: text}), name) for text in values[key]
+        f"{key}_{text}": typed(remedy, _parsed({**fixed, key: text}), name)
+        for text in values[key]
     }
     if len(set(found.values())) < len(values[key]):
         raise ConfigError(f"{name}: {key}: a value stands twice in {','.join(values[key])}")

@@ -23,7 +23,9 @@ class ClassifierRetraining(Fitting):
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
         if isinstance(classifier, Aligned):
-            raise ConfigError(f"{given.where}: the run has DisAlign's calibration; take the one before it")
+            raise ConfigError(
+                f"{given.where}: the run has DisAlign's calibration; take the one before it"
+            )
 
         cfg = given.cfg
         steps = self.steps or max(cfg.train.steps // 10, 1)
@@ -31,7 +33,16 @@ class ClassifierRetraining(Fitting):
         fresh = initialised(classifier, seed)
         features = given.features(self.cache_mib)
         equal = torch.ones(len(features.counts))
-        fit(fresh, fresh.parameters(), features, equal, self, steps=steps, seed=seed, where=given.where)
+        fit(
+            fresh,
+            fresh.parameters(),
+            features,
+            equal,
+            self,
+            steps=steps,
+            seed=seed,
+            where=given.where,
+        )
 
         return fresh
 

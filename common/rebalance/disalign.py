@@ -30,7 +30,9 @@ class DisAlign(Fitting):
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
         if isinstance(classifier, Aligned):
-            raise ConfigError(f"{given.where}: the run is calibrated already; take the one before it")
+            raise ConfigError(
+                f"{given.where}: the run is calibrated already; take the one before it"
+            )
 
         aligned = calibrated(deepcopy(classifier).requires_grad_(False))
         features = given.features(self.cache_mib)
@@ -39,6 +41,15 @@ class DisAlign(Fitting):
         weights = given.counts.prior() * Power(rho=self.rho).vector(given.counts)
         seed = given.cfg.seed if self.seed is None else self.seed
         own = aligned.own_parameters()
-        fit(aligned, own, features, weights, self, steps=self.steps, seed=seed, where=given.where)
+        fit(
+            aligned,
+            own,
+            features,
+            weights,
+            self,
+            steps=self.steps,
+            seed=seed,
+            where=given.where,
+        )
 
         return aligned

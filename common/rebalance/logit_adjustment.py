@@ -26,7 +26,9 @@ class FoldedAdjustment:
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
         if not folds(classifier):
             instead = f"set eval.logit_adjustment: {self.tau:g}, which adds it to any network's scores"
-            raise ConfigError(f"{given.where}: the classifier has no bias that can hold it; {instead}")
+            raise ConfigError(
+                f"{given.where}: the classifier has no bias that can hold it; {instead}"
+            )
 
         if self.tau:
             warn_of_others(given)

@@ -28,7 +28,8 @@ class TauNorm:
 
         with torch.no_grad():
             length = normalised.weight.flatten(1).norm(dim=1)
-            length = torch.where(length > 0, length, 1.0)  # a class whose weights are 0 keeps them
+            # a class whose weights are 0 keeps them
+            length = torch.where(length > 0, length, 1.0)
             normalised.weight /= length.pow(self.tau).view(-1, 1, 1, 1)
             if self.bias == "drop" and normalised.bias is not None:
                 normalised.bias.zero_()

@@ -35,14 +35,22 @@ def class_chart(
     return (_narrow if narrow else _wide)(rows, runs, share_label, iou_label)
 
 
-def _narrow(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str) -> str:
+def _narrow(
+    rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str
+) -> str:
     """Name and frequency of a class in one line, a bar with IoU and change for each run below it."""
     width, bar, longest = 340, 15, 30
     iou = Axis(0, 1, 0, 226)
     baseline = _baseline(runs)
     parts = [
         text(0, 14, escape(iou_label), "label"),
-        text(width, 32, escape(f"right: {share_label.partition(' (')[0]}; change, points"), "label", "end"),
+        text(
+            width,
+            32,
+            escape(f"right: {share_label.partition(' (')[0]}; change, points"),
+            "label",
+            "end",
+        ),
     ]
     y = 40
 
@@ -103,7 +111,9 @@ def _points(change: float) -> float:
     return round(100 * change, 1) + 0.0  # no negative zero
 
 
-def _wide(rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str) -> str:
+def _wide(
+    rows: Sequence[ClassRow], runs: Sequence[Run], share_label: str, iou_label: str
+) -> str:
     name_end, share_x, iou_x, delta_x, width = 186, (196, 346), (446, 836), (872, 1104), 1120
     baseline = _baseline(runs)
     bar = 11 if len(runs) > 1 else 14

@@ -18,7 +18,10 @@ def class_page(result: dict[str, Any], presence: np.ndarray) -> str:
     title = f"Classes of {result['dataset']}, {result['split']}"
     classes = result["classes"]
     absent = [item["name"] for item in classes if not item["images"]]
-    notes = [*result["warnings"], *([f"Never labelled: {', '.join(absent)}."] if absent else [])]
+    notes = [
+        *result["warnings"],
+        *([f"Never labelled: {', '.join(absent)}."] if absent else []),
+    ]
     parts = [
         f"<h1>{escape(title)}</h1><p class='soft'>{escape(result['root'])}</p>",
         _tiles(result, len(absent)),
@@ -47,12 +50,17 @@ def _tiles(result: dict[str, Any], absent: int) -> str:
     ignored = result["ignored_pixels"] / (result["ignored_pixels"] + result["labelled_pixels"])
     facts = {
         "images": f"{result['images']}",
-        f"classes, {absent} of them never labelled" if absent else "classes": f"{len(result['classes'])}",
+        f"classes, {absent} of them never labelled"
+        if absent
+        else "classes": f"{len(result['classes'])}",
         "Gini of pixels": f"{result['gini']['pixel']:.3f}",
         "Gini of images": f"{result['gini']['image']:.3f}",
         "pixels without a class": percent(ignored),
     }
-    tiles = [f"<div class='tile'><b>{value}</b><span>{name}</span></div>" for name, value in facts.items()]
+    tiles = [
+        f"<div class='tile'><b>{value}</b><span>{name}</span></div>"
+        for name, value in facts.items()
+    ]
     return f"<div class='tiles'>{''.join(tiles)}</div>"
 
 
@@ -87,7 +95,12 @@ def _bars(classes: Sequence[dict[str, Any]], num_images: int) -> str:
                 bar = rect(left, y + 3 + 10 * run, max(at(share) - left, 1.5), 9, "bar", title)
                 parts.append(f'<g class="r{run}">{bar}</g>')
 
-    return svg(right + 20, height + 6, "Share of pixels (upper bar) and images (lower bar) of every class", parts)
+    return svg(
+        right + 20,
+        height + 6,
+        "Share of pixels (upper bar) and images (lower bar) of every class",
+        parts,
+    )
 
 
 class _Square(NamedTuple):
@@ -120,7 +133,9 @@ def _lorenz(classes: Sequence[dict[str, Any]], gini: dict[str, float]) -> str:
         height = square.top + 22 + 20 * run
         parts.append(text(square.left + 14, height, f"{mark} {counted}, Gini {gini[unit]:.3f}"))
 
-    return svg(square.right + 30, square.bottom + 26, "Lorenz curves of pixels and images", parts)
+    return svg(
+        square.right + 30, square.bottom + 26, "Lorenz curves of pixels and images", parts
+    )
 
 
 def _lorenz_axes(square: _Square) -> list[str]:
@@ -132,7 +147,9 @@ def _lorenz_axes(square: _Square) -> list[str]:
     parts = [frame, diagonal]
 
     for share in (0, 0.5, 1):
-        parts.append(text(square.x(share), square.bottom + 18, percent(share), "tick", "middle"))
+        parts.append(
+            text(square.x(share), square.bottom + 18, percent(share), "tick", "middle")
+        )
         parts.append(text(square.left - 6, square.y(share) + 4, percent(share), "tick", "end"))
 
     return parts

@@ -42,7 +42,10 @@ def classes(report: Any) -> str:
 
     def chart(rows: Sequence[ClassRow]) -> str:
         iou_label = f"IoU in percent, convention {report.convention}"
-        wide, narrow = (class_chart(rows, runs, report.share_label, iou_label, narrow=form) for form in (False, True))
+        wide, narrow = (
+            class_chart(rows, runs, report.share_label, iou_label, narrow=form)
+            for form in (False, True)
+        )
         return f'<div class="wide">{scroll(wide)}</div><div class="narrow">{narrow}</div>'
 
     hint = "Most frequent class at the top. Longer bars are better."
@@ -50,13 +53,17 @@ def classes(report: Any) -> str:
         body = chart(rows)
     else:
         bins = 20 if len(runs) <= 3 else 8
-        every = details("Every class", chart(rows)) if len(order) * len(runs) <= MOST_BARS else ""
+        every = (
+            details("Every class", chart(rows)) if len(order) * len(runs) <= MOST_BARS else ""
+        )
         body = chart(_neighbours(rows, min(bins, len(rows)))) + every
         hint = "Classes in the order of their frequency, averaged over neighbours in rank."
 
     ranked = _ranked(report) if len(order) > FEW else ""
     if ranked:
-        hint = f"First the classes that gained and lost most. Below: {hint[0].lower()}{hint[1:]}"
+        hint = (
+            f"First the classes that gained and lost most. Below: {hint[0].lower()}{hint[1:]}"
+        )
     return section(
         "classes",
         "Classes by training frequency",
@@ -85,7 +92,11 @@ def _ranking(found: Compared) -> str:
     for item in (*gained, *lost):
         tail = ' <span class="mark">tail</span>' if item.tail else ""
         shown = change(item.change.difference, "")
-        doubt = f' <span class="soft">{item.change.word}</span>' if item.change.word == NOISE else ""
+        doubt = (
+            f' <span class="soft">{item.change.word}</span>'
+            if item.change.word == NOISE
+            else ""
+        )
         rows.append(
             [
                 f"{escape(item.name)}{tail}",
@@ -113,9 +124,12 @@ def _neighbours(rows: Sequence[ClassRow], bins: int) -> list[ClassRow]:
         members = [rows[k] for k in part]
         name = f"rank {part[0] + 1} to {part[-1] + 1}"
         share = _defined_mean([row.share for row in members])
-        iou = [_defined_mean(column) for column in zip(*(row.iou for row in members), strict=True)]
+        iou = [
+            _defined_mean(column) for column in zip(*(row.iou for row in members), strict=True)
+        ]
         changes = [
-            _defined_mean(column) for column in zip(*(row.changes for row in members), strict=True)
+            _defined_mean(column)
+            for column in zip(*(row.changes for row in members), strict=True)
         ]
         result.append(ClassRow(name, False, share, iou, changes))
 
@@ -212,9 +226,8 @@ def confusion(report: Any) -> str:
             [_row_shares(matrix[k], columns) for k in ids],
         )
         title = f"<h3>{swatch(i)} {escape(report.names[i])}</h3>"
-        basis = 190 + (31 if len(runs) > 1 else 40) * len(
-            columns
-        )  # narrow ones stand side by side
+        # narrow ones stand side by side
+        basis = 190 + (31 if len(runs) > 1 else 40) * len(columns)
         charts.append(
             f'<div class="r{i}" style="flex:0 1 {basis}px">{title}{scroll(chart)}</div>'
         )

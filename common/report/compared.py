@@ -182,7 +182,9 @@ def pairs_of(group: Group, baseline: Group) -> list[tuple[RunFolder, RunFolder]]
     """Runs of both by seed; two single runs whatever their seeds."""
     if len(group.runs) == len(baseline.runs) == 1:
         return [(group.first, baseline.first)]
-    return [(group.runs[seed], baseline.runs[seed]) for seed in group.runs if seed in baseline.runs]
+    return [
+        (group.runs[seed], baseline.runs[seed]) for seed in group.runs if seed in baseline.runs
+    ]
 
 
 def _of_pairs(

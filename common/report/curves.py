@@ -101,8 +101,6 @@ def running_mean(
     return [(x, float(y)) for (x, _), y in zip(values, means, strict=True)]
 
 
-def _thinned(
-    values: Sequence[tuple[float, float]], most: int
-) -> list[tuple[float, float]]:
+def _thinned(values: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     step = -(-len(values) // most) or 1
     return [*values[::step], *(values[-1:] if (len(values) - 1) % step else [])]

@@ -180,7 +180,9 @@ def section(anchor: str, title: str, body: str, hint: str = "") -> str:
 
 def details(title: str, body: str) -> str:
     """A part that opens at a click; nothing without a body."""
-    return f"<details><summary>{escape(title)}</summary>{scroll(body)}</details>" if body else ""
+    return (
+        f"<details><summary>{escape(title)}</summary>{scroll(body)}</details>" if body else ""
+    )
 
 
 def scroll(body: str) -> str:
@@ -203,7 +205,9 @@ def table(head: str, rows: Sequence[Sequence[str]], css: str = "") -> str:
 
 def header(names: Sequence[str], css: str = "") -> str:
     return (
-        f'<tr class="{css}">' + "".join(f'<th scope="col">{escape(name)}</th>' for name in names) + "</tr>"
+        f'<tr class="{css}">'
+        + "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+        + "</tr>"
     )
 
 

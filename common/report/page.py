@@ -180,7 +180,9 @@ class Report:
 
         return dict(zip(usable[1:], compared, strict=True))
 
-    def change(self, i: int, get: Callable[[Any], float | None], key: str = "") -> Difference | None:
+    def change(
+        self, i: int, get: Callable[[Any], float | None], key: str = ""
+    ) -> Difference | None:
         """A score of method `i` against the baseline's, seed by seed where one has several; None where nothing pairs.
 
         get: the score (0..1) of an evaluation. key: its name in `changes`, which know of intervals over images.

@@ -38,7 +38,9 @@ class _Panel:
             max(1, round(image.height * min(width, image.width) / image.width)),
         )
         # a gap of 2 first averages whole pixels: half the time, no difference to be seen
-        self.image = np.asarray(image.resize(self.size, Image.Resampling.LANCZOS, reducing_gap=2.0))
+        self.image = np.asarray(
+            image.resize(self.size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        )
         truth = read_label(parts[0]["truth"])
         self.truth = self._small(truth)
         self.predictions: list[np.ndarray | None] = []
@@ -109,7 +111,9 @@ def panels(report: Any) -> str:
     if len(parts) < min(len(complete), MOST):
         hint += f" {len(parts)} of {len(complete)} images, to keep this file small."
 
-    return section("images", "Images", "".join(parts) + _legend(per_class, area, bool(tail)), hint)
+    return section(
+        "images", "Images", "".join(parts) + _legend(per_class, area, bool(tail)), hint
+    )
 
 
 def _panel(
@@ -272,7 +276,10 @@ def configs(report: Any) -> str:
         for key in differing
     ]
     body = _changed(report.names, flat)
-    body += details("Table: every setting that differs", table(header(["setting", *report.names], "left"), rows))
+    body += details(
+        "Table: every setting that differs",
+        table(header(["setting", *report.names], "left"), rows),
+    )
 
     return section("configuration", "Configuration", body + whole)
 

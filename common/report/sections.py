@@ -145,7 +145,9 @@ def summary(report: Any) -> str:
             css = (
                 ' class="best"' if comparable and value is not None and value == best[c] else ""
             )
-            shown = _change(report, i, columns[c], value, values[0][c]) if i and comparable else ""
+            shown = (
+                _change(report, i, columns[c], value, values[0][c]) if i and comparable else ""
+            )
             line.append(f"<span{css}>{points(value)}</span>{shown}")
 
         cells.append(line)

@@ -87,7 +87,10 @@ def mean_result(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _sum(matrices: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
-    return [[sum(cells) for cells in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+    return [
+        [sum(cells) for cells in zip(*rows, strict=True)]
+        for rows in zip(*matrices, strict=True)
+    ]
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -42,8 +42,7 @@ def row(num_classes: int, args: argparse.Namespace) -> measure.Row:
     label = regions(batch, num_classes, large).to(device)
 
     calls = {
-        name: partial(gradient, loss.to(device), logits, label, features)
-        for name, loss in losses(num_classes).items()
+        name: partial(gradient, loss.to(device), logits, label, features) for name, loss in losses(num_classes).items()
     }
     check = {PLAIN: difference(calls[PLAIN](), logits, label)}
     sizes = " → ".join("×".join(map(str, size)) for size in (small, large))

@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
     fast = ("train.precision=bf16", "train.channels_last=true")
     kinds = {OURS: (ours, ()), LITERAL: (literal, ()), FAST: (ours, fast)}
     forms = {
-        name: build(kind, load_config(CONFIGS / path, [*words, *more]), args)
-        for name, (kind, more) in kinds.items()
+        name: build(kind, load_config(CONFIGS / path, [*words, *more]), args) for name, (kind, more) in kinds.items()
     }
     check = same_step(forms)
     row = whole_step(path.removesuffix(".yaml"), forms, args)

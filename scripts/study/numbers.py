@@ -61,9 +61,7 @@ def compare(
     return paired_by_seed(values, baseline)
 
 
-def between(
-    split: Mapping[str, Any], pairs: Mapping[str, str], key: str
-) -> dict[str, tuple[Difference, float | None]]:
+def between(split: Mapping[str, Any], pairs: Mapping[str, str], key: str) -> dict[str, tuple[Difference, float | None]]:
     """Remedy → its difference to what `pairs` names over the seeds that both have, and Holm's p over the pairs."""
     found = {}
     for remedy, other in pairs.items():

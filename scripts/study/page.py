@@ -246,9 +246,7 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     return free_tables(FREE_HEAD, split, dict.fromkeys(compared, baseline), {baseline: curve})
 
 
-def against_free_in_others(
-    split: Mapping[str, Any], pairs: Mapping[str, str], after: Mapping[str, str]
-) -> list[str]:
+def against_free_in_others(split: Mapping[str, Any], pairs: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """A sentence a pair of remedies whose other has changed classifiers of its own: whether training had to change."""
     curves = {
         other: [run for name, of in after.items() if of == other for run in of_curve(split, name)]

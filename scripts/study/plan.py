@@ -185,9 +185,7 @@ class Plan:
             command=self.command,
             config=self.config,
             output=f"{self.output}/{part}",
-            runs={
-                name: self._placed(part, name, entry, own) for name, entry in _in_order({**runs, **steps}).items()
-            },
+            runs={name: self._placed(part, name, entry, own) for name, entry in _in_order({**runs, **steps}).items()},
             settings=self.settings,
             seeds=seeds,
             threads=self.threads,

@@ -18,9 +18,7 @@ COLOURS = (
     "#2470c8", "#c85a08", "#0f8a66", "#8a4fc4", "#c22f7d", "#7a6a00", "#008a9a", "#a02020", "#4a5a2a", "#555577",
     "#e0a000", "#1b2027", "#6cb33f", "#e58ac0",
 )  # fmt: skip
-STYLE = (
-    "text{font:13px system-ui,sans-serif;fill:#1b2027}.soft{fill:#5b6572}.grid{stroke:#e6e9ed}.zero{stroke:#9aa5b3}"
-)
+STYLE = "text{font:13px system-ui,sans-serif;fill:#1b2027}.soft{fill:#5b6572}.grid{stroke:#e6e9ed}.zero{stroke:#9aa5b3}"
 
 
 def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]], of: Mapping[str, str]) -> str:

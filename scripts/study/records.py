@@ -41,17 +41,13 @@ def trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Pa
     """The results of trainings that are done. ValueError where one is not what the plan says now."""
     done = [run for run in runs if state_of(run) == "done"]
     refuse_others(done)
-    return [
-        Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done
-    ]
+    return [Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done]
 
 
 def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
     """The results of the plan's `steps` that are done, of those that leave an evaluation as trainings do. ValueError
     where one is not what the plan says now."""
-    done = [
-        run for run in runs if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()
-    ]
+    done = [run for run in runs if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()]
     refuse_others(done)
     return [Result(run, run.folder, run.name, "") for run in done]
 

@@ -32,9 +32,7 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
     trained = {name: matrices[name] for name in [*remedies, *further] if name in matrices}
     heads, tails = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
     decided = {key: compare(trained, baseline, split, key) for key in ("miou_head", "miou_tail")}
-    against = [
-        against_free(split, baseline, list(trained)[1:], curve, allowed) for allowed in (HEAD_ALLOWED, math.inf)
-    ]
+    against = [against_free(split, baseline, list(trained)[1:], curve, allowed) for allowed in (HEAD_ALLOWED, math.inf)]
 
     lines = [HEAD]
     for name in sorted({*decided["miou_tail"], *free}, key=lambda name: -tails[name][0].mean):

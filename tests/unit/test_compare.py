@@ -120,8 +120,9 @@ def test_one_method_is_only_tabulated(runs, program):
 
 def test_single_runs_are_compared_over_images(tmp_path, program):
     ours, base = images(GOOD, 1), images(BASE, 2)
-    folders = make_run(tmp_path / "ce", base, per_image=True), make_run(
-        tmp_path / "la", ours, 1, per_image=True, remedies={"logits": "la"}
+    folders = (
+        make_run(tmp_path / "ce", base, per_image=True),
+        make_run(tmp_path / "la", ours, 1, per_image=True, remedies={"logits": "la"}),
     )
     text = program(*folders)
     found, _ = bootstrap(ours, base, TAIL)

@@ -63,6 +63,7 @@ def test_a_remedy_is_held_against_what_is_free_in_the_networks_of_its_pair():
 
 def test_the_picture_puts_changes_where_they_belong():
     """Of a field from (−1, −2) to (1, 2) points: right is a better head, up a better tail."""
+
     def change(head, tail):
         return (Difference(head / 100, 2, half_width=0.001), Difference(tail / 100, 2, half_width=0.001))
 

@@ -17,6 +17,7 @@ ADE_IDS = tuple(int(k) for k in np.round(np.linspace(0, 846, 64)))  # 0, 13, …
 ADE_RANKS = tuple(ADE_IDS[29 * r % 64] for r in range(64))  # class ids, most frequent first
 ADE_STUFF = 8  # the most frequent ones are walls, floors and the like
 ADE_IGNORE = 65535
+# by pixels, roughly as in VOC 2012
 VOC_RANKS = (
     15,
     8,
@@ -38,7 +39,7 @@ VOC_RANKS = (
     16,
     5,
     2,
-)  # by pixels, roughly as in VOC 2012
+)
 VOC_SPRITES = {2: (things.bicycle, 1.2), 6: (things.bus, 3.2), 7: (things.car, 1.55), 14: (things.motorcycle, 1.25),
                15: (things.person, 1.8), 19: (things.train, 3.6)}  # class id: function, height in metres  # fmt: skip
 

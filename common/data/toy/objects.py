@@ -12,12 +12,13 @@ PAINTS = ((0.62, 0.62, 0.64), (0.85, 0.85, 0.85), (0.16, 0.17, 0.19), (0.60, 0.1
           (0.72, 0.62, 0.22), (0.17, 0.38, 0.28))  # fmt: skip
 CLOTHES = ((0.18, 0.20, 0.30), (0.62, 0.20, 0.20), (0.75, 0.73, 0.68), (0.25, 0.38, 0.30), (0.70, 0.55, 0.25),
            (0.33, 0.30, 0.30), (0.25, 0.35, 0.60))  # fmt: skip
+# of all riders and some people
 JACKETS = (
     *CLOTHES[3:5],
     (0.84, 0.82, 0.18),
     (0.90, 0.48, 0.12),
     (0.72, 0.84, 0.20),
-)  # of all riders and some people
+)
 SKIN = ((0.78, 0.58, 0.47), (0.50, 0.35, 0.26), (0.88, 0.70, 0.58))
 GLASS, RUBBER, METAL = (0.17, 0.22, 0.27), (0.07, 0.07, 0.08), (0.45, 0.46, 0.47)
 
@@ -142,9 +143,8 @@ def train(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
 
 
 def person(canvas: Canvas, rng: np.random.Generator, place: Place) -> None:
-    top = pick(
-        rng, JACKETS if rng.random() < 0.25 else CLOTHES
-    )  # so a jacket alone does not make a rider
+    # so a jacket alone does not make a rider
+    top = pick(rng, JACKETS if rng.random() < 0.25 else CLOTHES)
     legs, skin = pick(rng, CLOTHES) * 0.7, pick(rng, SKIN)
     label, tall, stride = RAW_IDS["person"], rng.uniform(1.55, 1.9), rng.uniform(0.05, 0.22)
     pen = canvas.pen(place, 0.5, 0.5, tall, 0.15)

@@ -13,6 +13,7 @@ from common.data.toy.scene import Scene
 
 FACE, HAIR, TORSO_SKIN, SOCKS, STOCKINGS = 3, 4, 16, 21, 20
 ARMS, HANDS, LEGS = (5, 6), (7, 8), (30, 31)  # left, right
+# T-shirt, jacket, singlet, dress, coat, …, jumpsuit
 UPPER = (
     12,
     11,
@@ -26,16 +27,17 @@ UPPER = (
     38,
     10,
     37,
-)  # T-shirt, jacket, singlet, dress, coat, …, jumpsuit
+)
 LOWER = (17, 18, 19, 58)  # pants, shorts, skirt, other
 LONG = {35, 34, 36, 38, 37}  # what covers the legs down to the knee
+# shoes, bare feet, high heels, sandals, boots
 FOOTWEAR = (
     (24, 25),
     (32, 33),
     (26, 27),
     (28, 29),
     (22, 23),
-)  # shoes, bare feet, high heels, sandals, boots
+)
 THINGS = {  # class: height in metres and distance to the side of its middle, radius
     55: (1.15, 0.0, 0.10), 48: (1.62, 0.0, 0.06), 53: (0.92, 0.3, 0.05), 43: (0.86, 0.0, 0.10), 1: (1.76, 0.0, 0.11),
     45: (0.62, 0.4, 0.17), 47: (1.62, 0.0, 0.07), 54: (0.95, -0.3, 0.05), 50: (1.40, 0.0, 0.12), 39: (1.78, 0.0, 0.10),

@@ -309,9 +309,8 @@ def encode_png16(image: np.ndarray) -> bytes:
         raise ValueError(f"16-bit PNG: needs uint16 (H,W,3), got {image.dtype} {image.shape}")
     height, width, _ = image.shape
     rows = image.astype(">u2").view(np.uint8).reshape(height, -1)
-    rows = np.diff(
-        rows, axis=0, prepend=np.zeros_like(rows[:1])
-    )  # filter 2: each byte less the one above it
+    # filter 2: each byte less the one above it
+    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
     data = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1).tobytes()
 
     def chunk(kind: bytes, body: bytes) -> bytes:

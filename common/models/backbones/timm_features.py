@@ -73,9 +73,8 @@ class TimmFeatures(nn.Module):
         self.neck = MultiLevelNeck(self.channels, self.channels[-1], scales)
         self.channels = self.neck.channels
         self.strides = PYRAMID
-        self.divisor = math.lcm(
-            self.divisor, FINEST
-        )  # else the finest map would end inside a cell
+        # else the finest map would end inside a cell
+        self.divisor = math.lcm(self.divisor, FINEST)
 
     def freeze_norm(self, *, untrained: bool) -> None:
         """Batch norms keep their statistics and weights from now on; `untrained`: their scales become 1 (a residual

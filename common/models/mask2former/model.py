@@ -37,9 +37,8 @@ class Mask2FormerOptions:
     encoder_hidden: Width = 1024
     decoder_layers: Depth = 9
     decoder_hidden: Width = 2048
-    class_head: Literal["softmax", "seesaw"] = (
-        "softmax"  # K + 1 logits, or K class and 2 objectness logits
-    )
+    # K + 1 logits, or K class and 2 objectness logits
+    class_head: Literal["softmax", "seesaw"] = "softmax"
     frozen_norm: bool = True  # batch norm of the backbone is constant; False: it is trained
     backbone: Mapping[str, Any] = field(default_factory=dict)  # options of the backbone
 

@@ -101,7 +101,11 @@ class DeformableAttention(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self, query: Tensor, tokens: Tensor, centres: Tensor, shapes: tuple[tuple[int, int], ...]
+        self,
+        query: Tensor,
+        tokens: Tensor,
+        centres: Tensor,
+        shapes: tuple[tuple[int, int], ...],
     ) -> Tensor:
         """query and tokens (B, S, d), centres (S, 2) → (B, S, d)."""
         batch, count, _ = tokens.shape

@@ -26,9 +26,8 @@ from common.pickles import NUMPY, Inert, check, load, plain
 ZIP = b"PK\x03\x04"  # torch files since 1.6
 NUMPY_ARRAY = b"\x93NUMPY"
 TORCH_LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # first pickle of torch files before 1.6
-LEGACY_PICKLES = (
-    5  # that number, the protocol, the machine, the value, the names of its storages
-)
+# that number, the protocol, the machine, the value, the names of its storages
+LEGACY_PICKLES = 5
 WEIGHTS = "model.safetensors"
 
 # what a file holds, and its metadata (safetensors only)

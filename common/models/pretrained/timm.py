@@ -47,9 +47,8 @@ class Family:
     absent: tuple[
         str, ...
     ] = ()  # beginnings of our names that classification weights lack; they keep their start
-    rename: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = (
-        None  # timm's names → ours
-    )
+    # timm's names → ours
+    rename: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
 
 
 FAMILIES: dict[str, Family] = {

@@ -42,7 +42,9 @@ def convert(raw: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The file's tensors under our names. Its ASPP has the pooled branch first, ours last. The auxiliary head of a file
     is left out where `model` has none."""
     state = tensors(state_dict(raw))
-    found = {ours(name): tensor for name, tensor in state.items() if not name.startswith(UNUSED)}
+    found = {
+        ours(name): tensor for name, tensor in state.items() if not name.startswith(UNUSED)
+    }
     if getattr(model, "auxiliary_head", None) is None:
         found = {k: v for k, v in found.items() if not k.startswith("auxiliary_head.")}
 
