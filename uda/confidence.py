@@ -51,36 +51,70 @@ def check_padding(recipe: object, where: str) -> None:
 
 
 @torch.no_grad()
-def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def pseudo_labels(
+    logits: Tensor, threshold: float, shown: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Labels int64 (B, H, W) of logits (B, K, H, W), and the share of the batch's pixels that are confident, a scalar.
 
-    A pixel is confident where its class has a probability of `threshold` or more.
+    A pixel is confident where its class has a probability of `threshold` or more. shown: those that are counted, as
+    `shown_pixels` has them; None: all. Those in margins are, as in the release.
     """
     probability, label = logits.float().softmax(1).max(1)
-    return label, (probability >= threshold).float().mean()
+    confident = (probability >= threshold).float()
+    if shown is None:
+        return label, confident.mean()
+
+    shown = shown.expand_as(confident)
+    return label, (confident * shown).sum() / shown.sum().clamp(min=1)
 
 
-def valid_pixels(
-    target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins
-) -> Tensor:
-    """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W).
+def shown_pixels(target: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor | None:
+    """1 where target crops show their image, 0 in padding: float32 (B, H, W), or (1, H, W); None where nobody pads.
 
     size: H, W that the network pads the crops to, at the bottom and the right.
     """
-    crop = size_of(target["image"])
+    images = target["image"]
+    crop = size_of(images)
+    extent = target.get("extent")
+    if extent is None and size == crop:
+        return None
+
+    shown = images.new_ones((1, *crop), dtype=torch.float32)
+    if extent is not None:
+        rows, columns = (torch.arange(side, device=images.device) for side in crop)
+        down = rows < extent[:, :1]
+        across = columns < extent[:, 1:]
+        shown = shown * down[:, :, None] * across[:, None]
+
+    return padded(shown, size)
+
+
+def valid_pixels(
+    target: Mapping[str, Tensor], size: tuple[int, int], margins: Margins, shown: Tensor | None
+) -> Tensor:
+    """1 where pseudo-labels of target crops count, 0 in margins and padding: float32 (B, H, W), or (1, H, W).
+
+    size, shown: of `shown_pixels`.
+    """
+    images = target["image"]
+    crop = size_of(images)
+    if margins == Margins():
+        return images.new_ones((1, *size), dtype=torch.float32) if shown is None else shown
+
     inside = (
         image_margins(target["geometry"], crop, margins)
         if margins.of == "image"
-        else crop_margins(crop, margins, target["image"].device)
+        else crop_margins(crop, margins, images.device)
     )
-    extent = target.get("extent")
-    if extent is not None:
-        rows, columns = (torch.arange(side, device=inside.device) for side in crop)
-        down = rows < extent[:, :1]
-        across = columns < extent[:, 1:]
-        inside = inside * down[:, :, None] * across[:, None]
+    inside = padded(inside, size)
 
-    return F.pad(inside, (0, size[1] - crop[1], 0, size[0] - crop[0]))
+    return inside if shown is None else inside * shown
+
+
+def padded(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (…, h, w) with 0 at the bottom and the right, up to `size`."""
+    height, width = size_of(maps)
+    return F.pad(maps, (0, size[1] - width, 0, size[0] - height))
 
 
 def crop_margins(size: tuple[int, int], margins: Margins, device: torch.device) -> Tensor:

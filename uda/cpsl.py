@@ -172,7 +172,8 @@ class CPSL(Stage):
 
     @torch.no_grad()
     def rectify(self, similarity: Tensor, target: Batch) -> tuple[Tensor, Tensor]:
-        """Labels ŷ (B, h, w), ignored in padding, and the share of pixels at which they differ from argmax P_ST."""
+        """Labels ŷ (B, h, w), ignored in padding, and the share of the other pixels at which they differ from argmax
+        P_ST."""
         crop = size_of(target["weak"])
         warm = resample_labels(target["soft"], target["geometry"], crop, stride=STRIDE)
         probabilities = warm
@@ -181,7 +182,8 @@ class CPSL(Stage):
 
         best, label = probabilities.max(1)
         pseudo, plain = warm.max(1)
-        changed = (label != plain).float().mean()
+        shown = pseudo > 0  # in padding no class has any probability
+        changed = ((label != plain) & shown).sum() / shown.sum().clamp(min=1)
 
         if self.options.threshold > 0:
             if self.options.threshold_on == "pseudo":
@@ -191,8 +193,7 @@ class CPSL(Stage):
             unsure = best < self.options.threshold * probabilities.sum(1)
             label = label.masked_fill(unsure, IGNORE)
 
-        # in padding no class has any probability
-        return label.masked_fill(pseudo <= 0, IGNORE), changed
+        return label.masked_fill(~shown, IGNORE), changed
 
     # Weak view: segmentation loss, and the prototypes' own ----------------------------------------------------------
 
@@ -264,9 +265,8 @@ class CPSL(Stage):
         """L_SL from features (B, n, D), logits (B, n, K): image by image, so each sees the earlier ones in the bank."""
         prototypes = F.normalize(self.prototypes, dim=1)
         basis = (prototypes if self.options.normalise_bank else self.prototypes).detach()
-        bank = (
-            basis @ self.features.rows.T
-        ).T  # kept up to date below, as images enter the bank
+        # kept up to date below, as images enter the bank
+        bank = (basis @ self.features.rows.T).T
         losses: tuple[list[Tensor], list[Tensor]] = ([], [])
 
         for z, o, y in zip(features, logits, labels, strict=True):

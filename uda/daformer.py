@@ -39,7 +39,14 @@ from common.models.frozen import Frozen
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize, size_of
-from uda.confidence import Margins, check_margins, check_padding, pseudo_labels, valid_pixels
+from uda.confidence import (
+    Margins,
+    check_margins,
+    check_padding,
+    pseudo_labels,
+    shown_pixels,
+    valid_pixels,
+)
 
 timm = Lazy("timm")
 
@@ -263,8 +270,9 @@ class DAFormer(Method):
         answer = self.loss.with_prior(teacher.segment(target)["logits"])
         logits = resize(answer, size, teacher.align_corners)
 
-        label, share = pseudo_labels(logits, self.options.threshold)
-        valid = valid_pixels(batch, size, self.options.margins).expand(label.shape)
+        shown = shown_pixels(batch, size)
+        label, share = pseudo_labels(logits, self.options.threshold, shown)
+        valid = valid_pixels(batch, size, self.options.margins, shown).expand_as(label)
         self.loss.count(label.masked_fill(valid == 0, IGNORE))
 
         return Pseudo(label, share * valid)

@@ -77,7 +77,7 @@ class ProDA(Stage):
         out = self.model(target["weak"])
         logits = to_grid(out["logits"], size_of(label))
         sce = self.symmetric_loss(logits, label, self.options.rce, progress, out)
-        pull = -logits.float().log_softmax(1).mean()
+        pull = uniform_pull(logits, label != IGNORE)
         yield {
             "loss": sce + self.options.regulariser * pull,
             "target_sce": sce,
@@ -139,3 +139,10 @@ class ProDA(Stage):
 
         self._seen = []
         super().after_step(step)
+
+
+def uniform_pull(logits: Tensor, shown: Tensor) -> Tensor:
+    """−mean log p over classes and the pixels `shown` (B, h, w), of logits (B, K, h, w): up to a constant the
+    divergence of the uniform distribution from p."""
+    of_pixels = logits.float().log_softmax(1).mean(1)
+    return -(of_pixels * shown).sum() / shown.sum().clamp(min=1)

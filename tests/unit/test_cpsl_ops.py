@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.data import IGNORE
 from common.losses.contrast import assignment_cross_entropy, pixel_contrast
 from common.losses.distillation import consistency, distillation
 from common.losses.symmetric_cross_entropy import symmetric_cross_entropy
@@ -139,6 +140,17 @@ def test_consistency_is_the_masked_divergence_over_classes():
         s = (student[b, :, y, x].double() / 0.08).log_softmax(0)
         total += float((torch.special.xlogy(t, t) - t * s).sum())
     assert float(consistency(student, teacher, mask)) == pytest.approx(total / (int(mask.sum()) * 4), rel=1e-5)
+
+
+def test_what_has_no_label_takes_no_part_in_the_contrast():
+    """Neither as an anchor nor as a positive or negative of others."""
+    g = torch.Generator().manual_seed(0)
+    anchors, bank = (torch.nn.functional.normalize(torch.randn(n, 8, generator=g), dim=1) for n in (20, 50))
+    labels, of_bank = (torch.randint(0, 4, (n,), generator=g) for n in (20, 50))
+    labels[::3], of_bank[::4] = IGNORE, IGNORE
+    expected = pixel_contrast(anchors[labels >= 0], labels[labels >= 0], bank[of_bank >= 0], of_bank[of_bank >= 0])
+    torch.testing.assert_close(pixel_contrast(anchors, labels, bank, of_bank), expected)
+    assert pixel_contrast(anchors, torch.full_like(labels, IGNORE), bank, of_bank) == 0
 
 
 def test_contrast_equals_the_double_loop():

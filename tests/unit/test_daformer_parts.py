@@ -11,7 +11,7 @@ from common.losses.feature_distance import cells_of, feature_distance, main_clas
 from common.ops.block_mask import block_mask, block_noise
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import Jitter, blur, draw_jitter, jitter, taps, to_hsv, to_rgb
-from uda.confidence import Margins, crop_margins, image_margins, pseudo_labels, valid_pixels
+from uda.confidence import Margins, crop_margins, image_margins, pseudo_labels, shown_pixels, valid_pixels
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
@@ -150,7 +150,8 @@ def test_what_the_network_pads_never_counts(of, flip):
     """A crop of 100², the lower left quarter of its image, of which the network makes 104²."""
     geometry = Geometry(200, 200, 200, 200, 100, 0, flip).array()[None]
     target = {"image": torch.zeros(1, 3, 100, 100), "geometry": geometry, "extent": torch.tensor([[100, 100]])}
-    valid = valid_pixels(target, (104, 104), Margins(bottom=10, left=10, of=of))
+    size = (104, 104)
+    valid = valid_pixels(target, size, Margins(bottom=10, left=10, of=of), shown_pixels(target, size))
     expected = torch.zeros(1, 104, 104)
     across = slice(90) if flip and of == "image" else slice(10, 100)
     expected[:, :90, across] = 1
@@ -162,7 +163,31 @@ def test_padding_of_small_images_never_counts():
     expected = torch.zeros(2, 104, 104)
     expected[0, :60, :100] = 1
     expected[1, :100, :50] = 1
-    assert torch.equal(valid_pixels(target, (104, 104), Margins()), expected)
+    shown = shown_pixels(target, (104, 104))
+    assert torch.equal(shown, expected)
+    for margins in (Margins(), Margins(top=5), Margins(top=5, of="image")):
+        target["geometry"] = torch.tensor([[60, 100, 60, 100, 0, 0, 0], [100, 50, 100, 50, 0, 0, 0]])
+        valid = valid_pixels(target, (104, 104), margins, shown)
+        expected[:, : margins.top] = 0
+        assert torch.equal(valid, expected)
+
+    free = {"image": torch.zeros(2, 3, 104, 104)}
+    assert torch.equal(valid_pixels(free, (104, 104), Margins(), None), torch.ones(1, 104, 104))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_padding_has_no_part_in_the_confident_share(small):
+    """It is that of the images alone, whatever the teacher says of padding, by the recipe or by the network."""
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 4, 32, 32, generator=g)
+    extents = [(20, 30), (30, 12)] if small else [(30, 30), (30, 30)]
+    target = {"image": torch.zeros(2, 3, 30, 30)}
+    if small:
+        target["extent"] = torch.tensor(extents)
+    confident = [(logits[i, :, :h, :w].softmax(0).amax(0) >= 0.9).flatten() for i, (h, w) in enumerate(extents)]
+    share = pseudo_labels(logits, 0.9, shown_pixels(target, (32, 32)))[1]
+    torch.testing.assert_close(share, torch.cat(confident).float().mean())
+    assert shown_pixels({"image": torch.zeros(2, 3, 32, 32)}, (32, 32)) is None
 
 
 # Feature distance ----------------------------------------------------------------------------------------------------

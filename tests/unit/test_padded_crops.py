@@ -13,6 +13,7 @@ from tests.unit.data_files import opened
 from tests.unit.test_uda_configs import CROP, FULL, batches, small
 from uda.base import onto_grid
 from uda.cpsl import out_of_padding
+from uda.proda import uniform_pull
 
 CLASSES = 5
 GRID = (8, 12)  # of the crop
@@ -83,6 +84,25 @@ def test_padding_takes_no_part_in_the_consistency(kind, tmp_path):
     found = method.strong_terms(data, answer)["consistency"]
     torch.testing.assert_close(found, expected)
     assert not torch.isclose(found, consistency(student, teacher, mask, temperature))
+
+
+def test_padding_is_no_label_that_stays(tmp_path):
+    """The share of labels that prototypes change is that of the images' cells."""
+    method, data = stage1("cpsl", tmp_path), target()
+    grid = resample_labels(data["soft"], data["geometry"], CROP).argmax(1)
+    _, label, changed, _ = method.label_target(data)
+    expected = (label != grid)[shown()].float().mean()
+    assert 0 < expected < 1
+    torch.testing.assert_close(changed, expected)
+
+
+def test_padding_is_not_pulled_to_the_uniform_distribution():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, CLASSES, *GRID, generator=g)
+    terms = [-logits[i, :, y, x].log_softmax(0).mean() for i, y, x in shown().nonzero().tolist()]
+    torch.testing.assert_close(uniform_pull(logits, shown()), torch.stack(terms).mean())
+    every = torch.ones_like(shown())
+    torch.testing.assert_close(uniform_pull(logits, every), -logits.log_softmax(1).mean())
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "class_balanced"])
