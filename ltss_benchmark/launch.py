@@ -32,9 +32,8 @@ def start(main: Callable[[Any], None], args: Any) -> int:
     address = meeting_point(args)
     received: list[int] = []
 
-    with _held_back(
-        signal.SIGINT
-    ):  # the ranks inherit that, so Ctrl-C is this process's affair
+    # the ranks inherit that, so Ctrl-C is this process's affair
+    with _held_back(signal.SIGINT):
         context = multiprocessing.start_processes(
             _rank, (main, args, address), args.num_gpus, join=False
         )

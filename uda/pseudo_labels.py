@@ -112,9 +112,8 @@ def write_hard(
     """
     for name, image in images(data, workers, device, "hard pseudo-labels"):
         probabilities = model(image)["logits"].float().softmax(1)
-        if (
-            flip
-        ):  # mirroring commutes with the resize, so the mean is taken at the network's stride
+        # mirroring commutes with the resize, so the mean is taken at the network's stride
+        if flip:
             probabilities = (
                 probabilities + model(image.flip(3))["logits"].float().softmax(1).flip(3)
             ) / 2

@@ -100,9 +100,8 @@ def hsv_to_rgb(
 
     for channel, opposite in enumerate((3, 5, 1)):
         share = (sector - opposite).abs_().sub_(3).abs_().clamp_(1, 2)
-        result[channel] = torch.addcmul(
-            base, share, drop
-        ).int()  # float → uint8 at once is slower
+        # float → uint8 at once is slower
+        result[channel] = torch.addcmul(base, share, drop).int()
 
     return result
 

@@ -137,9 +137,8 @@ class Trainer:
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
         watched = [total["loss"]]
-        if (
-            not self.scaler.is_enabled()
-        ):  # fp16 overflows now and then; the scaler skips those steps itself
+        # fp16 overflows now and then; the scaler skips those steps itself
+        if not self.scaler.is_enabled():
             watched.append(total["grad_norm"])
 
         finite = torch.isfinite(torch.stack(watched)).all()
@@ -261,9 +260,8 @@ class Trainer:
 
         step = self._restore(path)
         self.scores = checkpoint.read_scores(self.folder, until=step)
-        if (
-            distributed.rank() == 0
-        ):  # a kill may have come between a checkpoint and the links to it
+        # a kill may have come between a checkpoint and the links to it
+        if distributed.rank() == 0:
             link(self.folder / "last", path)
             checkpoint.link_best(self.folder, self.scores)
 

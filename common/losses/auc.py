@@ -33,9 +33,8 @@ class AUC:
         # With d = f_i − γ·1[x ∈ i] a pair's term is ½ (d(x) − d(x'))², which splits into sums over single pixels.
         d = f - self.gamma * truth
         other = (1 - truth) * valid
-        share = (
-            other * (truth.T @ (1 / n.clamp(min=1)))
-        ).float()  # 1/n_y of the pixel's own class
+        # 1/n_y of the pixel's own class
+        share = (other * (truth.T @ (1 / n.clamp(min=1)))).float()
         own_mean = (d * truth).sum(1) / n.clamp(min=1)
         other_sum = (d * share).sum(1)
         squares = (d.square() * share).sum(1)

@@ -98,9 +98,8 @@ def freeze_batchnorm(network: nn.Module, *, untrained: bool = False) -> nn.Modul
 
             before = name.replace("bn", "conv") if name.startswith("bn") else str(int(name) - 1)
             holder = parent
-            if isinstance(
-                children[before], nn.Sequential
-            ):  # the deep stem: its last convolution
+            # the deep stem: its last convolution
+            if isinstance(children[before], nn.Sequential):
                 holder = children[before]
                 before = str(len(children[before]) - 1)
 
