@@ -11,13 +11,17 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config
 from common.data import DATASETS
+from common.engine.checkpoint import AVERAGE, MODEL
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, leave_report, print_result
 from common.files import load_json, read_artifact, refuse_to_overwrite
+from common.models.pretrained.containers import read_metadata
 from uda.config import STAGES, split_name, stage_config, stage_parser
 from uda.pseudo_labels import checkpoint_of, open_network
 
+# --eval → where a checkpoint of ours has that network
+NETWORKS = {"student": MODEL, "teacher": "teacher.", "average": AVERAGE}
 SUBSETS = {"miou16": "cityscapes16", "miou13": "cityscapes13"}
 
 
@@ -27,9 +31,8 @@ def main() -> None:
     cli.add_evaluation(parser)
     parser.add_argument(
         "--eval",
-        choices=("student", "teacher"),
-        default="student",
-        help="stage 1: which network",
+        choices=tuple(NETWORKS),
+        help="which network of the checkpoint; default: the one that predicts in training",
     )
     parser.add_argument(
         "--history",
@@ -49,17 +52,27 @@ def main() -> None:
     predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)
     refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
     device = distributed.start(args.device)
-    teacher = args.eval == "teacher"
-    model = open_network(cfg, args.checkpoint, device, "teacher." if teacher else None)
-
     checkpoint = checkpoint_of(cfg, args.checkpoint)
-    folder = folder_of_test(cfg, experiment.val, checkpoint, "teacher" if teacher else "")
+    network, prefix = chosen_network(checkpoint, args.eval)
+    model = open_network(cfg, args.checkpoint, device, prefix)
+
+    folder = folder_of_test(cfg, experiment.val, checkpoint, network if prefix else "")
     outputs = {"save_predictions": args.save_predictions, **kept_in(folder, args.json)}
     result = experiment.score(model, device, checkpoint, **outputs)
-    result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": args.eval}
+    result |= subset_means(result) | {"checkpoint": str(checkpoint), "network": network}
     print_result(result)
     print_lines(result)
     write_test(folder, cfg, result, args.json)
+
+
+def chosen_network(checkpoint: Path, asked: str | None) -> tuple[str, str | None]:
+    """Which of NETWORKS is evaluated, and its prefix in the checkpoint; None where it is the one that predicts."""
+    names = {prefix: name for name, prefix in NETWORKS.items()}
+    predicts = names.get(read_metadata(checkpoint).get("predict_prefix", ""), "student")
+    if asked in (None, predicts):
+        return predicts, None
+
+    return asked, NETWORKS[asked]
 
 
 def subset_means(result: dict) -> dict[str, float]:

@@ -32,10 +32,7 @@ from common.files import (
 WEIGHTS, STATE = FILES = ("model.safetensors", "state.pt")
 SCORES = "scores.json"
 # in a state dict: the network, and its averaged weights (train.ema)
-MODEL, AVERAGE = (
-    "model.",
-    "average.",
-)
+MODEL, AVERAGE = "model.", "average."
 
 Scores = dict[int, float | None]  # by step; None where the score is undefined
 

@@ -175,6 +175,25 @@ def test_checkpoints_open_whatever_the_config_says_of_the_extra_norm(form, norm,
         assert (teacher.bn_pretrain is None) is norm
 
 
+@pytest.mark.parametrize("predicts", ["model.", "average.", "teacher.", ""])
+def test_a_result_names_the_network_that_was_evaluated(predicts, tmp_path):
+    """The one that predicts, unless another is asked for."""
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"predict_prefix": predicts})
+    name = {"average.": "average", "teacher.": "teacher"}.get(predicts, "student")
+    assert uda_test.chosen_network(path, None) == uda_test.chosen_network(path, name) == (name, None)
+    for other, prefix in {"student": "model.", "average": "average.", "teacher": "teacher."}.items():
+        if other != name:
+            assert uda_test.chosen_network(path, other) == (other, prefix)
+
+
+@pytest.mark.parametrize("form", ["network", "release", "method"])
+def test_a_network_that_a_checkpoint_does_not_have(form, tmp_path):
+    path = written(build_model(config(tmp_path).model), form, tmp_path / "file")
+    with pytest.raises(ValueError, match="file: has no network 'average'"):
+        open_network(config(tmp_path), str(path), CPU, "average.")
+
+
 # The test's numbers ---------------------------------------------------------------------------------------------------
 
 

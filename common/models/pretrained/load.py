@@ -52,12 +52,18 @@ def load_weights(
 
 
 def _predicting(raw: Mapping, prefix: str) -> Mapping:
-    """What a file holds; of a method's checkpoint, the network that predicts, whose names begin with `prefix`."""
-    return (
-        {n.removeprefix(prefix): value for n, value in raw.items() if n.startswith(prefix)}
-        if prefix
-        else raw
-    )
+    """What a file holds; of a method's checkpoint, the network whose names begin with `prefix`. ValueError where it has
+    none."""
+    if not prefix:
+        return raw
+
+    network = {
+        n.removeprefix(prefix): value for n, value in raw.items() if n.startswith(prefix)
+    }
+    if not network:
+        raise ValueError(f"has no network {prefix.rstrip('.')!r}")
+
+    return network
 
 
 def _ours(raw: Mapping, model: nn.Module) -> bool:
