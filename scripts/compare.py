@@ -78,6 +78,13 @@ def notes(groups: Sequence[Group], baseline: Group, compared: Sequence[Compared]
             "± is half of the 95 % interval over seeds (Student's t of paired differences): it speaks of other seeds "
             "on the same images."
         )
+    for item in compared:
+        shared = [str(seed) for seed in item.group.runs if seed in baseline.runs]
+        if item in over_seeds and not len(shared) == len(item.group.runs) == len(baseline.runs):
+            lines.append(
+                f"{item.group.name} and {baseline.name} have other seeds: changes are of seeds {', '.join(shared)}, "
+                "which both have; means of scores are of all that each has."
+            )
     if over_images:
         single = "; frames of a video are not independent, which makes it too narrow (--block N)" if block == 1 else ""
         lines.append(

@@ -4,7 +4,7 @@ RUN is a folder of a run, or of a test (RUN/test/NAME). Of every validation imag
 query is taken whose mask fits the class's pixels best, and means over images tell what becomes of it:
 
     mask      IoU of that mask with the class's pixels: low where no query has the shape
-    named     share of images in which the class is the query's likeliest: low where it is taken for another, `taken for`
+    named     share of images in which the class is its likeliest: low where it is taken for another (`taken for`)
     object    its probability of having any class: low where it is found and named, but overruled by "no object"
     votes     the class's probabilities, "no object" left out, added up over all queries: 1 is one sure query
     found     IoU of the class in the labels that are predicted, where all queries are added up

@@ -59,7 +59,8 @@ class Change:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: means of IoU, precision and recall (0..1) of baseline and method, and the change of IoU."""
+    """One class: means of IoU, precision and recall (0..1) of baseline and method over the seeds that both have, and
+    the change of IoU."""
 
     name: str
     tail: bool
@@ -269,8 +270,11 @@ def _by_gain(
     """The classes, the highest gain first, undefined ones last; p-values are Holm's over them."""
     items = baseline.first.evaluation["per_class"]
     adjusted = holm({str(k): difference.p for k, difference in enumerate(differences)})
-    after = _mean_values(group)
-    before = _mean_values(baseline)
+    pairs = pairs_of(group, baseline)
+    if not pairs:
+        return []
+
+    after, before = map(_mean_values, zip(*pairs, strict=True))
 
     classes = [
         ClassChange(
@@ -290,7 +294,7 @@ def _order(item: ClassChange) -> tuple[bool, float]:
     return not np.isfinite(gain), -gain
 
 
-def _mean_values(group: Group) -> dict[str, np.ndarray]:
-    """Means over the seeds of a group; NaN where a seed has none."""
-    runs = [class_values(run) for run in group.runs.values()]
-    return {key: np.mean([values[key] for values in runs], 0) for key in runs[0]}
+def _mean_values(runs: Sequence[RunFolder]) -> dict[str, np.ndarray]:
+    """Means over runs; NaN where one has none."""
+    every = [class_values(run) for run in runs]
+    return {key: np.mean([values[key] for values in every], 0) for key in every[0]}

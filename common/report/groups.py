@@ -11,6 +11,7 @@ from common.report.panels import flatten
 from common.report.runs import RunFolder
 
 EVALUATION = "evaluation.json"
+CHANGE = "rebalance"  # in it, what scripts/rebalance.py has made of a trained network
 # settings that change no result, or name the run
 VOLATILE = (
     "seed",
@@ -135,24 +136,47 @@ def seed_of(run: RunFolder) -> int:
 
 
 def _settings(run: RunFolder) -> tuple[tuple[str, str], ...] | str:
-    """What the runs of a group have in common; a file of another run of the same seed is taken for the same."""
+    """What the runs of a group have in common; a file of another run of the same seed is taken for the same.
+
+    That is their config, and what no config says: whether it is a test, of which network, and what was changed in it
+    after training. Without a config it is the name, if a seed is known, else the folder itself.
+    """
     if not run.tree:
-        return without_seed(run)
+        return without_seed(run) if "seed" in run.record else str(run.path.resolve())
 
     own = re.compile(rf"_{seed_of(run)}(?!\d)")
-    flat = flatten(run.tree)
-    return tuple(
-        sorted(
-            (key, own.sub("_SEED", text)) for key, text in flat.items() if key not in VOLATILE
-        )
-    )
+    flat = {key: text for key, text in flatten(run.tree).items() if key not in VOLATILE}
+    flat |= flatten(_made(run), "made")
+    return tuple(sorted((key, own.sub("_SEED", text)) for key, text in flat.items()))
+
+
+def _made(run: RunFolder) -> dict[str, Any]:
+    """How a result came about, as far as it is not in the config."""
+    result = run.evaluation or {}
+    change = result.get(CHANGE, {})
+    return {
+        "kind": run.record.get("kind"),
+        "network": result.get("network"),
+        "change": change.get("name"),
+        "options": change.get("options", {}),
+    }
 
 
 def without_seed(run: RunFolder) -> str:
     """A run's name without its seed and, of a test, without the hash of its weights."""
     name, *rest = run.name.split(" ")
-    name = re.sub(rf"[_-](s|seed_?)?{seed_of(run)}$", "", name) or name
+    change = (run.evaluation or {}).get(CHANGE, {})
+    trained = Path(change.get("checkpoint", "")).parent.parent.parent.name
+    if trained and name.startswith(trained):  # A_0_tau_norm, which was made of A_0
+        name = _seedless(trained, run) + name.removeprefix(trained)
+    else:
+        name = _seedless(name, run)
+
     return " ".join([name, *(re.sub(r"-[0-9a-f]{8}$", "", word) for word in rest)])
+
+
+def _seedless(name: str, run: RunFolder) -> str:
+    return re.sub(rf"[_-](s|seed_?)?{seed_of(run)}$", "", name) or name
 
 
 def _names(groups: Sequence[Mapping[int, RunFolder]]) -> list[str]:

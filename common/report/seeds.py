@@ -13,7 +13,7 @@ from common.report.runs import RunFolder
 def methods(runs: Sequence[RunFolder]) -> list[Group]:
     """The runs as a report shows them, seeds together, in the order of the runs.
 
-    Runs that cannot be one method stand alone: two of one seed, tests beside trainings, scores that do not compare.
+    Runs that cannot be one method stand alone: two of one seed, scores that do not compare.
     """
     found = []
 
@@ -29,9 +29,8 @@ def methods(runs: Sequence[RunFolder]) -> list[Group]:
 
 def _are_one(runs: Sequence[RunFolder]) -> bool:
     seeds = {seed_of(run) for run in runs}
-    kinds = {run.record.get("kind") for run in runs}
     known = all("seed" in run.record or "seed" in run.tree for run in runs)
-    if not known or len(seeds) < len(runs) or len(kinds) > 1:
+    if not known or len(seeds) < len(runs):
         return False
 
     first, *others = [run.evaluation for run in runs]

@@ -4,14 +4,23 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 
 from common.comparison import Difference, number
-from common.report.compared import FURTHER, NOISE, SCORES, Change, Compared, values_of
+from common.report.compared import (
+    FURTHER,
+    NOISE,
+    SCORES,
+    Change,
+    Compared,
+    pairs_of,
+    values_of,
+)
 from common.report.groups import Group
+from common.report.runs import RunFolder
 
 Format = Literal["markdown", "csv", "latex"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -47,11 +56,11 @@ def write(
     return "\n".join([*lines, ""])
 
 
-def means(group: Group) -> dict[str, float]:
-    """The mean of each score over the seeds of a group, 0..1; NaN where a seed has none."""
-    runs = [values_of(run) for run in group.runs.values()]
-    keys = [key for key in TITLES if all(key in values for values in runs)]
-    return {key: float(np.mean([values[key] for values in runs])) for key in keys}
+def means(runs: Iterable[RunFolder]) -> dict[str, float]:
+    """The mean of each score over runs, 0..1; NaN where one has none."""
+    every = [values_of(run) for run in runs]
+    keys = [key for key in TITLES if all(key in values for values in every)]
+    return {key: float(np.mean([values[key] for values in every])) for key in keys}
 
 
 def _percent(value: float) -> str:
@@ -90,12 +99,12 @@ def _summary(
     baseline: Group, compared: Sequence[Compared]
 ) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: each method's means, with the change."""
-    base = means(baseline)
+    base = means(baseline.runs.values())
     keys = list(base)
     rows = [[baseline.name, str(len(baseline.runs)), *(_percent(base[key]) for key in keys)]]
 
     for item in compared:
-        own = means(item.group)
+        own = means(item.group.runs.values())
         cells = [_cell(own.get(key, math.nan), item.overall.get(key)) for key in keys]
         rows.append([item.group.name, str(len(item.group.runs)), *cells])
 
@@ -137,38 +146,33 @@ def _classes(item: Compared, baseline: Group) -> tuple[list[str], list[list[str]
 
 
 def _csv(baseline: Group, compared: Sequence[Compared]) -> str:
-    """One line a method and score, the classes' IoU included; fractions, unrounded."""
+    """One line a method and score, the classes' IoU included; fractions, unrounded. Of a method, means and seeds are of
+    the pairs that its difference is of."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(COLUMNS)
-    base = means(baseline)
-
-    for key, mean in base.items():
+    for key, mean in means(baseline.runs.values()).items():
         writer.writerow([baseline.name, key, "", len(baseline.runs), _exact(mean), *[""] * 6])
 
     for item in compared:
-        own = means(item.group)
+        pairs = pairs_of(item.group, baseline)
+        own = means(run for run, _ in pairs) if pairs else means(item.group.runs.values())
+        base = means(run for _, run in pairs) if pairs else {}
+        count = len(pairs) or len(item.group.runs)
         for key in own:
-            change = item.overall.get(key)
-            writer.writerow(_line(item, key, own[key], base.get(key, math.nan), change))
+            values = (count, own[key], base.get(key, math.nan))
+            writer.writerow(_line(item, key, *values, item.overall.get(key)))
         for found in item.classes:
-            pair = (found.after["iou"], found.before["iou"])
-            writer.writerow(_line(item, f"iou/{found.name}", *pair, found.change))
+            values = (count, found.after["iou"], found.before["iou"])
+            writer.writerow(_line(item, f"iou/{found.name}", *values, found.change))
 
     return file.getvalue()
 
 
 def _line(
-    item: Compared, score: str, mean: float, before: float, change: Change | None
+    item: Compared, score: str, seeds: int, mean: float, before: float, change: Change | None
 ) -> list:
-    start = [
-        item.group.name,
-        score,
-        item.over,
-        len(item.group.runs),
-        _exact(mean),
-        _exact(before),
-    ]
+    start = [item.group.name, score, item.over, seeds, _exact(mean), _exact(before)]
     if change is None:
         return [*start, *[""] * 5]
 
