@@ -3,10 +3,10 @@
 PREDICTIONS is a folder of PNG files. The classes and what label values mean are those of the config's validation set,
 of `--dataset NAME`, or with `--classes N` ids from 0 and 255 where there is none. Labels are the files of the folder
 LABELS; without it those of the data set, by the names of its images. Files are paired by their paths in the folders, or
-their names alone where these are unique, less the suffix and the endings that are given.
+their names alone where these are unique in both, less the suffix and the endings that are given.
 
-Prints the table, and writes evaluation.json and per_image.npz (the matrix of every image) to --output, which then is
-something that scripts/compare.py and scripts/report.py take for a run.
+Prints the table, and writes evaluation.json and per_image.npz (the matrix of every image, unless these are too many) to
+--output, which then is something that scripts/compare.py and scripts/report.py take for a run.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from common.data.catalogue.registry import row_of
 from common.data.groups import grouping, groups_config
 from common.evaluation import format_table
 from common.evaluation.per_image import FILE as PER_IMAGE
+from common.evaluation.per_image import fits
 from common.evaluation.score_files import VALUES, FilePairs, pair_dataset, pair_folders, plain_row, score_files
 from common.files import refuse_to_overwrite, write_json
 from common.metrics import CONVENTIONS
@@ -38,9 +39,13 @@ def main() -> None:
 
     groups = grouping(groups_config(cfg.data.groups if cfg else None, pairs.row), pairs.row, None)
     levels = groups.levels if groups else None
-    result = score_files(pairs, evaluation, values=args.values, groups=levels, per_image=out / PER_IMAGE)
+    kept = out / PER_IMAGE if fits(len(pairs), pairs.row.num_classes) else None
+    if kept is None:
+        print(f"{len(pairs)} images of {pairs.row.num_classes} classes are too many for {PER_IMAGE}: it is not written")
+    result = score_files(pairs, evaluation, values=args.values, groups=levels, per_image=kept)
     result |= {"predictions": args.predictions} | ({"group_rule": groups.rule} if groups else {})
 
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", result)
     print(format_table(result))
     print(f"scores written to {out}")

@@ -16,13 +16,18 @@ FILE = "per_image.npz"  # in a run's folder, beside evaluation.json
 LARGEST = 1 << 27  # numbers: one GiB
 
 
+def fits(images: int, classes: int) -> bool:
+    """Whether the matrices of so many images are few enough numbers to be kept."""
+    return images * classes**2 <= LARGEST
+
+
 class PerImage:
     """The matrices of the images `chosen` of a data set, of which this rank adds its own; int64 (N, K, K)."""
 
     def __init__(self, dataset: Any, chosen: Sequence[int], device: torch.device | str):
         count = len(chosen)
         classes = len(dataset.row.classes)
-        if count * classes**2 > LARGEST:
+        if not fits(count, classes):
             raise ValueError(
                 f"eval.per_image: {count} images × {classes}² numbers are too many; set it to false"
             )

@@ -90,8 +90,9 @@ def _paired(
     end: str,
 ) -> FilePairs:
     found = _named(folder, end, "predictions")
-    found |= {stem: path for stem, path in _by_stem(found).items() if stem not in found}
-    files = {name: found.get(name) or found.get(_stem(name)) for name in truth}
+    short = _by_stem(truth)
+    alone = {stem: path for stem, path in _by_stem(found).items() if stem in short}
+    files = {name: found.get(name) or alone.get(_stem(name)) for name in truth}
     missing = [name for name, path in files.items() if path is None]
     if missing:
         raise ValueError(
@@ -99,7 +100,6 @@ def _paired(
             f"{next(iter(found))!r}); give all, or the endings in which the names differ"
         )
 
-    short = _by_stem(truth)
     records = [
         Record(_stem(name) if _stem(name) in short else name, files[name], label)
         for name, label in truth.items()

@@ -108,4 +108,6 @@ def test_unequal_seeds(tmp_path, program):
     for line in ours:
         change = float(line["mean"]) - float(line["baseline"])
         assert change == pytest.approx(float(line["difference"]), abs=1e-12)
-    assert "have other seeds" not in program(tmp_path / "ce_0", tmp_path / "ce_1", tmp_path / "new_0", tmp_path / "new_1")
+    assert "have other seeds" not in program(
+        tmp_path / "ce_0", tmp_path / "ce_1", tmp_path / "new_0", tmp_path / "new_1"
+    )

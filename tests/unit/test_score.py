@@ -101,6 +101,25 @@ def test_folders_may_be_arranged_otherwise(folders, program):
     assert json.loads((pred / "scores" / "evaluation.json").read_text())["confusion"][1][1] == 6
 
 
+@pytest.mark.parametrize("given", ["a/0001.png", "0001.png"])
+@pytest.mark.parametrize("other", ["b/0001.png", "0001.png"])
+def test_a_name_that_two_labels_have_is_none_of_its_own(given, other, tmp_path, fails):
+    """As frames of videos: the prediction of one is not that of the other."""
+    write(tmp_path / "labels/a/0001.png", [[0, 0]])
+    write(tmp_path / "labels" / other, [[1, 1]])
+    write(tmp_path / "pred" / given, [[0, 0]])
+    said = fails(score.main, tmp_path / "pred", tmp_path / "labels", "--classes", 2)
+    assert "no prediction for" in said and "of 2 labels have none" in said
+
+
+def test_matrices_of_too_many_images_are_left_out(folders, program, monkeypatch):
+    pred, labels = folders
+    monkeypatch.setattr("common.evaluation.per_image.LARGEST", 17)
+    text = program(pred, labels, "--classes", 3, "--label-end", "_mask")
+    assert "2 images of 3 classes are too many for per_image.npz: it is not written" in text
+    assert [path.name for path in (pred / "scores").iterdir()] == ["evaluation.json"]
+
+
 def test_label_maps_of_a_folder_data_set(folders, tmp_path, program):
     """Labels hold 10, 20, 30; predictions the same, or class ids."""
     for folder in folders:
