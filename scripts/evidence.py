@@ -14,7 +14,8 @@ A remedy with one strength has nothing to choose: it is fixed by the plan. With 
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
 comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
-holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen are left out.
+holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen, or of other settings of their
+own than the plan has now, are left out.
 
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
@@ -34,12 +35,13 @@ from common.config import read_tree, typed
 from common.data.catalogue.lists import read_list, write_list
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
 from common.jobs import Run, run_all, state_of, table
-from common.jobs.plan import ROOT, Entry, entry_of
+from common.jobs.plan import ROOT
 from scripts import model_cards, run_many
 from scripts.study import summary
+from scripts.study.known import of_plan, told
 from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
-from scripts.study.records import begun, changed_after, joined, of_choices, scored, split_of, trained
+from scripts.study.records import begun, changed_after, joined, scored, split_of, trained
 
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
@@ -146,24 +148,24 @@ def missing(plan: Plan, args: argparse.Namespace) -> list[Run]:
     """The final runs that the file of results does not hold, and those that they begin at."""
     choices = read_choices(plan)
     known = read_results(plan)
+    splits = {} if known is None else of_plan(known, plan, choices)[0]
     found = []
     for split, jobs in plan.finals(choices).items():
         runs = runs_of(jobs, args)
         absent = [
             run
             for run in runs
-            if run.name in plan.remedies and is_of(run.name, args.only) and not _is_recorded(known, split, run, choices)
+            if run.name in plan.remedies and is_of(run.name, args.only) and not _is_recorded(splits, split, run)
         ]
         found += with_what_comes_before(runs, absent)
 
     return found
 
 
-def _is_recorded(known: Mapping[str, Any] | None, split: str, run: Run, choices: Mapping[str, Any]) -> bool:
-    """Whether the results hold this run, with the strength that is chosen now."""
-    runs = {} if known is None else known["splits"].get(split, {"runs": {}})["runs"]
-    record = runs.get(run.name, {}).get(str(run.seed))
-    return record is not None and record["strength"] == choices[run.name]["chosen"]
+def _is_recorded(splits: Mapping[str, Any], split: str, run: Run) -> bool:
+    """Whether the splits of known results hold this run."""
+    runs = splits.get(split, {"runs": {}})["runs"]
+    return str(run.seed) in runs.get(run.name, {})
 
 
 def write_lists(plan: Plan) -> None:
@@ -229,7 +231,8 @@ def collect(plan: Plan) -> None:
     """Write what the final runs that are done say, compactly: every statistic can be made from it."""
     choices = read_choices(plan)
     known = read_results(plan)
-    splits = {} if known is None else of_choices(known, plan, choices)
+    splits, left = ({}, []) if known is None else of_plan(known, plan, choices)
+    print("\n".join(left), end="\n" if left else "")
     for name, jobs in plan.finals(choices).items():
         order = list(plan.remedies)
         planned = runs_of(jobs)
@@ -248,15 +251,9 @@ def collect(plan: Plan) -> None:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
     results = {
-        "config": plan.from_root(plan.config),
-        "settings": list(plan.settings),
-        "branch": plan.branch,
+        **told(plan, choices),
         "note": plan.note,
-        "steps": {name: said(plan, entry_of(value, name)) for name, value in plan.steps.items()},
-        "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
         "against": dict(plan.against),
-        "before": {name: plan.before(name, choices[name]["chosen"]) for name in plan.remedies},
-        "choices": choices,
         "after": {
             name: {"of": plan.changed(name), "change": [after.name, *after.options]}
             for name, after in plan.after.items()
@@ -284,15 +281,6 @@ def convention_of(plan: Plan, split: Mapping[str, Any]) -> str:
                 f"{plan.convention} does not change; take one of them out of the plan"
             )
     return plan.convention
-
-
-def said(plan: Plan, entry: Entry) -> list[str]:
-    """What a run has of its own, as the page tells it."""
-    command = entry.command.replace("{device} ", "")
-    if command and plan.folder != ".":
-        command = f"cd {plan.folder} && {command}"
-
-    return [word for word in (command, plan.from_root(entry.config), *entry.settings) if word]
 
 
 def read_results(plan: Plan) -> dict[str, Any] | None:

@@ -194,40 +194,6 @@ def joined(known: Mapping[str, Any] | None, found: Mapping[str, Any], where: str
     return {**found, **runs, "identity": {**known["identity"], **found["identity"]}}
 
 
-def of_choices(results: Mapping[str, Any], plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """The splits of known results, with the runs that have the strengths chosen now. The others are left out, and named
-    in a line each: a row is one strength, and a mean over seeds of two would be of none."""
-    splits = {}
-    for name, split in results["splits"].items():
-        kept: dict[str, dict[str, Any]] = {}
-        for row, seeds in split["runs"].items():
-            for seed, run in seeds.items():
-                was, now = _strengths(row, run, plan, results["choices"], choices)
-                if was == now:
-                    kept.setdefault(row, {})[seed] = run
-                else:
-                    print(f"{plan.results}: {name}: {row}, seed {seed}: left out, it is of {was}; {now} is chosen now")
-        if kept:
-            splits[name] = {**split, "runs": kept}
-
-    return splits
-
-
-def _strengths(
-    row: str, run: Mapping[str, Any], plan: Plan, before: Mapping[str, Any], choices: Mapping[str, Any]
-) -> tuple[str, str]:
-    """Of a known run the strength that it has, or that its changed network was trained with, and the one chosen now."""
-    if row in choices:
-        return run["strength"], choices[row]["chosen"]
-
-    for after in plan.after:
-        remedy = plan.changed(after)
-        if row.startswith(f"{after} ") and remedy in before:
-            return before[remedy]["chosen"], choices[remedy]["chosen"]
-
-    return "", ""  # no longer of the plan
-
-
 def packed(matrices: np.ndarray) -> list[list[int]]:
     """Of every image's matrix the numbers that are not 0: place, number, place, number, …"""
     flat = matrices.reshape(len(matrices), -1)

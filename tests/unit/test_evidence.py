@@ -204,9 +204,16 @@ def test_some_of_the_splits(plan, tmp_path, monkeypatch, fails):
 def test_results_of_other_images_do_not_join(plan, tmp_path, monkeypatch, fails):
     edited(plan, remedies={"baseline": {"a": []}}, seeds=[1])
     take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan))
-    edited(plan, output=str(tmp_path / "elsewhere"), settings=["images=c"], seeds=[2])
+    edited(plan, output=str(tmp_path / "elsewhere"), seeds=[2])
     take(monkeypatch, ("final", plan))
+    file = tmp_path / "elsewhere/blocks/baseline_2/evaluation.json"
+    file.write_text(file.read_text().replace('"dataset": "a"', '"dataset": "c"'))
     assert "holds results of other images or settings" in fails(evidence.main, "collect", plan)
+    edited(plan, settings=["images=c"])
+    for step in ("final", "collect"):
+        assert "results.json: its runs were trained with another value of settings than the plan" in fails(
+            evidence.main, step, plan
+        )
 
 
 def test_results_join_where_one_does_not_say_a_setting(plan, tmp_path, monkeypatch, fails):
@@ -238,7 +245,7 @@ def test_runs_that_are_no_longer_the_plans_are_refused(plan, tmp_path, monkeypat
     before = (tmp_path / "results.json").read_text()
     changes = {
         "good_1": {"remedies": {**fixed, "good": {"b": ["gain=2"]}}},
-        "baseline_1": {"settings": ["gain=0.5"]},
+        "baseline_1": {"remedies": {**fixed, "baseline": {"a": {"after": "trunk", "settings": ["gain=0.5"]}}}},
         "trunk_1": {"steps": {"trunk": ["gain=1"]}},
     }
     for name, change in changes.items():

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
+from common.config import typed
 from common.evaluation.identity import differences
 from common.jobs.plan import Jobs
 from common.steps import digest_of
-from scripts.study.plan import runs_of
+from scripts.study.known import of_plan, told
+from scripts.study.plan import Plan, runs_of
 from scripts.study.records import changed_after, unadjusted
 
 
@@ -29,6 +31,63 @@ def test_an_adjustment_of_the_scores_is_the_change_itself(named, change, fits, t
     adjusted = {"identity": {"dataset": "a", "logit_adjustment": 0.5}}  # as the runs themselves are
     result["identity"]["logit_adjustment"] = 0.5 + named
     assert (differences(unadjusted(result, adjusted), adjusted) == []) is fits
+
+
+def plan_of(**changes):
+    tree = {
+        "command": "python train.py {config} {settings}", "config": "a.yaml", "output": "out", "choices": "c.json",
+        "results": "r.json", "page": "p.md", "tune": [], "final": {"blocks": ["data=x"]}, "seeds": [1, 2],
+        "settings": ["train.steps=9"], "steps": {"trunk": ["lr=1"], "other": ["lr=2"]},
+        "remedies": {"baseline": {"a": []}, "good": {"b": {"after": "trunk", "settings": ["gain=1"]}}},
+        "after": {"then": {"name": "tau_norm", "options": ["tau=1"], "of": "good"}},
+    }  # fmt: skip
+    return typed(Plan, tree | changes, "plan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "starts", "why"),
+    [
+        ({}, {"baseline", "good", "then tau_1"}, {"trunk", "other"}, ""),
+        ({"note": "x", "seeds": [3]}, {"baseline", "good", "then tau_1"}, {"trunk", "other"}, ""),
+        ({"steps": {"trunk": ["lr=3"], "other": ["lr=2"]}}, {"baseline"}, {"other"}, "step trunk"),
+        ({"remedies": {"baseline": {"a": []}, "good": {"b": {"after": "trunk", "settings": ["gain=2"]}}}},
+         {"baseline"}, {"trunk", "other"}, "entry of good"),
+    ],
+)  # fmt: skip
+def test_what_was_trained_otherwise_than_the_plan_says_now_is_left_out(changes, rows, starts, why):
+    """A strength of the same name, with other settings, is not told as if it had been trained with them."""
+    choices = {"baseline": {"chosen": "a"}, "good": {"chosen": "b"}}
+    runs = {
+        "baseline": {"1": {"strength": "a"}},
+        "good": {"1": {"strength": "b"}},
+        "then tau_1": {"1": {"strength": "tau_1"}},
+    }
+    split = {"runs": runs, "starts": {"trunk": {"1": {}}, "other": {"1": {}}}}
+    known = {**told(plan_of(), choices), "splits": {"blocks": split}}
+    splits, left = of_plan(known, plan_of(**changes), choices)
+    kept = splits.get("blocks", {"runs": {}, "starts": {}})
+    assert set(kept["runs"]) == rows and set(kept["starts"]) == starts
+    assert len(left) == 3 - len(rows) and all(
+        f"left out, the plan has another value of {why} now" in line for line in left
+    )
+
+
+def test_results_of_other_settings_of_all_runs_are_refused():
+    """Before anything is trained or dropped; what an earlier file does not say is not compared."""
+    choices = {"baseline": {"chosen": "a"}, "good": {"chosen": "b"}}
+    known = {**told(plan_of(), choices), "splits": {"blocks": {"runs": {"baseline": {"1": {"strength": "a"}}}}}}
+    others = {
+        "settings": ["train.steps=90"],
+        "config": "b.yaml",
+        "final": {"blocks": ["data=y"]},
+    }
+    for key, value in others.items():
+        with pytest.raises(ValueError, match=rf"r.json: .* another value of {key}\S* than the plan has now; give"):
+            of_plan(known, plan_of(**{key: value}), choices)
+
+    del known["final"]
+    splits, left = of_plan(known, plan_of(final={"blocks": ["data=z"], "more": []}), choices)
+    assert splits["blocks"]["runs"] == known["splits"]["blocks"]["runs"] and left == []
 
 
 def test_changes_of_a_network_that_was_trained_anew_are_refused(tmp_path):

@@ -1,0 +1,114 @@
+"""What a file of results holds, against what its plan says now: a row is one thing that was trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from scripts.study.plan import Entry, Plan, entry_of
+
+TOLD = ("config", "settings", "branch")  # of a plan, what holds for all its runs
+
+
+def told(plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """How everything is trained, as the file of results and the page say it."""
+    return {
+        "config": plan.from_root(plan.config),
+        "settings": list(plan.settings),
+        "branch": plan.branch,
+        "final": {name: list(own) for name, own in plan.final.items()},
+        "steps": {name: said(plan, entry_of(value, name)) for name, value in plan.steps.items()},
+        "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
+        "before": {name: plan.before(name, choices[name]["chosen"]) for name in plan.remedies},
+        "choices": choices,
+    }
+
+
+def said(plan: Plan, entry: Entry) -> list[str]:
+    """What a run has of its own, as the page tells it."""
+    command = entry.command.replace("{device} ", "")
+    if command and plan.folder != ".":
+        command = f"cd {plan.folder} && {command}"
+
+    return [word for word in (command, plan.from_root(entry.config), *entry.settings) if word]
+
+
+def of_plan(results: Mapping[str, Any], plan: Plan, choices: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The splits of known results, with the runs that were trained as the plan and the choices say now; and a line for
+    each that was not, which is left out: a mean over seeds of two strengths or settings would be of none.
+
+    ValueError where all were trained otherwise, by the settings of the whole plan.
+    """
+    now = told(plan, choices)
+    if changed := _changed(_of_all(results), _of_all(now)):
+        raise ValueError(
+            f"{plan.results}: its runs were trained with another value of {', '.join(changed)} than the plan has now; "
+            "give the plan another `results`"
+        )
+
+    splits: dict[str, Any] = {}
+    left = []
+
+    for name, split in results["splits"].items():
+        kept: dict[str, dict[str, Any]] = {}
+        for row, seeds in split["runs"].items():
+            for seed, run in seeds.items():
+                change = _change(row, run, plan, results, now)
+                if change is None:
+                    kept.setdefault(row, {})[seed] = run
+                else:
+                    left.append(f"{plan.results}: {name}: {row}, seed {seed}: left out, {change}")
+
+        starts = {
+            step: seeds
+            for step, seeds in split.get("starts", {}).items()
+            if not _changed({step: results["steps"].get(step)}, now["steps"])
+        }
+        if kept:
+            splits[name] = {**split, "runs": kept, "starts": starts}
+
+    return splits, left
+
+
+def _change(row: str, run: Mapping[str, Any], plan: Plan, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What a known run is otherwise than the plan says now, in words; None where nothing is known of that."""
+    remedy = _remedy(row, plan, was)
+    if remedy is None:
+        return None  # no longer of the plan
+
+    strength = run["strength"] if row == remedy else was["choices"][remedy]["chosen"]
+    chosen = now["choices"][remedy]["chosen"]
+    if strength != chosen:
+        return f"it is of {strength}; {chosen} is chosen now"
+
+    changed = _changed(_of_row(remedy, was), _of_row(remedy, now))
+    return f"the plan has another value of {', '.join(changed)} now" if changed else None
+
+
+def _remedy(row: str, plan: Plan, was: Mapping[str, Any]) -> str | None:
+    """The remedy that a row is of, or whose trained networks it changes."""
+    if row in plan.remedies:
+        return row
+
+    for after in plan.after:
+        if row.startswith(f"{after} ") and plan.changed(after) in was["choices"]:
+            return plan.changed(after)
+
+    return None
+
+
+def _of_all(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of all runs; earlier files say less."""
+    splits = results.get("final", {})
+    return {key: results.get(key) for key in TOLD} | {f"final.{name}": own for name, own in splits.items()}
+
+
+def _of_row(remedy: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of how a row was trained."""
+    steps = results["before"].get(remedy, [])
+    return {f"entry of {remedy}": results["remedies"].get(remedy)} | {
+        f"step {step}": results["steps"].get(step) for step in steps
+    }
+
+
+def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys whose values differ, of those that were known and are known."""
+    return [key for key, value in was.items() if None not in (value, now.get(key)) and value != now[key]]
