@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from common.lazy import Lazy
-from common.metrics import Convention, class_counts, defined_mean, score_counts
+from common.metrics import Convention, class_counts, score_counts
 
 stats = Lazy("scipy.stats")
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+PER_CLASS = 60  # resamples at least: the smallest p of all, times the classes, is then 2/60
 NODES = 200  # of the integral that is the power of a test
 CHUNK = 500  # resamples that are scored at once
 
@@ -165,16 +166,9 @@ def scores_of_counts(
     counts: np.ndarray, tail: Sequence[int], convention: Convention
 ) -> dict[str, np.ndarray]:
     """The scores of `head_and_tail` (…), and `iou` (…, K), of `metrics.class_counts` (…, 3, K)."""
-    got = score_counts(counts, convention)
     rest = [k for k in range(counts.shape[-1]) if k not in set(tail)]
-    return {
-        "miou": got["miou"],
-        "miou_tail": defined_mean(got["iou"][..., list(tail)]),
-        "miou_head": defined_mean(got["iou"][..., rest]),
-        "macc": got["macc"],
-        "aacc": got["aacc"],
-        "iou": got["iou"],
-    }
+    got = score_counts(counts, convention, {"miou_tail": tail, "miou_head": rest})
+    return {key: got[key] for key in ("miou", "miou_tail", "miou_head", "macc", "aacc", "iou")}
 
 
 # Resampled images ---------------------------------------------------------------------------------------------------
@@ -187,7 +181,7 @@ def bootstrap(
     convention: Convention = "nan_mean",
     *,
     blocks: Sequence[int] | None = None,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
     seed: int = 0,
     level: float = LEVEL,
 ) -> tuple[dict[str, Difference], list[Difference]]:
@@ -196,7 +190,9 @@ def bootstrap(
     method, baseline: confusion matrices (N, K, K) of the same images; both get the same resamples, each scored as a
     whole. blocks: (N,) numbers; images of one block are drawn together, since frames of a video are not independent.
     Gives the differences of `head_and_tail` by name and of the IoU of each class; `n` counts blocks. A class that a
-    resample does not show is left out of it. ValueError for other shapes or fewer than two blocks.
+    resample does not show is left out of it. resamples: None: 10,000, and more where classes are so many that Holm's
+    correction of the smallest p, 2 of the resamples, would decide nothing. ValueError for other shapes or fewer than
+    two blocks.
     """
     if method.shape != baseline.shape or method.ndim != 3:
         raise ValueError(
@@ -207,6 +203,9 @@ def bootstrap(
     count = len(sums[0])
     if count < 2:
         raise ValueError(f"{count} block of images cannot be resampled; give two or more")
+
+    if resamples is None:
+        resamples = max(RESAMPLES, PER_CLASS * method.shape[1])
 
     change = _change(*(part.sum(0) for part in sums), tail, convention)
     draw = np.random.default_rng(seed)

@@ -105,11 +105,21 @@ def class_counts(matrix: Tensor | np.ndarray) -> np.ndarray:
     return np.stack([hits, matrix.sum(-1), matrix.sum(-2)], -2).astype(np.float64)
 
 
-def score_counts(counts: np.ndarray, convention: Convention) -> dict[str, np.ndarray]:
-    """The scores of many matrices at once, from `class_counts` (…, 3, K): `iou` and `acc` (…, K), others (…)."""
+def score_counts(
+    counts: np.ndarray, convention: Convention, parts: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, np.ndarray]:
+    """The scores of many matrices at once, from `class_counts` (…, 3, K): `iou` and `acc` (…, K), others (…).
+
+    parts: name → class ids; under that name the mIoU of these classes, as the convention has it of all.
+    """
     made = _Counts(counts, convention)
     total = made.truth.sum(-1)
+    ids = np.arange(made.iou.shape[-1])
     return {
+        **{
+            name: made.mean_iou(np.isin(ids, list(part)))
+            for name, part in (parts or {}).items()
+        },
         "miou": made.mean_iou(np.ones(made.iou.shape[-1], bool)),
         "macc": defined_mean(made.acc),
         "aacc": _divide(made.hits.sum(-1), total),
@@ -119,9 +129,9 @@ def score_counts(counts: np.ndarray, convention: Convention) -> dict[str, np.nda
     }
 
 
-def tail_miou(iou: np.ndarray, ids: Sequence[int]) -> float:
-    """Plain mean IoU over the class ids of the tail; undefined classes are left out, NaN when none is left."""
-    return float(defined_mean(np.asarray(iou, np.float64)[list(ids)]))
+def mean_iou(matrix: Tensor | np.ndarray, ids: Sequence[int], convention: Convention) -> float:
+    """mIoU over some classes of a matrix (K, K), as the convention has it over all; NaN where none of them counts."""
+    return float(score_counts(class_counts(matrix), convention, {"part": ids})["part"])
 
 
 def group_scores(

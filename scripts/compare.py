@@ -88,8 +88,8 @@ def notes(groups: Sequence[Group], baseline: Group, compared: Sequence[Compared]
     if over_images:
         single = "; frames of a video are not independent, which makes it too narrow (--block N)" if block == 1 else ""
         lines.append(
-            "± is half of the 95 % interval over images (10,000 resamples): it speaks of other images and the same two "
-            f"trainings{single}."
+            "± is half of the 95 % interval over images (10,000 resamples, more of many classes): it speaks of other "
+            f"images and the same two trainings{single}."
         )
     if any(item.over == "one pair" for item in compared):
         lines.append(

@@ -13,9 +13,9 @@ from common.evaluation.calibration import FLOOR, Calibration
 from common.metrics import (
     defined_mean,
     group_scores,
+    mean_iou,
     precision_and_recall,
     scores,
-    tail_miou,
 )
 
 
@@ -52,7 +52,7 @@ def summarise(
         "dataset": row.name,
         "convention": convention,
         "miou": number(got["miou"]),
-        "miou_tail": number(tail_miou(got["iou"], row.tail)),
+        "miou_tail": number(mean_iou(counts, row.tail, convention)),
         "macc": number(got["macc"]),
         "aacc": number(got["aacc"]),
         "fwiou": number(got["fwiou"]),
@@ -77,9 +77,9 @@ def with_boundaries(result: dict[str, Any], boundaries: Boundaries) -> dict[str,
     tail = _tail(result)
     means = {
         "tolerant_miou": defined_mean(got["tolerant_iou"]),
-        "tolerant_miou_tail": tail_miou(got["tolerant_iou"], tail),
+        "tolerant_miou_tail": defined_mean(got["tolerant_iou"][tail]),
         "boundary_f": defined_mean(got["boundary_f"]),
-        "boundary_f_tail": tail_miou(got["boundary_f"], tail),
+        "boundary_f_tail": defined_mean(got["boundary_f"][tail]),
     }
     return {
         **result,
@@ -98,7 +98,7 @@ def with_calibration(result: dict[str, Any], calibration: Calibration) -> dict[s
     return {
         **result,
         "ece": number(got.ece),
-        "ece_tail": number(tail_miou(got.class_ece, _tail(result))),
+        "ece_tail": number(defined_mean(got.class_ece[_tail(result)])),
         "calibration": {"floor": FLOOR, **got.bins},
         "per_class": _extended(result, {"ece": got.class_ece, "mass": got.mass}),
     }

@@ -121,6 +121,12 @@ def values_of(run: RunFolder) -> dict[str, float]:
     }
 
 
+def _with_tail_error(run: RunFolder) -> set[str]:
+    """The tail classes that `ece_tail` is the mean of: those that get a probability worth counting."""
+    classes = run.evaluation["per_class"]
+    return {item["name"] for item in classes if item["tail"] and item.get("ece") is not None}
+
+
 def matrix_of(run: RunFolder) -> np.ndarray:
     return np.array(run.evaluation["confusion"])
 
@@ -199,6 +205,10 @@ def _of_pairs(
         key: _paired([values[key] for values in ours], [values[key] for values in theirs])
         for key in keys
     }
+    if not all(_with_tail_error(run) == _with_tail_error(other) for run, other in pairs):
+        overall |= {
+            key: Difference(float("nan"), len(pairs)) for key in ("ece_tail",) if key in keys
+        }
 
     iou, iou_before = (
         np.stack([class_values(run)["iou"] for run in side], 1)

@@ -2,17 +2,18 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference
+from common.comparison import Difference, head_and_tail
 from common.data.imbalance import GROUPS
-from common.metrics import CONVENTIONS, scores, tail_miou
+from common.metrics import CONVENTIONS, Convention
 from common.report.compared import NOISE, Compared
 from common.report.html import change, details, header, points, section, swatch, table
 
@@ -268,18 +269,16 @@ def _summary_head(columns: Sequence[_Column]) -> str:
 
 
 def _conventions(report: Any) -> str:
-    """mIoU and mIoU(tail) under the other conventions, recomputed from the confusion matrices."""
+    """mIoU and mIoU(tail) under the other conventions, recomputed from the confusion matrix of each seed."""
     rows = []
     differ = False
 
     for i in report.scored:
-        result = report.results[i]
-        if not result.get("confusion"):
+        seeds = [run.evaluation for run in report.groups[i].runs.values()]
+        if not all(result and result.get("confusion") for result in seeds):
             continue
 
-        got = [scores(np.array(result["confusion"]), convention) for convention in CONVENTIONS]
-        tail = [item["id"] for item in result["per_class"] if item["tail"]]
-        values = [(s["miou"], tail_miou(s["iou"], tail) if tail else math.nan) for s in got]
+        values = [_rescored(seeds, convention) for convention in CONVENTIONS]
         differ |= len({round(m, 9) for m, _ in values}) > 1
         rows.append(
             [escape(report.names[i]), *(f"{_percent(m)} / {_percent(t)}" for m, t in values)]
@@ -293,6 +292,18 @@ def _conventions(report: Any) -> str:
     return details(
         "mIoU / mIoU(tail) under every convention", table(header(["run", *CONVENTIONS]), rows)
     )
+
+
+def _rescored(
+    results: Sequence[Mapping[str, Any]], convention: Convention
+) -> tuple[float, float]:
+    """mIoU and mIoU(tail) under a convention, the mean of some evaluations; NaN where one has none."""
+    scored = []
+    for result in results:
+        tail = [item["id"] for item in result["per_class"] if item["tail"]]
+        scored.append(head_and_tail(np.array(result["confusion"]), tail, convention))
+
+    return fmean(s["miou"] for s in scored), fmean(s["miou_tail"] for s in scored)
 
 
 def _percent(value: float) -> str:

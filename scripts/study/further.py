@@ -46,13 +46,24 @@ def _further_column(found: Mapping[str, Mapping[str, Any]], baseline: str, key: 
         name: {seed: run[key] for seed, run in seeds.items() if run.get(key) is not None}
         for name, seeds in found.items()
     }
-    changes = paired_by_seed(values, baseline) if baseline in values else {}
+    changes = dict(paired_by_seed(values, baseline)) if baseline in values else {}
+    for name in list(changes):
+        shared = set(values[name]) & set(values[baseline])
+        if key == "ece_tail" and not all(_alike(found[name][seed], found[baseline][seed]) for seed in shared):
+            del changes[name]
+
     cells = {}
     for name, scored in values.items():
         mean = percent(np.mean(list(scored.values()))) if scored else "–"
         cells[name] = f"{mean} ({number(changes[name][0])})" if name in changes else mean
 
     return cells
+
+
+def _alike(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the same classes have a calibration error, so that its means over them compare."""
+    have = [{name for name, item in side["classes"].items() if item.get("ece") is not None} for side in (run, other)]
+    return have[0] == have[1]
 
 
 def _further_classes(found: Mapping[str, Mapping[str, Any]]) -> str:

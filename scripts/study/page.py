@@ -1,7 +1,7 @@
 """The page of scripts/evidence.py: what its file of results says, in tables and sentences."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ EFFECTS = (2, 3, 5)  # points of mIoU(tail)
 HEAD = """# {title}
 
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
-Every remedy is trained with the seeds of the baseline, and differences are taken seed by seed. The last checkpoint
-counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better" and "worse" are said where Holm's p
-over all remedies of a table is below 0.05. Such intervals speak of other seeds on the same images, not of other scenes.
+Differences are taken seed by seed, over the seeds that a row shares with what it is held against; means are of all
+seeds of a row. The last checkpoint counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better"
+and "worse" are said where Holm's p over all remedies of a table is below 0.05. Such intervals speak of other seeds on
+the same images, not of other scenes.
 """
 FREE_HEAD = (
     "Against what is free: of the baseline and all strengths of changes in it (below), the one with the highest "
@@ -44,7 +45,7 @@ STARTS_HEAD = "Where they begin (bold), and how far each goes from there, seed b
 ABSENT = {  # convention of common/metrics.py → what a class without a true pixel does to means
     "nan_mean": "such a class counts as 0 where it is predicted, and not at all where it is not",
     "absent_zero": "such a class counts as 0",
-    "ltss": "such a class counts as 0 in mIoU where it is predicted, and is in no mean of head or tail",
+    "ltss": "such a class counts as 0 where it is predicted, and not at all where it is not",
     "detectron2": "such a class is in no mean",
 }
 AGAINST_HEAD = "Against each other, Holm's p over these pairs:\n"
@@ -54,7 +55,7 @@ FREE_IN_OTHERS_HEAD = (
 )
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
-UNTUNED = "One strength each, fixed before any result of its own: **nothing is tuned, the baseline neither.**"
+UNTUNED = "One strength each, fixed before any result of its own: **no strength was tuned.**"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
@@ -243,7 +244,7 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     if not compared:
         return []
 
-    return free_tables(FREE_HEAD, split, dict.fromkeys(compared, baseline), {baseline: curve})
+    return free_tables(FREE_HEAD, split, dict.fromkeys(compared, baseline), {baseline: curve}, further)
 
 
 def against_free_in_others(split: Mapping[str, Any], pairs: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -257,29 +258,44 @@ def against_free_in_others(split: Mapping[str, Any], pairs: Mapping[str, str], a
 
 
 def free_tables(
-    head: str, split: Mapping[str, Any], compared: Mapping[str, str], curves: Mapping[str, list[str]]
+    head: str,
+    split: Mapping[str, Any],
+    compared: Mapping[str, str],
+    curves: Mapping[str, list[str]],
+    untold: Collection[str] = (),
 ) -> list[str]:
     """A sentence a remedy and choice of what is free: head alike, then any.
 
-    compared: remedy → whose networks what is free was made of; curves: those → what was made of them.
+    compared: remedy → whose networks what is free was made of; curves: those → what was made of them. untold: of the
+    remedies those that are not held against these networks elsewhere.
     """
     lines = [head]
+    told = {remedy: of for remedy, of in compared.items() if remedy not in untold}
     for words, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
         found = {remedy: best_free(split, of, remedy, curves[of], allowed) for remedy, of in compared.items()}
-        lines += [words, *free_words(found), ""]
+        lines += [words, *free_words(found, told), ""]
 
     return lines
 
 
-def free_words(found: Mapping[str, tuple[str, Difference] | None]) -> list[str]:
-    """found: remedy → what is free and its difference to that."""
-    adjusted = holm({remedy: None if pair is None else pair[1].p for remedy, pair in found.items()})
-    return [
-        f"- **{remedy}**: {NOTHING_FREE}"
-        if pair is None
-        else f"- **{remedy}** against {pair[0]}: mIoU(tail) {verdict(pair[1], adjusted[remedy])}."
-        for remedy, pair in found.items()
-    ]
+def free_words(found: Mapping[str, tuple[str, Difference] | None], of: Mapping[str, str]) -> list[str]:
+    """found: remedy → what is free and its difference to that. of: remedy → the network that it is held against.
+
+    Where that network itself is the best, the comparison stands above already, in a family of tests of its own.
+    """
+    above = [remedy for remedy, pair in found.items() if pair is not None and pair[0] == of.get(remedy)]
+    tests = {remedy: pair[1].p for remedy, pair in found.items() if pair is not None and remedy not in above}
+    adjusted = holm(tests)
+    lines = []
+    for remedy, pair in found.items():
+        if pair is None:
+            lines.append(f"- **{remedy}**: {NOTHING_FREE}")
+        elif remedy in above:
+            lines.append(f"- **{remedy}**: {pair[0]} itself is the best of them; the comparison is above.")
+        else:
+            lines.append(f"- **{remedy}** against {pair[0]}: mIoU(tail) {verdict(pair[1], adjusted[remedy])}.")
+
+    return lines
 
 
 def after_training(remedy: str, of: str, split: Mapping[str, Any], baseline: str) -> str:

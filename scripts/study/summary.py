@@ -29,17 +29,13 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
     further = [name for name in best if name not in free]
 
     matrices = matrices_of(split, [*remedies, *best])
-    trained = {name: matrices[name] for name in [*remedies, *further] if name in matrices}
-    heads, tails = (compare(matrices, baseline, split, key) for key in ("miou_head", "miou_tail"))
-    decided = {key: compare(trained, baseline, split, key) for key in ("miou_head", "miou_tail")}
-    against = [against_free(split, baseline, list(trained)[1:], curve, allowed) for allowed in (HEAD_ALLOWED, math.inf)]
+    trained = [name for name in [*remedies[1:], *further] if name in matrices]
+    tails, heads = (compare(matrices, baseline, split, key) for key in ("miou_tail", "miou_head"))
+    against = [against_free(split, baseline, trained, curve, allowed) for allowed in (HEAD_ALLOWED, math.inf)]
 
     lines = [HEAD]
-    for name in sorted({*decided["miou_tail"], *free}, key=lambda name: -tails[name][0].mean):
-        cells = [
-            _cell(changes[name][0], decided[key][name][1] if name in decided[key] else None)
-            for key, changes in (("miou_tail", tails), ("miou_head", heads))
-        ]
+    for name in sorted(tails, key=lambda name: -tails[name][0].mean):
+        cells = [_cell(*tails[name]), _cell(*heads[name])]
         cells += ["free", ""] if name in free else [found[name] for found in against]
         lines.append(f"| {name} | {tails[name][0].n} | {' | '.join(cells)} |")
 
@@ -57,11 +53,15 @@ def against_free(
 ) -> dict[str, str]:
     """Remedy → its difference in mIoU(tail) to what `best_free` finds."""
     found = {remedy: best_free(split, baseline, remedy, curve, allowed) for remedy in remedies}
-    adjusted = holm({remedy: None if pair is None else pair[1].p for remedy, pair in found.items()})
-    return {
-        remedy: "nothing keeps the head as well" if pair is None else _cell(pair[1], adjusted[remedy])
-        for remedy, pair in found.items()
-    }
+    adjusted = holm({remedy: pair[1].p for remedy, pair in found.items() if pair is not None and pair[0] != baseline})
+    cells = {}
+    for remedy, pair in found.items():
+        if pair is None:
+            cells[remedy] = "nothing keeps the head as well"
+        else:
+            cells[remedy] = _cell(pair[1], adjusted[remedy]) if remedy in adjusted else "nothing is better than none"
+
+    return cells
 
 
 def _cell(difference: Difference, p: float | None) -> str:

@@ -81,6 +81,22 @@ def test_folders_of_scores_without_a_config_are_methods_of_their_own(tmp_path, p
     assert "Against mA/scores" in text and "| mB/scores | 1 |" in text
 
 
+def test_calibration_of_other_tail_classes_is_not_compared(tmp_path, program):
+    """A class that gets no probability worth counting has no error, and would not be missed in the mean."""
+    for seed in (0, 1):
+        for name, errors in (("ce", {3: 0.1, 4: 0.2}), ("new", {3: 0.1, 4: None if seed else 0.3})):
+            run = make_run(tmp_path / f"{name}_{seed}", BASE[None], seed, loss=name)
+            result = json.loads((run / "evaluation.json").read_text())
+            for item in result["per_class"]:
+                item["ece"] = errors.get(item["id"], 0.0)
+            result["ece_tail"] = np.mean([error for error in errors.values() if error is not None])
+            (run / "evaluation.json").write_text(json.dumps(result | {"ece": 0.05}))
+
+    head, _, row = [line for line in program(tmp_path).splitlines() if line.startswith("| ")][:3]
+    cells = dict(zip(head.split("|"), row.split("|"), strict=True))
+    assert cells[" ECE(tail) "] == " 15.0 (–) " and cells[" ECE "].startswith(" 5.0 (+0.0")
+
+
 def test_unequal_seeds(tmp_path, program):
     """The method is 2 points of recall better on every seed that it has, and lacks the easiest one."""
 

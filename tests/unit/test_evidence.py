@@ -114,7 +114,7 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     assert "branch" not in json.loads((tmp_path / "out/blocks/baseline_2/job.json").read_text())["command"]
     text = (tmp_path / "page.md").read_text()
     assert "Up to step 40 a seed's runs are one and the same" in text
-    assert "**Read this.**" in text and "nothing is tuned" in text and "| good | strong | `gain=2.5` |" in text
+    assert "**Read this.**" in text and "no strength was tuned" in text and "| good | strong | `gain=2.5` |" in text
 
 
 def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys, fails):

@@ -181,8 +181,26 @@ def test_the_table_of_the_readme():
     assert rows[0][1:3] == ["3", "**+20.3 ± 1.4**"]
     assert rows[0][4:] == ["**+10.3 ± 1.4**", "**+8.3 ± 1.4** |"], "against t_1, which keeps the head, and t_2"
     # the head gains where fewer poles are taken for its first class
-    assert rows[1][2:] == ["+10.0 ± 0.0", "+0.4 ± 0.0", "free", " |"]
+    assert rows[1][2:] == ["**+10.0 ± 0.0**", "**+0.4 ± 0.0**", "free", " |"]
     assert rows[2][2].startswith("**-9.7")
+
+
+def test_one_comparison_has_one_verdict():
+    """Where nothing that is free is better than the network itself, that comparison is not tested once more."""
+    hits = {"baseline": (40, 41, 42), "late": (44, 46, 46), "then t_1": (30, 31, 31), "late, then t_1": (43, 45, 45)}
+    runs = {name: {str(s): one_run(hit) for s, hit in enumerate(some)} for name, some in hits.items()}
+    split = {"classes": CLASSES, "tail": [2], "convention": "nan_mean", "images": ["x"], "runs": runs}
+    after = {"then": "baseline", "late, then": "late"}
+    lines = page.against_free(split, ["baseline", "late"], after)
+    same = "- **late**: baseline itself is the best of them; the comparison is above."
+    assert lines.count(same) == 2, "head alike, and whatever its head"
+    test = stats.ttest_rel([tail_of(run) for run in runs["late, then t_1"].values()],
+                           [tail_of(run) for run in runs["baseline"].values()])  # fmt: skip
+    word = "better" if test.pvalue < 0.05 else "not told apart"
+    row = next(line for line in lines if line.startswith("- **late, then t_1** against baseline: mIoU(tail)"))
+    assert row.endswith(f"{word}."), "a family of one: it is told nowhere else"
+    others = page.against_free_in_others({**split, "runs": runs}, {"late": "baseline"}, after)
+    assert same in others
 
 
 def test_the_readme_keeps_what_is_not_the_table():

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from common.comparison import head_and_tail
 from common.config import EvalConfig
-from common.metrics import CONVENTIONS, ConfusionMatrix, confusion_matrix, group_scores, scores, tail_miou
+from common.metrics import CONVENTIONS, ConfusionMatrix, confusion_matrix, group_scores, mean_iou, scores
 
 
 def counted_by_a_loop(pred, label, k):
@@ -90,13 +91,27 @@ def test_conventions_agree_when_every_class_occurs(convention):
     got = scores(torch.from_numpy(matrix), convention)
     assert got["iou"] == pytest.approx(iou)
     assert got["miou"] == pytest.approx(np.mean(iou))
-    assert tail_miou(got["iou"], [1, 5]) == pytest.approx((iou[1] + iou[5]) / 2)
+    assert mean_iou(matrix, [1, 5], convention) == pytest.approx((iou[1] + iou[5]) / 2)
 
 
 def test_nothing_counted_gives_nan_without_a_warning():
     got = scores(np.zeros((3, 3), np.int64), "nan_mean")
     assert np.isnan([got["miou"], got["macc"], got["aacc"], got["fwiou"]]).all()
-    assert np.isnan(tail_miou(got["iou"], [0, 1]))
+    assert np.isnan(mean_iou(np.zeros((3, 3), np.int64), [0, 1], "nan_mean"))
+
+
+@pytest.mark.parametrize(
+    ("convention", "tail"), [("nan_mean", 0.25), ("absent_zero", 0.25), ("ltss", 0.25), ("detectron2", 0.5)]
+)
+def test_a_tail_class_that_is_only_predicted_counts_in_the_tail_as_it_does_in_all(convention, tail):
+    """And so do groups of the same classes, and the scores that runs are compared by."""
+    matrix = np.array([[90, 0, 0, 10], [0, 50, 0, 0], [0, 0, 30, 0], [0, 0, 0, 0]])
+    matrix[1, 1], matrix[1, 0] = 25, 25
+    ids, groups = [1, 3], {"image": ["frequent", "rare", "frequent", "rare"]}
+    assert mean_iou(matrix, ids, convention) == pytest.approx(tail)
+    assert group_scores(matrix, groups, convention)["image"]["rare"] == pytest.approx(tail)
+    assert head_and_tail(matrix, ids, convention)["miou_tail"] == pytest.approx(tail)
+    assert mean_iou(matrix, range(4), convention) == pytest.approx(scores(matrix, convention)["miou"])
 
 
 def test_group_scores_intersect_both_sets_with_the_group():

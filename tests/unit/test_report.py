@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from common import cli
+from common.comparison import head_and_tail
 from common.experiment import leave_report
 from common.report import Report, RunFolder, write_report
 from common.report.charts import Run, Series, heatmap, line_chart, log_ticks, number, ticks
 from common.report.class_chart import ClassRow, class_chart
 from common.report.curves import running_mean
+from common.report.sections import _rescored
 from common.visualize import IGNORED, WRONG, WRONG_TAIL, colourise, confidence_map, error_map, overlay
 from scripts.report import main
 from tests.unit.report_runs import BETTER, MATRIX, PALETTE, make_run
@@ -129,6 +131,24 @@ def test_runs_are_compared_under_one_convention(tmp_path):
     check_page(html)
     assert "other was scored by nan_mean; shown here is detectron2." in html
     assert "under every convention" in html
+
+
+def test_every_convention_is_the_mean_of_the_seeds(tmp_path):
+    """As the table of scores above it, not the score of matrices that are added up."""
+    second = MATRIX.copy()
+    second[3] = [0, 0, 0, 400]
+    second[1, 0] = 400
+    folders = []
+    for seed, matrix in enumerate((MATRIX, second)):
+        folders.append(make_run(tmp_path / f"run_{seed}", matrix, "ltss"))
+        (folders[-1] / "run.json").write_text(json.dumps({"seed": seed}))
+        (folders[-1] / "config.yaml").write_text(f"name: run\nseed: {seed}\n")
+    report = Report([RunFolder.load(folder) for folder in folders], 0)
+    assert len(report.groups) == 1
+    results = [run.evaluation for run in report.groups[0].runs.values()]
+    assert _rescored(results, "ltss") == pytest.approx((report.results[0]["miou"], report.results[0]["miou_tail"]))
+    pooled = head_and_tail(MATRIX + second, [2, 3], "ltss")
+    assert abs(pooled["miou_tail"] - report.results[0]["miou_tail"]) > 0.01
 
 
 def test_runs_on_other_classes_are_left_out(tmp_path):
