@@ -7,10 +7,11 @@
 A step's folder appears by one rename once all its bytes are on disk.
 """
 
+import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,15 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and that of step `best`, and what killed runs left unfinished."""
+def prune(folder: Path, keep: int, best: int | None, until: int) -> None:
+    """Remove all but the newest `keep` checkpoints and that of step `best`, and what killed runs left unfinished.
+
+    until: the step that the run is at. Later checkpoints are damaged ones that it went on before: they take nobody's
+    place, and stay until the run replaces them.
+    """
     spared = None if best is None else path_of(folder, best)
-    for path in steps(folder)[: -max(keep, 1)]:
+    own = [path for path in steps(folder) if path <= path_of(folder, until)]
+    for path in own[: -max(keep, 1)]:
         if path != spared:
             shutil.rmtree(path)
 
@@ -183,30 +189,54 @@ def evaluations_since_best(scores: Scores) -> int:
     return sum(best is None or step > best for step in scores)
 
 
-def write_scores(folder: Path, scores: Scores) -> None:
-    write_json(folder / SCORES, {str(step): score for step, score in scores.items()})
+def write_scores(folder: Path, scores: Scores, metric: str) -> None:
+    """Record the scores, which are of `metric` (`eval.best`)."""
+    steps = {str(step): score for step, score in scores.items()}
+    write_json(folder / SCORES, {"metric": metric, "scores": steps})
 
 
-def read_scores(folder: Path, until: int) -> Scores:
-    """The scores of the steps up to `until`; later ones come again. Raises ValueError for a damaged file."""
+def read_scores(folder: Path, until: int, metric: str) -> Scores:
+    """The scores of the steps up to `until`; later ones come again. Raises ValueError for a damaged file.
 
-    def parse(path: Path) -> Scores:
-        scores = {int(step): score for step, score in load_json(path).items()}
+    Where those on record are of another metric, `eval.best` having been changed, the run's log has them.
+    """
+
+    def parse(path: Path) -> tuple[str, Scores]:
+        record = load_json(path)
+        found = record.get("scores", record)  # earlier files have the scores alone
+        scores = {int(step): score for step, score in found.items()}
         wrong = [score for score in scores.values() if not (score is None or is_score(score))]
         if wrong:
             raise ValueError(f"{wrong[0]!r} is no score")
 
-        return scores
+        return record.get("metric", metric), scores
 
     path = folder / SCORES
     if not path.exists():
         return {}
 
-    scores = read_artifact(
+    recorded, scores = read_artifact(
         path, parse, "remove it to choose the best checkpoint among later ones"
     )
+    if recorded != metric:
+        scores = _logged(folder.parent / "log.jsonl", metric, scores)
 
     return {step: score for step, score in scores.items() if step <= until}
+
+
+def _logged(log: Path, metric: str, steps: Iterable[int]) -> Scores:
+    """The scores of another metric at these steps, of a run's log; None where it does not say."""
+    scores: Scores = dict.fromkeys(steps)
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:  # a kill has torn it
+            continue
+        if record.get("kind") == "eval" and record["step"] in scores:
+            score = record.get(metric)
+            scores[record["step"]] = score if is_score(score) else None
+
+    return scores
 
 
 def is_score(value: Any) -> bool:
@@ -214,7 +244,9 @@ def is_score(value: Any) -> bool:
 
 
 def link_best(folder: Path, scores: Scores) -> None:
-    """Point `best` at the checkpoint with the highest score, if it is still there."""
+    """Point `best` at the checkpoint with the highest score, if it is still there; no score, no `best`."""
     step = best_step(scores)
-    if step is not None and path_of(folder, step).is_dir():
+    if step is None:
+        (folder / "best").unlink(missing_ok=True)
+    elif path_of(folder, step).is_dir():
         link(folder / "best", path_of(folder, step))

@@ -166,11 +166,9 @@ class Trainer:
         self.scores[step] = score if checkpoint.is_score(score) else None
 
         if distributed.rank() == 0:
-            checkpoint.write_scores(self.folder, self.scores)
+            checkpoint.write_scores(self.folder, self.scores, self.cfg.eval.best)
             checkpoint.link_best(self.folder, self.scores)
-            checkpoint.prune(
-                self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores)
-            )
+            self._prune(step)
 
     @property
     def exhausted(self) -> bool:
@@ -215,11 +213,13 @@ class Trainer:
                 "class_pixels": json.dumps(self.method.class_pixels),
             }
             checkpoint.save(self.folder, step, self.method, state, metadata)
-            checkpoint.prune(
-                self.folder, self.cfg.train.keep, checkpoint.best_step(self.scores)
-            )
+            self._prune(step)
 
         distributed.barrier()
+
+    def _prune(self, step: int) -> None:
+        best = checkpoint.best_step(self.scores)
+        checkpoint.prune(self.folder, self.cfg.train.keep, best, step)
 
     def begin(self) -> int:
         """The first step of a new run: 0, or that of `train.branch`. ValueError where its folder holds one already."""
@@ -259,7 +259,7 @@ class Trainer:
             return self._branch()
 
         step = self._restore(path)
-        self.scores = checkpoint.read_scores(self.folder, until=step)
+        self.scores = checkpoint.read_scores(self.folder, step, self.cfg.eval.best)
         # a kill may have come between a checkpoint and the links to it
         if distributed.rank() == 0:
             link(self.folder / "last", path)

@@ -101,8 +101,8 @@ KINDS = {  # name → (writes the file at a path and returns the one to damage, 
     "index_arrays.pkl": (pickled({k: np.array(v, object) for k, v in INDEX.items()}, 2), is_index),
     "result.json": (write(lambda p: p.write_text(json.dumps({"miou": 0.5}))), lambda p: read_json(p) is not p),
     "scores.json": (
-        write(lambda p: checkpoint.write_scores(p.parent, {8: 0.5, 16: None})),
-        lambda p: isinstance(checkpoint.read_scores(p.parent, 100), dict),
+        write(lambda p: checkpoint.write_scores(p.parent, {8: 0.5, 16: None}, "miou")),
+        lambda p: isinstance(checkpoint.read_scores(p.parent, 100, "miou"), dict),
     ),
 }
 

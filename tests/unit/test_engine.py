@@ -68,7 +68,7 @@ def test_a_branch_is_a_run_of_its_own(tmp_path):
     with pytest.raises(SystemExit):
         train(cfg, evaluate=stop_at(15), resume=True)
     assert checkpoint.newest(cfg.folder / "checkpoints").name == "step_00000015"
-    assert min(checkpoint.read_scores(cfg.folder / "checkpoints", until=20)) > 10
+    assert min(checkpoint.read_scores(cfg.folder / "checkpoints", 20, "miou")) > 10
 
     whole = train(config(tmp_path / "c", branch=str(fork)))
     assert_equal(whole, train(cfg, resume=True))

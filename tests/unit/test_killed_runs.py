@@ -1,14 +1,16 @@
 """Runs that end at a bad moment, or whose folder is not what it was: nothing is lost or half written."""
 
+import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from common.config import Config, EvalConfig, TrainConfig
 from common.engine import checkpoint
 from common.files import DRAFT, follow, write_json
-from tests.unit.tiny_method import config, train
+from tests.unit.tiny_method import config, stop_at, train
 
 
 class Killed(BaseException):
@@ -36,9 +38,9 @@ SCORES = {8: 0.9, 16: 0.5, 24: 0.6, 32: 0.7}
 MOMENTS = {  # between which writes of step 8 the kill falls
     "before its folder has a name": (checkpoint, "seal", lambda draft, facts: facts["step"] == 8),
     "before last points at it": (checkpoint, "link", lambda path, target: target.name == "step_00000008"),
-    "before its score is recorded": (checkpoint, "write_scores", lambda folder, scores: 8 in scores),
+    "before its score is recorded": (checkpoint, "write_scores", lambda folder, scores, metric: 8 in scores),
     "before best points at it": (checkpoint, "link", lambda path, target: path.name == "best"),
-    "before older ones are pruned": (checkpoint, "prune", lambda folder, keep, best: best == 8),
+    "before older ones are pruned": (checkpoint, "prune", lambda folder, keep, best, until: best == 8),
 }
 
 
@@ -91,7 +93,45 @@ def test_undefined_scores_are_never_the_best(tmp_path):
 def test_damaged_scores_are_named(tmp_path, content):
     (tmp_path / checkpoint.SCORES).write_text(content)
     with pytest.raises(ValueError, match="scores.json: .*; remove it"):
-        checkpoint.read_scores(tmp_path, 10)
+        checkpoint.read_scores(tmp_path, 10, "miou")
+
+
+def test_a_damaged_checkpoint_takes_no_place(tmp_path):
+    """The run goes on from an older one: what it saves then is not pruned in favour of the damaged, later step."""
+    cfg = config(tmp_path, steps=20, save_every=10, keep=2)
+    train(cfg, evaluate=lambda step: {"miou": step / 100})
+    folder = cfg.folder / "checkpoints"
+    (folder / "step_00000020" / checkpoint.WEIGHTS).write_bytes(b"torn")
+
+    cfg = replace(cfg, train=replace(cfg.train, keep=1))
+    torn = "step_00000020: torn or damaged, skipped"
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match=torn):
+        train(replace(cfg, eval=EvalConfig(every=12)), evaluate=stop_at(12), resume=True)
+    assert checkpoint.damage(folder / "step_00000012", checkpoint.FILES) is None
+    assert links(cfg)["last"] == "step_00000012" and links(cfg)["best"] != "step_00000020"
+    with pytest.warns(UserWarning, match=torn):
+        train(cfg, evaluate=lambda step: {"miou": 0.5}, resume=True)
+    assert links(cfg) == {"best": "step_00000020", "last": "step_00000020"}
+    assert [path.name for path in checkpoint.steps(folder)] == ["step_00000020"]
+
+
+def test_another_metric_chooses_the_best_anew(tmp_path):
+    """From the log, which has every metric, and not by mixing two of them."""
+    tails = {5: 0.1, 10: 0.12, 15: 0.2, 20: 0.3}
+    cfg = config(tmp_path, steps=10, save_every=5, keep=9)
+    evaluate = lambda step: {"miou": 0.6 + step / 1000, "miou_tail": tails[step]}  # noqa: E731
+    train(replace(cfg, eval=EvalConfig(every=5)), evaluate=evaluate)
+    assert links(cfg)["best"] == "step_00000010"
+    cfg = replace(cfg, train=replace(cfg.train, steps=20), eval=EvalConfig(every=5, best="miou_tail"))
+    train(cfg, evaluate=evaluate, resume=True)
+    assert links(cfg)["best"] == "step_00000020"
+    record = json.loads((cfg.folder / "checkpoints" / checkpoint.SCORES).read_text())
+    assert record == {"metric": "miou_tail", "scores": {str(step): tail for step, tail in tails.items()}}
+
+
+def test_scores_of_earlier_versions_are_read(tmp_path):
+    (tmp_path / checkpoint.SCORES).write_text('{"8": 0.5, "16": null, "24": 0.7}')
+    assert checkpoint.read_scores(tmp_path, 20, "miou") == {8: 0.5, 16: None}
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path):
