@@ -58,6 +58,12 @@ class Experiment:
             check(dataset)
 
         self._check_classes()
+        if train and cfg.eval.best == "miou_tail" and not self.val.row.tail:
+            raise ConfigError(
+                f"{cfg.name}: eval.best: miou_tail: data set {self.val.row.name!r} names no tail, so no checkpoint "
+                "would be the best; set it to miou"
+            )
+
         groups = groups_config(cfg.data.groups, self.val.row)
 
         self.counted = None if counted is None else self._count(counted)

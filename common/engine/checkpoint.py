@@ -35,6 +35,8 @@ SCORES = "scores.json"
 # in a state dict: the network, and its averaged weights (train.ema)
 MODEL, AVERAGE = "model.", "average."
 
+COUNTED = (".counts.running", ".counts.pseudo")  # buffers of common/losses/counts.py
+
 Scores = dict[int, float | None]  # by step; None where the score is undefined
 
 
@@ -143,7 +145,8 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
     """Load the method's state from `path` and return the training state.
 
     Where the method averages its weights and the checkpoint does not, the average begins at the checkpoint's weights.
-    Raises ValueError, naming the first few keys, where the checkpoint is of another method, model or class count.
+    Counts of pseudo-labels that only one of them has, since remedies came or went, begin at 0 or are left out. Raises
+    ValueError, naming the first few keys, where the checkpoint is of another method, model or class count.
     """
     tensors = read_artifact(path / WEIGHTS, load_file)
     own = method.state_dict()
@@ -154,6 +157,10 @@ def restore(path: Path, method: nn.Module) -> dict[str, Any]:
             name: tensors[source] for name, source in sources.items() if source in tensors
         }
 
+    tensors = {
+        **{name: own[name] for name in own if name.endswith(COUNTED)},
+        **{n: t for n, t in tensors.items() if n in own or not n.endswith(COUNTED)},
+    }
     state = read_artifact(path / STATE, _load_state)
 
     wrong = sorted(set(tensors) ^ set(own)) + sorted(

@@ -191,10 +191,14 @@ def add_gradients(
         torch._foreach_add_(new, old)
 
 
-def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Tensor:
+def clip_gradients(
+    parameters: list[nn.Parameter], cfg: OptimConfig, scaled: bool = False
+) -> torch.Tensor:
     """Clip in place as `cfg` says and return the total L2 norm before clipping (a device scalar, no host sync).
 
-    With both limits each gradient is clipped alone first, and the total norm is that of what remains.
+    With both limits each gradient is clipped alone first, and the total norm is that of what remains. scaled: the loss
+    had a scale, so gradients may have overflowed. The optimiser of such a gradient skips its step; those of the others
+    do not, so what is clipped is the norm of the finite ones alone.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     before = torch.nn.utils.get_total_norm(gradients)
@@ -206,6 +210,10 @@ def clip_gradients(parameters: list[nn.Parameter], cfg: OptimConfig) -> torch.Te
         torch._foreach_mul_(gradients, list(scales.unbind()))
         if cfg.clip is not None:
             remaining = torch.nn.utils.get_total_norm(gradients)
+
+    if cfg.clip is not None and scaled:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        remaining = torch.linalg.vector_norm(norms.where(norms.isfinite(), 0.0))
 
     if cfg.clip is not None:
         scale = (cfg.clip / (remaining + 1e-6)).clamp(max=1.0)

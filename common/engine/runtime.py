@@ -137,7 +137,7 @@ def rehearse(cfg: Config, build: Callable[[Config, MethodContext], Method]) -> N
     Raises ValueError.
     """
     _require_weights(cfg.model)
-    _require_branch(cfg.train.branch)
+    _require_branch(cfg)
     trackers.require(cfg)
     check_division(cfg.data, cfg.train.devices, distributed.world_size())
 
@@ -178,8 +178,12 @@ def _require_weights(cfg: ModelConfig) -> None:
             raise ValueError(f"model.pretrained: {error}") from error
 
 
-def _require_branch(path: str | None) -> None:
-    if path is not None and not (Path(path) / checkpoint.WEIGHTS).is_file():
+def _require_branch(cfg: Config) -> None:
+    """ValueError where `train.branch` names no checkpoint. A run that has one of its own goes on without it."""
+    path = cfg.train.branch
+    if path is None or checkpoint.steps(cfg.folder / "checkpoints"):
+        return
+    if not (Path(path) / checkpoint.WEIGHTS).is_file():
         raise ValueError(
             f"train.branch: {path}: no checkpoint; give a folder such as RUN/checkpoints/step_00001000"
         )

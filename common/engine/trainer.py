@@ -27,6 +27,9 @@ class NonFiniteLoss(ValueError):
     """A loss or gradient that is not finite; no rank has updated its weights."""
 
 
+OVERFLOWS = 64  # steps in a row; a scale of 2^16 has become one of 2^-48 then, at which nothing overflows
+
+
 class Trainer:
     """The method with its optimisers: what one step does, and what a checkpoint holds besides weights."""
 
@@ -48,6 +51,8 @@ class Trainer:
         self.accumulate = runtime.accumulation(cfg)
         self.costs = runtime.Costs(device)
         self.scores: checkpoint.Scores = {}
+        # steps in a row that fp16 has skipped
+        self.overflows = torch.zeros((), device=device)
         self.stop = 0  # the signal that a rank was sent, once all ranks know of it
 
     def step(self, step: int, streams: Streams, received: list[int]) -> dict[str, torch.Tensor]:
@@ -65,7 +70,8 @@ class Trainer:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
 
-        total["grad_norm"] = optim.clip_gradients(self.parameters, self.cfg.optim)
+        scaled = self.scaler.is_enabled()
+        total["grad_norm"] = optim.clip_gradients(self.parameters, self.cfg.optim, scaled)
         self._check(total, step, received)
 
         for optimizer in self.optimizers.values():
@@ -136,12 +142,14 @@ class Trainer:
 
     def _check(self, total: Losses, step: int, received: list[int]) -> None:
         """The step's one host sync: is everything finite on every rank, and was any rank asked to stop?"""
-        watched = [total["loss"]]
-        # fp16 overflows now and then; the scaler skips those steps itself
-        if not self.scaler.is_enabled():
-            watched.append(total["grad_norm"])
+        if self.scaler.is_enabled():
+            # fp16 overflows now and then; the scaler skips those steps itself, and lowers the scale of the loss
+            skipped = ~torch.isfinite(total["grad_norm"])
+            self.overflows = (self.overflows + 1) * skipped
+            finite = torch.isfinite(total["loss"]) & (self.overflows < OVERFLOWS)
+        else:
+            finite = torch.isfinite(torch.stack([total["loss"], total["grad_norm"]])).all()
 
-        finite = torch.isfinite(torch.stack(watched)).all()
         asked = torch.full_like(total["loss"], max(received, default=0))
         flags = torch.stack([(~finite).float(), asked.float()])
         broken, stop = distributed.all_max(flags).tolist()

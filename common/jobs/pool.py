@@ -118,7 +118,7 @@ def _next(waiting: list[Run], ended: Ended, runs: Sequence[Run]) -> Run | None:
     planned = {run.folder for run in runs}
 
     for run in waiting:
-        first = run.folder.parent / run.after
+        first = run.cwd / run.output / run.after  # `after` is a label, as the run's own
         if not run.after or first in done or first not in planned:
             waiting.remove(run)
             return run

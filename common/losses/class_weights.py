@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.config.bounds import NotNegative, Rate, Share
+from common.config.bounds import NotNegative, Rate
 from common.losses.counts import Counts, Unit, where_present
 
 Normalise = Literal["expected", "mean", "none"]
@@ -24,7 +24,7 @@ class ClassWeights(ABC):
     apply, from 0 on (deferred re-weighting, LDAM-DRW: 0.8)."""
 
     normalise: Normalise = "expected"
-    start: Share = 0.0
+    start: Rate = 0.0
 
     @abstractmethod
     def raw(self, counts: Counts) -> Tensor:
@@ -56,14 +56,16 @@ class Power(ClassWeights):
 class MedianFrequency(ClassWeights):
     """w_k = median(F) / F_k, with F_k the share of class k in the images that show it (Eigen and Fergus, 2015).
 
-    The number of pixels of those images is taken as their number times the mean image.
+    The number of pixels of those images is taken as their number times the mean image. A class that only pseudo-labels
+    show has no such share: it weighs 1, and is no part of the median.
     """
 
     def raw(self, counts: Counts) -> Tensor:
         pixels_an_image = counts.pixels.sum() / max(counts.num_images, 1.0)
         frequency = counts.pixels / (counts.images * pixels_an_image).clamp(min=1e-300)
-        middle = frequency[counts.pixels > 0].quantile(0.5)
-        return middle / frequency.clamp(min=1e-300)
+        shown = (counts.pixels > 0) & (counts.images > 0)
+        middle = frequency[shown].quantile(0.5)
+        return torch.where(shown, middle / frequency.clamp(min=1e-300), 1.0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from common.config import Config, EvalConfig
 from common.engine import checkpoint, fit
 from common.engine.counters import BatchCounters
 from common.engine.method import move_average
-from common.engine.trainer import NonFiniteLoss
+from common.engine.trainer import OVERFLOWS, NonFiniteLoss
+from common.losses.counts import RefreshedCounts
+from tests.unit.remedy_examples import COUNTS
 from tests.unit.tiny_method import CPU, Tiny, assert_equal, config, stop_at, streams, train
 
 
@@ -280,6 +282,43 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
     method.model[3] = nn.Linear(8, 2)
     with pytest.raises(ValueError, match="model.3"):
         fit(cfg, method, streams(cfg), device=CPU, resume=True)
+
+
+class NoSlope(Tiny):
+    """Its loss is finite, and the gradient never is: that of √x at 0."""
+
+    def term(self, x, step):
+        return {"loss": (0 * self.model(x)).sum().sqrt()}
+
+
+def test_a_gradient_that_is_never_finite_ends_a_run_in_half_precision(tmp_path):
+    """Not at its first steps, which fp16 may skip, but before a scale has been lowered for ever."""
+    cfg = config(tmp_path, steps=200, precision="fp16")
+    with pytest.raises(NonFiniteLoss, match=f"step {OVERFLOWS}: not finite: grad_norm"):
+        train(cfg, NoSlope(cfg))
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
+def test_a_branch_into_remedies_and_out_of_them(tmp_path, before, after):
+    """Counts of pseudo-labels, which only one of the two has, begin at 0 or are left out; nothing else may differ."""
+    methods = []
+    for every in (before, after):
+        method = Tiny(config(tmp_path))
+        method.loss = nn.Module()
+        method.loss.counts = RefreshedCounts(COUNTS, every)
+        methods.append(method)
+
+    first, second = methods
+    for buffer in first.loss.counts.buffers():
+        buffer += 7
+    path = checkpoint.save(tmp_path, 1, first, {}, {})
+    checkpoint.restore(path, second)
+    assert torch.equal(second.model[0].weight, first.model[0].weight)
+    if after:
+        assert not second.loss.counts.running.any() and not second.loss.counts.pseudo.any()
+    second.register_buffer("further", torch.zeros(1))
+    with pytest.raises(ValueError, match="1 tensors differ: further"):
+        checkpoint.restore(path, second)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -167,13 +167,14 @@ def test_a_finished_run_of_another_config_or_list_is_refused(jobs, tmp_path, con
         run_all(plan(path))
 
 
-def test_a_run_waits_for_another(jobs, tmp_path):
+@pytest.mark.parametrize("label", ["{name}_{seed}", "{name}/{seed}", "{seed}/{name}"])
+def test_a_run_waits_for_another(label, jobs, tmp_path):
     runs = {"a": {"command": "sh -c 'sleep 0.3; sh command a'"}, "b": {"after": "a"}, "c": []}
-    run_all(plan(jobs(runs)), at_once=3)
+    run_all(plan(jobs(runs, label=label, seeds=[1])), at_once=3)
     assert [line.split()[1] for line in calls(tmp_path)] == ["c", "a", "b"]
 
     runs = {"fails": [], "b2": {"after": "fails"}}
-    ended = run_all(plan(jobs(runs)), at_once=3)
+    ended = run_all(plan(jobs(runs, label=label, seeds=[1])), at_once=3)
     assert [run.name for run in ended.failed] == ["fails"] and [run.name for run in ended.unfinished] == ["b2"]
 
 

@@ -80,6 +80,21 @@ def test_total_clipping_equals_torch():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_overflow_does_not_reach_the_gradients_of_another_optimiser(bad):
+    """Its own optimiser skips the step; the other's gradients are clipped as if they were alone."""
+    broken, other = (nn.Parameter(torch.zeros(9)) for _ in range(2))
+    broken.grad, other.grad = torch.full((9,), bad), torch.ones(9)
+    assert not clip_gradients([broken, other], OptimConfig(clip=1.0), scaled=True).isfinite()
+    torch.testing.assert_close(other.grad, torch.ones(9) / 3, rtol=1e-5, atol=0)
+    assert not broken.grad.isfinite().any()
+
+    broken.grad = torch.ones(9)
+    other.grad = torch.ones(9)
+    assert clip_gradients([broken, other], OptimConfig(clip=1.0), scaled=True) == pytest.approx(18**0.5)
+    torch.testing.assert_close(other.grad, torch.ones(9) / 18**0.5, rtol=1e-5, atol=0)
+
+
 def test_each_gradient_can_be_clipped_alone():
     net = Net()
     (net.conv(torch.ones(1, 2)).sum() * 100).backward()

@@ -87,6 +87,22 @@ def test_compilation_is_refused_where_it_would_not_help(path, build, message):
         rehearse(cfg, build)
 
 
+def test_a_run_goes_on_without_the_run_that_it_branched_from(tmp_path):
+    """Once it has a checkpoint of its own, the other's may be gone."""
+    words = [
+        "train.devices=1",
+        "model.pretrained=true",
+        f"output={tmp_path}",
+        "name=late",
+        f"train.branch={tmp_path}/gone",
+    ]
+    cfg = load_config(ROOT / "semi_sup/configs/voc_1over32_baseline.json", words)
+    with pytest.raises(ValueError, match="train.branch: .*gone: no checkpoint; give a folder"):
+        rehearse(cfg, semi_sup_method)
+    (tmp_path / "late/checkpoints/step_00000004").mkdir(parents=True)
+    rehearse(cfg, semi_sup_method)
+
+
 def test_the_methods_that_are_compiled():
     """All that call their network as a whole in training."""
     methods = {**supervised_methods, **semi_sup_methods, **uda_methods, **ltss_methods}

@@ -139,6 +139,15 @@ def test_closed_forms():
     assert make("ldam", counts)(two, label).item() == pytest.approx(math.log1p(math.exp(15.0)))
 
 
+def test_median_frequency_of_a_class_that_only_pseudo_labels_show():
+    """No image is counted of it: it keeps the weight of a class without one, and moves no other's."""
+    pixels = torch.tensor([900.0, 90.0, 30.0], dtype=torch.float64)
+    counts = Counts(pixels, torch.tensor([5.0, 5.0, 0.0], dtype=torch.float64), 5.0)
+    raw = MedianFrequency(normalise="none").vector(counts)
+    assert raw[2] == 1 and raw[1] / raw[0] == pytest.approx(10)
+    assert float(raw[0]) == pytest.approx(495 / 900), "the median of the two that labels show"
+
+
 def test_weights_by_hand():
     prior = PIXELS / PIXELS.sum()
     inverse = Power(rho=1.0, normalise="expected").vector(COUNTS)
