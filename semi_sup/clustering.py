@@ -2,11 +2,10 @@
 
 The cells of each class, over all labelled images together, become k_c groups; `balanced_kmeans` (the paper's) makes
 them equally large, `normal_kmeans` is the ablation. Writes `<run>/label_subcls_<algorithm>/<image>.png` (8-bit, 255
-void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, and of which images they are.
+void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, and which images and features they are of.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from common.config import Config, ConfigError, load_config
 from common.data import IGNORE, SegmentationDataset, class_statistics
 from common.files import replacing, write_json
 from common.ops.balanced_kmeans import balanced_kmeans
+from common.steps import digest_of
 from semi_sup.cells import blocky_subclasses, cell_classes, pixel_subclasses
 from semi_sup.config import NUMBERS, digest, labelled_source
 from semi_sup.features import Features, adopt, grid, open_features
@@ -39,7 +39,6 @@ class ClassReport:
     subclasses: int
     smallest: int
     largest: int
-    seconds: float
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
     labels.write(out)
     record = {
         "counts": counts, "algorithm": args.clustering_algorithm, "seed": cfg.seed, "images": len(dataset),
-        "list": digest(dataset.names), "release_labels": args.release_labels,
+        "list": digest(dataset.names), "release_labels": args.release_labels, "features": digest_of(folder),
         "classes": [asdict(report) for report in reports],
     }  # fmt: skip
     write_json(out / NUMBERS, record)
@@ -155,7 +154,6 @@ class Clustering:
         """Cluster every class; `pixels` (C,) are its labelled pixels, for the report."""
         reports = []
         for c, k in enumerate(console.bar(self.counts, what=algorithm, unit="class")):
-            start = time.monotonic()
             rows = np.flatnonzero(self.classes == c)
             if k == 1 or not len(rows):
                 cluster = np.zeros(len(rows), np.int64)
@@ -167,10 +165,9 @@ class Clustering:
 
             self.subclasses[rows] = self.offsets[c] + cluster
             sizes = np.bincount(cluster, minlength=k)
-            seconds = round(time.monotonic() - start, 2)
             name = self.dataset.row.classes[c]
             ends = (int(sizes.min()), int(sizes.max()))
-            reports.append(ClassReport(name, int(pixels[c]), len(rows), k, *ends, seconds))
+            reports.append(ClassReport(name, int(pixels[c]), len(rows), k, *ends))
 
         return reports
 

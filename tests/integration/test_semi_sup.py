@@ -13,6 +13,7 @@ from PIL import Image
 
 from common import cli
 from common.data.toy.write import make
+from common.steps import digest_of
 from scripts import prepare_splits
 from semi_sup import clustering, main
 from semi_sup.subclasses import parents
@@ -105,6 +106,8 @@ def test_subclass_labels_are_complete_and_true(place):
         label = np.array(Image.open(place.data / VOC / "SegmentationClassAug" / f"{name}.png"))
         sub = np.array(Image.open(folder / f"{name}.png"))
         assert ((sub == 255) == (label == 255)).all() and (pi[sub[label != 255]] == label[label != 255]).all()
+    # the same labels again are the same record, of the features that they were made from
+    assert record["features"] == digest_of(place.baseline / "features") and "seconds" not in record["classes"][0]
     for c in record["classes"]:
         if c["cells"] >= c["subclasses"]:
             assert (c["smallest"], c["largest"]) == (c["cells"] // c["subclasses"], -(-c["cells"] // c["subclasses"]))
