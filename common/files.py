@@ -98,8 +98,14 @@ def remove_drafts(folder: Path, *, deep: bool = False, idle: float = 0.0) -> Non
     pattern = f"{DRAFT}*"
     for path in list(folder.rglob(pattern) if deep else folder.glob(pattern)):
         with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime >= idle:
+            if time.time() - _last_change(path) >= idle:
                 remove(path)
+
+
+def _last_change(path: Path) -> float:
+    """When a file was written last, or a folder or a file in it: a folder's own time stands while its files grow."""
+    inside = path.iterdir() if path.is_dir() and not path.is_symlink() else ()
+    return max(part.lstat().st_mtime for part in (path, *inside))
 
 
 def _rename(draft: Path, path: Path) -> None:

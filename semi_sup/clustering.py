@@ -2,7 +2,7 @@
 
 The cells of each class, over all labelled images together, become k_c groups; `balanced_kmeans` (the paper's) makes
 them equally large, `normal_kmeans` is the ablation. Writes `<run>/label_subcls_<algorithm>/<image>.png` (8-bit, 255
-void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, and which images and features they are of.
+void) and beside them `subclasses.json`: numbers of subclasses, cluster sizes, and of which images and features.
 """
 
 import argparse

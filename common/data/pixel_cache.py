@@ -68,7 +68,8 @@ class CachedPicture(Picture):
 
 
 class PixelCache:
-    """The images of a folder that `write_cache` left. Another process opens the file for itself."""
+    """The images of a folder that `write_cache` left. Another process opens the file for itself; where another run has
+    removed it meanwhile, to hold another number of bytes, images are decoded."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -76,8 +77,12 @@ class PixelCache:
         self.places = {path: Place(*place) for path, place in index.items()}
 
     @cached_property
-    def _bytes(self) -> np.ndarray:
-        return np.memmap(self.folder / PIXELS, np.uint8, mode="r")
+    def _bytes(self) -> np.ndarray | None:
+        try:
+            return np.memmap(self.folder / PIXELS, np.uint8, mode="r")
+        except FileNotFoundError:
+            warnings.warn(f"{self.folder}: is gone, images are decoded instead", stacklevel=2)
+            return None
 
     def __getstate__(self) -> Mapping[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
@@ -90,7 +95,7 @@ class PixelCache:
     def picture(self, path: Path) -> Picture:
         """The image of a file: from here where it is held, else opened."""
         place = self.places.get(str(path))
-        if place is None:
+        if place is None or self._bytes is None:
             return Picture(path)
 
         end = place.offset + 3 * place.height * place.width

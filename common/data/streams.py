@@ -16,7 +16,7 @@ from common.config import DataConfig, TrainConfig, pick, typed
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
 from common.data.orders import Order, SamplerConfig, generator, make_order
-from common.data.pixel_cache import GIB, pixel_cache
+from common.data.pixel_cache import GIB, PixelCache, pixel_cache
 from common.data.recipes.build import build_transform
 
 
@@ -91,16 +91,22 @@ def _augment(data: DataConfig, name: str) -> Mapping[str, Any]:
 
 def hold_images(streams: Mapping[str, Stream], data: DataConfig, folder: Path) -> None:
     """Let the streams read decoded images from `folder`, up to `data.cache_size` GiB of all together, the first stream
-    before the next; what is not there yet is written, in `data.workers` processes."""
+    before the next; what is not there yet is written, in `data.workers` processes. Streams of the same images share one
+    cache."""
     left = int((data.cache_size or 0) * GIB)
+    held: dict[tuple[Path, ...], PixelCache | None] = {}
     for stream in streams.values():
-        if left == 0:
-            return
-
         dataset = stream.dataset
-        paths = [record.image for record in dataset.records]
-        dataset.cache = pixel_cache(paths, dataset.row.name, folder, left, data.workers)
-        left -= 0 if dataset.cache is None else dataset.cache.size
+        paths = tuple(record.image for record in dataset.records)
+        if paths not in held:
+            if left == 0:
+                continue
+
+            cache = pixel_cache(paths, dataset.row.name, folder, left, data.workers)
+            left -= 0 if cache is None else cache.size
+            held[paths] = cache
+
+        dataset.cache = held[paths]
 
 
 def make_loaders(

@@ -37,6 +37,19 @@ def aged(path, seconds):
     os.utime(path, (time.time() - seconds,) * 2)
 
 
+def test_a_folder_that_is_being_filled_is_not_idle(tmp_path):
+    """Its own time stands still while a file in it grows."""
+    for name in ("grows", "stands"):
+        draft = tmp_path / f"{DRAFT}{name}"
+        draft.mkdir()
+        (draft / "pixels").touch()
+        for path in (draft / "pixels", draft):
+            os.utime(path, (0, 0))
+    os.utime(tmp_path / f"{DRAFT}grows" / "pixels")
+    remove_drafts(tmp_path, idle=60)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{DRAFT}grows"]
+
+
 def test_drafts_of_the_idle_are_removed(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / f"{DRAFT}1-a").touch()

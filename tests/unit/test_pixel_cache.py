@@ -81,6 +81,30 @@ def test_a_disk_without_room_is_no_error(paths, tmp_path, monkeypatch):
         assert cached(paths, tmp_path) is None
 
 
+def test_streams_of_the_same_images_share_one(scenes, tmp_path):
+    """As labelled and unlabelled ones of a whole split: neither removes what the other reads."""
+    own = {"dataset": "cityscapes", "root": str(scenes), "split": "train", "batch_size": 1}
+    streams = {"labeled": StreamConfig(**own), "unlabeled": StreamConfig(**own, labels=False)}
+    data = DataConfig(streams=streams, cache_size=0.01, workers=0)
+    made = make_streams(data, 0, tmp_path)
+    for _ in range(2):  # written, and found
+        hold_images(made, data, tmp_path)
+        first, second = (stream.dataset for stream in made.values())
+        assert first.cache is second.cache and len(list(tmp_path.glob("pixels-*"))) == 1
+        for dataset in (first, second):
+            path = dataset.records[0].image
+            assert np.array_equal(dataset.open(0)["image"].pixels(), Picture(path).pixels())
+
+
+def test_a_cache_that_another_run_has_removed(paths, tmp_path):
+    """It holds another number of bytes: the images are decoded from then on."""
+    cache = pickle.loads(pickle.dumps(cached(paths, tmp_path)))
+    cached(paths, tmp_path, limit=3000)
+    with pytest.warns(UserWarning, match="is gone, images are decoded instead"):
+        assert np.array_equal(cache.picture(paths[0]).pixels(), Picture(paths[0]).pixels())
+    assert np.array_equal(cache.picture(paths[1]).pixels(), Picture(paths[1]).pixels())
+
+
 def test_other_ranks_write_nothing(paths, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert cached(paths, tmp_path) is None and not (tmp_path / "cache").exists()
