@@ -66,7 +66,12 @@ class Supervised(Method):
             section = cfg.remedies if name in remedied else {}
             features = self.model.embedding_channels if name == FEATURED else None
             self.losses[name] = pixel_loss(
-                section, cfg, context, average=self.options.average, features=features
+                section,
+                cfg,
+                context,
+                average=self.options.average,
+                features=features,
+                several_heads=True,
             )
 
     @classmethod
@@ -84,6 +89,11 @@ class Supervised(Method):
                 raise ConfigError(
                     f"{cfg.name}: remedies.heads: {name!r} is no head of method.heads ({known})"
                 )
+
+        if not remedied:
+            raise ConfigError(
+                f"{cfg.name}: remedies.heads: names no head, so nothing would act; remove it"
+            )
 
         return remedied
 

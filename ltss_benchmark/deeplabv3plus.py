@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import Config
 from common.engine.method import Batch, Losses, Method, MethodContext, pixel_loss
-from common.losses.hard_pixel import hard_pixel_cross_entropy
+from common.losses.hard_pixel import HardPixels, hard_pixel_cross_entropy
 from common.models import build_network
 from common.models.deeplabv3plus_detectron2 import STRIDE, DeepLabV3PlusD2
 from common.ops.resize import size_of
@@ -51,8 +52,17 @@ class DeepLabV3PlusMethod(Method):
         if fraction is not None:
             return hard_pixel_cross_entropy(logits, label, fraction=fraction, stride=STRIDE)
 
-        label = pad_label(label, size_of(logits))
+        padded = pad_label(label, size_of(logits))
+        if not isinstance(chosen.focus, HardPixels):
+            return chosen.upsampled(
+                logits, padded, align_corners=False, progress=progress, features=features
+            )
 
-        return chosen.upsampled(
-            logits, label, align_corners=False, progress=progress, features=features
-        )
+        # hard pixels are a share of the label's own, not of those that the network adds
+        large = F.interpolate(logits.float(), size_of(padded), mode="bilinear")
+        own = large[..., : label.shape[1], : label.shape[2]]
+        loss = chosen.mean_of(chosen.adjust(own, label, progress), label, progress, logits=own)
+        if not chosen.sets:
+            return loss
+
+        return loss + chosen.set_terms(logits, padded, features, large=large)

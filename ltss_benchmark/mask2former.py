@@ -83,6 +83,7 @@ class Mask2FormerMethod(Method):
         if (
             self.criterion.seesaw is not None
             and cfg.model.checkpoint
+            and not cfg.model.reset_classifier  # then its queries were of other classes
             and not self.criterion.seesaw.counts.is_meta
         ):
             restore_counts(self.criterion.seesaw, cfg.model.checkpoint)

@@ -12,6 +12,7 @@ from common.data import build_transform
 from common.data.orders import SamplerConfig
 from common.data.statistics import placeholder
 from common.engine.method import Method, MethodContext, make_method
+from ltss_benchmark.criterion import CriterionConfig
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import STREAM, Mask2FormerMethod
 
@@ -51,13 +52,6 @@ def check_options(cfg: Config) -> None:
 REMEDIES = (  # section, option that chooses a remedy, its default, the choice that uses the others
     ("method.matcher", "mode", "one_to_one", "frequency", ("threshold", "scale", "counts")),
     ("method.criterion", "class_loss", "ce", "seesaw", ("seesaw_p", "seesaw_q")),
-    (
-        f"data.streams.{STREAM}.sampler",
-        "order",
-        "shuffle",
-        "repeat_factor",
-        ("threshold", "level", "mode"),
-    ),
     (f"data.streams.{STREAM}.augment", "copy_paste", "none", "random", ("copy_paste_max",)),
     (f"data.streams.{STREAM}.augment", "copy_paste", "none", "rare", ("rare_classes",)),
 )
@@ -77,5 +71,12 @@ def ignored(cfg: Config) -> list[str]:
             lines.append(
                 f"{section}: {', '.join(given)}: ignored where {option} is {choice}, not {used}"
             )
+
+    criterion = cfg.method.get("criterion", {})
+    weight = criterion.get("no_object_weight", CriterionConfig.no_object_weight)
+    if criterion.get("class_loss") == "seesaw" and weight != CriterionConfig.no_object_weight:
+        lines.append(
+            f"method.criterion: no_object_weight: {weight} is ignored where class_loss is seesaw"
+        )
 
     return lines

@@ -5,10 +5,10 @@ Both are pure functions of the draw (and of seed and stream), so that a stream h
 
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -234,6 +234,30 @@ class SamplerConfig:
         if self.min_pixels is not None:
             return 0.0
         return MIN_SHARE if self.min_share is None else self.min_share
+
+
+ORDER_OPTIONS = {
+    "repeat_factor": ("threshold", "level", "mode"),
+    "rare_class": ("temperature", "min_share", "min_pixels", "min_crop_ratio"),
+}
+
+
+def ignored_options(section: Mapping[str, Any]) -> str | None:
+    """What a `sampler` section sets for another order than its own, in words; None where there is nothing.
+
+    Where it says `shuffle` or `sequential` itself, the order of a config below is switched off, and nothing forgotten.
+    """
+    order = section.get("order", SamplerConfig.order)
+    if "order" in section and order not in ORDER_OPTIONS and order != "class_uniform":
+        return None
+
+    parts = []
+    for used, options in ORDER_OPTIONS.items():
+        given = [option for option in options if section.get(option) is not None]
+        if given and used != order:
+            parts.append(f"{', '.join(given)}: ignored where order is {order}, not {used}")
+
+    return "; ".join(parts) or None
 
 
 def make_order(

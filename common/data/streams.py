@@ -5,6 +5,7 @@ A stream numbers its draws over all ranks and epochs. Everything about draw d (i
 ranks or loader processes, and sees the same samples.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from common.config import DataConfig, TrainConfig, pick, typed
 from common.data.dataset import SegmentationDataset
 from common.data.loading import batches
-from common.data.orders import Order, SamplerConfig, generator, make_order
+from common.data.orders import Order, SamplerConfig, generator, ignored_options, make_order
 from common.data.pixel_cache import GIB, PixelCache, pixel_cache
 from common.data.recipes.build import build_transform
 
@@ -68,7 +69,10 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
         dataset = SegmentationDataset(config)
         dataset.transform = transform.for_dataset(dataset, data.workers, cache, where)
 
-        sampler = typed(SamplerConfig, config.sampler, f"data.streams.{name}.sampler")
+        where = f"data.streams.{name}.sampler"
+        sampler = typed(SamplerConfig, config.sampler, where)
+        if text := ignored_options(config.sampler):
+            warnings.warn(f"{where}: {text}", stacklevel=2)
         order = make_order(sampler, dataset, seed, name, data.workers, cache)
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
 

@@ -131,7 +131,7 @@ class LossContext:
     logits at label size for a whole batch, which terms over regions and the choice of hard pixels may need. cosine:
     the scale of the network's cosine classifier. features: the channels of what the network's classifier reads, where
     the method gives it to the loss. labels_itself: its pseudo-labels are the answers of the network that it trains, or
-    of a moving average of that.
+    of a moving average of that. several_heads: `heads` of the section may name those that remedies act on.
     """
 
     counts: Counts
@@ -143,6 +143,7 @@ class LossContext:
     features: int | None = None
     sampled: Counts | None = None
     labels_itself: bool = False
+    several_heads: bool = False
 
 
 def build_loss(
@@ -236,6 +237,12 @@ def _check(
     if remedies.counts.refresh and context.pseudo_labels is None:
         raise ConfigError(
             f"{where}.counts.refresh: {remedies.counts.refresh}, but this method makes no pseudo-labels; remove it"
+        )
+
+    if remedies.heads != Remedies.heads and not context.several_heads:
+        raise ConfigError(
+            f"{where}.heads: {', '.join(remedies.heads) or 'none'}, but in this method remedies act on one head alone; "
+            "remove it"
         )
 
     if remedies.pseudo_prior:

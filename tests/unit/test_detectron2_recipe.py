@@ -223,7 +223,7 @@ def test_it_is_a_function_of_its_generator():
         ({"copy_paste": "all"}, "copy_paste"),
         ({"short_edges": [0, 64]}, r"augment.short_edges\[0\]: 0 is less than 1"),
         ({"max_size": 0}, "augment.max_size: 0 is less than 1"),
-        ({"copy_paste_max": -1}, "augment.copy_paste_max: -1 is less than 1"),
+        ({"copy_paste_max": 1}, "augment.copy_paste_max: 1 is less than 2"),
         ({"crop": [0, 5]}, "augment.crop"),
     ],
 )

@@ -353,7 +353,7 @@ def test_detectron2s_own_files_are_pointed_to_their_counterparts(tmp_path, folde
     [
         ("MATCHER.T 0.1 MATCHER.S 1.0", "method.matcher: threshold, scale: ignored where mode is one_to_one"),
         ("LOSS.SEESAW_P 0.8", "method.criterion: seesaw_p: ignored where class_loss is ce, not seesaw"),
-        ("DATALOADER.REPEAT_THRESHOLD 1e-3", "sampler: threshold: ignored where order is shuffle, not repeat_factor"),
+        ("LOSS.LOSS_TYPE Seesaw MODEL.MASK_FORMER.NO_OBJECT_WEIGHT 0.5", "0.5 is ignored where class_loss is seesaw"),
         (f"{STREAM}.augment.rare_classes=[1]", "augment: rare_classes: ignored where copy_paste is none, not rare"),
         ("INPUT.COPY_PASTE.ENABLED True " + f"{STREAM}.augment.rare_classes=[1]", "copy_paste is random, not rare"),
         ("INPUT.COPY_PASTE.MAX_NUM 3", "copy_paste_max: ignored where copy_paste is none, not random"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.config import EvalConfig, ModelConfig, load_config
 from common.data.statistics import Statistics
-from common.engine import runtime
+from common.engine import checkpoint, runtime
 from common.engine.trainer import Trainer
 from common.evaluation import mirrored_classes
 from common.inference import multi_scale, predict_scores
@@ -205,6 +205,38 @@ def test_deeplab_trains_the_hardest_fifth(size):
     pixels = F.cross_entropy(large, label, ignore_index=-1, reduction="none").flatten().sort(descending=True).values
     expected = pixels[: int(0.2 * pixels.numel())].mean()
     assert float(method(data, 0)["loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (61, 94), (33, 35)])
+def test_hard_pixels_are_the_same_share_beside_another_remedy(size):
+    """Weights that are 1 for every class change nothing, in crops that the network pads neither."""
+    even = Statistics(np.full((1, CLASSES), 10, np.int32), np.zeros(1, np.int32))
+    alone = build_method(config("deeplabv3p_R18"), context(even)).eval()
+    with pytest.warns(UserWarning, match="it changes nothing"):
+        weighed = config("deeplabv3p_R18", "remedies.class_weight={name: inverse}")
+        beside = build_method(weighed, context(even)).eval()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, CLASSES, -(-size[0] // 4), -(-size[1] // 4), generator=generator)
+    label = torch.randint(-1, CLASSES, (2, *size), generator=generator).short()
+    found, expected = beside.loss(logits, label, 0.5), alone.loss(logits, label, 0.5)
+    torch.testing.assert_close(found, expected)
+
+    sets = config("deeplabv3p_R18", "remedies.sets=[{name: lovasz, at: network}]")
+    total = build_method(sets, context(even)).eval().loss(logits, label, 0.5)
+    plain = config("deeplabv3p_R18", "remedies={focus: null, sets: [{name: lovasz, at: network}]}")
+    term = build_method(plain, context(even)).eval().loss(logits, label, 0.5)
+    entropy = build_method(config("deeplabv3p_R18", "remedies={focus: null}"), context(even)).eval()
+    torch.testing.assert_close(total - expected, term - entropy.loss(logits, label, 0.5))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_seesaw_counts_of_a_classifier_that_is_reset_are_not_taken_over(reset, tmp_path):
+    first = build_method(config("seesaw-maskformer2_R18"), context(statistics()))
+    first.criterion.seesaw.counts += 7
+    path = checkpoint.save(tmp_path, 1, first, {}, {"predict_prefix": first.predict_prefix})
+    words = (f"model.checkpoint={path}", f"model.reset_classifier={str(reset).lower()}")
+    again = build_method(config("seesaw-maskformer2_R18", *words), context(statistics()))
+    assert again.criterion.seesaw.counts.tolist() == [0 if reset else 7] * CLASSES
 
 
 @pytest.mark.parametrize("size", [(64, 96), (62, 94)])

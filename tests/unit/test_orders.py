@@ -99,6 +99,21 @@ def test_a_crop_around_a_pixel_shows_its_class(tmp_path, recipe):
         assert "focus" not in sample
 
 
+def test_copy_paste_does_not_cover_what_a_crop_was_drawn_for(tmp_path):
+    data = make(tmp_path, {"order": "class_uniform"}, "detectron2")
+    plain = make_streams(data, 3)["s"]
+    own = data.streams["s"]
+    pasted = dataclasses.replace(own, augment={**own.augment, "copy_paste": "random"})
+    stream = make_streams(dataclasses.replace(data, streams={"s": pasted}), 3)["s"]
+    changed = 0
+    for draw in range(1, 120, 2):
+        label, before = stream.sample(draw)["label"], plain.sample(draw)["label"]
+        klass = stream.order.focus(draw).class_id
+        assert (before == klass).any() and (label[before == klass] == klass).all()
+        changed += not torch.equal(label, before)
+    assert changed > 10
+
+
 def test_half_of_class_uniform_draws_are_equal_lots_and_half_go_through_the_set(tmp_path):
     order = make_streams(make(tmp_path, {"order": "class_uniform"}), 0)["s"].order
     draws = range(2 * 5 * 8)

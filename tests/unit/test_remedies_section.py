@@ -49,6 +49,15 @@ def test_a_slot_that_a_method_does_not_have():
         build_loss(section("focal"), LossContext(COUNTS, refused={"focus": "it has no pixels"}))
 
 
+@pytest.mark.parametrize("heads", [["aux"], [], ["decode", "aux"]])
+def test_heads_are_for_methods_with_several(heads):
+    """Named elsewhere, remedies would act on the one head all the same, or on none."""
+    chosen = {"focus": {"name": "focal"}, "heads": heads}
+    with pytest.raises(ConfigError, match="remedies.heads: .*, but .* remedies act on one head alone; remove"):
+        build_loss(chosen, LossContext(COUNTS))
+    assert build_loss(chosen, LossContext(COUNTS, several_heads=True)).focus is not None
+
+
 def test_idle_and_double_choices_are_said():
     pixels = Counts.from_pixels([900_000, 90_000, 50_000])
     with pytest.warns(UserWarning, match="effective_number gives every class the same weight"):

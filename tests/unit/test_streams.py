@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -20,6 +22,30 @@ def data(tmp_path):
     augment = {"recipe": "mmseg", "crop": [16, 16]}
     stream = StreamConfig(**fields, batch_size=4, augment=augment)
     return DataConfig(streams={"labeled": stream, "other": dataclasses.replace(stream, batch_size=8)}, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        ({"threshold": 0.5}, "threshold: ignored where order is shuffle, not repeat_factor"),
+        ({"temperature": 0.5}, "temperature: ignored where order is shuffle, not rare_class"),
+        ({"min_share": 0.1, "level": "pixel"}, "level: .*factor; min_share: .*rare_class"),
+        ({"order": "class_uniform", "threshold": 0.5, "mode": "sum"}, "threshold, mode: ignored where"),
+        ({"order": "repeat_factor", "threshold": 9.0, "min_pixels": 7}, "min_pixels: ignored where"),
+        ({"order": "shuffle", "threshold": 0.5}, None),  # a config below it is switched off
+        ({"min_share": None}, None),
+    ],
+)
+def test_options_of_another_order_are_said(data, sampler, said):
+    streams = {"labeled": dataclasses.replace(data.streams["labeled"], sampler=sampler)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_streams(dataclasses.replace(data, streams=streams), 0)
+    texts = [str(item.message) for item in caught if "changes nothing" not in str(item.message)]
+    if said is None:
+        assert texts == []
+    else:
+        assert len(texts) == 1 and re.search(rf"data.streams.labeled.sampler: {said}", texts[0])
 
 
 def run(data, batches, start=0, rank=0, world=1, devices=1, name="labeled", **changes):

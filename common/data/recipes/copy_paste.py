@@ -29,16 +29,22 @@ def classes_of(label: torch.Tensor) -> list[int]:
 
 
 def paste(
-    target: Mapping[str, Any], source: Mapping[str, Any], classes: Sequence[int]
+    target: Mapping[str, Any],
+    source: Mapping[str, Any],
+    classes: Sequence[int],
+    spared: Sequence[int] = (),
 ) -> dict[str, Any]:
     """`target` with all pixels of `classes` of `source` copied over it, unblended: the image (3, H, W), the label
-    (H, W) and every further map (…, H, W) of both samples. Pixels of the source without a class are never copied."""
+    (H, W) and every further map (…, H, W) of both samples. Pixels of the source without a class are never copied, those
+    of the classes `spared` in the target never covered."""
     if not classes:
         return dict(target)
 
     label = source["label"]
     size = label.shape
     chosen = torch.isin(label, torch.tensor(classes, dtype=label.dtype))
+    if spared:
+        chosen &= ~torch.isin(target["label"], torch.tensor(spared, dtype=label.dtype))
 
     def pasted(key: str, value: Any) -> Any:
         other = source.get(key)

@@ -4,13 +4,13 @@ DeepLabV3+ with it, and its Copy-Paste."""
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 
-from common.config.bounds import Count, Share, Side, Size
+from common.config.bounds import AtLeast, Share, Side, Size
 from common.data.catalogue.row import DatasetRow
 from common.data.colour import photometric_distortion
 from common.data.dataset import SegmentationDataset
@@ -54,7 +54,7 @@ class Detectron2(Recipe):
     colour: bool = True
     flip: Share = 0.5
     copy_paste: Literal["none", "random", "rare"] = "none"
-    copy_paste_max: Count = 100
+    copy_paste_max: Annotated[int, AtLeast(2)] = 100  # of 1, nothing would ever be pasted
     rare_classes: tuple[int, ...] = ()
 
     def for_dataset(
@@ -103,6 +103,7 @@ class Detectron2(Recipe):
         dataset: SegmentationDataset,
         index: int,
     ) -> dict[str, Any]:
+        focus = sample.get("focus")
         (child,) = rng.spawn(1)  # the target is augmented alike with and without Copy-Paste
         target = self._augment(sample, rng, dataset.row)
         if self.copy_paste == "none":
@@ -112,7 +113,10 @@ class Detectron2(Recipe):
             dataset.open(int(child.integers(len(dataset)))), child, dataset.row
         )
 
-        return paste(target, source, self._chosen(classes_of(source["label"]), child))
+        chosen = self._chosen(classes_of(source["label"]), child)
+        # what the sampler drew the crop for stays in it
+        spared = () if focus is None else with_partners(focus.class_id, dataset.row.flip_pairs)
+        return paste(target, source, chosen, spared)
 
     def _augment(
         self, sample: dict[str, Any], rng: np.random.Generator, row: DatasetRow
@@ -178,6 +182,14 @@ class Detectron2(Recipe):
             return choose_random(present, self.copy_paste_max, rng)
         assert self.rare_classes, "for_dataset has to choose the rare classes first"
         return choose_rare(present, self.rare_classes)
+
+
+def with_partners(klass: int, pairs: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """A class, and the one that it becomes where an image is mirrored."""
+    return (
+        klass,
+        *(other for pair in pairs if klass in pair for other in pair if other != klass),
+    )
 
 
 def exchanged(
