@@ -8,6 +8,7 @@ A worker that fails says so in one line, and none outlives the main process:
   SIGINT, and SIGTERM unless the main process sent it; each one watches whether the main process is still there.
 """
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -16,8 +17,9 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import queues
 from typing import Any
 
@@ -206,20 +208,38 @@ class _Context(type(_METHOD)):
 _PROCESSES = _Context()
 
 
+CHUNK = 8  # jobs that a process gets at once
+AHEAD = 3  # chunks a process, done or to do, that wait
+
+
 def parallel(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int
 ) -> Iterator[Any]:
     """`function(job)` of every job in order, in `workers` processes; with less than 2 in this one.
 
-    The first error ends it, and so does the death of a process (`multiprocessing.Pool` would wait for its job).
+    The first error ends it, and so does the death of a process (`multiprocessing.Pool` would wait for its job). Some
+    results wait for whoever takes them, not all: they may be images.
     """
     if workers < 2:
         yield from map(function, jobs)
         return
 
+    chunks = (jobs[start : start + CHUNK] for start in range(0, len(jobs), CHUNK))
+    waiting: deque[Future[list[Any]]] = deque()
     with ProcessPoolExecutor(workers, mp_context=_PROCESSES, initializer=_follow_main) as pool:
         try:
-            yield from pool.map(function, jobs, chunksize=8)
+            for chunk in itertools.islice(chunks, AHEAD * workers):
+                waiting.append(pool.submit(_each, function, chunk))
+
+            while waiting:
+                found = waiting.popleft().result()
+                for chunk in itertools.islice(chunks, 1):
+                    waiting.append(pool.submit(_each, function, chunk))
+                yield from found
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _each(function: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    return [function(job) for job in jobs]

@@ -185,13 +185,14 @@ class _Samples(Dataset):
         return self.stream.sample(*key)
 
 
-WHOLE = ("full", "soft")  # a teacher's input and output of the whole image
+# what networks take as one tensor: a teacher's input and output of the whole image, too
+WHOLE = ("image", "full", "soft")
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Stacks tensors of equal shape; other tensors and strings become lists, numbers an int64 tensor.
 
-    Maps of whole images have to be of one shape: a ValueError names two that are not.
+    Images, and maps of whole ones, have to be of one shape: a ValueError names two that are not.
     """
     batch: dict[str, Any] = {}
     for key in samples[0]:

@@ -129,18 +129,26 @@ class _Removal:
     def step(self, aim: float) -> int | None:
         """Remove the image that leaves the coefficient nearest to `aim` without lowering it; None: all lower it."""
         for target in (aim, np.inf)[: 1 if aim == np.inf else 2]:
-            candidates = self._shortlist(target)
-            after = self._exact(candidates)
-            allowed = after >= self.gini
-            if allowed.any():
-                score = np.where(
-                    allowed, after if target == np.inf else -np.abs(after - target), -np.inf
-                )
-                best = int(score.argmax())
-                self._remove(candidates[best], after[best])
-                return int(candidates[best])
+            removed = self._remove_best(self._shortlist(target), target)
+            if removed is not None:
+                return removed
 
-        return None
+        # where classes are equally heavy, the first-order change may overrate all of a shortlist
+        return self._remove_best(np.flatnonzero(np.isfinite(self.loss)), aim)
+
+    def _remove_best(self, candidates: np.ndarray, target: float) -> int | None:
+        """Remove the one that leaves the coefficient nearest to `target` without lowering it, if there is such."""
+        parts = np.array_split(candidates, max(len(candidates) // SHORTLIST, 1))
+        after = np.concatenate([self._exact(part) for part in parts])
+        allowed = after >= self.gini
+        if not allowed.any():
+            return None
+
+        score = after if target == np.inf else -np.abs(after - target)
+        best = int(np.where(allowed, score, -np.inf).argmax())
+        self._remove(candidates[best], after[best])
+
+        return int(candidates[best])
 
     def _shortlist(self, aim: float) -> np.ndarray:
         """The best images by the first-order change, ascending."""

@@ -186,15 +186,18 @@ def test_an_image_that_is_repeated_in_an_epoch_is_augmented_anew(tmp_path):
     assert all(equal(stream.sample(draw), sample) for draw, sample in zip(draws, shown, strict=True))
 
 
-def test_images_of_several_sizes_become_a_list(tmp_path):
+def test_images_of_several_sizes_are_refused_in_one_line(tmp_path):
+    """A network takes one tensor; without a crop they are of their own sizes."""
     make_folder(tmp_path, images=1, size=(32, 32))
     source = make_folder(tmp_path / "b", images=2)
     (tmp_path / "images" / "train" / "im0.png").rename(tmp_path / "b" / "images" / "train" / "im0.png")
     (tmp_path / "labels" / "train" / "im0.png").rename(tmp_path / "b" / "labels" / "train" / "im0.png")
     fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source)}
     stream = StreamConfig(**fields, batch_size=2, sampler={"order": "sequential"})
-    batch = run(DataConfig(streams={"s": stream}, workers=0), 1, name="s")[0]
-    assert [tuple(image.shape) for image in batch["image"]] == [(3, 32, 32), (3, 48, 64)]
+    with pytest.raises(ValueError, match="im0 and im1: `image`, which no crop brings to one size, is 32×32 and 48×64"):
+        run(DataConfig(streams={"s": stream}, workers=0), 1, name="s")
+    batch = run(DataConfig(streams={"s": stream}, workers=0), 2, name="s", devices=2)
+    assert [tuple(micro["image"].shape) for micro in batch] == [(1, 3, 32, 32), (1, 3, 48, 64)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,7 +12,7 @@ from scipy import sparse
 from common.config import SourceConfig
 from common.data import SegmentationDataset, class_statistics
 from common.data.imbalance import gini
-from common.data.subset import greedy_subset, presence_weights
+from common.data.subset import _Removal, greedy_subset, presence_weights
 from scripts import make_longtail
 from tests.unit.data_files import folder_options, picture, save
 
@@ -106,6 +106,24 @@ def test_the_seed_decides_between_equals():
     first, again, other = (greedy_subset(weights, images=45, seed=s) for s in (0, 0, 1))
     assert np.array_equal(first.removed, again.removed) and not np.array_equal(first.kept, other.kept)
     np.testing.assert_allclose(first.path, other.path)
+
+
+def test_a_goal_is_given_up_only_where_no_image_may_go():
+    """Many images show several equally heavy classes, which the first-order change overrates; others may still go."""
+    light = heavy = 6
+    together = np.repeat([0.0, 1.0], 6)
+    alone = [np.eye(light + heavy)[k] for k in range(light + heavy)]
+    weights = np.array([*alone[:light], *[together] * 100, *alone[light:] * 20])
+    removal = _Removal(sparse.csr_array(weights))
+    alive = np.ones(len(weights), bool)
+    while (image := removal.step(np.inf)) is not None:
+        alive[image] = False
+
+    left = weights[alive]
+    assert len(left) < 226, "where a shortlist alone had given up"
+    for k in range(len(left)):
+        without = np.delete(left, k, 0).sum(0)
+        assert without.min() == 0 or gini(without) < removal.gini
 
 
 @pytest.mark.parametrize(
