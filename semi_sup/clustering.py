@@ -220,11 +220,14 @@ def table(reports: Sequence[ClassReport]) -> str:
     """Classes with their share of labelled pixels, number of subclasses and cluster sizes (cells)."""
     total = max(sum(report.pixels for report in reports), 1)
     wide = max(len(report.name) for report in reports)
-    lines = [f"{'class':<{wide}}   % pixels     cells    k   cluster sizes"]
+    title = "class".ljust(wide)
+    lines = [f"{title}   % pixels     cells    k   cluster sizes"]
 
-    for r in reports:
-        share = f"{100 * r.pixels / total:10.3f} {r.cells:9d} {r.subclasses:4d}"
-        lines.append(f"{r.name:<{wide}} {share}   {r.smallest}–{r.largest}")
+    for report in reports:
+        name = report.name.ljust(wide)
+        share = 100 * report.pixels / total
+        sizes = f"{report.smallest}–{report.largest}"
+        lines.append(f"{name} {share:10.3f} {report.cells:9d} {report.subclasses:4d}   {sizes}")
 
     return "\n".join(lines)
 

@@ -117,7 +117,8 @@ def _unlabeled(cfg: Config) -> SourceConfig:
 
 def _with_refresh(cfg: Config) -> Config:
     counts = cfg.remedies.get("counts", {})
-    if not cfg.remedies or "refresh" in counts:
+    goes_by_counts = cfg.remedies.get("logits") or cfg.remedies.get("class_weight")
+    if not goes_by_counts or "refresh" in counts:
         return cfg
 
     unlabeled = _unlabeled(cfg)

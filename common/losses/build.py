@@ -308,6 +308,17 @@ def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
         text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"
         warnings.warn(text, stacklevel=3)
 
+    blv = loss.logits
+    if isinstance(blv, BLV) and blv.noise == "constant" and blv.centre:
+        text = (
+            f"{where}.logits: blv: centre takes noise: constant away again: it changes nothing"
+        )
+        warnings.warn(text, stacklevel=3)
+
+    if remedies.counts.refresh and remedies.logits is None and remedies.class_weight is None:
+        text = f"{where}.counts.refresh: no remedy that is chosen goes by counts: it changes nothing"
+        warnings.warn(text, stacklevel=3)
+
     if isinstance(loss.logits, LogitAdjustment) and loss.class_weight is not None:
         text = f"{where}: logits and class_weight both correct for class frequency: rare classes gain twice"
         warnings.warn(text, stacklevel=3)

@@ -170,22 +170,38 @@ def _finite(series: Series, scale: float) -> Series:
     return series._replace(points=points, raw=raw)
 
 
-def _path(series: Series, x: Axis, y: Axis, dashed: bool) -> str:
-    def d(points: Sequence[Point]) -> str:
-        return "M" + "L".join(f"{x.at(px):.1f} {y.at(py):.1f}" for px, py in points)
+DOTS = 40  # points of a line up to which each is a dot, too
 
-    parts = [f'<path d="{d(series.raw)}" class="raw"/>'] if len(series.raw) > 1 else []
+
+def _path(series: Series, x: Axis, y: Axis, dashed: bool) -> str:
+    parts = []
+    if len(series.raw) > 1:
+        parts.append(_line_through(series.raw, x, y, "raw"))
     if len(series.points) > 1:
-        parts.append(
-            f'<path d="{d(series.points)}" class="line{" dashed" if dashed else ""}"/>'
-        )
-    if len(series.points) <= 40 and not series.raw:
-        for px, py in series.points:
-            title = f"<title>{escape(series.run.name)}: {py:.4g} at step {px:g}</title>"
-            parts.append(
-                f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3">{title}</circle>'
-            )
-    return f'<g class="r{series.run.number}">{"".join(parts)}</g>'
+        css = "line dashed" if dashed else "line"
+        parts.append(_line_through(series.points, x, y, css))
+    if len(series.points) <= DOTS and not series.raw:
+        parts += _dots(series, x, y)
+
+    shapes = "".join(parts)
+    return f'<g class="r{series.run.number}">{shapes}</g>'
+
+
+def _line_through(points: Sequence[Point], x: Axis, y: Axis, css: str) -> str:
+    places = [f"{x.at(px):.1f} {y.at(py):.1f}" for px, py in points]
+    way = "L".join(places)
+    return f'<path d="M{way}" class="{css}"/>'
+
+
+def _dots(series: Series, x: Axis, y: Axis) -> list[str]:
+    """A dot a point, which tells its value."""
+    name = escape(series.run.name)
+    dots = []
+    for px, py in series.points:
+        title = f"<title>{name}: {py:.4g} at step {px:g}</title>"
+        dots.append(f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3">{title}</circle>')
+
+    return dots
 
 
 def percent(share: float) -> str:

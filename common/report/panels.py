@@ -180,19 +180,31 @@ def _figure(picture: np.ndarray, alt: str, caption: str = "", photo: bool = Fals
 
 
 def _legend(per_class: Sequence[Mapping[str, Any]], area: np.ndarray, tail: bool) -> str:
-    order = [int(k) for k in np.argsort(-area) if area[k]]
-    chips = [chip(per_class[k]["color"], per_class[k]["name"]) for k in order[:CHIPS]]
+    shown = [int(k) for k in np.argsort(-area) if area[k]]
+    chips = []
+    for k in shown[:CHIPS]:
+        item = per_class[k]
+        chips.append(chip(item["color"], item["name"]))
+
     chips.append(chip(IGNORED, "no label"))
-    if len(order) > CHIPS:
-        chips.append(f"<span>and {len(order) - CHIPS} smaller classes</span>")
+    smaller = len(shown) - CHIPS
+    if smaller > 0:
+        chips.append(f"<span>and {smaller} smaller classes</span>")
 
-    errors = [chip(WRONG, "error" if not tail else "error, other class")]
-    errors += [chip(WRONG_TAIL, "error on a pixel of a tail class")] if tail else []
-    rows = (("Classes", chips), ("Error maps", errors))
+    if tail:
+        errors = [
+            chip(WRONG, "error, other class"),
+            chip(WRONG_TAIL, "error on a pixel of a tail class"),
+        ]
+    else:
+        errors = [chip(WRONG, "error")]
 
-    return "".join(
-        f'<div class="chips"><b>{name}</b>{"".join(items)}</div>' for name, items in rows
-    )
+    return _row_of("Classes", chips) + _row_of("Error maps", errors)
+
+
+def _row_of(name: str, chips: Sequence[str]) -> str:
+    items = "".join(chips)
+    return f'<div class="chips"><b>{name}</b>{items}</div>'
 
 
 def making(report: Any) -> str:
@@ -293,18 +305,32 @@ def _setting(key: str, settings: Mapping[str, str], base: Mapping[str, str]) -> 
 
 def _changed(names: Sequence[str], flat: Sequence[Mapping[str, str]]) -> str:
     """In a line for each run, what it sets otherwise than the baseline."""
-    base = flat[0]
+    base, *others = flat
     items = []
 
-    for i, settings in list(enumerate(flat))[1:]:
-        keys = [key for key in {**base, **settings} if key not in NAMING]
-        keys = [key for key in keys if base.get(key) != settings.get(key)]
-        said = [_setting(key, settings, base) for key in keys[:NAMED]]
-        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-        text = ", ".join(said) + more if said else "no other setting"
-        items.append(f'<li class="r{i}">{swatch(i)} <b>{escape(names[i])}</b>: {text}</li>')
+    for i, settings in enumerate(others, start=1):
+        name = escape(names[i])
+        text = _differing(settings, base)
+        items.append(f'<li class="r{i}">{swatch(i)} <b>{name}</b>: {text}</li>')
 
-    return f'<p>Against {escape(names[0])}:</p><ul class="words">{"".join(items)}</ul>'
+    first = escape(names[0])
+    listed = "".join(items)
+    return f'<p>Against {first}:</p><ul class="words">{listed}</ul>'
+
+
+def _differing(settings: Mapping[str, str], base: Mapping[str, str]) -> str:
+    """The first settings that are not the baseline's, and how many more there are."""
+    keys = [
+        key
+        for key in {**base, **settings}
+        if key not in NAMING and base.get(key) != settings.get(key)
+    ]
+    if not keys:
+        return "no other setting"
+
+    said = ", ".join(_setting(key, settings, base) for key in keys[:NAMED])
+    more = len(keys) - NAMED
+    return f"{said} and {more} more" if more > 0 else said
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -3,7 +3,6 @@ methods that do not have the same seeds."""
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,16 +13,6 @@ from scripts import compare
 from tests.unit.test_compare import BASE, CLASSES, make_run
 
 pytestmark = pytest.mark.usefixtures("unchanged")
-
-
-@pytest.fixture
-def program(monkeypatch, capsys):
-    def call(*words) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
-        compare.main()
-        return capsys.readouterr().out
-
-    return call
 
 
 def changed(folder, seed, name, run="ce", **options):
@@ -39,7 +28,7 @@ def names_of(*folders):
     return found
 
 
-def test_a_network_that_was_changed_after_training_is_another_method(tmp_path, program):
+def test_a_network_that_was_changed_after_training_is_another_method(tmp_path, call):
     """Not a further seed of the one that it was made from, and each strength for itself."""
     for seed in (0, 1):
         make_run(tmp_path / f"ce_{seed}", BASE[None], seed)
@@ -53,7 +42,7 @@ def test_a_network_that_was_changed_after_training_is_another_method(tmp_path, p
     ]
     expected = [("ce", [0, 1]), ("ce_logit_adjustment", [0, 1]), ("tau_0.25", [0, 1]), ("tau_1", [0, 1])]
     assert names_of(tmp_path) == expected
-    assert "| ce_logit_adjustment | 2 |" in program(tmp_path, "--baseline", "ce")
+    assert "| ce_logit_adjustment | 2 |" in call(compare.main, tmp_path, "--baseline", "ce")
 
 
 def test_tests_of_several_networks_are_several_methods(tmp_path):
@@ -71,17 +60,17 @@ def test_tests_of_several_networks_are_several_methods(tmp_path):
     assert {name.split(" ")[-1] for name, _ in found[1:]} == {"step_9_student", "step_9_teacher"}
 
 
-def test_folders_of_scores_without_a_config_are_methods_of_their_own(tmp_path, program):
+def test_folders_of_scores_without_a_config_are_methods_of_their_own(tmp_path, call):
     """As scripts/score.py leaves them, all of one name."""
     for method in "AB":
         folder = make_run(tmp_path / f"m{method}" / "scores", BASE[None])
         (folder / "config.yaml").unlink()
         (folder / "run.json").unlink()
-    text = program(tmp_path / "mA/scores", tmp_path / "mB/scores")
+    text = call(compare.main, tmp_path / "mA/scores", tmp_path / "mB/scores")
     assert "Against mA/scores" in text and "| mB/scores | 1 |" in text
 
 
-def test_calibration_of_other_tail_classes_is_not_compared(tmp_path, program):
+def test_calibration_of_other_tail_classes_is_not_compared(tmp_path, call):
     """A class that gets no probability worth counting has no error, and would not be missed in the mean."""
     for seed in (0, 1):
         for name, errors in (("ce", {3: 0.1, 4: 0.2}), ("new", {3: 0.1, 4: None if seed else 0.3})):
@@ -92,12 +81,12 @@ def test_calibration_of_other_tail_classes_is_not_compared(tmp_path, program):
             result["ece_tail"] = np.mean([error for error in errors.values() if error is not None])
             (run / "evaluation.json").write_text(json.dumps(result | {"ece": 0.05}))
 
-    head, _, row = [line for line in program(tmp_path).splitlines() if line.startswith("| ")][:3]
+    head, _, row = [line for line in call(compare.main, tmp_path).splitlines() if line.startswith("| ")][:3]
     cells = dict(zip(head.split("|"), row.split("|"), strict=True))
     assert cells[" ECE(tail) "] == " 15.0 (–) " and cells[" ECE "].startswith(" 5.0 (+0.0")
 
 
-def test_unequal_seeds(tmp_path, program):
+def test_unequal_seeds(tmp_path, call):
     """The method is 2 points of recall better on every seed that it has, and lacks the easiest one."""
 
     def matrix(recall):
@@ -109,7 +98,7 @@ def test_unequal_seeds(tmp_path, program):
         if seed < 2:
             make_run(tmp_path / f"new_{seed}", matrix(recall + 2), seed, loss="new")
 
-    text = program(tmp_path)
+    text = call(compare.main, tmp_path)
     row = next(line for line in text.splitlines() if line.startswith(f"| {CLASSES[3][:4]}"))
     assert row.endswith("| 13.0 (+2.0) |")
     note = (
@@ -117,13 +106,13 @@ def test_unequal_seeds(tmp_path, program):
     )
     assert note in text
 
-    program(tmp_path, "--output", tmp_path / "t.csv")
+    call(compare.main, tmp_path, "--output", tmp_path / "t.csv")
     lines = list(csv.DictReader((tmp_path / "t.csv").open()))
     ours = [line for line in lines if line["method"] == "new"]
     assert len(ours) == 10 and all(line["seeds"] == "2" for line in ours)
     for line in ours:
         change = float(line["mean"]) - float(line["baseline"])
         assert change == pytest.approx(float(line["difference"]), abs=1e-12)
-    assert "have other seeds" not in program(
-        tmp_path / "ce_0", tmp_path / "ce_1", tmp_path / "new_0", tmp_path / "new_1"
+    assert "have other seeds" not in call(
+        compare.main, tmp_path / "ce_0", tmp_path / "ce_1", tmp_path / "new_0", tmp_path / "new_1"
     )

@@ -58,6 +58,17 @@ def test_heads_are_for_methods_with_several(heads):
     assert build_loss(chosen, LossContext(COUNTS, several_heads=True)).focus is not None
 
 
+def test_refreshed_counts_without_a_remedy_that_goes_by_them_are_said():
+    chosen = {"focus": {"name": "focal"}, "counts": {"refresh": 5}}
+    with pytest.warns(UserWarning, match="counts.refresh: no remedy that is chosen goes by counts"):
+        build_loss(chosen, LossContext(COUNTS, pseudo_labels="pixels"))
+
+
+def test_constant_noise_less_its_mean_is_said():
+    with pytest.warns(UserWarning, match="centre takes noise: constant away again: it changes nothing"):
+        build_loss({"logits": {"name": "blv", "noise": "constant", "centre": True}}, LossContext(COUNTS))
+
+
 def test_idle_and_double_choices_are_said():
     pixels = Counts.from_pixels([900_000, 90_000, 50_000])
     with pytest.warns(UserWarning, match="effective_number gives every class the same weight"):
