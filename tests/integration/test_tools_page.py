@@ -23,6 +23,8 @@ from tests.integration.conftest import ROOT
 from tests.unit.data_files import picture, save
 from tests.unit.test_docs import CODE, split
 from tests.unit.test_evidence import FAKE
+from tests.unit.test_queries import SMALL as QUERIES
+from tests.unit.test_queries import saved
 
 PAGE = ROOT / "docs" / "tools.md"
 CAMVID = "fully_sup/configs/small/upernet_lite0_camvid.yaml"
@@ -125,6 +127,12 @@ def write_inputs(here: Path) -> None:
     (here / "some.txt").write_text("PICTURES/0.png\n")
     for name in ("LABELS", "PREDICTIONS"):
         shutil.copytree(here / "datasets/camvid/labels/val", here / name)
+
+    queries = here / "queries.yaml"
+    model = {**TINY["model"], "name": "mask2former", "options": QUERIES}
+    queries.write_text(yaml.safe_dump({**TINY, "model": model}))
+    (here / "output").mkdir()
+    saved(queries, here / "output", "A")
 
     network = build_model(load_config(CPSL).model)
     torch.save({"ResNet101": {"model_state": network.state_dict()}, "iter": 7}, here / "official.pth")
