@@ -54,15 +54,21 @@ def paired(
     return of_differences([a - b for a, b in zip(method, baseline, strict=True)], level)
 
 
-def of_differences(values: Sequence[float], level: float = LEVEL) -> Difference:
-    """Mean, interval and test of differences, or of the scores themselves."""
+def of_differences(
+    values: Sequence[float], level: float = LEVEL, *, shared: float = 0.0
+) -> Difference:
+    """Mean, interval and test of differences, or of the scores themselves.
+
+    shared: what the variance of the mean has beside 1/n of that of a difference, where the differences have training
+    images in common: images tested over images trained on (Nadeau and Bengio, Machine Learning 2003).
+    """
     n = len(values)
     mean = float(np.mean(values))
     if n == 1:
         return Difference(mean, n)
 
     sd = float(np.std(values, ddof=1))
-    error = sd / math.sqrt(n)
+    error = sd * math.sqrt(1 / n + shared)
     half_width = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     if error:
         p = float(2 * stats.t.sf(abs(mean) / error, n - 1))

@@ -15,7 +15,7 @@ remedies begin at that step of the baseline's run of the same seed, so the remed
 comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
 holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen, or of other settings of their
-own than the plan has now, are left out.
+own than the plan has now, are left out. `pools` of a plan puts splits together, the folds of scripts/prepare_folds.py.
 
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
@@ -41,6 +41,7 @@ from scripts.study import summary
 from scripts.study.known import of_plan, told
 from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
+from scripts.study.pools import pool_of, read_blocks
 from scripts.study.records import begun, changed_after, joined, scored, split_of, trained
 
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
@@ -60,7 +61,7 @@ def main() -> int:
 
     check_only(plan, args.only)
     if args.splits:
-        plan = replace(plan, final=named_splits(plan, args.splits))
+        check_splits(plan, args.step, args.splits)
     if args.step == "tune" and not plan.tuned():
         print(f"{args.plan}: every remedy has one strength, there is nothing to choose among")
         return 0
@@ -71,7 +72,7 @@ def main() -> int:
     if args.step == "choose":
         choose(plan, args.force)
     elif args.step == "collect":
-        collect(plan)
+        collect(plan, args.splits)
     else:
         page(plan, args.plan)
     return 0
@@ -79,6 +80,8 @@ def main() -> int:
 
 def train(plan: Plan, args: argparse.Namespace) -> int:
     """Run the trainings of a step; its exit code."""
+    if args.splits:
+        plan = replace(plan, final={name: own for name, own in plan.final.items() if name in args.splits}, pools={})
     write_lists(plan)
     runs = wanted(plan, args)
     ended = run_all(runs, args.at_once, args.minutes)
@@ -94,13 +97,13 @@ def check_only(plan: Plan, only: list[str] | None) -> None:
             raise ValueError(f"--only: the plan has no {name!r}; it has {', '.join(known)}")
 
 
-def named_splits(plan: Plan, names: list[str]) -> dict[str, tuple[str, ...]]:
-    """The splits of these names, in the plan's order. ValueError for a name that the plan does not have."""
+def check_splits(plan: Plan, step: str, names: list[str]) -> None:
+    """ValueError for a name that the plan does not have, and for a step that is of no split."""
+    if step not in ("final", "score", "after", "collect"):
+        raise ValueError(f"--splits: the step `{step}` is of none; leave it out")
     for name in names:
         if name not in plan.final:
             raise ValueError(f"--splits: the plan has no {name!r}; it has {', '.join(plan.final)}")
-
-    return {name: own for name, own in plan.final.items() if name in names}
 
 
 def wanted(plan: Plan, args: argparse.Namespace) -> list[Run]:
@@ -227,13 +230,18 @@ def read_choices(plan: Plan) -> dict[str, Any]:
 # Results ------------------------------------------------------------------------------------------------------------
 
 
-def collect(plan: Plan) -> None:
-    """Write what the final runs that are done say, compactly: every statistic can be made from it."""
+def collect(plan: Plan, only: list[str] | None = None) -> None:
+    """Write what the final runs that are done say, compactly: every statistic can be made from it.
+
+    only: read the runs of these splits alone; what the file holds of others stays.
+    """
     choices = read_choices(plan)
     known = read_results(plan)
     splits, left = ({}, []) if known is None else of_plan(known, plan, choices)
     print("\n".join(left), end="\n" if left else "")
     for name, jobs in plan.finals(choices).items():
+        if only and name not in only:
+            continue
         order = list(plan.remedies)
         planned = runs_of(jobs)
         runs = [run for run in planned if run.name in order]
@@ -250,6 +258,7 @@ def collect(plan: Plan) -> None:
     if not splits:
         raise ValueError(f"{plan.output}: no final run is done; take the step `final` first")
 
+    pools = {name: pool_of(splits, pool.splits, read_blocks(ROOT / pool.blocks)) for name, pool in plan.pools.items()}
     results = {
         **told(plan, choices),
         "note": plan.note,
@@ -259,6 +268,7 @@ def collect(plan: Plan) -> None:
             for name, after in plan.after.items()
         },
         "splits": splits,
+        "pools": pools,
     }
     path = ROOT / plan.results
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,13 @@
 results: what the step `collect` of scripts/evidence.py has left; split: one of its splits.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from common.comparison import Difference, head_and_tail, holm, paired, paired_by_seed
+from common.comparison import LEVEL, Difference, head_and_tail, holm, number, paired, paired_by_seed
 
 Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
@@ -121,3 +122,9 @@ def best_free(
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}" if np.isfinite(value) else "–"
+
+
+def decided(difference: Difference, p: float | None) -> str:
+    """A difference, bold where Holm's p decides it."""
+    text = number(difference)
+    return f"**{text}**" if p is not None and math.isfinite(p) and p < 1 - LEVEL else text

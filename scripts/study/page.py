@@ -25,6 +25,7 @@ from scripts.study.numbers import (
     score,
     unpaired,
 )
+from scripts.study.pools import blocks_table, folds_table, told_splits, unfinished
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
@@ -56,6 +57,7 @@ FREE_IN_OTHERS_HEAD = (
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
 UNTUNED = "One strength each, fixed before any result of its own: **no strength was tuned.**"
+NOT_YET = "## Split {name}\n\nNo run is done of {splits}, so its splits are not put together yet.\n"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
 
@@ -66,8 +68,12 @@ def page_of(results: Mapping[str, Any] | None, plan: str, title: str) -> str:
         return head + NOTHING
 
     parts = [head, protocol(results), strengths(results)]
-    for name, split in results["splits"].items():
+    pools = results.get("pools", {})
+    for name, split in told_splits(results).items():
         parts.append(section(name, split, results, picture_of(plan, name)))
+        if name in pools:
+            parts += pool_tables(split, pools[name], results)
+    parts += [NOT_YET.format(name=name, splits=", ".join(missing)) for name, missing in unfinished(results).items()]
 
     return "\n".join(parts)
 
@@ -80,12 +86,20 @@ def picture_of(plan: str, split: str) -> str:
 def pictures(results: Mapping[str, Any], plan: str) -> dict[str, str]:
     """File, seen from the page → SVG, of each split with something to compare."""
     found = {}
-    for name, split in results["splits"].items():
+    for name, split in told_splits(results).items():
         changes = changes_of(split, list(results["remedies"]), list(results["after"]))
         if changes is not None:
             found[picture_of(plan, name)] = plot.plot(*changes, changed(results))
 
     return found
+
+
+def pool_tables(split: Mapping[str, Any], pool: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """What only splits that were put together can say. split: they as one."""
+    remedies = list(results["remedies"])
+    if remedies[0] not in split["runs"]:
+        return []
+    return [*blocks_table(split, pool, remedies), *folds_table(results["splits"], pool, remedies)]
 
 
 def protocol(results: Mapping[str, Any]) -> str:

@@ -30,6 +30,17 @@ class After:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """Splits that test each image once, told as one.
+
+    blocks: file of scripts/prepare_folds.py, relative to the repository: which images are of one scene.
+    """
+
+    splits: tuple[str, ...]
+    blocks: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A comparison. Files but `output` are relative to the repository.
 
@@ -62,6 +73,7 @@ class Plan:
     against: Mapping[str, str] = field(default_factory=dict)  # remedy → what it is compared with beside the baseline
     after: Mapping[str, After] = field(default_factory=dict)
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
+    pools: Mapping[str, Pool] = field(default_factory=dict)  # name → the folds of a cross-validation
 
     def __post_init__(self):
         if not self.remedies:
@@ -84,6 +96,14 @@ class Plan:
             for other in self.after:
                 if other.startswith(f"{name} "):  # results are named NAME STRENGTH
                     raise ValueError(f"after.{other}: begins with the name of another; take one that does not")
+        for name, pool in self.pools.items():
+            if name in self.final:
+                raise ValueError(f"pools.{name}: is the name of a split; take another")
+            for split in pool.splits:
+                if split not in self.final:
+                    raise ValueError(f"pools.{name}: {split!r} is no split of the plan: {', '.join(self.final)}")
+            if len(set(pool.splits)) < max(2, len(pool.splits)):
+                raise ValueError(f"pools.{name}: names fewer than two splits, or one twice")
         if self.convention and self.tuned():
             raise ValueError("convention: strengths are chosen by that of the runs; set eval.convention in `settings`")
         if self.tuning_seed in self.seeds:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import LEVEL, Difference, holm, number
-from scripts.study.numbers import HEAD_ALLOWED, best_free, changed, compare, matrices_of, of_curve, score
+from common.comparison import holm
+from scripts.study.numbers import HEAD_ALLOWED, best_free, changed, compare, decided, matrices_of, of_curve, score
 
 BEGIN, END = "<!-- begin: what helps, of {plan} -->", "<!-- end: what helps -->"
 HEAD = (
@@ -35,7 +35,7 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
 
     lines = [HEAD]
     for name in sorted(tails, key=lambda name: -tails[name][0].mean):
-        cells = [_cell(*tails[name]), _cell(*heads[name])]
+        cells = [decided(*tails[name]), decided(*heads[name])]
         cells += ["free", ""] if name in free else [found[name] for found in against]
         lines.append(f"| {name} | {tails[name][0].n} | {' | '.join(cells)} |")
 
@@ -59,15 +59,9 @@ def against_free(
         if pair is None:
             cells[remedy] = "nothing keeps the head as well"
         else:
-            cells[remedy] = _cell(pair[1], adjusted[remedy]) if remedy in adjusted else "nothing is better than none"
+            cells[remedy] = decided(pair[1], adjusted[remedy]) if remedy in adjusted else "nothing is better than none"
 
     return cells
-
-
-def _cell(difference: Difference, p: float | None) -> str:
-    """A difference, bold where Holm's p decides it."""
-    text = number(difference)
-    return f"**{text}**" if p is not None and p < 1 - LEVEL else text
 
 
 def renewed(text: str, plan: str, table: str) -> str:

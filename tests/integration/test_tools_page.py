@@ -43,7 +43,7 @@ TINY = {
     "eval": {"every": 4, "workers": 0, "panels": 2, "per_image": True},
 }  # fmt: skip
 # what is another word here than on the page
-HERE = {"40679": "6", "0.669": "0.991", "512x1024": "64x96", "CONFIG": CAMVID}
+HERE = {"40679": "6", "0.669": "0.991", "20": "1", "512x1024": "64x96", "CONFIG": CAMVID}
 OFFICIAL = {"CONFIG": str(CPSL)}  # of official.pth
 MORE = {
     "scripts/lr_find.py": ("--steps", "20"),

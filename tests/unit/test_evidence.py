@@ -35,7 +35,7 @@ result = {"miou": iou, "miou_tail": -iou, "per_class": per_class, "convention": 
           "confusion": matrices.sum(0).tolist(), "identity": {"dataset": words.get("images", "a"), "images": 2}}
 (folder / "evaluation.json").write_text(json.dumps(result))
 (folder / "run.json").write_text(json.dumps({"minutes": 1.5, "commit": "abc"}))
-np.savez_compressed(folder / "per_image.npz", names=np.array(["x", "y"]), matrices=matrices)
+np.savez_compressed(folder / "per_image.npz", names=np.array(words.get("names", "x,y").split(",")), matrices=matrices)
 """
 
 
@@ -196,6 +196,7 @@ def test_some_of_the_splits(plan, tmp_path, monkeypatch, fails):
         known = json.loads((tmp_path / "results.json").read_text())["splits"]
         assert sorted(known) == trained == expected
 
+    assert "the step `page` is of none" in fails(evidence.main, "page", plan, "--splits", "blocks")
     assert "--splits: the plan has no 'gone'; it has blocks, official" in fails(
         evidence.main, "final", plan, "--splits", "blocks", "gone"
     )
