@@ -34,11 +34,11 @@ from common import cli
 from common.config import read_tree, typed
 from common.data.catalogue.lists import read_list, write_list
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
-from common.jobs import Run, run_all, state_of, table
+from common.jobs import Run, refuse_others, run_all, state_of, table
 from common.jobs.plan import ROOT
 from scripts import model_cards, run_many
 from scripts.study import summary
-from scripts.study.known import of_plan, told
+from scripts.study.known import changes, of_plan, said, told
 from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
 from scripts.study.pools import pool_of, read_blocks
@@ -59,7 +59,9 @@ def main() -> int:
     run_many.check_pool(args)
     plan = typed(Plan, read_tree(Path(args.plan)), args.plan)
 
-    check_only(plan, args.only)
+    check_only(plan, args.step, args.only)
+    if args.seeds and args.step in ("final", "score", "after"):
+        plan.check_seeds(args.seeds)
     if args.splits:
         check_splits(plan, args.step, args.splits)
     if args.step == "tune" and not plan.tuned():
@@ -89,12 +91,12 @@ def train(plan: Plan, args: argparse.Namespace) -> int:
     return run_many.exit_code(ended)
 
 
-def check_only(plan: Plan, only: list[str] | None) -> None:
-    """ValueError for a name that the plan does not have."""
-    known = [*plan.remedies, *plan.after]
+def check_only(plan: Plan, step: str, only: list[str] | None) -> None:
+    """ValueError for a name that a step has no run of."""
+    known = {"tune": list(plan.tuned()), "after": list(plan.after)}.get(step, list(plan.remedies))
     for name in only or ():
         if name not in known:
-            raise ValueError(f"--only: the plan has no {name!r}; it has {', '.join(known)}")
+            raise ValueError(f"--only: the plan has no {name!r} for the step `{step}`; it has {', '.join(known)}")
 
 
 def check_splits(plan: Plan, step: str, names: list[str]) -> None:
@@ -187,6 +189,7 @@ def choose(plan: Plan, force: bool) -> None:
     path = ROOT / plan.choices
     refuse_to_overwrite([path], force)
     runs = {run.name: run for run in runs_of(plan.tuning())} if plan.tuned() else {}
+    refuse_others(list(runs.values()))
     choices: dict[str, Any] = {}
     for name, strengths in plan.remedies.items():
         if len(strengths) == 1:
@@ -198,11 +201,18 @@ def choose(plan: Plan, force: bool) -> None:
             "chosen": max(tried, key=lambda strength: tried[strength]["miou"]),
             "by_tail": max(tried, key=lambda strength: tried[strength]["miou_tail"]),
             "tried": tried,
+            "trained": trainings(plan, name),
         }
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, choices)
     print("\n".join(f"{name}: {choice['chosen']}" for name, choice in choices.items()))
+
+
+def trainings(plan: Plan, name: str) -> dict[str, list[str]]:
+    """Strength of a remedy → what it is tuned with, beside the command."""
+    shared = [plan.config, *plan.settings, *plan.tune]
+    return {strength: [*shared, *said(plan, plan.entry(name, strength))] for strength in plan.remedies[name]}
 
 
 def _tuned(run: Run) -> dict[str, float]:
@@ -222,6 +232,8 @@ def read_choices(plan: Plan) -> dict[str, Any]:
             chosen = choices.get(name, {}).get("chosen")
             if chosen not in strengths:
                 raise ValueError(f"{name}: {chosen!r} is no strength of the plan")
+            if choices[name].get("trained", trainings(plan, name)) != trainings(plan, name):
+                raise ValueError(f"{name}: was chosen among other strengths, or settings, than the plan has now")
         return choices
 
     return read_artifact(path, parse, "take the steps `tune` and `choose` first")
@@ -263,10 +275,7 @@ def collect(plan: Plan, only: list[str] | None = None) -> None:
         **told(plan, choices),
         "note": plan.note,
         "against": dict(plan.against),
-        "after": {
-            name: {"of": plan.changed(name), "change": [after.name, *after.options]}
-            for name, after in plan.after.items()
-        },
+        "after": changes(plan),
         "splits": splits,
         "pools": pools,
     }
@@ -305,7 +314,7 @@ def page(plan: Plan, file: str) -> None:
     results = read_results(plan)
     path.write_text(page_of(results, file, plan.title), encoding="utf-8")
     for name, picture in pictures(results, file).items() if results else ():
-        (path.parent / name).parent.mkdir(exist_ok=True)
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
         (path.parent / name).write_text(picture, encoding="utf-8")
 
     print(path)

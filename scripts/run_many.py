@@ -60,7 +60,7 @@ def check_pool(args: argparse.Namespace) -> None:
     """ValueError for numbers by which nothing would be run."""
     for name in ("at_once", "threads", "minutes"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN neither
             raise ValueError(f"--{name.replace('_', '-')}: {value}; give more than 0")
 
 

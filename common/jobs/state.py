@@ -80,7 +80,7 @@ def refuse_others(runs: Sequence[Run]) -> None:
             mark.get("state") in ("done", "stopped", "running")
             or (run.folder / TRAINING).exists()
         )
-        changed = differences(mark["reads"], now) if mark and begun else []
+        changed = differences(mark["reads"], now) if begun and "reads" in mark else []
         if changed:
             was = "is finished" if mark["state"] == "done" else "was begun"
             raise ValueError(

@@ -1,6 +1,6 @@
 """What a file of results holds, against what its plan says now: a row is one thing that was trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scripts.study.plan import Entry, Plan, entry_of
@@ -19,6 +19,13 @@ def told(plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
         "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
         "before": {name: plan.before(name, choices[name]["chosen"]) for name in plan.remedies},
         "choices": choices,
+    }
+
+
+def changes(plan: Plan) -> dict[str, dict[str, Any]]:
+    """What is changed after training, as the file of results says it."""
+    return {
+        name: {"of": plan.changed(name), "change": [after.name, *after.options]} for name, after in plan.after.items()
     }
 
 
@@ -60,7 +67,7 @@ def of_plan(results: Mapping[str, Any], plan: Plan, choices: Mapping[str, Any]) 
         starts = {
             step: seeds
             for step, seeds in split.get("starts", {}).items()
-            if not _changed({step: results["steps"].get(step)}, now["steps"])
+            if results["steps"].get(step) in (None, now["steps"].get(step))
         }
         if kept:
             splits[name] = {**split, "runs": kept, "starts": starts}
@@ -80,6 +87,12 @@ def _change(row: str, run: Mapping[str, Any], plan: Plan, was: Mapping[str, Any]
         return f"it is of {strength}; {chosen} is chosen now"
 
     changed = _changed(_of_row(remedy, was), _of_row(remedy, now))
+    after = _after(row, plan)
+    if after is not None and after in was.get("after", {}):
+        then, today = was["after"][after], changes(plan)[after]
+        if then["of"] != today["of"] or _unswept(then["change"]) != _unswept(today["change"]):
+            changed.append(f"after.{after}")
+
     return f"the plan has another value of {', '.join(changed)} now" if changed else None
 
 
@@ -88,27 +101,35 @@ def _remedy(row: str, plan: Plan, was: Mapping[str, Any]) -> str | None:
     if row in plan.remedies:
         return row
 
-    for after in plan.after:
-        if row.startswith(f"{after} ") and plan.changed(after) in was["choices"]:
-            return plan.changed(after)
+    after = _after(row, plan)
+    return None if after is None or plan.changed(after) not in was["choices"] else plan.changed(after)
 
-    return None
+
+def _after(row: str, plan: Plan) -> str | None:
+    """The change after training that a row is a strength of."""
+    return next((name for name in plan.after if row.startswith(f"{name} ")), None)
+
+
+def _unswept(change: Sequence[str]) -> set[str]:
+    """A change without the values of the option that has several: more of them can be tried later."""
+    return {word.partition("=")[0] if "," in word.partition("=")[2] else word for word in change}
 
 
 def _of_all(results: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of all runs; earlier files say less."""
     splits = results.get("final", {})
-    return {key: results.get(key) for key in TOLD} | {f"final.{name}": own for name, own in splits.items()}
+    return {key: results[key] for key in TOLD if key in results} | {
+        f"final.{name}": own for name, own in splits.items()
+    }
 
 
 def _of_row(remedy: str, results: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of how a row was trained."""
-    steps = results["before"].get(remedy, [])
-    return {f"entry of {remedy}": results["remedies"].get(remedy)} | {
-        f"step {step}": results["steps"].get(step) for step in steps
-    }
+    parts = {f"entry of {remedy}": results["remedies"].get(remedy)}
+    parts |= {f"step {step}": results["steps"].get(step) for step in results["before"].get(remedy, [])}
+    return {key: value for key, value in parts.items() if value is not None}
 
 
 def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ, of those that were known and are known."""
-    return [key for key, value in was.items() if None not in (value, now.get(key)) and value != now[key]]
+    return [key for key, value in was.items() if key in now and value != now[key]]

@@ -3,7 +3,7 @@
 import argparse
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,13 @@ class After:
     name: str
     options: tuple[str, ...]
     of: str = ""
+
+    def folder(self) -> str:
+        """Below a run's STRENGTHS the folder of the only strength; nothing where the script makes one of each."""
+        own = [option for option in self.options if "." not in option.partition("=")[0]]
+        if any("," in option for option in own):
+            return ""
+        return f"/{own[0].replace('=', '_')}" if own else f"/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,16 @@ class Plan:
                 raise ValueError(f"pools.{name}: names fewer than two splits, or one twice")
         if self.convention and self.tuned():
             raise ValueError("convention: strengths are chosen by that of the runs; set eval.convention in `settings`")
-        if self.tuning_seed in self.seeds:
+        if not self.seeds or not self.final:
+            raise ValueError(f"{'final' if self.seeds else 'seeds'}: names none, so that nothing would be run")
+        for name in self.final:
+            if Path(name).name != name:
+                raise ValueError(f"final.{name}: is the name of a folder; take one without a slash")
+        self.check_seeds(self.seeds)
+
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        """ValueError where the seed that strengths are chosen with is one that they are compared with."""
+        if self.tuning_seed in seeds:
             raise ValueError(f"seeds: {self.tuning_seed} is the seed that strengths are chosen with; take others")
 
     @property
@@ -178,12 +194,14 @@ class Plan:
         return {split: self._jobs_after(split) for split in self.final} if self.after else {}
 
     def _jobs_after(self, split: str) -> Jobs:
-        left = f"--output {{output}}/{{label}}/{STRENGTHS} {{device}}"
         script = os.path.relpath(ROOT / "scripts" / "rebalance.py", ROOT / self.folder)
         commands = {}
         for name, after in self.after.items():
             trained = f"{{output}}/{self.changed(name)}_{{seed}}"
-            commands[name] = f"python {script} {trained} {after.name} {shlex.join(after.options)} {left}"
+            left = shlex.quote(f"{{output}}/{{label}}/{STRENGTHS}{after.folder()}")
+            commands[name] = (
+                f"python {script} {trained} {after.name} {shlex.join(after.options)} --output {left} {{device}}"
+            )
 
         return self._commands(split, commands)
 

@@ -32,9 +32,12 @@ class Result(NamedTuple):
 
 
 def scored(plan: Plan, split: str) -> dict[str, Path]:
-    """Label of a final run → the file of its further scores, where the step `score` has left one."""
+    """Label of a final run → the file of its further scores, where the step `score` has left one. ValueError where one
+    is not what the plan says now."""
     runs = runs_of(plan.scorings()[split]) if plan.score else []
-    return {run.label: run.folder / f"{SCORES}.json" for run in runs if state_of(run) == "done"}
+    done = [run for run in runs if state_of(run) == "done"]
+    refuse_others(done)
+    return {run.label: run.folder / f"{SCORES}.json" for run in done}
 
 
 def trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Path]) -> list[Result]:
@@ -53,12 +56,13 @@ def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
 
 
 def changed_after(runs: list[Run]) -> list[Result]:
-    """The results of changed classifiers, one a strength. ValueError where one is of a network that has been trained
-    anew since."""
+    """The results of changed classifiers, one a strength. ValueError where one is not what the plan says now, or of a
+    network that has been trained anew since."""
+    done = [run for run in runs if state_of(run) == "done"]
+    refuse_others(done)
     results = [
         Result(run, folder, f"{run.name} {folder.name}", folder.name)
-        for run in runs
-        if state_of(run) == "done"
+        for run in done
         for folder in sorted((run.folder / STRENGTHS).iterdir(), key=_number)
     ]
     for result in results:

@@ -141,7 +141,7 @@ def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, ca
         ("| **second**", "2", "82.0"), ("| good", "2", "-10.0 ± 0.0"),
     ]  # fmt: skip
 
-    assert "--only: the plan has no 'gone'; it has baseline, good, better" in fails(
+    assert "--only: the plan has no 'gone' for the step `final`; it has baseline, good, better" in fails(
         evidence.main, "final", plan, "--only", "gone"
     )
     (tmp_path / "results.json").rename(tmp_path / "other.json")

@@ -9,6 +9,7 @@ from common.config import typed
 from common.evaluation.identity import differences
 from common.jobs.plan import Jobs
 from common.steps import digest_of
+from scripts.study.known import changes as after_of
 from scripts.study.known import of_plan, told
 from scripts.study.plan import Plan, runs_of
 from scripts.study.records import changed_after, unadjusted
@@ -33,13 +34,16 @@ def test_an_adjustment_of_the_scores_is_the_change_itself(named, change, fits, t
     assert (differences(unadjusted(result, adjusted), adjusted) == []) is fits
 
 
+THEN = {"name": "tau_norm", "options": ["tau=1,3"], "of": "good"}
+
+
 def plan_of(**changes):
     tree = {
         "command": "python train.py {config} {settings}", "config": "a.yaml", "output": "out", "choices": "c.json",
         "results": "r.json", "page": "p.md", "tune": [], "final": {"blocks": ["data=x"]}, "seeds": [1, 2],
         "settings": ["train.steps=9"], "steps": {"trunk": ["lr=1"], "other": ["lr=2"]},
         "remedies": {"baseline": {"a": []}, "good": {"b": {"after": "trunk", "settings": ["gain=1"]}}},
-        "after": {"then": {"name": "tau_norm", "options": ["tau=1"], "of": "good"}},
+        "after": {"then": THEN},
     }  # fmt: skip
     return typed(Plan, tree | changes, "plan")
 
@@ -52,6 +56,11 @@ def plan_of(**changes):
         ({"steps": {"trunk": ["lr=3"], "other": ["lr=2"]}}, {"baseline"}, {"other"}, "step trunk"),
         ({"remedies": {"baseline": {"a": []}, "good": {"b": {"after": "trunk", "settings": ["gain=2"]}}}},
          {"baseline"}, {"trunk", "other"}, "entry of good"),
+        ({"after": {"then": {**THEN, "options": ["tau=1,2"]}}},
+         {"baseline", "good", "then tau_1"}, {"trunk", "other"}, ""),
+        ({"after": {"then": {**THEN, "options": ["tau=1,3", "bias=drop"]}}},
+         {"baseline", "good"}, {"trunk", "other"}, "after.then"),
+        ({"after": {"then": {**THEN, "of": "baseline"}}}, {"baseline", "good"}, {"trunk", "other"}, "after.then"),
     ],
 )  # fmt: skip
 def test_what_was_trained_otherwise_than_the_plan_says_now_is_left_out(changes, rows, starts, why):
@@ -63,7 +72,7 @@ def test_what_was_trained_otherwise_than_the_plan_says_now_is_left_out(changes, 
         "then tau_1": {"1": {"strength": "tau_1"}},
     }
     split = {"runs": runs, "starts": {"trunk": {"1": {}}, "other": {"1": {}}}}
-    known = {**told(plan_of(), choices), "splits": {"blocks": split}}
+    known = {**told(plan_of(), choices), "after": after_of(plan_of()), "splits": {"blocks": split}}
     splits, left = of_plan(known, plan_of(**changes), choices)
     kept = splits.get("blocks", {"runs": {}, "starts": {}})
     assert set(kept["runs"]) == rows and set(kept["starts"]) == starts
@@ -84,9 +93,12 @@ def test_results_of_other_settings_of_all_runs_are_refused():
     for key, value in others.items():
         with pytest.raises(ValueError, match=rf"r.json: .* another value of {key}\S* than the plan has now; give"):
             of_plan(known, plan_of(**{key: value}), choices)
+    for before, after in ((None, 40), (40, None)):
+        with pytest.raises(ValueError, match="another value of branch than the plan has now"):
+            of_plan({**known, "branch": before}, plan_of(branch=after), choices)
 
-    del known["final"]
-    splits, left = of_plan(known, plan_of(final={"blocks": ["data=z"], "more": []}), choices)
+    del known["final"], known["branch"]
+    splits, left = of_plan(known, plan_of(final={"blocks": ["data=z"], "more": []}, branch=40), choices)
     assert splits["blocks"]["runs"] == known["splits"]["blocks"]["runs"] and left == []
 
 
