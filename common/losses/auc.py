@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from common.config.bounds import NotNegative
@@ -34,7 +35,8 @@ class AUC:
         d = f - self.gamma * truth
         other = (1 - truth) * valid
         # 1/n_y of the pixel's own class
-        share = (other * (truth.T @ (1 / n.clamp(min=1)))).float()
+        with torch.autocast(logits.device.type, enabled=False):
+            share = other * (truth.T @ (1 / n.clamp(min=1)))
         own_mean = (d * truth).sum(1) / n.clamp(min=1)
         other_sum = (d * share).sum(1)
         squares = (d.square() * share).sum(1)

@@ -40,6 +40,8 @@ from common.losses.region import Region
 
 Slot = Literal["logits", "class_weight", "focus", "sets"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
+# a class's share of the draws over its share of the pixels, above which a sampler counts as a remedy of its own
+OVERSAMPLED = 1.5
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Taken:
 
     def counted(self, counts: Counts) -> Counts:
         """Counts as the remedies see them."""
-        return counts._replace(pixels=counts.images) if self.by_images else counts
+        return counts._replace(pixels=counts.images, area=None) if self.by_images else counts
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,9 @@ def build_loss(
         labelled, remedies.counts.refresh, context.pseudo_labels or "pixels"
     )
     loss = PixelLoss(counts, average, pseudo_prior=remedies.pseudo_prior, **chosen)
+    _check_finite(loss, where)
     _warn(remedies, loss, where)
+    _warn_of_sampler(remedies, loss, context, where)
 
     return loss
 
@@ -301,8 +305,45 @@ def _check_classifier(name: str, wanted: float | None, given: float | None, wher
         )
 
 
+def _check_finite(loss: PixelLoss, where: str) -> None:
+    """ConfigError for strengths whose numbers float32 cannot hold: the loss would be NaN, whatever is learnt."""
+    for slot, values in (("class_weight", loss.weights), ("logits", loss.offsets)):
+        if values is not None and not torch.isfinite(values).all():
+            raise ConfigError(
+                f"{where}.{slot}: its strength makes numbers that are not finite of these counts; lower it"
+            )
+
+
+def _warn_of_sampler(
+    remedies: Remedies, loss: PixelLoss, context: LossContext, where: str
+) -> None:
+    """Say where a sampler that shows rare classes more often meets a loss that does not know of it."""
+    if context.sampled is None or remedies.counts.of == "sampled":
+        return
+
+    both = [("class_weight", remedies.class_weight)]
+    if isinstance(loss.logits, LogitAdjustment):
+        both.append(("logits", remedies.logits))
+    names = [f"{slot}: {section['name']}" for slot, section in both if section is not None]
+    before, after = context.counts.prior(), context.sampled.prior()
+    shown = before > 0
+    more = float((after[shown] / before[shown]).max())
+    if names and more > OVERSAMPLED:
+        text = (
+            f"{where}: the sampler shows a class up to {more:.1f} times as often, and {', '.join(names)} goes by the "
+            "data set's counts: rare classes gain twice; counts.of: sampled goes by what is shown"
+        )
+        warnings.warn(text, stacklevel=3)
+
+
 def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
     """Say what is chosen in vain, or twice."""
+    if isinstance(loss.logits, Equalization) and not loss.offsets.any():
+        text = (
+            f"{where}.logits: equalization spares no class here: none is as rare as its `tail`"
+        )
+        warnings.warn(text, stacklevel=3)
+
     if remedies.class_weight is not None and _equal(loss.weights):
         name = remedies.class_weight["name"]
         text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"

@@ -56,13 +56,16 @@ class Power(ClassWeights):
 class MedianFrequency(ClassWeights):
     """w_k = median(F) / F_k, with F_k the share of class k in the images that show it (Eigen and Fergus, 2015).
 
-    The number of pixels of those images is taken as their number times the mean image. A class that only pseudo-labels
-    show has no such share: it weighs 1, and is no part of the median.
+    The pixels of those images are the labelled ones; where nobody has counted them, their number times the mean image.
+    A class that only pseudo-labels show has no such share: it weighs 1, and is no part of the median.
     """
 
     def raw(self, counts: Counts) -> Tensor:
-        pixels_an_image = counts.pixels.sum() / max(counts.num_images, 1.0)
-        frequency = counts.pixels / (counts.images * pixels_an_image).clamp(min=1e-300)
+        area = counts.area
+        if area is None:
+            area = counts.images * (counts.pixels.sum() / max(counts.num_images, 1.0))
+
+        frequency = counts.pixels / area.clamp(min=1e-300)
         shown = (counts.pixels > 0) & (counts.images > 0)
         middle = frequency[shown].quantile(0.5)
         return torch.where(shown, middle / frequency.clamp(min=1e-300), 1.0)

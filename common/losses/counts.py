@@ -19,12 +19,14 @@ class Counts(NamedTuple):
     """Of the training labels: pixels of each class and images that show it, float64 (K,); the number of images.
 
     given: pixels (K,) that a remedy's options state, which goes by them in place of `pixels`; no other one does.
+    area: labelled pixels of the images that show each class (K,); None where nobody has looked.
     """
 
     pixels: Tensor
     images: Tensor
     num_images: float
     given: Tensor | None = None
+    area: Tensor | None = None
 
     @classmethod
     def from_statistics(
@@ -32,12 +34,16 @@ class Counts(NamedTuple):
     ) -> "Counts":
         """Of every image once; with shares (N,), whose sum is 1, of as many draws in which each has its share."""
         pixels, images = statistics.pixel_count, statistics.image_count
+        labelled = statistics.pixels.sum(1, dtype=np.int64)
+        area = labelled @ statistics.presence
         if shares is not None:
             often = shares * statistics.num_images
             pixels, images = often @ statistics.pixels, often @ statistics.presence
+            area = (often * labelled) @ statistics.presence
 
         on_cpu = partial(torch.as_tensor, dtype=torch.float64, device="cpu")
-        return cls(on_cpu(pixels), on_cpu(images), float(statistics.num_images))
+        num_images = float(statistics.num_images)
+        return cls(on_cpu(pixels), on_cpu(images), num_images, area=on_cpu(area))
 
     @classmethod
     def from_pixels(cls, pixels: Sequence[float] | Tensor) -> "Counts":
@@ -77,6 +83,7 @@ class RefreshedCounts(nn.Module):
     pixels: Tensor
     images: Tensor
     given: Tensor | None
+    area: Tensor | None
     running: Tensor
     pseudo: Tensor
 
@@ -89,6 +96,8 @@ class RefreshedCounts(nn.Module):
         self.register_buffer("images", labelled.images.clone(), persistent=False)
         given = None if labelled.given is None else labelled.given.clone()
         self.register_buffer("given", given, persistent=False)
+        area = None if labelled.area is None else labelled.area.clone()
+        self.register_buffer("area", area, persistent=False)
 
         if every:
             self.register_buffer("running", torch.zeros_like(self.pixels))
@@ -96,8 +105,13 @@ class RefreshedCounts(nn.Module):
 
     def current(self) -> Counts:
         """The counts in force."""
+        pixels = self._joined(self.pixels)
         given = None if self.given is None else self._joined(self.given)
-        return Counts(self._joined(self.pixels), self.images, self.num_images, given)
+        area = self.area
+        if area is not None:  # pseudo-labels, too, are of images like those of the labels
+            area = area * (pixels.sum() / self.pixels.sum().clamp(min=1))
+
+        return Counts(pixels, self.images, self.num_images, given, area)
 
     def _joined(self, pixels: Tensor) -> Tensor:
         """Pixels of labels (K,) and those of the pseudo-labels in force."""

@@ -257,6 +257,14 @@ def test_auc_against_all_pairs():
     torch.testing.assert_close(AUC()(logits, label), expected)
 
 
+def test_auc_is_the_same_under_autocast():
+    """Numbers of pixels have no place in 8 bits."""
+    logits, label = example(5, (2, 101, 103))
+    plain = AUC()(logits, label)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(AUC()(logits, label), plain, rtol=1e-6, atol=0)
+
+
 def test_auc_of_a_constant_is_a_half():
     _, label = example()
     assert AUC()(torch.zeros(2, 3, 6, 7), label).item() == pytest.approx(0.5)

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common.config import ConfigError
+from common.data import Statistics
 from common.losses import build
 from common.losses.build import LossContext, Row, build_loss
-from common.losses.class_weights import Power
+from common.losses.class_weights import MedianFrequency, Power
 from common.losses.counts import Counts
 from common.losses.equalization import Equalization
 from common.losses.focal import PAT, Focal
@@ -78,6 +80,70 @@ def test_idle_and_double_choices_are_said():
         build_loss({**section("logit_adjustment"), **section("inverse")}, LossContext(COUNTS))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (section("logit_adjustment"), "logits: logit_adjustment goes"),
+        (section("inverse"), "class_weight: inverse goes"),
+        ({**section("sqrt"), **section("blv")}, "class_weight: sqrt goes"),
+        (section("blv"), ""),
+        (section("focal"), ""),
+        ({**section("inverse"), "counts": {"of": "sampled"}}, ""),
+    ],
+)
+def test_a_sampler_beside_a_remedy_that_goes_by_the_counts_of_the_data_set_is_said(chosen, told, recwarn):
+    """It shows the rarest class ten times as often: a loss that does not know corrects once more."""
+    sampled = Counts(torch.tensor([800.0, 100, 100]).double(), COUNTS.images, 10.0)
+    build_loss(chosen, LossContext(COUNTS, sampled=sampled))
+    said = [str(warning.message) for warning in recwarn if "sampler" in str(warning.message)]
+    assert len(said) == bool(told)
+    assert all(told in line and "up to 10.0 times as often" in line for line in said)
+
+    recwarn.clear()
+    alike = Counts(PIXELS * torch.tensor([1.0, 1.2, 1.4]), COUNTS.images, 10.0)
+    build_loss(chosen, LossContext(COUNTS, sampled=alike))
+    assert not [warning for warning in recwarn if "sampler" in str(warning.message)]
+
+
+def test_equalization_that_spares_no_class_is_said():
+    with pytest.warns(UserWarning, match="equalization spares no class here"):
+        make("equalization", Counts.from_pixels([30, 40, 30]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "slot"),
+    [("power", {"rho": 1000}, "class_weight"), ("logit_adjustment", {"tau": 1e308}, "logits")],
+)
+def test_strengths_beyond_all_numbers_are_refused(name, options, slot):
+    with pytest.raises(ConfigError, match=f"remedies.{slot}: its strength makes numbers that are not finite"):
+        make(name, **options)
+
+
+def test_median_frequency_counts_the_pixels_of_the_images_that_show_a_class():
+    """By a loop over images of unlike sizes, one of them drawn twice as often as the other two."""
+    pixels = np.array([[90, 10, 0], [10, 0, 0], [500, 0, 300]], np.int32)
+    statistics = Statistics(pixels, np.array([7, 0, 90], np.int32))
+    for shares in (None, np.array([0.5, 0.25, 0.25])):
+        often = np.ones(3) if shares is None else 3 * shares
+        frequency = []
+        for k in range(3):
+            shown = [i for i in range(3) if pixels[i, k]]
+            area = sum(often[i] * pixels[i].sum() for i in shown)
+            frequency.append(sum(often[i] * pixels[i, k] for i in shown) / area)
+        counts = Counts.from_statistics(statistics, shares)
+        loss = make("median_frequency", counts, normalise="none")
+        expected = torch.tensor(np.median(frequency) / np.array(frequency)).float()
+        torch.testing.assert_close(loss.weights, expected)
+
+    chosen = {**section("median_frequency"), "counts": {"refresh": 1}}
+    loss = build_loss(chosen, LossContext(counts, pseudo_labels="shares"))
+    loss.count(torch.tensor([0, 0, 0, 0, 0, 0, 1, 2]))
+    loss.after_step(0)
+    assert torch.isfinite(loss.weights).all() and not torch.equal(
+        loss.weights, MedianFrequency().vector(counts).float()
+    )
+
+
 def test_pseudo_labels_refresh_every_vector():
     chosen = {**section("sqrt"), **section("logit_adjustment"), "counts": {"refresh": 2}}
     with pytest.warns(UserWarning, match="twice"):
@@ -133,7 +199,8 @@ def test_remedies_go_by_what_is_sampled_where_they_are_told_to():
     loss = build_loss(chosen, facts)
     torch.testing.assert_close(loss.offsets, LogitAdjustment().vector(sampled).float())
     torch.testing.assert_close(loss.trained[0].log_images, sampled.images.log().float())
-    plain = build_loss(section("logit_adjustment"), facts)
+    with pytest.warns(UserWarning, match="sampler"):
+        plain = build_loss(section("logit_adjustment"), facts)
     torch.testing.assert_close(plain.offsets, LogitAdjustment().vector(COUNTS).float())
 
     with pytest.warns(UserWarning, match="counts.of: sampled changes nothing here"):
