@@ -42,6 +42,18 @@ def check_margins(margins: Margins, crop: tuple[int, int], where: str) -> None:
             )
 
 
+def check_image_margins(geometry: Tensor, margins: Margins) -> None:
+    """ValueError for margins that leave nothing of one of the stored images. geometry: as in `image_margins`; this
+    waits for it."""
+    for height, width in geometry[:, :2].long().tolist():
+        down, across = margins.top + margins.bottom, margins.left + margins.right
+        if down >= height or across >= width:
+            raise ValueError(
+                f"method.margins: top and bottom {down}, left and right {across} leave nothing of an image of "
+                f"{height}×{width}; lower them"
+            )
+
+
 def check_padding(recipe: object, where: str) -> None:
     """ConfigError, beginning with `where`, for a recipe whose padding would be learned as if it were image."""
     if recipe in UNTOLD:

@@ -11,10 +11,10 @@ Every cross-entropy is divided by all pixels, ignored ones too. Rare-class sampl
 `adapt: false` the source alone is trained on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from common.ops.colour import blur, draw_jitter, jitter
 from common.ops.resize import resize, size_of
 from uda.confidence import (
     Margins,
+    check_image_margins,
     check_margins,
     check_padding,
     pseudo_labels,
@@ -61,6 +62,11 @@ class FeatureDistance:
     cells: Literal["things", "all"] = "things"
     classes: tuple[str, ...] = ()  # names; empty: the things that the data set's row names
     share: Share = 0.75  # of a cell's pixels that are of one of the classes
+    stage: int = -1  # which of the backbone's maps; the last
+
+    def __post_init__(self):
+        if self.cells == "all" and self.classes:
+            raise ValueError("classes: cells: all holds every feature; remove one of the two")
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,9 @@ class DAFormer(Method):
         self.teacher = (
             deepcopy(self.model).requires_grad_(False) if self.options.adapt else None
         )
+        self.margins_fit = (
+            self.options.margins.of == "crop"
+        )  # else nobody knows before images come
         if not self.options.adapt:
             self.backwards = 1
 
@@ -158,10 +167,13 @@ class DAFormer(Method):
 
     def _imagenet_backbone(self, cfg: Config) -> Frozen:
         """The backbone with the weights of `model.pretrained`, whatever checkpoint the student starts from."""
+        where = f"{cfg.name}: method.feature_distance"
         if not cfg.model.pretrained:
             raise ConfigError(
-                f"{cfg.name}: method.feature_distance needs ImageNet weights; set model.pretrained, or its weight to 0"
+                f"{where} needs ImageNet weights; set model.pretrained, or its weight to 0"
             )
+
+        check_maps(self.model, self.options.feature_distance.stage, cfg.model.backbone, where)
 
         model = self.model
         if cfg.model.checkpoint:
@@ -188,6 +200,10 @@ class DAFormer(Method):
                 "differ; give both streams the same batch_size and crop"
             )
 
+        if not self.margins_fit:
+            check_image_margins(streams["target"]["geometry"], self.options.margins)
+            self.margins_fit = True
+
         pseudo = self.look(self.teacher, target, streams["target"])
         yield from self.target_parts(source, target, pseudo, progress)
 
@@ -207,11 +223,11 @@ class DAFormer(Method):
     def student(
         self, view: View, progress: float, weight: Tensor | None = None
     ) -> tuple[Losses, Tensor]:
-        """The loss `ce` of a view, with what it is made of, and the backbone's last map. weight: (B, H, W)."""
+        """The loss `ce` of a view, with what it is made of, and the backbone's map that is held. weight: (B, H, W)."""
         out = self.model.segment(view.image)
         embedding = out.get("embedding")
         loss = self.cross_entropy(out["logits"], view.label, progress, weight, embedding)
-        return {"ce": loss}, out["features"][-1]
+        return {"ce": loss}, out["features"][self.options.feature_distance.stage]
 
     def cross_entropy(
         self,
@@ -247,10 +263,10 @@ class DAFormer(Method):
         return {**terms, "loss": loss, "feature_distance": distance}
 
     def distance(self, imagenet: Frozen, features: Tensor, source: View) -> Tensor:
-        """Feature distance of the backbone's last map (B, C, h, w) and that of `imagenet`, φ."""
+        """Feature distance of a map of the backbone (B, C, h, w) and the same of `imagenet`, φ."""
         chosen = self.options.feature_distance
         with torch.no_grad():
-            frozen = imagenet(self.seen_by_backbone(source.image))[-1]
+            frozen = imagenet(self.seen_by_backbone(source.image))[chosen.stage]
             if chosen.cells == "all":
                 where = torch.ones_like(frozen[:, 0], dtype=torch.bool)
             elif self.things is None:
@@ -273,9 +289,10 @@ class DAFormer(Method):
         shown = shown_pixels(batch, size)
         label, share = pseudo_labels(logits, self.options.threshold, shown)
         valid = valid_pixels(batch, size, self.options.margins, shown).expand_as(label)
-        self.loss.count(label.masked_fill(valid == 0, IGNORE))
+        weight = share * valid
+        self.loss.count(label.masked_fill(weight == 0, IGNORE))
 
-        return Pseudo(label, share * valid)
+        return Pseudo(label, weight)
 
     def mixed_terms(
         self, source: View, target: Tensor, pseudo: Pseudo, progress: float
@@ -291,7 +308,8 @@ class DAFormer(Method):
 
     @torch.no_grad()
     def distorted(self, image: Tensor) -> Tensor:
-        """Normalised images jittered and blurred, all or none of them by chance, each by factors of its own.
+        """Normalised images jittered and blurred, all or none of them by chance, each by factors of its own and all in
+        one order of operations (the release draws an order for each mixed image, and one blur for all that are masked).
 
         Both chances are drawn on the host, so that nothing waits for the device.
         """
@@ -315,6 +333,22 @@ class DAFormer(Method):
         if self.teacher is not None:
             move_average(self.teacher, self.model, ramp(step, self.options.momentum))
         self.loss.after_step(step)
+
+
+def check_maps(model: SegmentationModel, stage: int, name: str, where: str) -> None:
+    """ConfigError, beginning with `where`, unless ImageNet's weights make the map of that stage of the backbone."""
+    backbone = model.get_submodule("backbone")
+    if any(getattr(module, "neck", None) is not None for module in (model, backbone)):
+        raise ConfigError(
+            f"{where}: the maps of {name} come through a neck, which ImageNet has not trained; set its weight to 0, or "
+            "take a backbone that gives maps of several strides itself"
+        )
+
+    maps = len(cast(Sequence[int], backbone.channels))
+    if not -maps <= stage < maps:
+        raise ConfigError(
+            f"{where}.stage: {stage}: {name} gives {maps} maps; set it to {-maps} to {maps - 1}"
+        )
 
 
 def check_streams(cfg: Config, options: DAFormerConfig) -> None:

@@ -49,7 +49,7 @@ class HRDA(DAFormer):
         share = self.options.detail_weight
         losses = {"ce": (1 - share) * fused + share * detail, "fused": fused, "detail": detail}
 
-        return losses, out["features"][-1]
+        return losses, out["features"][self.options.feature_distance.stage]
 
     def seen_by_backbone(self, image: Tensor) -> Tensor:
         return self.model.context(image)

@@ -44,6 +44,13 @@ class MIC(DAFormer):
 
     def __init__(self, cfg: Config, context: MethodContext):
         super().__init__(cfg, context)
+        target = cfg.data.streams.get("target")
+        crop = () if target is None else tuple(target.augment.get("crop", ()))
+        if crop and self.options.mask_block >= min(crop):
+            raise ConfigError(
+                f"{cfg.name}: method.mask_block: {self.options.mask_block}: crops of {crop[0]}×{crop[1]} have one row "
+                "or column of such blocks; lower it"
+            )
         source = cfg.data.streams.get("source")
         at_once = 2 if source is None else source.batch_size // cfg.train.devices
         if self.options.masked == "separate" and at_once < 2:

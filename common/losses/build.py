@@ -308,7 +308,8 @@ def _check_classifier(name: str, wanted: float | None, given: float | None, wher
 def _check_finite(loss: PixelLoss, where: str) -> None:
     """ConfigError for strengths whose numbers float32 cannot hold: the loss would be NaN, whatever is learnt."""
     for slot, values in (("class_weight", loss.weights), ("logits", loss.offsets)):
-        if values is not None and not torch.isfinite(values).all():
+        known = values is not None and not values.is_meta
+        if known and not torch.isfinite(values).all():
             raise ConfigError(
                 f"{where}.{slot}: its strength makes numbers that are not finite of these counts; lower it"
             )

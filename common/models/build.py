@@ -119,6 +119,12 @@ class HRDAOptions(DAFormerOptions):
     window_batch: Count = 9  # of them in one batch, in evaluation mode
 
     def __post_init__(self):
+        if self.head != "daformer":
+            for name in ("channels", "fusion", "dropout"):
+                if getattr(self, name) != getattr(DAFormerOptions, name):
+                    raise ValueError(
+                        f"{name}: of head: daformer; remove it, or change the head"
+                    )
         multiple = 2 * SHRINK * (4 if self.head == "daformer" else 8)
         if any(side % multiple for side in self.crop):
             raise ValueError(
@@ -229,7 +235,13 @@ def hrda(config: ModelConfig) -> HRDANetwork:
         backbone = build_pyramid(config, **options.backbone)
         require_stride_4(backbone, "HRDA")
     else:
-        backbone = build_backbone(config, **{"output_stride": 8, **options.backbone})
+        chosen = {"output_stride": stride, **options.backbone}
+        if chosen["output_stride"] != stride:
+            raise ConfigError(
+                f"model.options.backbone.output_stride: {chosen['output_stride']}: HRDA's deeplabv2_reduced takes "
+                f"{stride}; remove it"
+            )
+        backbone = build_backbone(config, **chosen)
 
     if options.head == "daformer":
         options = replace(options, dilations=options.dilations or DAFormerOptions.dilations)
@@ -251,9 +263,17 @@ def hrda(config: ModelConfig) -> HRDANetwork:
         "window_batch": options.window_batch,
     }
 
-    return HRDANetwork(
+    model = HRDANetwork(
         backbone, heads, align_corners=config.align_corners, stride=stride, **shared, **details
     )
+    if options.head == "deeplabv2_reduced":
+        model.classifiers = tuple(
+            f"decode_head.{part}.convs.{i}"
+            for part in ("head", "scale_attention")
+            for i in range(len(heads.head.convs))
+        )
+
+    return model
 
 
 def deeplabv2_reduced(config: ModelConfig) -> Segmentor:

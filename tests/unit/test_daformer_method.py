@@ -71,7 +71,7 @@ def batches(size=2, classes=19):
     blocks = torch.randint(-1, classes, (size, 2, 3), generator=g, dtype=torch.int16)
     label = blocks.repeat_interleave(32, 1).repeat_interleave(32, 2)
     shared = {"extent": torch.tensor([CROP] * size, dtype=torch.int32)}
-    shared["geometry"] = torch.tensor([[128, 192, 128, 192, 32, 16, 1]] * size, dtype=torch.int32)
+    shared["geometry"] = torch.tensor([[512, 768, 512, 768, 32, 16, 1]] * size, dtype=torch.int32)
     return {"source": {"image": source, "label": label, **shared}, "target": {"image": target, **shared}}
 
 

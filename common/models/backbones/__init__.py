@@ -16,7 +16,9 @@ from common.models.backbones.mit import MiT
 from common.models.backbones.resnet import resnet
 from common.models.backbones.swin import Swin
 from common.models.backbones.timm_features import (
+    FINEST,
     PREFIX,
+    PYRAMID,
     Statistics,
     TimmFeatures,
     own_statistics,
@@ -84,12 +86,17 @@ def build_pyramid(config: ModelConfig, /, **options) -> nn.Module:
 
 
 def require_stride_4(backbone: nn.Module, model: str) -> None:
-    """ConfigError unless a network of timm gives maps of which the first has stride 4, as `model` needs them."""
-    if isinstance(backbone, TimmFeatures) and (backbone.strides[0] != 4 or backbone.plain):
-        strides = ", ".join(map(str, backbone.strides))
+    """ConfigError unless a backbone gives maps of which the first has stride 4, as `model` needs them."""
+    strides = getattr(backbone, "strides", PYRAMID)
+    if strides[0] != FINEST or len(set(strides)) == 1:
+        name = (
+            f"{PREFIX}{backbone.name}"
+            if isinstance(backbone, TimmFeatures)
+            else backbone.family
+        )
         raise ConfigError(
-            f"model.backbone: timm:{backbone.name} gives maps of strides {strides}; {model} needs one of stride 4 and "
-            "coarser ones (UPerNet takes any)"
+            f"model.backbone: {name} gives maps of strides {', '.join(map(str, strides))}; {model} needs one of "
+            "stride 4 and coarser ones (UPerNet takes any)"
         )
 
 

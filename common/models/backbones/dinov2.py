@@ -56,6 +56,7 @@ class DINOv2(nn.Module):
     maps (B, dim, H/14, W/14)."""
 
     family = "dinov2"
+    strides = (PATCH, PATCH, PATCH, PATCH)
 
     def __init__(
         self,

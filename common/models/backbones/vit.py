@@ -39,6 +39,7 @@ class ViT(nn.Module):
     """
 
     family = "vit"
+    strides = (16, 16, 16, 16)
 
     def __init__(
         self,
