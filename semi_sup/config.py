@@ -12,7 +12,7 @@ from common.data import SegmentationDataset
 from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
-from semi_sup.baseline import Baseline
+from semi_sup.baseline import OF_USRN, Baseline
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import Consistency, UniMatch
@@ -102,7 +102,7 @@ def _without_sub_labels(cfg: Config) -> dict[str, SourceConfig]:
 def single_branch(cfg: Config) -> Config:
     """The same with the network of the baseline, which is also what predicts after USRN's training; other networks have
     one branch already."""
-    if cfg.model.name not in ("usrn", "deeplabv3plus"):
+    if cfg.model.name not in OF_USRN:
         return cfg
     of_second = ("subclasses", "copy_branch")
     options = {key: value for key, value in cfg.model.options.items() if key not in of_second}
