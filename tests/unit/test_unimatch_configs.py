@@ -16,9 +16,9 @@ UNLABELLED = {  # images of the official lists
     "pascal/92": 10490, "pascal/183": 10399, "pascal/366": 10216, "pascal/732": 9850, "pascal/1464": 9118,
     "pascal/1_16": 9920, "pascal/1_8": 9259, "pascal/1_4": 7936, "pascal/u2pl_1_16": 9920, "pascal/u2pl_1_8": 9259,
     "pascal/u2pl_1_4": 7936, "cityscapes/1_16": 2789, "cityscapes/1_8": 2603, "cityscapes/1_4": 2231,
-    "cityscapes/1_2": 1487, "ade20k/1_64": 19894, "ade20k/1_32": 19579, "ade20k/1_16": 18947, "ade20k/1_8": 17684,
-    "ade20k/1_4": 15158, "coco/1_512": 118055, "coco/1_256": 117824, "coco/1_128": 117362, "coco/1_64": 116438,
-    "coco/1_32": 114590,
+    "cityscapes/1_2": 1487, "cityscapes/1_30": 2875, "ade20k/1_64": 19894, "ade20k/1_32": 19579, "ade20k/1_16": 18947,
+    "ade20k/1_8": 17684, "ade20k/1_4": 15158, "ade20k/1_2": 10105, "coco/1_512": 118055, "coco/1_256": 117824,
+    "coco/1_128": 117362, "coco/1_64": 116438, "coco/1_32": 114590,
 }  # fmt: skip
 EPOCHS = {  # by method and data set
     ("unimatch", "voc"): 80, ("unimatch", "cityscapes"): 240, ("unimatch", "coco"): 30,
