@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,23 @@ def test_learning_rates_are_the_releases(name):
     v1 = {"voc": (1e-3, 1e-2), "cityscapes": (5e-3, 5e-3), "coco": (4e-3, 4e-2)}
     expected = v1[cfg.data.dataset] if name.startswith("unimatch/") else (5e-6, 2e-4)
     assert [*backbone, *rest] == pytest.approx(list(expected))
+
+
+PROCESSES = {"unimatch": 4, "unimatch_v2": 4, "u2pl_base": 8}  # of the releases on Cityscapes
+MINING = [path for name in PROCESSES for path in sorted(FOLDER.glob(f"{name}/cityscapes_*.yaml"))]
+
+
+@pytest.mark.parametrize("path", MINING, ids=lambda path: path.stem)
+def test_hard_pixels_are_the_releases_share_of_a_process(path):
+    """V2, which has no batch norm, has it on fewer processes, too; the others by the number that the README gives."""
+    cfg, method = load_config(path), path.parent.name
+    labeled = cfg.data.streams["labeled"]
+    pixels = np.prod(labeled.augment["crop"]) * labeled.batch_size / PROCESSES[method]
+    share = {"unimatch": 0.156, "unimatch_v2": 0.157, "u2pl_base": 0.085}[method]
+    assert cfg.remedies["focus"]["min_kept"] / pixels == pytest.approx(share, abs=5e-4)
+    assert PROCESSES[method] * cfg.remedies["focus"]["min_kept"] == 800_000
+    assert cfg.train.devices == (4 if method == "unimatch_v2" else 1)
+    assert (cfg.model.name == "dpt") == (method == "unimatch_v2")
 
 
 def test_every_run_has_a_folder_of_its_own():
