@@ -22,11 +22,12 @@ VIEWS = ("views", "strong")  # the options of recipes by which views take the pl
 @dataclass(frozen=True)
 class Wanted:
     """What a method reads of a stream. augment: the options that give it, the recipe's name among them. instead: for
-    another value of one of these, the options of the method that can do with it."""
+    another value of one of these, the options of the method that can do with it. labels: the labels, too."""
 
     keys: frozenset[str]
     augment: Mapping[str, Any] = field(default_factory=dict)
     instead: Mapping[tuple[str, Any], str] = field(default_factory=dict)
+    labels: bool = False
 
 
 def check_streams(cfg: Config, method: type[Method]) -> None:
@@ -35,6 +36,11 @@ def check_streams(cfg: Config, method: type[Method]) -> None:
     for name, wanted in read_by(cfg, method).items():
         if name not in cfg.data.streams:
             raise ConfigError(f"{cfg.name}: data.streams has no {name!r}")
+        if wanted.labels and not cfg.data.streams[name].labels:
+            raise ConfigError(
+                f"{cfg.name}: data.streams.{name}.labels: false, but method {cfg.method['name']!r} learns them; set it "
+                "to true"
+            )
 
         where = f"{cfg.name}: data.streams.{name}.augment"
         recipe = transform_of(cfg.data, name)
@@ -59,7 +65,7 @@ def check_streams(cfg: Config, method: type[Method]) -> None:
 
 def read_by(cfg: Config, method: type[Method]) -> dict[str, Wanted]:
     """What the config's method reads, by stream."""
-    labeled = Wanted(frozenset({"image"}))
+    labeled = Wanted(frozenset({"image"}), labels=True)
     options = method.options_of(cfg)
     if issubclass(method, Consistency):
         unlabeled = _views(method, options)

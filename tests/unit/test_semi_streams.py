@@ -80,6 +80,12 @@ def test_labelled_crops_are_no_views(config, change, words, fails):
     assert line.endswith(f"reads; set it to {fix}")
 
 
+@pytest.mark.parametrize("config", [V1, V2, U2PL, USRN, "toy_1over8_baseline.json"])
+def test_labelled_crops_need_their_labels(config, fails):
+    line = fails(main.main, "--config", named(config), "data.streams.labeled.labels=false", "data.root=/nowhere")
+    assert "data.streams.labeled.labels: false, but method " in line and line.endswith("learns them; set it to true")
+
+
 @pytest.mark.parametrize("stream", ["labeled", "unlabeled"])
 def test_a_stream_that_is_missing(stream):
     cfg = load_config(named(V2))
