@@ -3,10 +3,13 @@
 
 Writes those of the files that the config names in data.streams.{labeled,unlabeled}.list which do not exist. N is the
 number that begins the name of the labelled list, or the name of its folder (366/labeled.txt), or the share that ends
-that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded up), unless it is given. The training split, or the images of
-LIST alone, is put into one order that depends on the seed alone: first a few images that together show every class,
-then the others at random. The labelled images are its first N, so the lists of one seed are nested and every list shows
-every class.
+that (1_16/labeled.txt, u2pl_1_16/labeled.txt; rounded as in the published lists: up, of ADE20K mostly down), unless it
+is given. The training split, or the images of LIST alone, is put into one order that depends on the seed alone: first a
+few images that together show every class, then the others at random. The labelled images are its first N, so the lists
+of one seed are nested and every list shows every class. They are not the published ones.
+
+Four published lists follow a rule, which makes them unless --labelled, --among or --seed is given: pascal/1_16, 1_8 and
+1_4 of VOC are every 16th, 8th and 4th image by name, pascal/1464 is VOC's own train.
 """
 
 import argparse
@@ -22,13 +25,16 @@ from common.data import SegmentationDataset, class_statistics
 from common.data.catalogue.layouts import Record, visible_files
 from common.data.catalogue.lists import listed, write_list
 
+# by images of a training split and share: published numbers that are not rounded up
+PUBLISHED = {20_210: {32: 631, 16: 1263, 8: 2526, 4: 5052}}  # ADE20K
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_words(parser)
     parser.add_argument("--labelled", type=int, metavar="N", help="number of labelled images")
     parser.add_argument("--among", metavar="LIST", help="list of the images to divide; default: the whole split")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of the order; default: 0")
     args = cli.parse(parser)
     cfg = load_config(args.config, args.overrides)
     labelled, unlabelled = (list_of(cfg, name) for name in ("labeled", "unlabeled"))
@@ -40,7 +46,12 @@ def main() -> None:
     if labelled.exists():
         chosen = SegmentationDataset(replace(dataset.source, list=str(labelled))).records
     else:
-        chosen = first(dataset, args.labelled or number(labelled, len(dataset)), args.seed, cfg)
+        ruled = all(given is None for given in (args.labelled, args.among, args.seed))
+        chosen = by_rule(dataset, labelled, cfg) if ruled else None
+        if chosen is None:
+            seed = args.seed or 0
+            chosen = first(dataset, args.labelled or number(labelled, len(dataset)), seed, cfg)
+            print(f"{labelled}: drawn with seed {seed}, these are not the images of a published list")
         write(labelled, chosen)
 
     if unlabelled is not None and not unlabelled.exists():
@@ -68,7 +79,8 @@ def number(path: Path, images: int) -> int:
     if not share:
         raise ValueError(f"{path}: neither file nor folder is named after the number of images; give --labelled")
 
-    return -(-images // int(share[1]))
+    part = int(share[1])
+    return PUBLISHED.get(images, {}).get(part) or -(-images // part)
 
 
 def whole(source: SourceConfig, among: str | None = None) -> SegmentationDataset:
@@ -89,10 +101,35 @@ def whole(source: SourceConfig, among: str | None = None) -> SegmentationDataset
     return dataset
 
 
+def by_rule(dataset: SegmentationDataset, path: Path, cfg: Config) -> list[Record] | None:
+    """The images of a published list that a rule gives, sorted by name; None where `path` names no such list."""
+    name = path.parent.name
+    if dataset.row.name != "voc" or path.parent.parent.name != "pascal":
+        return None
+
+    records = sorted(dataset.records, key=lambda record: record.name)
+    if share := re.fullmatch(r"1_(16|8|4)", name):
+        return records[:: int(share[1])]
+    if name != "1464":
+        return None
+
+    source = cfg.data.streams["labeled"]
+    clean = set(SegmentationDataset(replace(source, split="train", list=None, maps={}, labels=False)).names)
+    chosen = [record for record in records if record.name in clean]
+    check_number(len(chosen), len(dataset))
+
+    return chosen
+
+
+def check_number(count: int, images: int) -> None:
+    """ValueError where so many labelled images leave none of all without a label, or there are none."""
+    if not 0 < count < images:
+        raise ValueError(f"{count} labelled images of {images}: take between 1 and {images - 1}")
+
+
 def first(dataset: SegmentationDataset, count: int, seed: int, cfg: Config) -> list[Record]:
     """The first `count` images of the seed's order, sorted by name."""
-    if not 0 < count < len(dataset):
-        raise ValueError(f"{count} labelled images of {len(dataset)}: take between 1 and {len(dataset) - 1}")
+    check_number(count, len(dataset))
     cache = Path(cfg.data.cache or Path(cfg.output) / ".cache")
     pixels = class_statistics(dataset, cfg.data.workers, cache).pixels
     ranking, needed = order(pixels, seed)

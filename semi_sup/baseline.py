@@ -19,6 +19,8 @@ from common.losses.counts import PseudoUnit
 from common.models import EncoderDecoder, build_network
 from common.models.deeplabv3plus_usrn import DeepLabV3Plus
 
+OF_USRN = ("deeplabv3plus", "usrn")  # USRN's networks, of one and of two branches
+
 
 @dataclass(frozen=True)
 class BaselineConfig:
@@ -91,12 +93,12 @@ class Baseline(Method):
 
     @classmethod
     def takes(cls, cfg: Config) -> Taken:
-        """No logits of a whole batch at label size."""
-        return Taken(full_size=False)
+        """What methods on the same network take: on USRN's no logits of a whole batch at label size."""
+        return Taken(full_size=cfg.model.name not in OF_USRN)
 
     def make_model(self, cfg: Config) -> DeepLabV3Plus | EncoderDecoder:
         """The network of the config. ConfigError for one that the method cannot train."""
-        if cfg.model.name in ("deeplabv3plus", "usrn"):
+        if cfg.model.name in OF_USRN:
             return usrn_network(cfg, "deeplabv3plus")
 
         fitting = "deeplabv3plus, deeplabv3plus_unimatch, deeplabv3plus_u2pl or dpt"

@@ -12,7 +12,8 @@ from common.data import SegmentationDataset
 from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
-from semi_sup.baseline import Baseline
+from semi_sup.baseline import OF_USRN, Baseline
+from semi_sup.streams import check_streams
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import Consistency, UniMatch
@@ -48,11 +49,16 @@ def resolve(cfg: Config) -> Config:
     """The config with the network that the method needs, its subclasses and the interval at which counts are refreshed.
 
     Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
-    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images.
+    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images. Streams that
+    do not give what the method reads are refused before a file is.
     """
     method = method_class(METHODS, cfg)
     if method is Baseline:
-        return _labels_alone(cfg)
+        cfg = _labels_alone(cfg)
+
+    check_streams(cfg, method)
+    if method is Baseline:
+        return cfg
 
     cfg = _with_refresh(cfg)
     if method is USRN and cfg.method.get("branch", True):
@@ -60,7 +66,6 @@ def resolve(cfg: Config) -> Config:
     if issubclass(method, Consistency) and cfg.method.get("branch", False):
         return _with_subclasses(cfg)
 
-    _unlabeled(cfg)
     streams = _without_sub_labels(cfg)
 
     return replace(cfg, model=single_branch(cfg).model, data=replace(cfg.data, streams=streams))
@@ -102,17 +107,11 @@ def _without_sub_labels(cfg: Config) -> dict[str, SourceConfig]:
 def single_branch(cfg: Config) -> Config:
     """The same with the network of the baseline, which is also what predicts after USRN's training; other networks have
     one branch already."""
-    if cfg.model.name not in ("usrn", "deeplabv3plus"):
+    if cfg.model.name not in OF_USRN:
         return cfg
     of_second = ("subclasses", "copy_branch")
     options = {key: value for key, value in cfg.model.options.items() if key not in of_second}
     return replace(cfg, model=replace(cfg.model, name="deeplabv3plus", options=options))
-
-
-def _unlabeled(cfg: Config) -> SourceConfig:
-    if "unlabeled" not in cfg.data.streams:
-        raise ConfigError(f"{cfg.name}: data.streams has no 'unlabeled'")
-    return cfg.data.streams["unlabeled"]
 
 
 def _with_refresh(cfg: Config) -> Config:
@@ -121,7 +120,7 @@ def _with_refresh(cfg: Config) -> Config:
     if not goes_by_counts or "refresh" in counts:
         return cfg
 
-    unlabeled = _unlabeled(cfg)
+    unlabeled = cfg.data.streams["unlabeled"]
     images = SegmentationDataset(replace(unlabeled, labels=False))
     steps = ceil(len(images) / unlabeled.batch_size)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from common import cli, distributed
-from common.config import Config
+from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
 from common.engine.runtime import arranged
@@ -31,6 +31,7 @@ from common.models.carried import best_of, open_config
 from common.models.pretrained.containers import weight_file
 from common.report import RunFolder, write_report
 from common.steps import digest_of
+from semi_sup.baseline import OF_USRN
 from semi_sup.config import (
     build_method,
     labelled_source,
@@ -192,7 +193,13 @@ def report(cfg: Config, folder: Path) -> None:
 
 
 def save_features(cfg: Config, args: argparse.Namespace) -> None:
-    """`features/` in the run's folder; one process."""
+    """`features/` in the run's folder; one process. ConfigError for a network whose features are not clustered."""
+    if cfg.model.name not in OF_USRN:
+        raise ConfigError(
+            f"{cfg.name}: model.name: {cfg.model.name!r} has no features for clustering.py, which reads those of "
+            "USRN's baseline; take a checkpoint of that (model.name: deeplabv3plus)"
+        )
+
     dataset = SegmentationDataset(replace(labelled_source(cfg), labels=False))
     model, device = open_network(cfg, args)
     folder = cfg.folder / "features"

@@ -7,7 +7,8 @@ auxiliary head, and the unlabelled ones in one batch:
 
 Pixels are kept where the entropy H of the teacher's answer in training mode, on the same batch, is below the percentile
 100 − 20·(1 − t/T) of it; that pass also moves the teacher's batch-norm statistics. `cutmix` pastes the next crop of the
-batch into each, by a box of half the area, in one batch of two. In the first `copied_steps` the teacher is the student.
+batch into each, by a box of half the area, in one batch of two. In the first `copied_steps` the teacher is the student;
+in `supervised_steps` before them, too, there with the student's batch-norm statistics.
 """
 
 from collections.abc import Mapping
@@ -178,7 +179,9 @@ class U2PL(Method):
         else:
             momentum = min(1 - 1 / (learnt + 1), self.options.momentum)
 
-        move_average(self.teacher, self.model, momentum, statistics="own")
+        # in the supervised stage the teacher runs on no batch that could give it statistics
+        statistics: Literal["copied", "own"] = "copied" if learnt < 0 else "own"
+        move_average(self.teacher, self.model, momentum, statistics)
 
 
 def drop_uncertain(label: Tensor, entropy: Tensor, shown: Tensor, part: float) -> Tensor:

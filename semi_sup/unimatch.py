@@ -18,6 +18,7 @@ Beyond the paper, off unless asked for: `branch`, the subclass branch and gate o
 losses join L_x and the strong views' with the weight `subclass`; `class_thresholds`, a τ for each class.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,7 @@ class Consistency(Method):
         )
 
         o = self.options
+        say_ignored(cfg, o)
         self.branch = SubclassBranch(cfg, o.subclasses) if o.branch else None
         self.thresholds = None
         if o.class_thresholds is not None:
@@ -235,6 +237,18 @@ class Consistency(Method):
 
     def after_step(self, step: int) -> None:
         self.loss.after_step(step)
+
+
+def say_ignored(cfg: Config, options: ConsistencyConfig) -> None:
+    """Warn of what the section `method` sets in vain."""
+    where = f"{cfg.name}: method"
+    given = [key for key in ("gate", "subclass", "subclasses") if key in cfg.method]
+    if given and not options.branch:
+        text = f"{where}: {', '.join(given)}: ignored where branch is false"
+        warnings.warn(text, stacklevel=4)
+    if options.class_thresholds is not None and options.threshold == 0:
+        text = f"{where}.class_thresholds: parts of method.threshold, which is 0: it changes nothing"
+        warnings.warn(text, stacklevel=4)
 
 
 class UniMatch(Consistency):

@@ -19,6 +19,7 @@ from common.data.loading import batches
 from common.data.orders import Order, SamplerConfig, generator, ignored_options, make_order
 from common.data.pixel_cache import GIB, PixelCache, pixel_cache
 from common.data.recipes.build import build_transform
+from common.data.recipes.recipe import Recipe
 
 
 class Stream:
@@ -65,7 +66,7 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
 
     for name, config in data.streams.items():
         where = f"data.streams.{name}.augment"
-        transform = build_transform(_augment(data, name), where)
+        transform = transform_of(data, name)
         dataset = SegmentationDataset(config)
         dataset.transform = transform.for_dataset(dataset, data.workers, cache, where)
 
@@ -77,6 +78,11 @@ def make_streams(data: DataConfig, seed: int, cache: Path | None = None) -> dict
         streams[name] = Stream(name, dataset, config.batch_size, seed, order)
 
     return streams
+
+
+def transform_of(data: DataConfig, name: str) -> Recipe:
+    """The augmentation of a stream, which knows nothing of its images yet. ConfigError for options that do not fit."""
+    return build_transform(_augment(data, name), f"data.streams.{name}.augment")
 
 
 def _augment(data: DataConfig, name: str) -> Mapping[str, Any]:

@@ -137,7 +137,8 @@ WITH_AUX = {"heads": {"decode": {}, "aux": {}}}
 METHODS = {
     "supervised": ("upernet", {"channels": 8, "auxiliary": False}, {}),
     "supervised, of two heads": ("upernet", {"channels": 8, "auxiliary": True}, WITH_AUX),
-    "baseline": ("deeplabv3plus_unimatch", SMALL, {}),
+    "baseline": ("deeplabv3plus", {"blocks": (1, 1, 1, 1), "width": 8}, {}),
+    "baseline, of UniMatch's network": ("deeplabv3plus_unimatch", SMALL, {}),
     "unimatch": ("deeplabv3plus_unimatch", SMALL, {}),
     "u2pl": ("deeplabv3plus_u2pl", {**SMALL, "backbone": {"multi_grid": (2, 2)}}, {}),
 }
@@ -148,7 +149,8 @@ METHODS = {
 def test_what_is_refused_is_what_the_method_refuses(name):
     """Of every remedy, by the page and by the method that is built with it."""
     network, sizes, options = METHODS[name]
-    model = ModelConfig(network, 5, "resnet18", options=sizes, align_corners=True)
+    backbone = "resnet50" if network == "deeplabv3plus" else "resnet18"
+    model = ModelConfig(network, 5, backbone, options=sizes, align_corners=True)
     heads = {"heads": ["decode", "aux"]} if options else {}
     cfg = Config(model, method={"name": name.split(",")[0], **options}, remedies=heads, name="test")
     system = system_of(cfg)

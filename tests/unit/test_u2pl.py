@@ -143,18 +143,37 @@ def test_cutmix_pastes_image_label_and_mask(monkeypatch):
 
 
 def test_the_stages_of_a_training():
-    """Labelled crops alone; then the student as teacher; then its moving average, statistics apart."""
+    """Labelled crops alone; then the student as teacher, with statistics of its own; then its moving average."""
     m = method(supervised_steps=2, copied_steps=2)
     assert "Lu" not in m(batches(), 1) and "Lu" in m(batches(), 2)
     parameter, average = next(m.model.parameters()), next(m.teacher.parameters())
-    statistics = m.teacher.state_dict()["lateral.norm.running_mean"].clone()
+    ours, theirs = (net.state_dict()["lateral.norm.running_mean"] for net in (m.model, m.teacher))
     with torch.no_grad():
-        for step, weight in ((0, 0.0), (3, 0.0), (4, 1 - 1 / 3), (1000, 0.99)):
-            before = average.clone()
+        for step, weight in ((0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0), (4, 1 - 1 / 3), (1000, 0.99)):
+            before, statistics = average.clone(), theirs.clone()
             parameter.normal_()
+            ours.normal_()
             m.after_step(step)
             torch.testing.assert_close(average, weight * before + (1 - weight) * parameter)
-    assert torch.equal(m.teacher.state_dict()["lateral.norm.running_mean"], statistics)
+            assert torch.equal(theirs, ours if step < 2 else statistics), step
+
+
+def test_a_teacher_without_a_pass_of_its_own_predicts_as_the_student():
+    """What is evaluated while labelled crops alone are learnt has seen them."""
+    m, untrained = method(supervised_steps=3), method()
+    assert m.network is m.teacher
+    untrained.load_state_dict(m.state_dict())
+    optimizer = torch.optim.SGD(m.model.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        m(batches(seed=step), step)["loss"].backward()
+        optimizer.step()
+        m.after_step(step)
+    image = batches()["labeled"]["image"]
+    found = [net.eval().predict(image) for net in (m.teacher, m.model, untrained.teacher)]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    counted = "lateral.norm.num_batches_tracked"
+    assert m.teacher.state_dict()[counted] == m.model.state_dict()[counted] == 3
 
 
 def test_padding_of_unlabelled_crops():

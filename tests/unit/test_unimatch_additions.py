@@ -193,6 +193,31 @@ def test_what_is_off_leaves_no_trace(name, fixmatch):
     assert set(terms) == {"loss", "Lx", "Ls", "kept"} | ({"Lfp"} if name == "unimatch" and not fixmatch else set())
 
 
+IGNORED = [
+    ({"gate": False}, "test: method: gate: ignored where branch is false"),
+    ({"subclass": 0.5, "subclasses": COUNTS}, "test: method: subclass, subclasses: ignored where branch is false"),
+    (
+        {"class_thresholds": 0.9, "threshold": 0.0},
+        "method.class_thresholds: parts of method.threshold, which is 0: it changes nothing",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options, message", IGNORED)
+def test_options_without_effect_are_said(name, options, message):
+    with pytest.warns(UserWarning, match=message) as said:
+        method(name, **options)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_options_with_an_effect_are_not_said(name):
+    branched(name, gate=False, subclass=0.5, class_thresholds=0.9)
+    method(name, threshold=0.0)
+
+
 def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="method.subclasses: .*rule.* is no preset"):
         method("unimatch", branch=True)

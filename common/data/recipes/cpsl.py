@@ -66,6 +66,11 @@ class CPSLViews(Recipe):
             except ValueError as error:
                 raise ValueError(f"colour_from: {error}") from error
 
+    @property
+    def gives(self) -> frozenset[str]:
+        views = {"weak", "strong", "warp", "cutout"} if self.strong else {"image"}
+        return frozenset({*views, *(["full"] if self.full else [])})
+
     @cached_property
     def reference(self) -> SegmentationDataset:
         """The images of `colour_from`."""

@@ -45,6 +45,10 @@ class MMSeg(Recipe):
     photometric: bool = True
     full: bool = False
 
+    @property
+    def gives(self) -> frozenset[str]:
+        return frozenset({"image", "extent", *(["full"] if self.full else [])})
+
     def __call__(
         self, sample: Sample, rng: np.random.Generator, dataset: SegmentationDataset, index: int
     ) -> Sample:

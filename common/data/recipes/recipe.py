@@ -11,6 +11,11 @@ class Recipe:
 
     flip = 0.0  # probability that a sample is mirrored
 
+    @property
+    def gives(self) -> frozenset[str]:
+        """The images of a sample by their keys, and what tells how they were made."""
+        return frozenset({"image"})
+
     def for_dataset(
         self,
         dataset: SegmentationDataset,

@@ -36,6 +36,10 @@ class U2PL(Recipe):
         if not low <= 1 <= high:
             raise ValueError(f"ratio: [{low}, {high}] does not hold 1; give one that does")
 
+    @property
+    def gives(self) -> frozenset[str]:
+        return frozenset({"image", "shown"})
+
     def for_dataset(
         self,
         dataset: SegmentationDataset,

@@ -60,6 +60,17 @@ class UniMatchViews(Recipe):
                 f"crop: {list(self.crop)} is too long for CutMix's boxes; its sides may differ by a factor of {LONGEST}"
             )
 
+    @property
+    def gives(self) -> frozenset[str]:
+        if not self.views:
+            return frozenset({"image"})
+
+        numbers = range(1, self.views + 1)
+        looks = {"weak", "shown", *(f"strong{k}" for k in numbers)}
+        partner = {f"partner_{key}" for key in looks} if self.partner else set()
+
+        return frozenset(looks | partner | {f"box{k}" for k in numbers})
+
     def __call__(
         self,
         sample: dict[str, Any],

@@ -33,6 +33,10 @@ class USRNViews(Recipe):
     jitter: bool = False
     views: bool = False
 
+    @property
+    def gives(self) -> frozenset[str]:
+        return frozenset({"weak", "strong"} if self.views else {"image"})
+
     def __call__(
         self,
         sample: dict[str, Any],
