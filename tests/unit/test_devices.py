@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from common import distributed
+from common.config import TrainConfig
+from common.engine.runtime import use_tf32
 
 CPU = torch.device("cpu")
 
@@ -44,3 +46,23 @@ def test_device_that_is_none(gpus, asked):
     with pytest.raises(ValueError, match=f"--device {asked}: give cpu, cuda or cuda:N"):
         distributed.start(asked)
     assert not gpus
+
+
+@pytest.fixture
+def switches():
+    """What says how products of float32 are made on CUDA; afterwards it says what it said."""
+    found = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in found]
+    yield found
+    for switch, value in zip(found, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_digits_of_products_are_chosen_for_a_gpu_alone(switches):
+    """Torch's switch is that of products on the CPU, too."""
+    for tf32 in (True, False):
+        use_tf32(TrainConfig(tf32=tf32), torch.device("cuda"))
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+        use_tf32(TrainConfig(tf32=not tf32), CPU)
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+    assert torch.get_float32_matmul_precision() == "highest"
