@@ -141,7 +141,8 @@ class SetCriterion(nn.Module):
         """Losses of the training outputs `out` and label maps (B, H, W), −1 where ignored, or their `find_targets`.
         progress: share of the training that is over.
 
-        On a GPU `find_targets` before the network's forward waits for nothing but the labels' own copy.
+        `find_targets` waits for all that the GPU was given before: ahead of the network's forward for the last step's
+        update and the labels' copy, later for the network, too.
 
         `loss` is the sum of all others: `loss_ce` (or `loss_seesaw`), `loss_mask`, `loss_dice` of the last prediction,
         and with `_0`, `_1`, … those of the initial queries and of the layers before; each with its weight.

@@ -1,5 +1,7 @@
 """Which device a process takes, and what is said of one that it cannot have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -46,6 +48,18 @@ def test_device_that_is_none(gpus, asked):
     with pytest.raises(ValueError, match=f"--device {asked}: give cpu, cuda or cuda:N"):
         distributed.start(asked)
     assert not gpus
+
+
+def test_copies_to_a_gpu_do_not_wait():
+    """They come from pinned memory."""
+
+    class Told:
+        def pin_memory(self):
+            return SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
+
+    cuda = torch.device("cuda", 1)
+    assert distributed.to_device(Told(), cuda) == (cuda, True)
+    assert distributed.to_device(torch.ones(2), CPU).device == CPU
 
 
 @pytest.fixture
