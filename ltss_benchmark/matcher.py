@@ -25,7 +25,8 @@ from common.ops.point_sample import class_masks, point_sample
 
 optimize = Lazy("scipy.optimize")
 
-# mask values of the layers that are matched together: what the cache holds some of, or 256 MiB
+# mask values of what is worked through at once, layers here and images in the criterion: what the cache holds some of,
+# or 256 MiB
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
