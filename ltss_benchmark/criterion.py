@@ -210,18 +210,18 @@ class SetCriterion(nn.Module):
         of_image = features.unbind()
         groups = list(self._together(counts, features))
         pairs = [sum(counts[group]) for group in groups]
-        classes = matches.label.split(pairs)
-        image = (matches.place // queries % batch).split(pairs)
+        labels = matches.label.split(pairs)
+        images = (matches.place // queries % batch).split(pairs)
         found: list[Tensor] = []
 
-        for group, *asked in zip(groups, classes, image, strict=True):
+        for group, classes, image in zip(groups, labels, images, strict=True):
             maps = torch.cat(
                 [
                     masks(embedding[None], feature[None])[0]
                     for embedding, feature in zip(matched[group], of_image[group], strict=True)
                 ]
             )
-            losses = self._pair_losses(maps, *asked, targets.label, counts[group])
+            losses = self._pair_losses(maps, classes, image, targets.label, counts[group])
             found += torch.stack(losses).split(counts[group], 1)
 
         sums = [
