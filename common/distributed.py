@@ -78,6 +78,13 @@ def data_parallel(module: nn.Module) -> nn.Module:
     )
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the copy to a GPU does not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def barrier() -> None:
     if dist.is_initialized() and world_size() > 1:
         dist.barrier()

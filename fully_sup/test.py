@@ -7,6 +7,7 @@ file, or an official MMSegmentation file. With CONFIG alone it is the best one o
 import argparse
 
 from common import cli, distributed
+from common.engine.runtime import use_tf32
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
@@ -33,6 +34,7 @@ def main() -> None:
     predictions = prediction_files(args.save_predictions, experiment.val, cfg.eval)
     refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
     device = distributed.start(args.device)
+    use_tf32(cfg.train, device)
     model = load_model(cfg.model, args.checkpoint)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)

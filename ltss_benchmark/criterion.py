@@ -9,8 +9,9 @@ is made at full size: masks of matched queries at stride 4 only, targets from th
 Ignored and padded pixels belong to no class and are background of every mask.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +27,14 @@ from common.models.mask2former import class_probabilities
 from common.models.mask2former.decoder import masks
 from common.ops.point_sample import class_masks, point_sample, uncertain_points
 from common.ops.resize import Size, size_of
-from ltss_benchmark.matcher import Matcher, Matches, MatchWeights, Targets, find_targets
+from ltss_benchmark.matcher import (
+    AT_ONCE,
+    Matcher,
+    Matches,
+    MatchWeights,
+    Targets,
+    find_targets,
+)
 
 STRIDE = 4  # of the mask features
 Points = Annotated[int, AtLeast(1), AtMost(1 << 20)]  # of a matched pair
@@ -141,7 +149,8 @@ class SetCriterion(nn.Module):
         """Losses of the training outputs `out` and label maps (B, H, W), −1 where ignored, or their `find_targets`.
         progress: share of the training that is over.
 
-        On a GPU `find_targets` before the network's forward waits for nothing but the labels' own copy.
+        `find_targets` waits for all that the GPU was given before: ahead of the network's forward for the last step's
+        update and the labels' copy, later for the network, too.
 
         `loss` is the sum of all others: `loss_ce` (or `loss_seesaw`), `loss_mask`, `loss_dice` of the last prediction,
         and with `_0`, `_1`, … those of the initial queries and of the layers before; each with its weight.
@@ -195,40 +204,63 @@ class SetCriterion(nn.Module):
         self, embeddings: Tensor, features: Tensor, targets: Targets, matches: Matches
     ) -> tuple[Tensor, Tensor]:
         """Summed binary cross-entropy and dice losses (L,) over their normaliser."""
-        layers = len(embeddings)
+        layers, batch, queries, _ = embeddings.shape
         counts = [layers * n for n in matches.per_layer]
         matched = embeddings.flatten(0, 2).index_select(0, matches.place).split(counts)
-        bce, dice = embeddings.new_zeros(2, layers, dtype=torch.float32)
-        images = zip(
-            matched,
-            matches.label.split(counts),
-            features,
-            targets.label,
-            matches.per_layer,
-            strict=True,
-        )
+        of_image = features.unbind()
+        groups = list(self._together(counts, features))
+        pairs = [sum(counts[group]) for group in groups]
+        labels = matches.label.split(pairs)
+        images = (matches.place // queries % batch).split(pairs)
+        found: list[Tensor] = []
 
-        for embedding, classes, feature, label, pairs in images:
-            each = self._pair_losses(masks(embedding[None], feature[None])[0], classes, label)
-            bce, dice = (
-                total + e.view(layers, pairs).sum(1)
-                for total, e in zip((bce, dice), each, strict=True)
+        for group, classes, image in zip(groups, labels, images, strict=True):
+            maps = torch.cat(
+                [
+                    masks(embedding[None], feature[None])[0]
+                    for embedding, feature in zip(matched[group], of_image[group], strict=True)
+                ]
             )
+            losses = self._pair_losses(maps, classes, image, targets.label, counts[group])
+            found += torch.stack(losses).split(counts[group], 1)
 
-        normalizer = self._normalizer(targets, matches, embeddings.device)
+        sums = [
+            each.view(2, layers, n).sum(2)
+            for each, n in zip(found, matches.per_layer, strict=True)
+        ]
+        total = reduce(torch.add, sums)  # (2, L), image after image
+        bce, dice = total / self._normalizer(targets, matches, embeddings.device)
 
-        return bce / normalizer, dice / normalizer
+        return bce, dice
+
+    def _together(self, counts: Sequence[int], features: Tensor) -> Iterator[slice]:
+        """Images, one after the other, whose maps and candidates of points are held at once, of `counts` pairs each."""
+        values = max(int(self.options.oversample * self.options.points), features[0, 0].numel())
+        limit = AT_ONCE.get(features.device.type, AT_ONCE["cuda"]) // values
+        start = pairs = 0
+
+        for image, count in enumerate(counts):
+            if image > start and pairs + count > limit:
+                yield slice(start, image)
+                start, pairs = image, 0
+            pairs += count
+
+        yield slice(start, len(counts))
 
     def _pair_losses(
-        self, maps: Tensor, classes: Tensor, label: Tensor
+        self, maps: Tensor, classes: Tensor, image: Tensor, label: Tensor, counts: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Losses (n,) of mask logits (n, h, w) of one image against `classes` (n,) of its label map (H, W)."""
+        """Losses (n,) of mask logits (n, h, w) against `classes` (n,) of the label maps (B, H, W) of `image` (n,).
+        counts: pairs of each image, whose points are drawn one image after the other."""
         options = self.options
         points = uncertain_points(
-            maps, options.points, oversample=options.oversample, importance=options.importance
+            maps,
+            options.points,
+            oversample=options.oversample,
+            importance=options.importance,
+            groups=counts,
         )
-        image = torch.zeros_like(classes)
-        truth = class_masks(label.unsqueeze(0), points, classes.unsqueeze(1), image).squeeze(1)
+        truth = class_masks(label, points, classes.unsqueeze(1), image).squeeze(1)
 
         return point_losses(point_sample(maps.unsqueeze(1), points).squeeze(1), truth)
 

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from common.distributed import to_device
 from common.lazy import Lazy
 from common.models.mask2former.decoder import masks
 from common.ops.point_sample import class_masks, point_sample
 
 optimize = Lazy("scipy.optimize")
 
-# mask values of the layers that are matched together: what the cache holds some of, or 256 MiB
+# mask values of what is worked through at once, layers here and images in the criterion: what the cache holds some of,
+# or 256 MiB
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
@@ -59,7 +61,8 @@ class MatchWeights:
 
 
 def find_targets(label: Tensor, num_classes: int) -> Targets:
-    """The classes of label maps (B, H, W), −1 where ignored. Waits for one copy of B · K bits to the host."""
+    """The classes of label maps (B, H, W), −1 where ignored. The host waits for a copy of B · K bits, and so for all
+    that the labels' GPU was given before."""
     flat = label.flatten(1).long() + 1
     present = torch.zeros(len(label), num_classes + 1, dtype=torch.bool, device=label.device)
     present.scatter_(1, flat, True)
@@ -232,12 +235,3 @@ class Matcher:
         place, label = to_device(pairs, targets.padded.device)
 
         return Matches(place, label, per_layer)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`; the copy to a GPU does not wait."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )

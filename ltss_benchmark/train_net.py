@@ -21,6 +21,7 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare, rehearse
+from common.engine.runtime import use_tf32
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
@@ -228,6 +229,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     weights = weights_of(cfg, args.resume)
     cfg, experiment = ready(cfg, args, distributed.world_size())
     device = distributed.start(args.device)
+    use_tf32(cfg.train, device)
     model = load_model(cfg.model, weights).to(device)
     single = plain(cfg.eval)
 

@@ -23,6 +23,7 @@ import torch
 from common import cli, console, distributed
 from common.config import Config, load_config, nearest
 from common.data import SegmentationDataset
+from common.engine.runtime import use_tf32
 from common.evaluation import mirrored_classes, network_input
 from common.evaluation.adjustment import offsets_of
 from common.evaluation.errors import words, worst_images, write_confusion, write_image_scores
@@ -169,6 +170,7 @@ def from_files(folder: str, dataset: SegmentationDataset, cfg: Config) -> Predic
 
 def from_network(cfg: Config, dataset: SegmentationDataset, checkpoint: str | Path, device: torch.device) -> Predict:
     """Predictions of the network that a checkpoint holds."""
+    use_tf32(cfg.train, device)
     model = load_model(cfg.model, checkpoint).to(device)
     offsets = offsets_of(cfg, checkpoint)
 

@@ -24,6 +24,7 @@ from common.data import DatasetRow
 from common.data.catalogue import registry
 from common.data.catalogue.lists import IMAGE_SUFFIXES, read_list
 from common.data.images import read_image
+from common.engine.runtime import use_tf32
 from common.evaluation import mirrored_classes, network_input, write_label
 from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite
@@ -57,6 +58,7 @@ def main() -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     device = distributed.start(args.device)
+    use_tf32(cfg.train, device)
     model = load_model(cfg.model, args.checkpoint)
     model = model.to(device).eval()
     offsets = offsets_of(cfg, args.checkpoint)

@@ -28,6 +28,7 @@ from common.config import Config, ConfigError, pick
 from common.data import SegmentationDataset
 from common.engine.checkpoint import AVERAGE, MODEL
 from common.engine.method import method_class
+from common.engine.runtime import use_tf32
 from common.evaluation.loop import mirrored_classes, prediction
 from common.evaluation.pseudo_labels import BINS, LabelCounts, LabelQuality, Threshold, places_of
 from common.evaluation.samples import chosen_images, sample_batches
@@ -114,6 +115,7 @@ def label_quality(
     refuse_other_labels(cfg)
     places_of(at)  # whether they are thresholds
     name, dataset = images_of(cfg, stream)
+    use_tf32(cfg.train, device)
     network = load_model(cfg.model, file, labelling(cfg, file)).to(device)
     quality = count(network, dataset, cfg, device)
     row = dataset.row

@@ -25,6 +25,7 @@ from torch import Tensor
 from common import cli, console, distributed
 from common.config import Config, load_config
 from common.data import IGNORE, SegmentationDataset
+from common.engine.runtime import use_tf32
 from common.evaluation import network_input
 from common.evaluation.samples import chosen_images
 from common.files import read_json, refuse_to_overwrite, write_json
@@ -49,6 +50,7 @@ def main() -> None:
     cfg, checkpoint = opened(Path(args.run), args.images)
     dataset = SegmentationDataset(cfg.data.val)
     device = distributed.start(args.device)
+    use_tf32(cfg.train, device)
     model = load_model(cfg.model, checkpoint).to(device).eval()
     if not isinstance(model, Mask2Former):
         raise ValueError(f"{args.run}: its network, {cfg.model.name}, has no queries")

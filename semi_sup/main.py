@@ -21,7 +21,7 @@ from common import cli, distributed
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.engine import fit, prepare, rehearse
-from common.engine.runtime import arranged
+from common.engine.runtime import arranged, use_tf32
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
@@ -155,6 +155,7 @@ def spread(cfg: Config) -> Config:
 def open_network(cfg: Config, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.device]:
     """The class branch of the checkpoint, in evaluation mode."""
     device = distributed.start(args.device)
+    use_tf32(cfg.train, device)
     model = load_model(single_branch(cfg).model, args.checkpoint)
     return arranged(model.to(device), cfg.train.channels_last, device), device
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from common.config import Config, ConfigError
 from common.config.bounds import NotNegative, Share, Whole
 from common.data import IGNORE
+from common.distributed import to_device
 from common.engine.method import (
     IN_PARTS,
     Batch,
@@ -145,7 +146,7 @@ class U2PL(Method):
         if not self.options.cutmix or torch.rand(()) >= 0.5:
             return images, label, shown
 
-        boxes = torch.stack([half_box(size) for _ in images]).to(images.device)
+        boxes = to_device(torch.stack([half_box(size) for _ in images]), images.device)
         inside = in_boxes(boxes, size)
         images = paste(images, images.roll(-1, 0), inside)
         label = torch.where(inside, label.roll(-1, 0), label)

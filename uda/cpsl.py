@@ -222,7 +222,7 @@ class CPSL(Stage):
             )
             total = total + o.contrastive * terms["contrastive"]
 
-        return {"loss": total, **terms, "bank_fill": ce.new_tensor(self.features.fill)}
+        return {"loss": total, **terms, "bank_fill": ce.new_full((), self.features.fill)}
 
     def mixed_labels(self, label: Tensor, source_label: Tensor, box: Box) -> Tensor:
         if self.options.cutmix_labels == "target":

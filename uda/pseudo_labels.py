@@ -17,6 +17,7 @@ from common import console
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
+from common.engine.runtime import use_tf32
 from common.files import follow, load_array, read_artifact, replacing
 from common.ops.resize import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
@@ -74,6 +75,7 @@ def open_network(
 
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
     """
+    use_tf32(cfg.train, device)
     return network_of(cfg.model, checkpoint_of(cfg, checkpoint), prefix).to(device).eval()
 
 

@@ -71,10 +71,14 @@ def build_optimizers(groups: Iterable[dict[str, Any]]) -> dict[str, torch.optim.
             group | {"initial_lr": group["lr"]}
         )
 
-    return {
+    optimizers = {
         name: OPTIMIZERS[name](members, lr=members[0]["lr"], **_implementation(members))
         for name, members in by_name.items()
     }
+    for optimizer in optimizers.values():
+        _begin_momentum(optimizer)
+
+    return optimizers
 
 
 def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
@@ -82,6 +86,22 @@ def _implementation(groups: list[dict[str, Any]]) -> dict[str, bool]:
     which give the numbers of the loop over them bit for bit."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return {"fused": True} if devices == {"cuda"} else {"foreach": True}
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Momentum 0 for every parameter of a fused SGD that has none yet, which gives the numbers of an SGD that begins.
+
+    Torch's own beginning is memory as it comes, which the kernel leaves so where fp16 overflows in the first step, and
+    an error for a parameter whose first gradient comes after those of others.
+    """
+    for group in optimizer.param_groups:
+        if not (group["fused"] and group.get("momentum")):
+            continue
+
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def restore(
@@ -108,6 +128,7 @@ def restore(
             )
         ]
         optimizer.load_state_dict({**saved[name], "param_groups": groups})
+        _begin_momentum(optimizer)
         _arrange(optimizer)
 
 

@@ -36,7 +36,13 @@ def configure(cfg: TrainConfig, device: torch.device) -> None:
     # It costs a pass over every empty tensor. (A property of the module's class, which no checker sees.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not exact
+    use_tf32(cfg, device)
 
+
+def use_tf32(cfg: TrainConfig, device: torch.device) -> None:
+    """Let products of float32 on CUDA keep as many digits as `train.tf32` says. For training, and for every program
+    that opens a trained network, which then says what it said in training. Without a GPU nothing is set: torch's one
+    switch is for products on the CPU, too."""
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = cfg.tf32
         torch.backends.cudnn.allow_tf32 = cfg.tf32

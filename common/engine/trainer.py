@@ -91,15 +91,21 @@ class Trainer:
         """Back-propagate all micro-batches of the step; returns the means of their scalars."""
         total: Losses = {}
 
-        for micro in range(self.accumulate):
-            batch = self.costs.load(streams)
-            runtime.seed_step(
-                self.cfg.seed, distributed.rank() + distributed.world_size() * micro, step
-            )
-            found = self._backward(batch, step, micro == self.accumulate - 1)
-            _add(total, {name: self._share(value) for name, value in found.items()})
+        with self._casts_kept():
+            for micro in range(self.accumulate):
+                batch = self.costs.load(streams)
+                slot = distributed.rank() + distributed.world_size() * micro
+                runtime.seed_step(self.cfg.seed, slot, step)
+                found = self._backward(batch, step, micro == self.accumulate - 1)
+                _add(total, {name: self._share(value) for name, value in found.items()})
 
         return total
+
+    def _casts_kept(self) -> torch.autocast:
+        """A context in which autocast casts a weight once, whatever the number of passes: it forgets its casts where
+        the outermost context ends, which would be that of each part. It must end before the weights change. Backward
+        passes and the loading of batches are not under autocast, so it is switched off but in the parts."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _share(self, value: torch.Tensor) -> torch.Tensor:
         """What a micro-batch has in the step's mean."""

@@ -165,13 +165,19 @@ def check(dataset: Any, cfg: EvalConfig, offsets: Tensor | None) -> None:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode; afterwards each is as it was (a frozen teacher stays frozen)."""
+    """Put every module into evaluation mode; afterwards each is as it was (a frozen teacher stays frozen).
+
+    Meanwhile cuDNN does not time its algorithms, which it would do for every convolution at each new size of image.
+    """
     training = [module for module in model.modules() if module.training]
+    timed = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     model.eval()
 
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = timed
         for module in training:
             module.training = True
 

@@ -63,9 +63,7 @@ class Counts(NamedTuple):
 
 def where_present(value: Tensor, counts: Tensor, absent: float | Tensor) -> Tensor:
     """`value` (K,) of classes that occur, `absent` elsewhere: one without labels must not set the scale of others."""
-    return torch.where(
-        counts > 0, value, torch.as_tensor(absent, dtype=value.dtype, device=value.device)
-    )
+    return torch.where(counts > 0, value, absent)
 
 
 class RefreshedCounts(nn.Module):
@@ -133,7 +131,10 @@ class RefreshedCounts(nn.Module):
 
         classes = label.long() + 1
         weights = torch.ones_like(classes, dtype=self.running.dtype)
-        weights *= torch.as_tensor(area, device=label.device).view(-1, *[1] * (label.dim() - 1))
+        # a number stays on the host: as a tensor it would be copied, and the copy waited for
+        if isinstance(area, Tensor):
+            area = area.view(-1, *[1] * (label.dim() - 1))
+        weights *= area
         counts = self.running.new_zeros(len(self.running) + 1)
         counts.index_add_(0, classes.flatten(), weights.flatten())
         self.running += distributed.all_sum(counts)[1:]

@@ -134,8 +134,11 @@ class SegmentationModel(nn.Module, ABC):
         return self.segment(self.normalise(images, extent))
 
     def infer(self, images: Tensor) -> dict[str, Any]:
-        """The outputs that `scores` needs; heads that only training uses may be left out."""
-        return self(images)
+        """The outputs that `scores` needs; heads that only training uses may be left out.
+
+        Not by the call of the network: that is what `train.compile` compiles, anew for each size of image.
+        """
+        return self.segment(self.normalise(images))
 
     def predict(self, images: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """Class scores (B, K, H, W) of images (B, 3, h, w) in 0–255, at `size` or the images' size."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.distributed import to_device
+
 Shapes = Sequence[tuple[int, int]]
 
 
@@ -22,11 +24,7 @@ def level_constants(shapes: Shapes, device: torch.device, repeat: int = 1) -> Te
         table += [(h, w, first, padded)] * repeat
         first, padded = first + h * w, padded + (h + 2) * (w + 2)
     table = torch.tensor(table, dtype=torch.int32).t().contiguous()
-    return (
-        table.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else table.to(device)
-    )
+    return to_device(table, device)
 
 
 class _Corners(NamedTuple):

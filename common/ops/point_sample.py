@@ -4,6 +4,8 @@ A point (x, y) lies in [0, 1]² of its map, whatever the map's size; pixel centr
 outside counts as 0, so the same points can be read from logits at stride 4 and from labels at full size.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,12 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def uncertain_points(
-    logits: Tensor, count: int, *, oversample: float = 3.0, importance: float = 0.75
+    logits: Tensor,
+    count: int,
+    *,
+    oversample: float = 3.0,
+    importance: float = 0.75,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """Points (N, count, 2) where masks are least decided (PointRend, section 3.1).
 
@@ -29,17 +36,34 @@ def uncertain_points(
     Args:
         logits: (N, h, w), one map for each row of points.
         count: points a map.
+        groups: numbers of rows, N in all, as if this were called for one group after the other; default: one of all.
     """
     logits = logits.detach().unsqueeze(1)
     kept = int(importance * count)
-    candidates = torch.rand(len(logits), int(oversample * count), 2, device=logits.device)
+    rows = [len(logits)] if groups is None else groups
+    numbers = int(oversample * count), count - kept
+    candidates, fresh = drawn_in_turn(rows, numbers, logits.device)
     distance = point_sample(logits, candidates).squeeze(1).float().abs_()
     best = distance.topk(kept, dim=1, largest=False, sorted=False).indices
     chosen = candidates.gather(1, best.unsqueeze(2).expand(-1, -1, 2))
 
-    return torch.cat(
-        [chosen, torch.rand(len(logits), count - kept, 2, device=logits.device)], 1
-    )
+    return torch.cat([chosen, fresh], 1)
+
+
+def drawn_in_turn(
+    rows: Sequence[int], numbers: Sequence[int], device: torch.device
+) -> Iterator[Tensor]:
+    """Uniform points (N, number, 2) for each of `numbers`, N the sum of `rows`: those of the first rows come before
+    those of the next. They are one draw, which on the CPU gives what a draw for each of them would."""
+    sizes = [2 * n * number for n in rows for number in numbers]
+    values = torch.rand(sum(sizes), device=device).split(sizes)
+
+    for i, number in enumerate(numbers):
+        parts = [
+            part.view(n, number, 2)
+            for part, n in zip(values[i :: len(numbers)], rows, strict=True)
+        ]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def class_masks(

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.data import IGNORE
+from common.distributed import to_device
 from common.lazy import constant_result
 from common.ops.counter_noise import Noise, draws, new_seed
 from common.ops.deform_attn import triton_missing
@@ -331,9 +332,7 @@ class Axis(NamedTuple):
     start: Tensor
 
     def to(self, device: torch.device) -> "Axis":
-        if device.type != "cuda":
-            return Axis(*(t.to(device) for t in self))
-        return Axis(*(t.pin_memory().to(device, non_blocking=True) for t in self))
+        return Axis(*(to_device(t, device) for t in self))
 
 
 @lru_cache(maxsize=64)

@@ -156,7 +156,8 @@ def _loss_kernel(
     valid = inside & (y >= 0) & (y < classes)
     weight = _weight(valid, y, place, class_weight, pixel_weight)
     loss = tl.where(valid, weight * (log_sum - own), 0.0)
-    loss = tl.where((y < -1) | (y >= classes), float("nan"), loss)
+    # Past the end of a row −1 was loaded, which is 255 in a label of uint8.
+    loss = tl.where(inside & ((y < -1) | (y >= classes)), float("nan"), loss)
     tl.store(sums + program, tl.sum(loss, 0))
 
 

@@ -186,3 +186,17 @@ def test_a_step_runs_in_captured_graphs(name, tmp_path, monkeypatch):
     assert min(layers.inside[kind] for kind in LAYERS) > 10
     assert layers.outside[LAYERS[1]] == 0
     assert layers.outside[LAYERS[0]] <= (15 if name == "warm_up" else 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_evaluation_captures_nothing(name, tmp_path):
+    """Its images have many sizes, and each would be a graph of its own."""
+    torch._dynamo.reset()
+    method = METHODS[name](tmp_path).eval()
+    captured = Captured()
+    for network in called_networks(method):
+        network.compile(backend=captured)
+
+    images = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
+    label, _ = method.labels(images)
+    assert label.shape == (1, 40, 56) and captured.graphs == 0

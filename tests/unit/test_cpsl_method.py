@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from common.config import Config, ConfigError, ModelConfig
 from common.losses.blv import variation_weights
 from tests.contexts import context
+from tests.unit.host_values import HostValues
 from uda.base import known_prototypes, read_distribution, read_prototypes, rectified
 from uda.cpsl import CPSL
 from uda.distill import Distill
@@ -83,6 +84,16 @@ def test_the_strong_view_moves_running_statistics_only_if_it_shall(cfg, options,
     same = [torch.equal(before[name], b) for name, b in method.model.named_buffers() if "running" in name]
     assert len(same) > 0 and (not any(same) if moves else all(same))
     assert all(m.momentum == 0.1 for m in method.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_no_value_of_the_host_is_copied_in_a_step(cfg, options):
+    """Its loss counts pseudo-labels, too."""
+    method = make(CPSL, cfg, options, logits={"name": "logit_adjustment"}, counts={"refresh": 2})
+    streams = batches()
+    with HostValues() as values:
+        terms = list(method(streams, 0))
+    assert method.loss.counts.running.sum() > 0 and terms[1]["bank_fill"] == method.features.fill > 0
+    assert values.count == 0
 
 
 def test_self_labelling_gives_the_network_no_gradient(cfg, options):

@@ -22,6 +22,7 @@ from ltss_benchmark.criterion import (
     classification_loss,
     pad_label,
 )
+from scripts.bench.operators import Operators
 
 CLASSES, QUERIES, LAYERS = 5, 7, 3
 
@@ -69,6 +70,14 @@ def test_uncertain_points_are_the_least_decided():
     torch.testing.assert_close(points[:, 75:], torch.rand(2, 25, 2))
 
 
+def test_points_of_groups_are_those_of_a_call_for_each():
+    maps, groups = torch.randn(9, 8, 8), (4, 0, 2, 3)
+    torch.manual_seed(3)
+    together = uncertain_points(maps, 40, groups=groups)
+    torch.manual_seed(3)
+    assert torch.equal(together, torch.cat([uncertain_points(some, 40) for some in maps.split(groups)]))
+
+
 @pytest.mark.parametrize("normalizer", ["targets", "pairs"])
 def test_losses_equal_the_literal_form(monkeypatch, normalizer):
     """Loops over layers, images and pairs, with dense masks; the same matching and points."""
@@ -108,6 +117,48 @@ def test_losses_equal_the_literal_form(monkeypatch, normalizer):
     ours = torch.autograd.grad(result["loss"], leaves(out), retain_graph=True)
     for grad, reference in zip(ours, torch.autograd.grad(expected, leaves(out)), strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-6)
+
+
+def seeded_losses(out, label):
+    """All losses, and the gradients of their sum."""
+    torch.manual_seed(0)
+    losses = SetCriterion(CLASSES, CriterionConfig(points=64))(out, label)
+    return [*losses.values(), *torch.autograd.grad(losses["loss"], leaves(out))]
+
+
+def test_images_together_are_images_one_by_one(monkeypatch):
+    """Bit for bit, whatever fits at once: all, one, two or three of five, of which one shows no class.
+
+    A pair's points are a multiple of what a processor works on at once, so none is rounded as a remainder.
+    """
+    out, label = outputs(batch=5)
+    label[3] = -1
+    expected = seeded_losses(out, label)
+    pairs, sizes = [], []
+    original = SetCriterion._pair_losses
+
+    def counted(self, maps, classes, image, label, counts):
+        pairs.append(len(maps))
+        sizes.append(len(counts))
+        return original(self, maps, classes, image, label, counts)
+
+    monkeypatch.setattr(SetCriterion, "_pair_losses", counted)
+    for limit, images in ((1, [1] * 5), (192 * 18, [2, 3]), (192 * 27, [4, 1])):
+        monkeypatch.setattr(module, "AT_ONCE", {"cpu": limit, "cuda": 1})
+        assert all(map(torch.equal, seeded_losses(out, label), expected))
+        assert sizes == images and (limit == 1 or max(pairs) * 192 <= limit)
+        pairs.clear(), sizes.clear()
+
+
+def test_a_further_image_is_a_few_operators():
+    """The masks' product forward and backward, and a sum; all else is done for all images together."""
+    found = []
+    for batch in (2, 4):
+        counted = Operators()
+        with counted:
+            seeded_losses(*outputs(batch))
+        found.append(sum(counted.calls.values()))
+    assert found[1] - found[0] <= 2 * 12
 
 
 @pytest.mark.parametrize("class_loss", ["ce", "seesaw"])

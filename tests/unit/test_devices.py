@@ -1,9 +1,13 @@
 """Which device a process takes, and what is said of one that it cannot have."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from common import distributed
+from common.config import TrainConfig
+from common.engine.runtime import use_tf32
 
 CPU = torch.device("cpu")
 
@@ -44,3 +48,35 @@ def test_device_that_is_none(gpus, asked):
     with pytest.raises(ValueError, match=f"--device {asked}: give cpu, cuda or cuda:N"):
         distributed.start(asked)
     assert not gpus
+
+
+def test_copies_to_a_gpu_do_not_wait():
+    """They come from pinned memory."""
+
+    class Told:
+        def pin_memory(self):
+            return SimpleNamespace(to=lambda device, non_blocking: (device, non_blocking))
+
+    cuda = torch.device("cuda", 1)
+    assert distributed.to_device(Told(), cuda) == (cuda, True)
+    assert distributed.to_device(torch.ones(2), CPU).device == CPU
+
+
+@pytest.fixture
+def switches():
+    """What says how products of float32 are made on CUDA; afterwards it says what it said."""
+    found = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in found]
+    yield found
+    for switch, value in zip(found, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_digits_of_products_are_chosen_for_a_gpu_alone(switches):
+    """Torch's switch is that of products on the CPU, too."""
+    for tf32 in (True, False):
+        use_tf32(TrainConfig(tf32=tf32), torch.device("cuda"))
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+        use_tf32(TrainConfig(tf32=not tf32), CPU)
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import Config, EvalConfig
 from common.engine import checkpoint, fit
 from common.engine.counters import BatchCounters
 from common.engine.method import move_average
-from common.engine.trainer import OVERFLOWS, NonFiniteLoss
+from common.engine.trainer import OVERFLOWS, NonFiniteLoss, Trainer
 from common.losses.counts import RefreshedCounts
 from tests.unit.remedy_examples import COUNTS
 from tests.unit.tiny_method import CPU, Tiny, assert_equal, config, stop_at, streams, train
@@ -150,6 +151,55 @@ def test_parts_equal_one_backward(tmp_path):
         fit(cfg, method, streams(cfg), device=CPU)
         results.append(method.model[0].weight.detach())
     torch.testing.assert_close(*results)
+
+
+class Looking(Tiny):
+    """Each part first looks at its batch without a graph, as where a network labels images for itself."""
+
+    def __init__(self, cfg, parts):
+        super().__init__(cfg, parts, norm=nn.Identity, dropout=0.0)
+
+    def term(self, x, step):
+        with torch.no_grad():
+            self.model(x)
+        return super().term(x, step)
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of some weights is cast."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.of = {id(weight): 0 for weight in weights}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._to_copy.default and id(args[0]) in self.of:
+            self.of[id(args[0])] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("parts, micro", [(1, 1), (3, 1), (2, 2)])
+def test_weights_are_cast_once_a_step(tmp_path, parts, micro):
+    """By all parts and micro-batches; gradients are, bit for bit, those of an autocast for each."""
+    cfg = config(tmp_path, precision="bf16", devices=micro)
+    trainer = Trainer(cfg, Looking(cfg, parts), CPU)
+    method = trainer.method
+    batches = [torch.randn(4, 4) for _ in range(micro)]
+    expected = [torch.zeros_like(weight) for weight in trainer.parameters]
+    for x in batches:
+        for _ in range(parts):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = method.term(x, 0)["loss"] / micro
+            found = torch.autograd.grad(loss, trainer.parameters)
+            expected = [sum_ + gradient for sum_, gradient in zip(expected, found, strict=True)]
+
+    for _ in range(2):
+        with Casts(trainer.parameters) as casts:
+            trainer._gradients(0, {"labeled": iter([{"x": x} for x in batches])})
+        assert set(casts.of.values()) == {1}
+        assert all(torch.equal(p.grad, sum_) for p, sum_ in zip(trainer.parameters, expected, strict=True))
+        for weight in trainer.parameters:
+            weight.grad = None
 
 
 class Miscounted(Tiny):

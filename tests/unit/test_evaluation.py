@@ -94,6 +94,31 @@ def test_images_of_one_size_share_a_pass():
     assert model.calls == 1
 
 
+def test_convolutions_are_not_timed_for_each_size_of_image(monkeypatch):
+    """As training has them timed; what was set is set again, also where an evaluation ends in an error."""
+    seen = []
+
+    class Seen(Brightest):
+        def segment(self, x):
+            seen.append(torch.backends.cudnn.benchmark)
+            return super().segment(x)
+
+    class Broken(Seen):
+        def segment(self, x):
+            super().segment(x)
+            raise RuntimeError("no more")
+
+    for timed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", timed)
+        evaluate(Seen(), Scene(), EvalConfig(), device="cpu")
+        assert torch.backends.cudnn.benchmark == timed
+        with pytest.raises(RuntimeError, match="no more"):
+            evaluate(Broken(), Scene(), EvalConfig(), device="cpu")
+        assert torch.backends.cudnn.benchmark == timed
+
+    assert len(seen) > 2 and not any(seen)
+
+
 def test_the_ranks_share_the_images():
     scene, cfg = Scene(), EvalConfig(workers=0)
     parts = [evaluate(Brightest(), scene, cfg, device="cpu", rank=r, world=2)["confusion"] for r in range(2)]

@@ -1,6 +1,7 @@
 """The same checks for every architecture; a new one is one more row of SMALL."""
 
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -132,6 +133,14 @@ def test_auxiliary_heads_do_not_change_the_prediction(case):
         if name == "dpt":  # which sees the image resized
             upsampled = F.interpolate(upsampled, (69, 91), mode="bilinear", align_corners=True)
         torch.testing.assert_close(model.predict(x), upsampled[..., :69, :91], rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_are_not_made_by_the_call_that_is_compiled(case):
+    graphs = []
+    model = deepcopy(case[1]).eval()
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph)
+    model.labels(images(1))
+    assert not graphs
 
 
 @pytest.fixture

@@ -241,6 +241,76 @@ def test_state_of_another_memory_format_is_arranged_anew(tmp_path):
     assert buffer.stride() == other.stride() and torch.equal(buffer, weight.grad)
 
 
+def weighed(monkeypatch, kind, count=2) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """Weights of 1 and an SGD with momentum, by one fused kernel or by lists."""
+    monkeypatch.setattr(optim, "_implementation", lambda groups: {kind: True})
+    weights = [nn.Parameter(torch.ones(64)) for _ in range(count)]
+    group = {"params": weights, "optimizer": "sgd", "lr": 0.125, "momentum": 0.9, "name": "all"}
+    return weights, build_optimizers([group])["sgd"]
+
+
+@pytest.fixture
+def garbage(monkeypatch):
+    """Memory that nobody has written is NaN."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(exact)
+
+
+def update(weights, optimizer, scaler, values) -> None:
+    """One step of fp16 with gradients of these values at the loss's own scale; None: the weight has none."""
+    for weight, value in zip(weights, values, strict=True):
+        weight.grad = None if value is None else torch.full_like(weight, value) * scaler.get_scale()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("first", [(float("inf"), 1.0), (1.0, None), (float("inf"), None)])
+def test_a_fused_sgd_begins_as_any_other(monkeypatch, garbage, first):
+    """Bit for bit: where fp16 skips the first step, and where the first gradient of a weight comes later."""
+    results = []
+    for kind in ("fused", "foreach"):
+        weights, optimizer = weighed(monkeypatch, kind)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.ones(()))  # makes its scale
+        for values in (first, (0.5, -2.0), (0.25, 3.0)):
+            update(weights, optimizer, scaler, values)
+        results.append([*weights, *(optimizer.state[weight]["momentum_buffer"] for weight in weights)])
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_fused_sgd_takes_a_checkpoint_without_all_momenta(monkeypatch, garbage, tmp_path):
+    """As those of lists of tensors are, where a weight had no gradient yet."""
+    results = []
+    for kind in ("fused", "foreach"):
+        weights, before = weighed(monkeypatch, "foreach")
+        weights[0].grad = torch.ones(64)
+        before.step()
+        saved = before.state_dict()
+        assert len(saved["state"]) == 1
+
+        others, after = weighed(monkeypatch, kind)
+        optim.restore({"sgd": after}, {"sgd": saved}, tmp_path)
+        for weight in others:
+            weight.grad = torch.ones(64)
+        after.step()
+        results.append(others)
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_run_of_fused_kernels_resumes_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(optim, "_implementation", lambda groups: {"fused": True})
+    whole = run(tmp_path / "whole", 5, lr=0.01)
+    run(tmp_path / "parts", 2, lr=0.01)
+    method = run(tmp_path / "parts", 5, resume=True, lr=0.01)
+    assert torch.equal(method.slow, whole.slow) and torch.equal(method.fast, whole.fast)
+
+
 def test_gradients_of_parts_are_added_as_torch_adds_them():
     weights = [nn.Parameter(torch.randn(3)) for _ in range(3)]
     plain = [nn.Parameter(weight.detach().clone()) for weight in weights]

@@ -77,6 +77,18 @@ def test_options_are_named_by_one_rule():
     assert not wrong
 
 
+def test_programs_give_a_trained_network_the_digits_of_its_training():
+    """`train.tf32` holds wherever a network is opened and brought to a device."""
+    opened, silent = [], []
+    for path in FILES:
+        top, *_ = path.relative_to(ROOT).parts
+        text = path.read_text()
+        if top != "common" and re.search(r"\b(load_model|network_of)\(", text) and ".to(" in text:
+            opened.append(path)
+            silent += [] if re.search(r"\b(use_tf32|runtime\.configure)\(", text) else [str(path.relative_to(ROOT))]
+    assert len(opened) > 6 and not silent
+
+
 def test_asserts_do_nothing_that_is_needed():
     """`python -O` drops them, so they only compare what is there: no call, whose effect might be wanted."""
     calls = []

@@ -167,7 +167,7 @@ def test_mask2former(monkeypatch, crop):
 
     label = criterion.pad_label(data["label"], out["mask_features"].shape[-2:])
     classes = torch.tensor([0, 3])
-    found = method.criterion._pair_losses(maps[0, :2], classes, label[0])
+    found = method.criterion._pair_losses(maps[0, :2], classes, torch.zeros_like(classes), label, [2])
 
     large = method.model.upsample(maps[:1, :2], Extents((padded,) * 2, (crop,) * 2, (crop,) * 2), (0, crop))[0]
     truth = (data["label"][0] == classes[:, None, None]).float()

@@ -142,6 +142,17 @@ def test_cutmix_pastes_image_label_and_mask(monkeypatch):
     assert torch.equal(shown, torch.cat((shown[:1], shown[1:]))) and not shown[0, :, 25:].any() and shown[1].all()
 
 
+def test_boxes_of_cutmix_are_copied_without_waiting(monkeypatch):
+    """They are drawn on the host."""
+    m, copied = method(cutmix=True), []
+    monkeypatch.setattr("semi_sup.u2pl.to_device", lambda boxes, device: copied.append(boxes) or boxes.to(device))
+    unlabeled = batches()["unlabeled"]
+    for seed in range(20):
+        torch.manual_seed(seed)
+        m.mixed(unlabeled)
+    assert 4 <= len(copied) <= 16 and copied[0].shape == (len(unlabeled["image"]), 4)
+
+
 def test_the_stages_of_a_training():
     """Labelled crops alone; then the student as teacher, with statistics of its own; then its moving average."""
     m = method(supervised_steps=2, copied_steps=2)

@@ -314,6 +314,10 @@ def check_care(device):
     assert torch.equal(same, loss) and torch.equal(slope, gradient)
     assert slope.is_contiguous(memory_format=torch.channels_last)
 
+    every = label.clamp(min=0)  # of a width that is no multiple of a tile's
+    pairs = (value_and_gradient(logits, every.to(kind), **options) for kind in (torch.uint8, torch.int16))
+    assert all(map(torch.equal, *pairs))
+
     nothing, zero = value_and_gradient(logits, torch.full_like(label, -1), **options)
     assert nothing == 0 and not zero.any()
     for wrong in (4, -2):

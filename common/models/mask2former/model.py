@@ -117,7 +117,7 @@ class Mask2Former(SegmentationModel):
 
     def infer(self, images: Tensor) -> dict[str, Any]:
         """What scores are made of: `probability` (B, K, Q) and `pred_masks` (B, Q, h, w)."""
-        out = self(images)
+        out = self.segment(self.normalise(images))
         probability = (
             class_probabilities(out["pred_logits"], self.num_classes)
             .transpose(1, 2)
