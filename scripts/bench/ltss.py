@@ -3,11 +3,15 @@
 `inference` compares predicted classes from query maps that are resized in bands of rows with K class maps at full size.
 `step` is forward and backward on one image beside Mask2Former of the `transformers` package, both on random weights;
 it needs that package. `operation` has every form of the attention that runs on the device; on a GPU the chosen form has
-to be 3 times as fast as `grid_sample`, in a quarter of its memory, at 16 images. `host` is what surrounds the two
+to be 3 times as fast as `grid_sample`, in a quarter of its memory, at 16 images; `--other MODULE:FUNCTION` adds an
+implementation that is installed and called as Deformable DETR's extension is, such as
+mmcv.ops.multi_scale_deform_attn:MultiScaleDeformableAttnFunction.apply. `host` is what surrounds the two
 kernels of the attention, which small ones wait for: forward and backward without a launch, on a few tokens on the CPU.
 """
 
 import argparse
+import importlib
+import operator as operators
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -34,11 +38,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     parser.add_argument("--batch", type=int, help="images of `operation` (default 1, on a GPU 16)")
+    parser.add_argument(
+        "--other", nargs="+", default=[], metavar="MODULE:FUNCTION", help="implementations that `operation` has rows of"
+    )
 
 
 def run(args: argparse.Namespace) -> list[measure.Row]:
     if args.batch is not None and args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
+    if args.other and args.only not in (None, "operation"):
+        raise ValueError(f"--other: of `operation`, and --only is {args.only}; leave one of them out")
+    for place in args.other:
+        installed(place)
     torch.manual_seed(0)
     chosen = [args.only] if args.only else list(PARTS)
     batch = args.batch or (16 if torch.device(args.device).type == "cuda" else 1)
@@ -183,6 +194,7 @@ def operation(args: argparse.Namespace, sizes: Sizes) -> list[measure.Row]:
     names = [chosen, *(n for n in ("grid_sample", "embedding_bag") if n != chosen)]
     names += ["triton"] if device.type == "cuda" and chosen != "triton" and triton_missing() is None else []
     forms = {name: form(name) for name in names}
+    forms |= {place: other_form(installed(place), tensors, shapes) for place in args.other}
     reference = forms["grid_sample"]()
     check = {
         f"{name}, relative": measure.require(
@@ -196,6 +208,32 @@ def operation(args: argparse.Namespace, sizes: Sizes) -> list[measure.Row]:
             "deformable attention", forms, args.rounds, check=check, against="grid_sample", memory=True, **facts
         )
     ]
+
+
+def installed(place: str) -> Callable[..., Tensor]:
+    """The function at MODULE:FUNCTION. ValueError where there is none."""
+    module, _, function = place.partition(":")
+    try:
+        return operators.attrgetter(function)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--other {place}: {error}; give MODULE:FUNCTION of an installed package") from error
+
+
+def other_form(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, Tensor, Tensor], shapes: tuple[tuple[int, int], ...]
+) -> Callable[[], list[Tensor]]:
+    """Forward and backward of an implementation that takes (value, sizes (L, 2), first token of each level (L,),
+    locations, weights, images at once)."""
+    value, locations, weights = tensors
+    sizes = torch.tensor(shapes, device=value.device)
+    areas = sizes.prod(1)
+    starts = areas.cumsum(0) - areas
+
+    def call() -> list[Tensor]:
+        out = function(value, sizes, starts, locations, weights, len(value))
+        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
+
+    return call
 
 
 def bars_of(device: str, form: str) -> dict[str, float]:
