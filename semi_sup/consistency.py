@@ -171,6 +171,6 @@ def complementary_masks(pairs: int, channels: int, like: Tensor) -> Tensor:
     half = partial(torch.full, dtype=like.dtype, device=like.device)
     first = 2 * torch.bernoulli(half((pairs, channels, 1, 1), 0.5))
     whole = torch.randperm(pairs, device=like.device)[: pairs // 2]
-    first[whole] = 1
+    first.index_fill_(0, whole, 1)
 
     return torch.cat((first, 2 - first))

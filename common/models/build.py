@@ -117,6 +117,7 @@ class HRDAOptions(DAFormerOptions):
     crop: Size = (512, 512)  # of the detail: height, width
     overlap: bool = True  # windows of inference step by half a crop
     window_batch: Count = 9  # of them in one batch, in evaluation mode
+    inclusive: bool = False  # detail crops of training may end at the border
 
     def __post_init__(self):
         if self.head != "daformer":
@@ -261,6 +262,7 @@ def hrda(config: ModelConfig) -> HRDANetwork:
         "crop": options.crop,
         "overlap": options.overlap,
         "window_batch": options.window_batch,
+        "inclusive": options.inclusive,
     }
 
     model = HRDANetwork(

@@ -51,6 +51,7 @@ class HRDANetwork(SegmentationModel):
     Args:
         stride: of the heads' logits; sides of images, windows and their offsets are multiples of twice as much.
         crop: height and width of a detail crop; `overlap`: whether windows of inference step by half of it.
+        inclusive: whether the detail crops of training may end at the bottom and the right.
         window_batch: windows in one batch in evaluation mode. In training mode, where batch norm sees them, all are.
     """
 
@@ -67,6 +68,7 @@ class HRDANetwork(SegmentationModel):
         crop: tuple[int, int] = (512, 512),
         overlap: bool = True,
         window_batch: int = 9,
+        inclusive: bool = False,
     ):
         super().__init__(num_classes, mean, std, align_corners, divisor=SHRINK * stride)
         self.backbone = backbone
@@ -75,6 +77,7 @@ class HRDANetwork(SegmentationModel):
         self.crop = tuple(crop)
         self.overlap = overlap
         self.window_batch = window_batch
+        self.inclusive = inclusive
         self.mixes_images = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules()
         )
@@ -90,12 +93,14 @@ class HRDANetwork(SegmentationModel):
         return resize(x, tuple(side // SHRINK for side in x.shape[-2:]))
 
     def draw_box(self, size: tuple[int, int]) -> Box:
-        """The detail crop of one training batch, drawn on the host; as released, the last position is never drawn."""
+        """The detail crop of one training batch, drawn on the host; as released, the last position is never drawn
+        unless it is the only one, or `inclusive`."""
         step = SHRINK * self.stride
         starts = []
 
         for side, crop in zip(size, self._crop_in(size), strict=True):
-            places = max((side - crop + 1) // step, 1)
+            room = side - crop
+            places = room // step + 1 if self.inclusive else max((room + 1) // step, 1)
             starts.append(step * int(torch.randint(places, (), device="cpu")))
 
         height, width = self._crop_in(size)

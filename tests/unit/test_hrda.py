@@ -38,6 +38,14 @@ def test_drawn_boxes():
     assert {(box.y2 - box.y1, box.x1, box.x2) for box in boxes} == {(512, 0, 512)}
 
 
+def test_boxes_may_end_at_the_border():
+    """`inclusive`: of 1028 rows, the multiples of 8 that leave room for 512."""
+    torch.manual_seed(0)
+    model = network(crop=(512, 512), inclusive=True)
+    boxes = [model.draw_box((1028, 512)) for _ in range(2000)]
+    assert {box.y1 for box in boxes} == set(range(0, 513, 8)) and {box.x1 for box in boxes} == {0}
+
+
 @torch.no_grad()
 def test_without_attention_the_context_alone_speaks():
     model, x = network(crop=(32, 32)), torch.randn(2, 3, 64, 96)
