@@ -51,6 +51,8 @@ def small(name, folder, *words):
     """The method of a config with a tiny network."""
     cfg = load(name)
     backbone, options = SMALL[cfg.model.name]
+    if cfg.model.options.get("head") == "deeplabv2_reduced":  # HRDA on the CNN
+        backbone, options = "resnet18", {"head": "deeplabv2_reduced", "crop": (32, 64)}
     model = replace(cfg.model, backbone=backbone, options=options, checkpoint=None)
     if model.pretrained:
         model = replace(model, pretrained=str(weights(folder, backbone)))
