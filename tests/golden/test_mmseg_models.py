@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from common.config import ModelConfig
 from common.models import build_model, load_weights
 from tests.golden.fill import Uninitialised, fill, image
-from tests.rounding import EARLY
 
 DATA = Path(__file__).parent / "data"
 
@@ -123,15 +122,18 @@ def test_training_step(official, two_threads):
     with Uninitialised():
         model = build_model(replace(case.config, options={**case.config.options, **case.still})).train()
     load_weights(model, path)
-    losses = losses_of(model.segment(torch.from_numpy(image(1, (2, 3, 128, 192)))))
+    pixels = torch.from_numpy(image(1, (2, 3, 128, 192)))
+    if name == "pspnet_r50":  # then its norms are the reference's on every processor, whatever the order of sums
+        model, pixels = model.double(), pixels.double()
+    losses = losses_of(model.segment(pixels))
     assert sorted(loss.item() for loss in losses) == pytest.approx(sorted(expected["losses"].values()), rel=1e-5)
     sum(losses).backward()
     norms = {key: torch.linalg.vector_norm(p.grad).item() for key, p in model.named_parameters() if p.grad is not None}
     assert len(norms) == len(list(model.parameters())) - len(expected["without_gradient"])
-    assert np.linalg.norm(list(norms.values())) == pytest.approx(expected["grad_norm_all"], rel=EARLY)
+    assert np.linalg.norm(list(norms.values())) == pytest.approx(expected["grad_norm_all"], rel=1e-3)
     for key, norm in expected["grad_norm"].items():
         if key in norms:  # the others carry another name here; the total holds them too
-            assert norms[key] == pytest.approx(norm, rel=EARLY if key.startswith("backbone.") else 1e-3), key
+            assert norms[key] == pytest.approx(norm, rel=1e-3), key
 
 
 @pytest.mark.parametrize("name", {**CASES, **UNTIMED})

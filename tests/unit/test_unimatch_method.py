@@ -28,7 +28,6 @@ from semi_sup.consistency import (
 from tests.contexts import context
 from tests.golden.fill import image
 from tests.golden.test_unimatch import V1, V2, filled, save
-from tests.rounding import EARLY
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 BACKBONE = {"dim": 16, "heads": 2, "taps": (0, 1, 2, 3), "grid": 3}
@@ -126,7 +125,7 @@ def check_step(name: str, kind: str, m, size: int, batch: int) -> None:
         early = name == "unimatch" and key.startswith(("backbone.conv1", "backbone.layer1"))
         assert norms[ours(key)] == pytest.approx(value, rel=5e-3 if early else 1e-3), key
     together = torch.cat([p.grad.flatten() for p in m.model.parameters()])  # in one float32 sum, as the file's was
-    assert float(together.norm()) == pytest.approx(expected["grad_norm_total"], rel=EARLY)
+    assert float(together.norm()) == pytest.approx(expected["grad_norm_total"], rel=1e-3)
     assert all(key.startswith(UNUSED) for key in expected["without_gradient"])
 
 
