@@ -214,8 +214,9 @@ def test_options_without_effect_are_said(name, options, message):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("error")
 def test_options_with_an_effect_are_not_said(name):
-    branched(name, gate=False, subclass=0.5, class_thresholds=0.9)
-    method(name, threshold=0.0)
+    made = branched(name, gate=False, subclass=0.5, class_thresholds=0.9)
+    assert made.branch is not None and made.thresholds is not None
+    assert method(name, threshold=0.0).branch is None
 
 
 def test_settings_that_cannot_work():
