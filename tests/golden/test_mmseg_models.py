@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from common.config import ModelConfig
 from common.models import build_model, load_weights
 from tests.golden.fill import Uninitialised, fill, image
+from tests.golden.rounding import SAME_KERNELS, precise
 
 DATA = Path(__file__).parent / "data"
 
@@ -42,6 +43,9 @@ CASES = {
         86_433_024,
     ),
 }
+# made in float64; and those that need a draw as well where rounding differs: one of the first 16 and three of 23 do
+EXACT = {"pspnet_r50"}
+DRAWN = {"upernet_r50": 14, "ocrnet_hr18": 14}
 UNTIMED = {"upernet_r101": Case(ModelConfig("upernet", 19, "resnet101c"), 85_407_366, 42_519_392)}
 
 
@@ -123,8 +127,8 @@ def test_training_step(official, two_threads):
         model = build_model(replace(case.config, options={**case.config.options, **case.still})).train()
     load_weights(model, path)
     pixels = torch.from_numpy(image(1, (2, 3, 128, 192)))
-    if name == "pspnet_r50":  # then its norms are the reference's on every processor, whatever the order of sums
-        model, pixels = model.double(), pixels.double()
+    if name in EXACT or name in DRAWN and not SAME_KERNELS:
+        model, pixels = precise(model, DRAWN.get(name)), pixels.double()
     losses = losses_of(model.segment(pixels))
     assert sorted(loss.item() for loss in losses) == pytest.approx(sorted(expected["losses"].values()), rel=1e-5)
     sum(losses).backward()
