@@ -13,6 +13,7 @@ offset. And the offset is *added* for rare classes, opposite to logit adjustment
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,7 +108,23 @@ class BLV:
         """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
         chosen = dict(mapping)
         preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
-        return typed(cls, preset | chosen, where)
+        made = typed(cls, preset | chosen, where)
+        for name, says in made.idle().items():
+            if name in chosen:
+                text = f"{where}.{name}: has no effect with {says}; leave one of them out"
+                warnings.warn(text, stacklevel=2)
+
+        return made
+
+    def idle(self) -> dict[str, str]:
+        """The options that nothing reads, and which other one makes them so; a preset may hold them all the same."""
+        found = {}
+        if self.noise != "gaussian":
+            found["sigma"] = f"noise: {self.noise}"
+        if self.coefficient == "none":
+            found |= dict.fromkeys(("counts", "absent"), "coefficient: none")
+
+        return found
 
     def counted(self, counts: Counts) -> Counts:
         """The training labels' counts, and beside them those that the options give for this remedy alone."""

@@ -30,6 +30,19 @@ class HardPixels:
     min_kept: Count = 100_000
     choose: Literal["clean", "noisy"] = "clean"
 
+    def __post_init__(self):
+        if self.threshold is None:
+            idle, instead = "min_kept", "fraction"
+        else:
+            idle, instead = "fraction", "threshold"
+
+        value, default = getattr(self, idle), type(self).__dataclass_fields__[idle].default
+        if value != default:
+            given = getattr(self, instead)
+            raise ValueError(
+                f"{idle}: {value} has no effect where {instead}: {given} chooses; leave one of them out"
+            )
+
     def mean(self, losses: Tensor, valid: Tensor, by: Tensor) -> Tensor:
         """Mean of the losses whose pixels are chosen, of any shape; nothing is read on the host.
 

@@ -1,6 +1,7 @@
 """BLV against closed forms, the paper's tables and plain cross-entropy."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -266,6 +267,26 @@ def test_given_counts_are_its_own(given):
 def test_refresh_is_a_number_of_steps(wrong):
     with pytest.raises(ConfigError, match="test.counts.refresh"):
         make([1, 2], refresh=wrong, unit="pixels")
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"noise": "uniform", "sigma": 4.0}, "head.sigma: has no effect with noise: uniform; leave one of them out"),
+        ({"coefficient": "none", "counts": [1, 2]}, "head.counts: has no effect with coefficient: none"),
+        ({"coefficient": "none", "absent": "floor"}, "head.absent: has no effect with coefficient: none"),
+    ],
+)
+def test_options_that_nothing_reads_are_said(section, message):
+    with pytest.warns(UserWarning, match=message):
+        BLV.from_section(section, "head")
+
+
+def test_a_preset_may_hold_what_nothing_reads():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert options(preset="released-head", noise="uniform").noise == "uniform"
+        assert options(preset="released-head", coefficient="none").coefficient == "none"
 
 
 @pytest.mark.parametrize(("preset", "denominator"), [("paper", "valid"), ("released-head", "all")])

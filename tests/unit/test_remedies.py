@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.config import ConfigError
 from common.losses.auc import AUC
 from common.losses.blv import BLV
 from common.losses.build import LOSSES, LossContext, build_loss
@@ -190,6 +191,18 @@ def test_online_hard_examples():
     expected = losses.topk(70).values
     got = HardPixels(threshold=1e-6, min_kept=70).mean(losses, valid, losses)
     assert got.item() == pytest.approx(expected[expected > 0].mean().item())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fraction": 0.3, "threshold": 0.7}, "fraction: 0.3 has no effect where threshold: 0.7 chooses; leave one"),
+        ({"min_kept": 10}, "min_kept: 10 has no effect where fraction: 0.2 chooses; leave one of them out"),
+    ],
+)
+def test_hard_pixels_are_chosen_by_one_rule(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_loss({"focus": {"name": "hard_pixels", **options}}, LossContext(Counts.from_pixels([3, 1])), "test")
 
 
 # Terms over regions --------------------------------------------------------------------------------------------------
