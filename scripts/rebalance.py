@@ -38,7 +38,7 @@ from common.models.pretrained.containers import read_metadata, weight_file
 from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_features, seek_classifier
 from common.rebalance.features import Features
 from common.rebalance.given import Stage2
-from common.rebalance.logit_adjustment import FoldedAdjustment, folds, warn_of_others
+from common.rebalance.logit_adjustment import FoldedAdjustment, check_others, folds
 from common.steps import digest_of
 
 KIND = "rebalance"  # in the run.json of a result
@@ -233,7 +233,7 @@ def changed(
 def adjusted(given: Given, tau: float) -> Config:
     """The run's config with τ in its evaluation."""
     if tau:
-        warn_of_others(given)
+        check_others(given, tau)
     together = given.cfg.eval.logit_adjustment + tau
     return replace(given.cfg, eval=replace(given.cfg.eval, logit_adjustment=together))
 

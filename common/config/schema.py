@@ -183,8 +183,9 @@ class EvalConfig:
     # with short_edge: that limit for scaled images; None: max_edge times the scale
     scaled_max_edge: Side | None = None
     flip: bool = False
-    # post hoc: this times −ln π of the training pixels is added to the logits
-    logit_adjustment: NotNegative = 0.0
+    # post hoc: this times −ln π of the training pixels is added to the logits. Less than 0 gives a network that was
+    # adjusted in training its prior back
+    logit_adjustment: float = 0.0
     batch_size: Count = 1
     workers: Processes = 2
     convention: Literal["nan_mean", "absent_zero", "ltss", "detectron2"] = "nan_mean"

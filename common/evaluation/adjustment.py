@@ -2,8 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +30,8 @@ def offsets_of(
         return None
 
     where = f"{cfg.name}: eval.logit_adjustment: {tau:g}"
-    trained = (cfg.remedies.get("logits") or {}).get("name")
-    if trained in IN_TRAINING:
+    trained = adjusted_by(cfg.remedies, tau, where)
+    if trained and tau > 0:
         warnings.warn(
             f"{where}: remedies.logits {trained} has adjusted the network in training: both add up",
             stacklevel=2,
@@ -52,6 +53,26 @@ def offsets_of(
         )
 
     return post_hoc_offsets(pixels, tau)
+
+
+def adjusted_by(remedies: Mapping[str, Any], tau: float, where: str) -> str | None:
+    """The remedy that adjusted a network's logits in training, None where none did.
+
+    τ < 0 adds the prior of the pixels back: ConfigError, which begins with `where`, where none has been left out.
+    """
+    logits = remedies.get("logits") or {}
+    trained = logits.get("name") if logits.get("name") in IN_TRAINING else None
+    if tau >= 0:
+        return trained
+
+    if trained is None:
+        text = "adds back a prior that only logit_adjustment or balanced_softmax in training leaves out"
+        raise ConfigError(f"{where}: {text}; give 0 or more")
+    if logits.get("of", "pixels") != "pixels":
+        text = f"adds back the prior of pixels, and remedies.logits left out that of {logits['of']}"
+        raise ConfigError(f"{where}: {text}; give 0 or more")
+
+    return trained
 
 
 def _of_checkpoint(path: str | Path | None) -> list[int] | None:

@@ -11,17 +11,16 @@ from typing import TypeGuard, cast
 from torch import Tensor, nn
 
 from common.config import ConfigError
-from common.config.bounds import NotNegative
-from common.evaluation.adjustment import IN_TRAINING
+from common.evaluation.adjustment import adjusted_by
 from common.losses.logit_adjustment import post_hoc_offsets
 from common.rebalance.given import Given
 
 
 @dataclass(frozen=True)
 class FoldedAdjustment:
-    """tau: strength τ; 0 changes nothing."""
+    """tau: strength τ; 0 changes nothing, less gives a network that was adjusted in training its prior back."""
 
-    tau: NotNegative = 1.0
+    tau: float = 1.0
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
         if not folds(classifier):
@@ -31,7 +30,7 @@ class FoldedAdjustment:
             )
 
         if self.tau:
-            warn_of_others(given)
+            check_others(given, self.tau)
 
         adjusted = deepcopy(classifier)
         bias = cast(Tensor, classifier.bias).detach()
@@ -49,11 +48,11 @@ def folds(classifier: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return classifier.bias is not None
 
 
-def warn_of_others(given: Given) -> None:
-    """Say what corrects for class frequency already."""
+def check_others(given: Given, tau: float) -> None:
+    """Say what corrects for class frequency already; ConfigError where τ < 0 and nothing has."""
     others = []
-    loss = (given.cfg.remedies.get("logits") or {}).get("name")
-    if loss in IN_TRAINING:
+    loss = adjusted_by(given.cfg.remedies, tau, f"{given.where}: tau: {tau:g}")
+    if loss and tau > 0:
         others.append(f"remedies.logits {loss}, in training")
     if given.cfg.eval.logit_adjustment:
         others.append(f"eval.logit_adjustment: {given.cfg.eval.logit_adjustment:g}")

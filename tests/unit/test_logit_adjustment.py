@@ -1,6 +1,7 @@
 """Logit adjustment after training: closed forms, the classifier's bias, and where its counts come from."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -131,6 +132,33 @@ def test_adjusting_twice_is_said(tmp_path):
     with pytest.warns(UserWarning, match="remedies.logits logit_adjustment has adjusted the network in training"):
         offsets = offsets_of(cfg, pixels=PIXELS)
     assert torch.equal(offsets, post_hoc_offsets(PIXELS, 0.5))
+
+
+def test_less_than_zero_gives_the_prior_back(tmp_path):
+    """Bayes: a network that scores classes by their likelihood has the posterior again, p ∝ π · likelihood."""
+    pixels, likelihood = [900, 90, 10, 0], torch.tensor([0.1, 0.2, 0.6, 0.1])
+    cfg = config(tmp_path, tau=-1.0, remedies={"logits": {"name": "balanced_softmax"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        offsets = offsets_of(cfg, pixels=pixels)
+    posterior = torch.tensor([90.0, 18.0, 6.0]) / 114
+    torch.testing.assert_close((likelihood.log() + offsets)[:3].softmax(0), posterior)
+
+
+@pytest.mark.parametrize(
+    "logits, message",
+    [
+        (None, "run: eval.logit_adjustment: -1: adds back a prior that only logit_adjustment or balanced_softmax"),
+        ({"name": "blv"}, "adds back a prior that only logit_adjustment or balanced_softmax in training leaves out"),
+        (
+            {"name": "logit_adjustment", "of": "images"},
+            "the prior of pixels, and remedies.logits left out that of images",
+        ),
+    ],
+)
+def test_no_prior_is_added_that_was_not_left_out(tmp_path, logits, message):
+    with pytest.raises(ConfigError, match=message):
+        offsets_of(config(tmp_path, tau=-1.0, remedies={"logits": logits} if logits else {}), pixels=[5, 3, 2, 1])
 
 
 def test_an_evaluation_names_it():

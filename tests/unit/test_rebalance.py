@@ -106,6 +106,17 @@ def test_adjusting_twice_is_said():
     ]
 
 
+def test_the_prior_is_given_back_where_it_was_left_out():
+    trained = nn.Conv2d(8, 4, 1)
+    balanced = given(remedies={"logits": {"name": "balanced_softmax"}})
+    less = remedy("logit_adjustment", "tau=-0.5")(trained, balanced).bias
+    with pytest.warns(UserWarning, match="both add up"):
+        more = remedy("logit_adjustment", "tau=0.5")(trained, balanced).bias
+    torch.testing.assert_close(less + more, 2 * trained.bias)
+    with pytest.raises(ConfigError, match="remedy: run: tau: -0.5: adds back a prior that only logit_adjustment"):
+        remedy("logit_adjustment", "tau=-0.5")(trained, given())
+
+
 def test_one_option_may_have_several_values():
     found = build_stage2("tau_norm", ["tau=0.1,1e-2", "bias=drop"])
     assert {name: (made.tau, made.bias) for name, made in found.items()} == {
