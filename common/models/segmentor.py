@@ -173,10 +173,7 @@ class SegmentationModel(nn.Module, ABC):
         geometry = self._geometry(images, size)
         if self._fuses(out, geometry):
             out = out if offsets is None else self.adjust(out, offsets.to(images.device))
-            corners = self.align_corners
-            return upsampled_labels(
-                out["logits"], geometry.padded, align_corners=corners, shown=geometry.inner
-            )
+            return self._fused_labels(out, geometry)
 
         shape = (images.shape[0], *geometry.size)
         label = torch.empty(shape, dtype=torch.int64, device=images.device)
@@ -220,6 +217,15 @@ class SegmentationModel(nn.Module, ABC):
         if not plain or geometry.inner != geometry.size:
             return False
         return choose_form(out["logits"]) == "triton"
+
+    def _fused_labels(self, out: dict[str, Any], geometry: Extents) -> tuple[Tensor, Tensor]:
+        """Label and confidence by that kernel."""
+        return upsampled_labels(
+            out["logits"],
+            geometry.padded,
+            align_corners=self.align_corners,
+            shown=geometry.inner,
+        )
 
     def scores(self, out: dict[str, Any], geometry: Extents, rows: tuple[int, int]) -> Tensor:
         """Rows [a, b) of the class scores: (B, K, b-a, W). Any split into bands gives the same values."""

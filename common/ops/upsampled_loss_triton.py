@@ -33,7 +33,7 @@ REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit
-def _row(line, left, right, across, live, step_x):
+def cells_at(line, left, right, across, live, step_x):
     """Logits of a source row at columns of the label: (BLOCK, PIXELS). line: (BLOCK, 1) pointers to its classes."""
     first = tl.load(line + left[None, :] * step_x, mask=live, other=0.0).to(tl.float32)
     second = tl.load(line + right[None, :] * step_x, mask=live, other=0.0).to(tl.float32)
@@ -60,7 +60,7 @@ def _change(
 
 
 @triton.jit
-def _taps(low, share, place, inside, cells):
+def taps_of(low, share, place, inside, cells):
     """The two source cells of pixels along an axis, and the weight of the second."""
     first = tl.load(low + place, mask=inside, other=0)
     return (
@@ -125,8 +125,8 @@ def _loss_kernel(
     column = first + tl.arange(0, PIXELS)
     quad = first // 4 + tl.arange(0, PIXELS // 4)
     inside = column < width
-    left, right, across = _taps(column_low, column_share, column, inside, w)
-    top, bottom, down = _taps(row_low, row_share, row, row < height, h)
+    left, right, across = taps_of(column_low, column_share, column, inside, w)
+    top, bottom, down = taps_of(row_low, row_share, row, row < height, h)
 
     place = (image.to(tl.int64) * height + row) * width + column
     y = tl.load(label + place, mask=inside, other=-1).to(tl.int32)
@@ -138,8 +138,8 @@ def _loss_kernel(
         klass = start + tl.arange(0, BLOCK)
         live = (klass < classes)[:, None] & inside[None, :]
         line = logits + image.to(tl.int64) * step_b + klass[:, None] * step_k
-        upper = _row(line + top * step_y, left, right, across, live, step_x)
-        lower = _row(line + bottom * step_y, left, right, across, live, step_x)
+        upper = cells_at(line + top * step_y, left, right, across, live, step_x)
+        lower = cells_at(line + bottom * step_y, left, right, across, live, step_x)
         z = (1 - down) * upper + down * lower
         z = _change(
             z, vector, klass, classes, seed, image, row, quad, scale, shift, LAW, LIMIT, ROUNDS, PI
@@ -181,7 +181,7 @@ def _gradient_kernel(
     column = first + tl.arange(0, PIXELS)
     quad = first // 4 + tl.arange(0, PIXELS // 4)
     inside = column < tl.load(column_start + tl.minimum(x0 + cells, w))
-    left, right, across = _taps(column_low, column_share, column, inside, w)
+    left, right, across = taps_of(column_low, column_share, column, inside, w)
     cell = x0 + tl.arange(0, CELLS)
     spread = _spread(left, across, cell)
 
@@ -195,12 +195,12 @@ def _gradient_kernel(
     # Rows start … stop − 1 of the label are made of the source rows `above` and `above + 1`.
     above = tl.maximum(y0 - 1, 0)
     start = tl.load(row_start + above)
-    lower = _row(line + above * step_y, left, right, across, live, step_x)
+    lower = cells_at(line + above * step_y, left, right, across, live, step_x)
     from_above = tl.zeros([BLOCK, PIXELS], tl.float32)
     while above < tl.minimum(y0 + STRIP, h):
         below = tl.minimum(above + 1, h - 1)
         upper = lower
-        lower = _row(line + below * step_y, left, right, across, live, step_x)
+        lower = cells_at(line + below * step_y, left, right, across, live, step_x)
         ours = from_above
         from_above = tl.zeros([BLOCK, PIXELS], tl.float32)
         stop = tl.load(row_start + above + 1)
@@ -236,8 +236,8 @@ def _label_kernel(
     column = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
     inside = column < width
 
-    left, right, across = _taps(column_low, column_share, column, inside, w)
-    top, bottom, down = _taps(row_low, row_share, row, row < height, h)
+    left, right, across = taps_of(column_low, column_share, column, inside, w)
+    top, bottom, down = taps_of(row_low, row_share, row, row < height, h)
     largest = tl.full([PIXELS], float("-inf"), tl.float32)
     total = tl.zeros([PIXELS], tl.float32)
     winner = tl.zeros([PIXELS], tl.int32)
@@ -246,8 +246,8 @@ def _label_kernel(
         klass = start + tl.arange(0, BLOCK)
         live = (klass < classes)[:, None] & inside[None, :]
         line = logits + image * step_b + klass[:, None] * step_k
-        upper = _row(line + top * step_y, left, right, across, live, step_x)
-        lower = _row(line + bottom * step_y, left, right, across, live, step_x)
+        upper = cells_at(line + top * step_y, left, right, across, live, step_x)
+        lower = cells_at(line + bottom * step_y, left, right, across, live, step_x)
         z = (1 - down) * upper + down * lower
         z = tl.where((klass < classes)[:, None], z, float("-inf"))
 

@@ -1,6 +1,7 @@
 """Mask2Former against the usual way to compute it: order of inference, a training step, deformable attention.
 
-`inference` compares predicted classes from query maps that are resized in bands of rows with K class maps at full size.
+`inference` compares predicted classes from query maps that are resized in bands of rows, or in a kernel on CUDA, with K
+class maps at full size.
 `step` is forward and backward on one image beside Mask2Former of the `transformers` package, both on random weights;
 it needs that package. `operation` has every form of the attention that runs on the device; on a GPU the chosen form has
 to be 3 times as fast as `grid_sample`, in a quarter of its memory, at 16 images; `--other MODULE:FUNCTION` adds an
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from common.config import ModelConfig
 from common.models import build_model
 from common.models.mask2former import Mask2Former
-from common.ops import deform_attn
+from common.ops import deform_attn, upsampled_loss
 from common.ops.deform_attn import choose_form, ms_deform_attn, triton_missing
 from ltss_benchmark.criterion import CriterionConfig, SetCriterion
 from ltss_benchmark.matcher import find_targets
@@ -95,7 +96,8 @@ def inference(args: argparse.Namespace, sizes: Sizes) -> list[measure.Row]:
         return F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
 
     check = {"pixels of another class that are no ties": no_ties(literal_scores(), model.labels(images)[0])}
-    forms = {"bands": lambda: model.labels(images)[0], "literal": lambda: literal_scores().argmax(1)}
+    ours = "fused" if upsampled_loss.choose_form(out["pred_masks"]) == "triton" else "bands"
+    forms = {ours: lambda: model.labels(images)[0], "literal": lambda: literal_scores().argmax(1)}
     facts = {"classes": sizes.classes, "queries": sizes.queries, "image": [height, width]}
     bars = {"bar": 1.0, "memory": True, "memory_bar": 0.15}
     return [measure.compare("inference", forms, args.rounds, check=check, device=device, **bars, **facts)]

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from common.ops import deform_attn_triton as attention
+from common.ops import query_labels_triton as queries
 from common.ops import upsampled_loss_triton as loss
 from common.ops.counter_noise import Law, Limit, Noise
 
@@ -78,6 +79,13 @@ def start_attention(dtype: torch.dtype, locations: torch.dtype) -> None:
     attention.backward(out, value, LEVELS, places, weights)
 
 
+def start_queries(
+    number: int = 100, dtype: torch.dtype = torch.float32, size: tuple[int, int] = (512, 683), classes: int = 847
+) -> None:
+    probability, masks = meta(1, classes, number), meta(1, number, 128, 176, dtype=dtype)
+    queries.labels(probability, masks, (512, 704), (512, 683), size)
+
+
 NOISES: tuple[tuple[Law, Limit], ...] = (
     ("gaussian", "folded"), ("uniform", "none"), ("beta", "signed"), ("exponential", "positive")
 )  # fmt: skip
@@ -94,6 +102,9 @@ CASES: dict[str, Callable[[], None]] = {
     "attention, exact places": partial(start_attention, torch.bfloat16, torch.float32),
     "attention, float32": partial(start_attention, torch.float32, torch.float32),
     "attention, float64": partial(start_attention, torch.float64, torch.float64),
+    "queries": start_queries,
+    "queries, another size": partial(start_queries, dtype=torch.bfloat16, size=(480, 640)),
+    "queries, many": partial(start_queries, 300, size=(480, 640), classes=19),
     **{law: partial(start_loss, noise=Noise(law, limit, 1.0)) for law, limit in NOISES},
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ REGISTERS = 65536
 SHARED = 227 * 1024
 
 ORDINARY = ["BLV", "all weights"]
+QUERIES = ["queries", "queries, another size", "queries, many"]
 FURTHER = ["stride 32", "stride 1", "gaussian", "uniform", "beta", "exponential"]
 ATTENTION = ["attention", "attention, exact places", "attention, float32", "attention, float64"]
 
@@ -56,6 +57,16 @@ def test_kernels_compile_for_an_h200(tmp_path):
         assert row["stack"] == 0, row
         assert 2 * row["threads"] * row["registers"] <= REGISTERS, row
         assert 2 * row["shared"] <= SHARED, row
+
+
+@needs_compiler
+def test_labels_of_queries_compile_for_an_h200(tmp_path):
+    """Two programs share a multiprocessor, but where an image is resized twice, or masks outnumber a block."""
+    rows = compile_all(QUERIES, tmp_path)
+    assert [row["kernel"] for row in rows] == ["_label_kernel"] * len(QUERIES)
+    assert all(row["stack"] == 0 and 2 * row["shared"] <= SHARED for row in rows)
+    assert all(row["threads"] * row["registers"] <= REGISTERS for row in rows)
+    assert 2 * rows[0]["threads"] * rows[0]["registers"] <= REGISTERS
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ from common.models.backbones.timm_features import TimmFeatures
 from common.models.mask2former.decoder import MaskedDecoder, masks
 from common.models.mask2former.pixel_decoder import PixelDecoder
 from common.models.segmentor import Extents, SegmentationModel
+from common.ops.query_labels import query_labels
 from common.ops.resize import resize_rows, source_rows
+from common.ops.upsampled_loss import choose_form
 
 LEVELS = 4  # maps that the pixel decoder reads
 Queries = Annotated[int, AtLeast(1), AtMost(10_000)]
@@ -143,6 +145,14 @@ class Mask2Former(SegmentationModel):
             x = resize_rows(x, size, rows, first=band[0], height=inner[0])
 
         return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
+
+    def _fuses(self, out: dict[str, Any], geometry: Extents) -> bool:
+        """Whether the device has a kernel for the labels of masks, which takes any sizes."""
+        plain = type(self).scores is Mask2Former.scores
+        return plain and choose_form(out["pred_masks"]) == "triton"
+
+    def _fused_labels(self, out: dict[str, Any], geometry: Extents) -> tuple[Tensor, Tensor]:
+        return query_labels(out["probability"], out["pred_masks"], *geometry)
 
     def adjust(self, out: dict[str, Any], offsets: Tensor) -> dict[str, Any]:
         """`out` with ln p_qk + offset_k (K,), less a constant, for every query: so the score of class k is multiplied
