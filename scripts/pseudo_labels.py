@@ -27,6 +27,7 @@ from common import cli
 from common.config import Config, ConfigError, pick
 from common.data import SegmentationDataset
 from common.engine.checkpoint import AVERAGE, MODEL
+from common.engine.logging import commit
 from common.engine.method import method_class
 from common.engine.runtime import use_tf32
 from common.evaluation.loop import mirrored_classes, prediction
@@ -123,6 +124,8 @@ def label_quality(
     own = [at_threshold(quality, at, row.tail)] if isinstance(at, np.ndarray) else []
 
     return {
+        "run": cfg.name,
+        "commit": commit(),
         "images": len(chosen_images(dataset, cfg.eval)),
         "stream": name,
         "at": at.tolist() if isinstance(at, np.ndarray) else at,

@@ -101,11 +101,13 @@ class ClassThresholds(nn.Module):
     that are taken for class k. One that the network is less sure of keeps more of its labels than under one τ for all.
 
     c starts at 1 for all; a class that nothing was taken for keeps its value, and one that nothing was ever taken for
-    has no part in the maximum. c is the same on all ranks.
+    has no part in the maximum. c is the same on all ranks, and moves once a step, by all of its micro-batches.
     """
 
     confidence: Tensor
     seen: Tensor
+    before: Tensor
+    sums: Tensor
 
     def __init__(self, num_classes: int, threshold: float, momentum: float):
         super().__init__()
@@ -113,6 +115,12 @@ class ClassThresholds(nn.Module):
         self.momentum = momentum
         self.register_buffer("confidence", torch.ones(num_classes))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
+        # of the step that is on: the averages before it, and what its pixels are sure of, summed and counted
+        self.register_buffer("before", torch.ones(num_classes), persistent=False)
+        self.register_buffer(
+            "sums", torch.zeros(2, num_classes, dtype=torch.float64), persistent=False
+        )
+        self.register_load_state_dict_post_hook(lambda module, _: module.after_step())
 
     def of(self, label: Tensor) -> Tensor:
         """The threshold of each pixel's class, float32 like `label` (B, H, W)."""
@@ -120,18 +128,24 @@ class ClassThresholds(nn.Module):
 
     @torch.no_grad()
     def update(self, labels: PseudoLabels) -> None:
-        """Move the averages by the labels of this step."""
+        """Move the averages by the labels of a micro-batch, together with those before it in the step."""
         classes = len(self.confidence)
         label = torch.where(labels.shown, labels.label, classes).flatten()
         confidence = labels.confidence.flatten().double()
         sums = confidence.new_zeros(2, classes + 1)
         sums[0].index_add_(0, label, confidence)
         sums[1].index_add_(0, label, torch.ones_like(confidence))
-        total, count = distributed.all_sum(sums)[:, :classes]
+        self.sums += distributed.all_sum(sums)[:, :classes]
+        total, count = self.sums
         mean = (total / count.clamp(min=1)).float()
-        moved = self.momentum * self.confidence + (1 - self.momentum) * mean
-        self.confidence.copy_(torch.where(count > 0, moved, self.confidence))
+        moved = self.momentum * self.before + (1 - self.momentum) * mean
+        self.confidence.copy_(torch.where(count > 0, moved, self.before))
         self.seen |= count > 0
+
+    def after_step(self) -> None:
+        """What comes next belongs to another step."""
+        self.before.copy_(self.confidence)
+        self.sums.zero_()
 
 
 def class_thresholds(threshold: float, confidence: Tensor, seen: Tensor) -> Tensor:

@@ -237,6 +237,8 @@ class Consistency(Method):
 
     def after_step(self, step: int) -> None:
         self.loss.after_step(step)
+        if self.thresholds is not None:
+            self.thresholds.after_step()
 
 
 def say_ignored(cfg: Config, options: ConsistencyConfig) -> None:

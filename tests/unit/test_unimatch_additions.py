@@ -134,6 +134,29 @@ def test_thresholds_follow_the_confidence_of_their_class():
     torch.testing.assert_close(thresholds.of(torch.arange(3)), expected)
 
 
+def test_thresholds_move_once_a_step():
+    """Micro-batches of unequal numbers of pixels as one batch, in two steps, the second after a resume."""
+    random = torch.Generator().manual_seed(0)
+
+    def labels(width):
+        classes, shown = torch.randint(0, 3, (2, 4, width), generator=random), torch.ones(2, 4, width, dtype=torch.bool)
+        return PseudoLabels(classes, torch.rand(2, 4, width, generator=random), shown)
+
+    whole, parts = ClassThresholds(4, 0.8, 0.9), ClassThresholds(4, 0.8, 0.9)
+    for widths in ((5,), (2, 7)):
+        micro = [labels(width) for width in widths]
+        for each in micro:
+            parts.update(each)
+        whole.update(PseudoLabels(*(torch.cat(both, 2) for both in zip(*micro, strict=True))))
+        torch.testing.assert_close(parts.confidence, whole.confidence)
+        for thresholds in (whole, parts):
+            thresholds.after_step()
+        resumed = ClassThresholds(4, 0.8, 0.9)
+        resumed.load_state_dict(parts.state_dict())
+        parts = resumed
+    assert parts.confidence[3] == 1 and (parts.confidence[:3] < 1).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("momentum", [None, 0.0])
 def test_a_threshold_for_each_class_keeps_what_one_for_all_does_not(name, momentum):
