@@ -2,9 +2,11 @@
 
 A program has some columns of one row of the image. For a block of classes it makes the masks of a block of queries
 there, mixes them by a matrix product, and keeps the best class so far. Products are split into three of TF32, on tensor
-cores, which are as exact as float32 to some 1e-6. Masks are made again for every block of classes: kept for all of
-them, they would take the registers and the shared memory of a second program.
+cores, which are as exact as float32 to some 1e-6; devices without them take float32. Masks are made again for every
+block of classes: kept for all of them, they would take the registers and the shared memory of a second program.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -70,6 +72,7 @@ def _label_kernel(
     p_b, p_k, p_q, step_b, step_q, step_y, step_x,
     TWICE: tl.constexpr,
     CLASSES: tl.constexpr, QUERIES: tl.constexpr, PIXELS: tl.constexpr, TINY: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // tiles) % height
@@ -99,7 +102,7 @@ def _label_kernel(
             weight = tl.load(weights + query[None, :] * p_q, mask=taken, other=0.0).to(
                 tl.float32
             )
-            scores = tl.dot(weight, shown, scores, input_precision="tf32x3")
+            scores = tl.dot(weight, shown, scores, input_precision=PRECISION)
 
         total += tl.sum(tl.where(known, scores, 0.0), 0)
         best, which = tl.max(tl.where(known, scores, float("-inf")), 0, return_indices=True)
@@ -116,6 +119,17 @@ def _axes(small: Size, large: Size, device: torch.device) -> tuple[Axis, Axis]:
         axis(cells, pixels, False, device) for cells, pixels in zip(small, large, strict=True)
     )
     return rows, columns
+
+
+@lru_cache
+def _precision(device: torch.device) -> str:
+    """Of the products: three of TF32 where the tensor cores have it."""
+    if torch.version.hip:
+        return "ieee"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "ieee"
+
+    return "tf32x3"
 
 
 def labels(
@@ -139,7 +153,7 @@ def labels(
             out_rows.low, out_rows.share, out_columns.low, out_columns.share, label, confidence,
             classes, queries, h, w, *inner, height, width, tiles, *probability.stride(), *masks.stride(),
             TWICE=tuple(inner) != tuple(size), CLASSES=block, QUERIES=QUERIES, PIXELS=PIXELS,
-            TINY=torch.finfo(torch.float32).tiny, num_warps=8, num_stages=1,
+            TINY=torch.finfo(torch.float32).tiny, PRECISION=_precision(masks.device), num_warps=8, num_stages=1,
         )  # fmt: skip
 
     return label, confidence
