@@ -9,7 +9,7 @@
       pseudo_prior: true                                  # see `Remedies`
 
 A new loss is one file with a frozen dataclass of its options that does what its slot asks for (see the protocols of
-`pixel_loss.py`), and one row of LOSSES.
+`slots.py`), and one row of LOSSES.
 """
 
 import warnings
@@ -357,7 +357,8 @@ def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
         )
         warnings.warn(text, stacklevel=3)
 
-    if remedies.counts.refresh and remedies.logits is None and remedies.class_weight is None:
+    by_counts = remedies.logits is not None and loss.seen is None
+    if remedies.counts.refresh and not by_counts and remedies.class_weight is None:
         text = f"{where}.counts.refresh: no remedy that is chosen goes by counts: it changes nothing"
         warnings.warn(text, stacklevel=3)
 

@@ -66,6 +66,33 @@ def where_present(value: Tensor, counts: Tensor, absent: float | Tensor) -> Tens
     return torch.where(counts > 0, value, absent)
 
 
+class SeenCounts(nn.Module):
+    """Pixels of the labels that a loss was made of so far, on all ranks; part of the state dict.
+
+    pixels: (K,) of the training labels. A class that they show begins with one pixel, another one stays at none.
+    """
+
+    pixels: Tensor
+
+    def __init__(self, pixels: Tensor):
+        super().__init__()
+        self.register_buffer("pixels", (pixels > 0).double())
+
+    def current(self) -> Counts:
+        """The counts so far."""
+        return Counts.from_pixels(self.pixels)
+
+    @torch.no_grad()
+    def see(self, label: Tensor) -> None:
+        """Add labels (B, …); what is no class is ignored."""
+        classes = len(self.pixels)
+        known = (label >= 0) & (label < classes)
+        index = torch.where(known, label.long(), classes).flatten()
+        counts = self.pixels.new_zeros(classes + 1)
+        counts.index_add_(0, index, torch.ones_like(index, dtype=counts.dtype))
+        self.pixels += distributed.all_sum(counts)[:classes]
+
+
 class RefreshedCounts(nn.Module):
     """Counts of labels, joined every `every` steps by those of the pseudo-labels of these steps (0: never).
 

@@ -9,62 +9,28 @@ Without remedies it is plain cross-entropy, bit for bit.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data import IGNORE
-from common.losses.counts import Counts, RefreshedCounts
+from common.losses.counts import Counts, RefreshedCounts, SeenCounts
 from common.losses.cross_entropy import Average
 from common.losses.hard_pixel import HardPixels
 from common.losses.presence import thinned
 from common.losses.region import RegionTerm
+from common.losses.slots import (
+    AdditiveRemedy,
+    ClassWeightRemedy,
+    FocusRemedy,
+    LogitsRemedy,
+    SetRemedy,
+)
 from common.losses.upsampled import upsampled_sum
 from common.ops.resize import size_of
-from common.ops.upsampled_loss import Change, fuses, upsampled_loss
-
-
-class LogitsRemedy(Protocol):
-    """Slot `logits`: z (B, K, …) and y (B, …) to z' in float32."""
-
-    def vector(self, counts: Counts) -> Tensor: ...
-
-    def __call__(
-        self, logits: Tensor, label: Tensor, vector: Tensor, progress: float
-    ) -> Tensor: ...
-
-
-@runtime_checkable
-class AdditiveRemedy(Protocol):
-    """A remedy of the slot `logits` that adds to them what neither they nor the label decide: it can be fused."""
-
-    def change(self, vector: Tensor, progress: float) -> Change: ...
-
-
-class ClassWeightRemedy(Protocol):
-    """Slot `class_weight`: w (K,), in force from `start` on."""
-
-    start: float
-
-    def vector(self, counts: Counts) -> Tensor: ...
-
-
-class FocusRemedy(Protocol):
-    """Slot `focus`: cross-entropies of pixels (B, …) to losses (B, …)."""
-
-    def __call__(self, loss: Tensor, logits: Tensor, label: Tensor) -> Tensor: ...
-
-
-class SetRemedy(Protocol):
-    """Slot `sets`: a scalar of logits (B, K, H, W) and label (B, H, W). at: `label`, where the logits are enlarged, or
-    `network`, where the label is thinned out."""
-
-    weight: float
-    at: str
-
-    def __call__(self, logits: Tensor, label: Tensor) -> Tensor: ...
+from common.ops.upsampled_loss import fuses, upsampled_loss
 
 
 class PixelLoss(nn.Module):
@@ -93,8 +59,11 @@ class PixelLoss(nn.Module):
         self.pseudo_prior = pseudo_prior
         self.sets = tuple(sets)
         self.trained = nn.ModuleList(term for term in sets if isinstance(term, RegionTerm))
+        online = getattr(logits, "online", False)
+        self.seen = SeenCounts(counts.pixels) if online else None
         current = counts.current()
-        self.register_buffer("offsets", self._vector(logits, current), persistent=False)
+        offsets = self._vector(logits, self._counts_of_logits(current))
+        self.register_buffer("offsets", offsets, persistent=False)
         self.register_buffer("weights", self._vector(class_weight, current), persistent=False)
         self.register_load_state_dict_post_hook(lambda module, _: module._apply_counts())
 
@@ -102,11 +71,22 @@ class PixelLoss(nn.Module):
     def _vector(remedy: Any, counts: Counts) -> Tensor | None:
         return None if remedy is None else remedy.vector(counts).float()
 
+    def _counts_of_logits(self, current: Counts) -> Counts:
+        """What the slot `logits` goes by."""
+        return current if self.seen is None else self.seen.current()
+
     def _apply_counts(self) -> None:
         current = self.counts.current()
-        for buffer, remedy in ((self.offsets, self.logits), (self.weights, self.class_weight)):
-            if remedy is not None:
-                buffer.copy_(remedy.vector(current))
+        if self.logits is not None:
+            self.offsets.copy_(self.logits.vector(self._counts_of_logits(current)))
+        if self.class_weight is not None:
+            self.weights.copy_(self.class_weight.vector(current))
+
+    def _see(self, label: Tensor) -> None:
+        """Count a label, where that is what the slot `logits` goes by."""
+        if self.seen is not None and self.logits is not None and self.training:
+            self.seen.see(label)
+            self.offsets.copy_(self.logits.vector(self.seen.current()))
 
     # The loss, and what it is made of --------------------------------------------------------------------------------
 
@@ -318,6 +298,8 @@ class PixelLoss(nn.Module):
         """z' (B, K, …) in float32: what any loss of these logits has to be made of."""
         if self.logits is None:
             return logits.float()
+
+        self._see(label)
         return self.logits(logits, label, self.offsets, progress)
 
     def with_prior(self, logits: Tensor) -> Tensor:

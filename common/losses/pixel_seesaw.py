@@ -8,6 +8,7 @@ the pixels whose class is the more frequent.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,11 +19,21 @@ from common.losses.counts import Counts, where_present
 
 @dataclass(frozen=True)
 class PixelSeesaw:
-    """p, q: exponents of mitigation and compensation. eps: lowest probability of the true class in the latter."""
+    """p, q: exponents of mitigation and compensation. eps: lowest probability of the true class in the latter.
+
+    counts: n of the training labels, or, as the authors count, of the labels that the loss has seen so far: each batch
+    (or image, where the loss is made of one at a time) counts before it is used.
+    """
 
     p: NotNegative = 0.8
     q: NotNegative = 2.0
     eps: Positive = 0.01
+    counts: Literal["dataset", "online"] = "dataset"
+
+    @property
+    def online(self) -> bool:
+        """Whether the loss has to count for itself, see `SeenCounts`."""
+        return self.counts == "online"
 
     def vector(self, counts: Counts) -> Tensor:
         """ln n (K,); a class without labels counts as the most frequent one, so nothing spares it."""
