@@ -22,7 +22,7 @@ from common.engine.checkpoint import refuse_earlier
 from common.engine.method import Method, MethodContext
 from common.engine.trainer import Streams
 from common.evaluation import evaluate, format_table
-from common.evaluation.adjustment import offsets_of
+from common.evaluation.adjustment import adjusted_by, offsets_of
 from common.evaluation.per_image import FILE as PER_IMAGE
 from common.files import read_json, write_json
 from common.losses.build import Remedies
@@ -64,6 +64,8 @@ class Experiment:
                 "would be the best; set it to miou"
             )
 
+        tau = cfg.eval.logit_adjustment  # refused now, not where training ends
+        adjusted_by(cfg.remedies, tau, f"{cfg.name}: eval.logit_adjustment: {tau:g}")
         groups = groups_config(cfg.data.groups, self.val.row)
 
         self.counted = None if counted is None else self._count(counted)

@@ -120,7 +120,7 @@ class ClassThresholds(nn.Module):
         self.register_buffer(
             "sums", torch.zeros(2, num_classes, dtype=torch.float64), persistent=False
         )
-        self.register_load_state_dict_post_hook(lambda module, _: module.after_step())
+        self.register_load_state_dict_post_hook(_begin_step)
 
     def of(self, label: Tensor) -> Tensor:
         """The threshold of each pixel's class, float32 like `label` (B, H, W)."""
@@ -146,6 +146,11 @@ class ClassThresholds(nn.Module):
         """What comes next belongs to another step."""
         self.before.copy_(self.confidence)
         self.sums.zero_()
+
+
+def _begin_step(thresholds: ClassThresholds, _: object) -> None:
+    """After loading: what is held belongs to no step."""
+    thresholds.after_step()
 
 
 def class_thresholds(threshold: float, confidence: Tensor, seen: Tensor) -> Tensor:

@@ -56,12 +56,15 @@ def offsets_of(
 
 
 def adjusted_by(remedies: Mapping[str, Any], tau: float, where: str) -> str | None:
-    """The remedy that adjusted a network's logits in training, None where none did.
+    """The remedy that adjusted the logits that predict in training, None where none did.
 
-    τ < 0 adds the prior of the pixels back: ConfigError, which begins with `where`, where none has been left out.
+    τ < 0 adds the prior of the pixels back: ConfigError, which begins with `where`, where none has been left out; more
+    than was left out is warned of.
     """
     logits = remedies.get("logits") or {}
-    trained = logits.get("name") if logits.get("name") in IN_TRAINING else None
+    left_out = 1.0 if logits.get("name") == "balanced_softmax" else logits.get("tau", 1.0)
+    acts = left_out > 0 and "decode" in remedies.get("heads", ("decode",))
+    trained = logits["name"] if acts and logits.get("name") in IN_TRAINING else None
     if tau >= 0:
         return trained
 
@@ -71,6 +74,9 @@ def adjusted_by(remedies: Mapping[str, Any], tau: float, where: str) -> str | No
     if logits.get("of", "pixels") != "pixels":
         text = f"adds back the prior of pixels, and remedies.logits left out that of {logits['of']}"
         raise ConfigError(f"{where}: {text}; give 0 or more")
+    if -tau > left_out:
+        text = f"adds back more of the prior than the {left_out:g} that training left out"
+        warnings.warn(f"{where}: {text}", stacklevel=3)
 
     return trained
 

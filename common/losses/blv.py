@@ -109,18 +109,21 @@ class BLV:
         chosen = dict(mapping)
         preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
         made = typed(cls, preset | chosen, where)
+        usual = typed(cls, preset, where)
         for name, says in made.idle().items():
-            if name in chosen:
+            if name in chosen and getattr(made, name) != getattr(usual, name):
                 text = f"{where}.{name}: has no effect with {says}; leave one of them out"
                 warnings.warn(text, stacklevel=2)
 
         return made
 
     def idle(self) -> dict[str, str]:
-        """The options that nothing reads, and which other one makes them so; a preset may hold them all the same."""
+        """The options that change nothing, and which other one makes them so; a preset may hold them all the same."""
         found = {}
         if self.noise != "gaussian":
             found["sigma"] = f"noise: {self.noise}"
+        if self.noise in ("uniform", "beta", "constant"):  # whose draws are in [0, 1]
+            found["limit"] = f"noise: {self.noise}"
         if self.coefficient == "none":
             found |= dict.fromkeys(("counts", "absent"), "coefficient: none")
 

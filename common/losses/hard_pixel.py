@@ -1,6 +1,7 @@
 """Hard pixel mining: the mean of the largest pixel losses (DeepLab project of detectron2, after Wu et al., 2016)."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -39,8 +40,9 @@ class HardPixels:
         value, default = getattr(self, idle), type(self).__dataclass_fields__[idle].default
         if value != default:
             given = getattr(self, instead)
-            raise ValueError(
-                f"{idle}: {value} has no effect where {instead}: {given} chooses; leave one of them out"
+            warnings.warn(
+                f"hard_pixels: {idle}: {value} has no effect where {instead}: {given} chooses",
+                stacklevel=3,
             )
 
     def mean(self, losses: Tensor, valid: Tensor, by: Tensor) -> Tensor:

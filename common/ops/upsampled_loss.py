@@ -132,10 +132,12 @@ def _choose_on_cuda() -> Form:
 def _chosen_on_cuda() -> Form:
     missing = triton_missing()
     if missing is None:
-        log.info("loss at label size on cuda: fused kernel")
+        log.info("losses and labels at full size on cuda: fused kernels")
         return "triton"
 
-    warnings.warn(f"loss at label size on cuda: slow and large ({missing})", stacklevel=2)
+    warnings.warn(
+        f"losses and labels at full size on cuda: slow and large ({missing})", stacklevel=2
+    )
     return "torch"
 
 

@@ -273,6 +273,7 @@ def test_refresh_is_a_number_of_steps(wrong):
     "section, message",
     [
         ({"noise": "uniform", "sigma": 4.0}, "head.sigma: has no effect with noise: uniform; leave one of them out"),
+        ({"noise": "beta", "limit": "folded"}, "head.limit: has no effect with noise: beta"),
         ({"coefficient": "none", "counts": [1, 2]}, "head.counts: has no effect with coefficient: none"),
         ({"coefficient": "none", "absent": "floor"}, "head.absent: has no effect with coefficient: none"),
     ],
@@ -286,6 +287,7 @@ def test_a_preset_may_hold_what_nothing_reads():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert options(preset="released-head", noise="uniform").noise == "uniform"
+        assert options(preset="paper", sigma=6.0, noise="constant").noise == "constant"  # as a base config has it
         assert options(preset="released-head", coefficient="none").coefficient == "none"
 
 

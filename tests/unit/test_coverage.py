@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common.config import SourceConfig, load_config
+from common.config import ConfigError, SourceConfig, load_config
 from common.data import SegmentationDataset, class_statistics
 from common.data.coverage import coverage_warnings
 from common.experiment import Experiment
@@ -100,6 +100,11 @@ def config(masks, tmp_path):
     path = tmp_path / "cracks.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def test_a_prior_that_was_not_left_out_is_refused_before_training(config):
+    with pytest.raises(ConfigError, match="eval.logit_adjustment: -1: adds back a prior"):
+        Experiment(load_config(config, ["eval.logit_adjustment=-1"]), counted="labeled")
 
 
 def test_the_start_of_training_and_the_report(config):

@@ -149,6 +149,7 @@ def test_less_than_zero_gives_the_prior_back(tmp_path):
     "logits, message",
     [
         (None, "run: eval.logit_adjustment: -1: adds back a prior that only logit_adjustment or balanced_softmax"),
+        ({"name": "logit_adjustment", "tau": 0.0}, "adds back a prior that only logit_adjustment or balanced_softmax"),
         ({"name": "blv"}, "adds back a prior that only logit_adjustment or balanced_softmax in training leaves out"),
         (
             {"name": "logit_adjustment", "of": "images"},
@@ -171,3 +172,12 @@ def test_an_evaluation_names_it():
     assert adjusted["confusion"] != plain["confusion"]
     with pytest.raises(ValueError, match="logit_adjustment: 0.5 needs the offsets"):
         evaluate(model, scene, cfg, device="cpu")
+
+
+def test_a_prior_of_another_head_or_beyond_what_was_left_out(tmp_path):
+    other = {"logits": {"name": "balanced_softmax"}, "heads": ["aux"]}
+    with pytest.raises(ConfigError, match="-1: adds back a prior that only"):
+        offsets_of(config(tmp_path, tau=-1.0, remedies=other), pixels=PIXELS)
+    half = {"logits": {"name": "logit_adjustment", "tau": 0.5}}
+    with pytest.warns(UserWarning, match="-1: adds back more of the prior than the 0.5 that training left out"):
+        offsets_of(config(tmp_path, tau=-1.0, remedies=half), pixels=PIXELS)

@@ -3,7 +3,8 @@
 Each of Q queries predicts a class distribution p_q and a mask m_q; a pixel's score of class k is Σ_q p_qk · σ(m_q).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -63,6 +64,21 @@ def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
     return (
         logits[..., :num_classes].softmax(-1) * logits[..., num_classes:].softmax(-1)[..., :1]
     )
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of float32 on CUDA keep all digits within, whatever `train.tf32` says."""
+    if device.type != "cuda":
+        yield
+        return
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Mask2Former(SegmentationModel):
@@ -140,11 +156,12 @@ class Mask2Former(SegmentationModel):
         """
         padded, inner, size = geometry
         band = rows if inner == size else source_rows(inner[0], size[0], rows)
-        x = resize_rows(out["pred_masks"], padded, band)[..., : inner[1]].float().sigmoid()
+        x = resize_rows(out["pred_masks"].float(), padded, band)[..., : inner[1]].sigmoid()
         if inner != size:
             x = resize_rows(x, size, rows, first=band[0], height=inner[0])
 
-        return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
+        with exact_products(x.device):  # as the kernel of `labels` has them
+            return (out["probability"] @ x.flatten(2)).unflatten(2, x.shape[2:])
 
     def _fuses(self, out: dict[str, Any], geometry: Extents) -> bool:
         """Whether the device has a kernel for the labels of masks, which takes any sizes."""
