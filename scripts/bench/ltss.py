@@ -40,6 +40,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", choices=tuple(PARTS), help="one of the parts")
     parser.add_argument("--batch", type=int, help="images of `operation` (default 1, on a GPU 16)")
     parser.add_argument(
+        "--shown", nargs=2, type=int, metavar=("H", "W"), help="the image's size in `inference`, if not the network's"
+    )
+    parser.add_argument(
         "--other", nargs="+", default=[], metavar="MODULE:FUNCTION", help="implementations that `operation` has rows of"
     )
 
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
     if args.other and args.only not in (None, "operation"):
         raise ValueError(f"--other: of `operation`, and --only is {args.only}; leave one of them out")
+    if args.shown and (min(args.shown) < 1 or args.only not in (None, "inference")):
+        raise ValueError(f"--shown {args.shown[0]} {args.shown[1]}: of `inference`, two sides of at least 1")
     for place in args.other:
         installed(place)
     torch.manual_seed(0)
@@ -90,15 +95,21 @@ def inference(args: argparse.Namespace, sizes: Sizes) -> list[measure.Row]:
     out = {"probability": probability.to(device), "pred_masks": masks.to(device)}
     model, images = Given(out, sizes.classes), torch.zeros(1, 3, height, width, device=device)
 
+    size = tuple(args.shown or sizes.image)
+    other = [size] if args.shown else []
+
+    def labels() -> Tensor:
+        return model.labels(images, *other)[0]
+
     def literal_scores() -> Tensor:
         large = F.interpolate(out["pred_masks"], padded, mode="bilinear", align_corners=False).sigmoid()
         scores = torch.einsum("bkq,bqhw->bkhw", out["probability"], large)[..., :height, :width]
-        return F.interpolate(scores, (height, width), mode="bilinear", align_corners=False)
+        return F.interpolate(scores, size, mode="bilinear", align_corners=False)
 
-    check = {"pixels of another class that are no ties": no_ties(literal_scores(), model.labels(images)[0])}
+    check = {"pixels of another class that are no ties": no_ties(literal_scores(), labels())}
     ours = "fused" if upsampled_loss.choose_form(out["pred_masks"]) == "triton" else "bands"
-    forms = {ours: lambda: model.labels(images)[0], "literal": lambda: literal_scores().argmax(1)}
-    facts = {"classes": sizes.classes, "queries": sizes.queries, "image": [height, width]}
+    forms = {ours: labels, "literal": lambda: literal_scores().argmax(1)}
+    facts = {"classes": sizes.classes, "queries": sizes.queries, "image": [height, width], "shown": list(size)}
     bars = {"bar": 1.0, "memory": True, "memory_bar": 0.15}
     return [measure.compare("inference", forms, args.rounds, check=check, device=device, **bars, **facts)]
 

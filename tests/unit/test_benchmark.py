@@ -160,10 +160,13 @@ def test_benchmark_of_kmeans_against_the_package(tmp_path):
     assert all(0.9 < ratio < 1.1 for row in rows for ratio in row["objective_ratios"])
 
 
-def test_benchmark_of_ltss(tmp_path, monkeypatch):
+def test_benchmark_of_ltss(tmp_path, monkeypatch, fails):
     [row] = bench("ltss", "--only", "inference", tmp_path / "a.json")
     assert set(row["ms"]) == {"bands", "literal"} and row["classes"] == 19
-    assert row["check"] == {"pixels of another class that are no ties": 0}
+    assert row["check"] == {"pixels of another class that are no ties": 0} and row["shown"] == row["image"]
+    [row] = bench("ltss", "--only", "inference", "--shown", 50, 61, tmp_path / "a2.json")
+    assert row["check"] == {"pixels of another class that are no ties": 0} and row["shown"] == [50, 61]
+    assert "--shown 0 5: of `inference`" in fails(benchmark.main, "ltss", "--quick", "--shown", "0", "5")
     [row] = bench("ltss", "--only", "operation", tmp_path / "b.json")
     assert set(row["ms"]) >= {"grid_sample", "embedding_bag"} and row["tokens"] == 2 * 2 + 4 * 4 + 8 * 8
     assert row["check"].keys() >= {"embedding_bag, relative"} and max(row["check"].values()) <= 1e-4
