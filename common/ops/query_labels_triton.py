@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.ops.resize import Size, size_of
 from common.ops.upsampled_loss import Axis, axis
-from common.ops.upsampled_loss_triton import cells_at, taps_of
+from common.ops.upsampled_loss_triton import cells_at, place_of, taps_of
 
 PIXELS = 32  # columns of the image that a program works on
 CLASSES = 64  # at a time
@@ -36,6 +36,20 @@ def _enlarged(
 
 
 @triton.jit
+def _resized(
+    line, row, left, right, across, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
+):  # fmt: skip
+    """A row of the input at columns of the image, each between two of its own."""
+    first = _enlarged(
+        line, row, left, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
+    )  # fmt: skip
+    second = _enlarged(
+        line, row, right, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
+    )  # fmt: skip
+    return (1 - across)[None, :] * first + across[None, :] * second
+
+
+@triton.jit
 def _shown(
     line, row, column, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x,
     out_row_low, out_row_share, out_column_low, out_column_share, inner_h, inner_w, TWICE: tl.constexpr,
@@ -44,18 +58,13 @@ def _shown(
     if TWICE:
         left, right, across = taps_of(out_column_low, out_column_share, column, inside, inner_w)
         top, bottom, down = taps_of(out_row_low, out_row_share, row, row >= 0, inner_h)
-        share = across[None, :]
-        upper = (1 - share) * _enlarged(
-            line, top, left, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
+        upper = _resized(
+            line, top, left, right, across, inside, live,
+            row_low, row_share, column_low, column_share, h, w, step_y, step_x,
         )  # fmt: skip
-        upper += share * _enlarged(
-            line, top, right, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
-        )  # fmt: skip
-        lower = (1 - share) * _enlarged(
-            line, bottom, left, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
-        )  # fmt: skip
-        lower += share * _enlarged(
-            line, bottom, right, inside, live, row_low, row_share, column_low, column_share, h, w, step_y, step_x
+        lower = _resized(
+            line, bottom, left, right, across, inside, live,
+            row_low, row_share, column_low, column_share, h, w, step_y, step_x,
         )  # fmt: skip
         return (1 - down) * upper + down * lower
     else:
@@ -74,10 +83,7 @@ def _label_kernel(
     CLASSES: tl.constexpr, QUERIES: tl.constexpr, PIXELS: tl.constexpr, TINY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // tiles) % height
-    image = ((program // tiles) // height).to(tl.int64)
-    column = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    image, row, column = place_of(tiles, height, PIXELS)
     inside = column < width
     largest = tl.full([PIXELS], float("-inf"), tl.float32)
     total = tl.zeros([PIXELS], tl.float32)

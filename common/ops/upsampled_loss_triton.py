@@ -33,6 +33,15 @@ REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
 
 
 @triton.jit
+def place_of(tiles, height, PIXELS: tl.constexpr):
+    """Image (int64), row and columns (PIXELS,) of this program, of which each row of each image has `tiles`."""
+    program = tl.program_id(0)
+    column = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    line = program // tiles
+    return (line // height).to(tl.int64), line % height, column
+
+
+@triton.jit
 def cells_at(line, left, right, across, live, step_x):
     """Logits of a source row at columns of the label: (BLOCK, PIXELS). line: (BLOCK, 1) pointers to its classes."""
     first = tl.load(line + left[None, :] * step_x, mask=live, other=0.0).to(tl.float32)
@@ -230,10 +239,7 @@ def _label_kernel(
     classes, h, w, height, width, tiles, step_b, step_k, step_y, step_x,
     BLOCK: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    row = (program // tiles) % height
-    image = ((program // tiles) // height).to(tl.int64)
-    column = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    image, row, column = place_of(tiles, height, PIXELS)
     inside = column < width
 
     left, right, across = taps_of(column_low, column_share, column, inside, w)

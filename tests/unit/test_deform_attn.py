@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 
 from common.ops import deform_attn
 from common.ops.deform_attn import choose_form, ms_deform_attn, triton_missing
+from tests.interpreter import run_interpreted
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data" / "op_ms_deform_attn.npz"
 TORCH_FORMS = ("grid_sample", "embedding_bag")
@@ -183,12 +181,7 @@ needs_triton = pytest.mark.skipif(deform_attn.find_spec("triton") is None, reaso
 
 @needs_triton
 def test_triton_kernels_under_the_interpreter():
-    """The whole of `check_triton` in a process of its own: Triton chooses its interpreter when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", "from tests.unit.test_deform_attn import check_triton; check_triton('cpu')"]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted(__name__, "check_triton")
 
 
 @needs_triton

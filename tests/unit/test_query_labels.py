@@ -1,10 +1,6 @@
 """Labels of a query network: the definition against a loop over pixels, the kernel against the definition."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from common.models.mask2former.model import Mask2Former
 from common.ops import query_labels as module
 from common.ops.deform_attn import triton_missing
 from common.ops.query_labels import query_labels
+from tests.interpreter import run_interpreted
 
 # images, classes, queries, masks, padded input, its part without padding, image: enlarged, resized again, made smaller,
 # more classes and queries than a block holds, a mask of one cell
@@ -77,12 +74,7 @@ needs_triton = pytest.mark.skipif(triton_missing() is not None, reason="Triton c
 
 @needs_triton
 def test_kernel_under_the_interpreter():
-    """In a process of its own: Triton chooses its interpreter when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    code = "from tests.unit.test_query_labels import check_kernel; check_kernel('cpu')"
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted(__name__, "check_kernel")
 
 
 @needs_triton

@@ -1,10 +1,6 @@
 """The loss at label size: its definition, the noise of counters, and the kernels against both."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +21,7 @@ from common.ops.upsampled_loss import (
     upsampled_labels,
     upsampled_loss,
 )
+from tests.interpreter import run_interpreted
 
 GAUSSIAN = Noise("gaussian", "positive", 6.0, 0.467)
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -225,12 +222,7 @@ needs_triton = pytest.mark.skipif(triton_missing() is not None, reason="Triton c
 
 @needs_triton
 def test_kernels_under_the_interpreter():
-    """All checks in a process of their own: Triton chooses its interpreter when it is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    code = "from tests.unit.test_upsampled_loss import check_kernels; check_kernels('cpu')"
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
+    run_interpreted(__name__, "check_kernels")
 
 
 @needs_triton
