@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from common.config import Config, ConfigError
+from common.config import Config, ConfigError, typed
 from common.files import load_json, read_artifact
-from common.losses.logit_adjustment import post_hoc_offsets
+from common.losses.logit_adjustment import LogitAdjustment, post_hoc_offsets
 from common.models.pretrained.containers import read_metadata
 
 IN_TRAINING = ("logit_adjustment", "balanced_softmax")
@@ -61,24 +61,38 @@ def adjusted_by(remedies: Mapping[str, Any], tau: float, where: str) -> str | No
     τ < 0 adds the prior of the pixels back: ConfigError, which begins with `where`, where none has been left out; more
     than was left out is warned of.
     """
-    logits = remedies.get("logits") or {}
-    left_out = 1.0 if logits.get("name") == "balanced_softmax" else logits.get("tau", 1.0)
-    acts = left_out > 0 and "decode" in remedies.get("heads", ("decode",))
-    trained = logits["name"] if acts and logits.get("name") in IN_TRAINING else None
+    found = _in_training(remedies)
     if tau >= 0:
-        return trained
+        return None if found is None else found[0]
 
-    if trained is None:
+    if found is None:
         text = "adds back a prior that only logit_adjustment or balanced_softmax in training leaves out"
         raise ConfigError(f"{where}: {text}; give 0 or more")
-    if logits.get("of", "pixels") != "pixels":
-        text = f"adds back the prior of pixels, and remedies.logits left out that of {logits['of']}"
+
+    name, left_out = found
+    if left_out.of != "pixels":
+        text = (
+            f"adds back the prior of pixels, and remedies.logits left out that of {left_out.of}"
+        )
         raise ConfigError(f"{where}: {text}; give 0 or more")
-    if -tau > left_out:
-        text = f"adds back more of the prior than the {left_out:g} that training left out"
+    if -tau > left_out.tau:
+        text = f"adds back more of the prior than the {left_out.tau:g} that training left out"
         warnings.warn(f"{where}: {text}", stacklevel=3)
 
-    return trained
+    return name
+
+
+def _in_training(remedies: Mapping[str, Any]) -> tuple[str, LogitAdjustment] | None:
+    """Name and options of what left a prior out of the head that predicts."""
+    heads = remedies.get("heads", ("decode",))
+    logits = remedies.get("logits")
+    options = dict(logits) if isinstance(logits, Mapping) else {}
+    name = options.pop("name", None)
+    if name not in IN_TRAINING or not isinstance(heads, list | tuple) or "decode" not in heads:
+        return None
+
+    left_out = typed(LogitAdjustment, options, "remedies.logits")
+    return (name, left_out) if left_out.tau > 0 else None
 
 
 def _of_checkpoint(path: str | Path | None) -> list[int] | None:

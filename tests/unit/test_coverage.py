@@ -105,6 +105,16 @@ def config(masks, tmp_path):
 def test_a_prior_that_was_not_left_out_is_refused_before_training(config):
     with pytest.raises(ConfigError, match="eval.logit_adjustment: -1: adds back a prior"):
         Experiment(load_config(config, ["eval.logit_adjustment=-1"]), counted="labeled")
+    for wrong in (
+        "remedies.logits=blv",
+        "remedies={logits: {name: balanced_softmax}, heads: 3}",
+        "remedies.logits=[1]",
+    ):
+        with pytest.raises(ConfigError, match="adds back a prior"):  # and what else is wrong is said by the loss
+            Experiment(load_config(config, ["eval.logit_adjustment=-1", wrong]), counted="labeled")
+    with pytest.raises(ConfigError, match="remedies.logits.tau"):
+        half = "remedies.logits={name: logit_adjustment, tau: half}"
+        Experiment(load_config(config, ["eval.logit_adjustment=-1", half]), counted="labeled")
 
 
 def test_the_start_of_training_and_the_report(config):
