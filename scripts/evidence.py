@@ -12,7 +12,8 @@ PLAN is a file such as scripts/evidence_plans/camvid.yaml. The steps, each of wh
 
 A remedy with one strength has nothing to choose: it is fixed by the plan. With `branch: STEP` the final runs of
 remedies begin at that step of the baseline's run of the same seed, so the remedy is in force from there on, and what
-comes before is trained once. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
+comes before is trained once; with `trunk: NAME` at that step of a run of its own, the baseline too, and in tuning as
+in the final runs. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
 holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen, or of other settings of their
 own than the plan has now, are left out. `pools` of a plan puts splits together, the folds of scripts/prepare_folds.py.
@@ -262,7 +263,8 @@ def collect(plan: Plan, only: list[str] | None = None) -> None:
         if plan.after:
             results_of_split += changed_after(runs_of(plan.afters()[name]))
 
-        found = split_of(results_of_split, begun(planned, plan.steps))
+        starts = [step for step in plan.steps if step != plan.trunk]  # the trunk's evaluation is of its end
+        found = split_of(results_of_split, begun(planned, starts))
         if found is not None:
             found["convention"] = convention_of(plan, found)
             splits[name] = joined(splits.get(name), found, f"{plan.results}: {name}")

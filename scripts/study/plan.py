@@ -69,7 +69,9 @@ class Plan:
     settings: tuple[str, ...] = ()  # of all runs
     seeds: tuple[Whole, ...] = (0, 1, 2, 3, 4)
     tuning_seed: Whole = 0
-    branch: Count | None = None  # step of the baseline's final runs at which those of the remedies begin
+    branch: Count | None = None  # step of the trunk at which remedies begin
+    trunk: str = ""  # run of `steps` that all remedies begin at, the baseline too, and strengths when they are chosen;
+    # empty: the baseline's final runs, which the other final runs begin at
     threads: Count = 1
     score: str = ""  # command that scores {checkpoint} once more, with further scores, and leaves {scores}
     folder: str = "."  # where commands run, and where `output` lies
@@ -91,6 +93,8 @@ class Plan:
         for name in self.steps:
             if name in self.remedies:
                 raise ValueError(f"steps.{name}: is the name of a remedy; take another")
+        if self.trunk and (self.trunk not in self.steps or self.branch is None):
+            raise ValueError(f"trunk: {self.trunk!r} has to be one of `steps`, and `branch` to say at which step of it")
         for remedy, other in self.against.items():
             for name in (remedy, other):
                 if name not in self.remedies:
@@ -149,7 +153,7 @@ class Plan:
     def before(self, name: str, strength: str) -> list[str]:
         """The steps that a strength of a remedy comes after, the nearest first."""
         found: list[str] = []
-        step = self.entry(name, strength).after
+        step = self.trunk or self.entry(name, strength).after
         while step and step not in found:
             found.append(step)
             step = entry_of(self.steps[step], f"steps.{step}").after if step in self.steps else ""
@@ -218,6 +222,7 @@ class Plan:
 
     def _jobs(self, part: str, runs: Mapping[str, Entry], own: tuple[str, ...], seeds: tuple[int, ...]) -> Jobs:
         """own: the settings of the part."""
+        runs = {name: self._branched(part, name, entry) for name, entry in runs.items()}
         steps = {name: entry_of(value, f"steps.{name}") for name, value in self.steps.items()}
         return Jobs(
             command=self.command,
@@ -230,6 +235,17 @@ class Plan:
             folder=self.folder,
         )
 
+    def _branched(self, part: str, name: str, entry: Entry) -> Entry:
+        """A run of a remedy that begins at the trunk, where the plan has one for it."""
+        trunk = self.trunk or self.baseline
+        if self.branch is None or name == trunk or not (self.trunk or part in self.final):
+            return entry
+        if entry.after:
+            raise ValueError(f"remedies.{name}: comes after {entry.after}, but by `branch` it begins at {trunk}")
+
+        begin = f"train.branch={self.output}/{part}/{trunk}_{{seed}}/checkpoints/step_{self.branch:08d}"
+        return replace(entry, settings=(*entry.settings, begin), after=trunk)
+
     def _placed(self, part: str, name: str, entry: Entry, own: tuple[str, ...]) -> dict[str, Any]:
         """A run as a file of jobs has it."""
         places = {
@@ -238,10 +254,6 @@ class Plan:
             "{runs}": str(self.place / part),
             "{split}": part,
         }
-        if self.branch is not None and name in self.remedies and name != self.baseline and part in self.final:
-            trunk = f"train.branch={self.output}/{part}/{self.baseline}_{{seed}}/checkpoints/step_{self.branch:08d}"
-            entry = replace(entry, settings=(*entry.settings, trunk), after=self.baseline)
-
         settings = tuple(_escaped(_filled(text, places)) for text in (*own, *entry.settings))
         return asdict(replace(entry, settings=settings, command=_filled(entry.command, places)))
 

@@ -1,7 +1,7 @@
 """From runs that are done to what the file of results holds of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +47,9 @@ def trained(runs: list[Run], choices: Mapping[str, Any], scored: Mapping[str, Pa
     return [Result(run, run.folder, run.name, choices[run.name]["chosen"], scored.get(run.label)) for run in done]
 
 
-def begun(runs: list[Run], steps: Mapping[str, Any]) -> list[Result]:
-    """The results of the plan's `steps` that are done, of those that leave an evaluation as trainings do. ValueError
-    where one is not what the plan says now."""
+def begun(runs: list[Run], steps: Collection[str]) -> list[Result]:
+    """The results of those `steps` of the plan that are done and leave an evaluation as trainings do. ValueError where
+    one is not what the plan says now."""
     done = [run for run in runs if run.name in steps and state_of(run) == "done" and (run.folder / FILE).is_file()]
     refuse_others(done)
     return [Result(run, run.folder, run.name, "") for run in done]

@@ -117,6 +117,23 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     assert "**Read this.**" in text and "no strength was tuned" in text and "| good | strong | `gain=2.5` |" in text
 
 
+def test_remedies_and_their_strengths_begin_at_a_trunk(plan, tmp_path, monkeypatch):
+    edited(plan, steps={"trunk": []}, branch=40, trunk="trunk", seeds=[1, 2], final={"blocks": []})
+    take(monkeypatch, ("tune", plan), ("choose", plan), ("final", plan), ("collect", plan), ("page", plan))
+
+    for part, names in (("tune", ["baseline-1_0", "good-0_0"]), ("blocks", ["baseline_2", "good_2"])):
+        for name in names:
+            command = json.loads((tmp_path / f"out/{part}/{name}/job.json").read_text())["command"]
+            trunk = f"trunk_{name.rpartition('_')[2]}"
+            assert f"train.branch={tmp_path}/out/{part}/{trunk}/checkpoints/step_00000040" in command
+
+    assert "branch" not in json.loads((tmp_path / "out/tune/trunk_0/job.json").read_text())["command"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["before"] == {"baseline": ["trunk"], "good": ["trunk"]}
+    assert results["splits"]["blocks"]["starts"] == {}, "the trunk is evaluated at its end, where nothing begins"
+    assert "Up to step 40 a seed's runs are one and the same" in (tmp_path / "page.md").read_text()
+
+
 def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys, fails):
     """Steps run first and are where remedies begin; a remedy has a config and a command of its own, and another to be
     held against. What is recorded already needs no steps."""
@@ -164,6 +181,12 @@ def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, ca
         ({"against": {"good": "gone"}}, "against.good: 'gone' is no remedy of the plan: baseline, good"),
         ({"convention": "detectron2"}, "convention: strengths are chosen by that of the runs"),
         ({"remedies": {"baseline": {"a": {"sets": []}}}}, "unknown key 'sets'"),
+        ({"trunk": "gone", "branch": 40}, "trunk: 'gone' has to be one of `steps`"),
+        ({"trunk": "first", "steps": {"first": []}}, "and `branch` to say at which step of it"),
+        (
+            {"remedies": {"baseline": {"a": []}, "good": {"weak": {"after": "first"}}}, "branch": 40},
+            "remedies.good: comes after first, but by `branch` it begins at baseline",
+        ),
     ],
 )
 def test_plans_that_do_not_fit_are_refused(plan, fails, change, said):
