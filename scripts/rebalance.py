@@ -33,6 +33,7 @@ from common.files import read_artifact, refuse_to_overwrite, remove, write_json
 from common.losses.counts import Counts
 from common.losses.logit_adjustment import post_hoc_offsets
 from common.models import SegmentationModel, load_model
+from common.models.cosine import CosineClassifier, cosine_scale
 from common.models.disalign import Aligned
 from common.models.pretrained.containers import read_metadata, weight_file
 from common.rebalance import STAGE2, Given, build_stage2, find_classifier, read_features, seek_classifier
@@ -243,6 +244,8 @@ def config_with(trained: Trained, classifier: nn.Module) -> Config:
     model = trained.cfg.model
     if isinstance(classifier, Aligned):
         model = replace(model, disalign=trained.place)
+    elif isinstance(classifier, CosineClassifier) and classifier.scale != cosine_scale(model):
+        model = replace(model, options={**model.options, "scale": classifier.scale})
     return replace(trained.cfg, model=model)
 
 

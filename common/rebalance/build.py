@@ -10,6 +10,7 @@ from common.config import ConfigError, pick, typed
 from common.config.text import parse
 from common.rebalance.crt import ClassifierRetraining
 from common.rebalance.disalign import DisAlign
+from common.rebalance.gcl import GaussianClouds
 from common.rebalance.given import Stage2
 from common.rebalance.logit_adjustment import FoldedAdjustment
 from common.rebalance.tau_norm import TauNorm
@@ -19,6 +20,7 @@ STAGE2: dict[str, type] = {
     "tau_norm": TauNorm,
     "crt": ClassifierRetraining,
     "disalign": DisAlign,
+    "gcl": GaussianClouds,
 }
 
 

@@ -7,6 +7,7 @@ of each class, and there are a tenth of the run's steps.
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from common.config import ConfigError
 from common.models.disalign import Aligned
 from common.rebalance.fitting import Fitting, fit
 from common.rebalance.given import Given
+
+Classifier = TypeVar("Classifier", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class ClassifierRetraining(Fitting):
         return fresh
 
 
-def initialised(classifier: nn.Module, seed: int) -> nn.Module:
+def initialised(classifier: Classifier, seed: int) -> Classifier:
     """A copy with torch's own start for weights, and biases of 0."""
     fresh = deepcopy(classifier)
     draws = torch.Generator().manual_seed(seed)

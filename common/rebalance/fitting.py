@@ -1,7 +1,8 @@
 """Training a classifier on features that were read once, with equally many pixels of every class in a batch."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,12 +38,15 @@ def fit(
     steps: int,
     seed: int,
     where: str,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Minimise Σ_k weights_k · mean of −log softmax(z)_k over class k's pixels, in place.
 
-    weights: (K,), of any size; classes without features have none. Raises ValueError, which begins with `where`, where
+    weights: (K,), of any size; classes without features have none. loss: logits float32 (N, K) and classes (N,) to
+    losses (N,), in place of −log softmax(z)_k. Raises ValueError, which begins with `where`, where
     the loss is no longer finite.
     """
+    of_pixels = loss or _cross_entropy
     shown = features.counts > 0
     classes = shown.nonzero()[:, 0]
     share = weights.to(features.values.device, torch.float32)[classes]
@@ -60,17 +64,29 @@ def fit(
 
         batch = balanced_batch(features, classes, options.pixels, draws)
         logits = classifier(batch[..., None, None])[..., 0, 0]
-        each = F.cross_entropy(logits.float(), target, reduction="none")
-        loss = (share * each.view(len(classes), -1).mean(1)).sum()
+        each = of_pixels(logits.float(), target)
+        total = (share * each.view(len(classes), -1).mean(1)).sum()
 
         optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         optimizer.step()
 
-    last = loss.item()
+    last = total.item()
     if not math.isfinite(last):
         raise ValueError(f"{where}: the loss is not finite after {steps} steps; lower lr")
     console.say(f"{where}: {steps} steps, last loss {last:.4f}")
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+@contextlib.contextmanager
+def isolated(seed: int, device: torch.device) -> Iterator[None]:
+    """Within, torch's own draws follow from the seed; the generators are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def balanced_batch(

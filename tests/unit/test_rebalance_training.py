@@ -1,5 +1,6 @@
 """Remedies after training that learn: what they read of the training images, and where they end."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.rebalance.fitting import balanced_batch
 from common.report.runs import RunFolder
 from scripts import rebalance
 from tests.unit.test_models import SMALL
-from tests.unit.test_rebalance import PIXELS, call, given, remedy, run  # noqa: F401 (a fixture)
+from tests.unit.test_rebalance import PIXELS, call, given, remedy, run, untrained  # noqa: F401 (a fixture)
 
 pytestmark = [
     pytest.mark.usefixtures("unchanged", "one_thread"),
@@ -253,7 +254,93 @@ def test_cosine_classifiers_are_trained_again_or_calibrated():
     assert isinstance(build_model(replace(config, disalign=place)).get_submodule(place), Aligned)
 
 
+# GCL's second stage ---------------------------------------------------------------------------------------------------
+
+PLAIN = ("scale=30", "margin=0", "amplitude=0", "gamma=0")
+
+
+def clouds() -> tuple[Features, CosineClassifier]:
+    return Features(torch.randn(sum(PIXELS), 8), torch.tensor(PIXELS)), CosineClassifier(nn.Conv2d(8, 4, 1))
+
+
+def test_without_its_parts_it_is_retraining():
+    features, trained = clouds()
+    plain = remedy("gcl", "steps=4", "fresh=true", *PLAIN)(trained, given(features))
+    again = remedy("crt", "steps=4")(trained, given(features))
+    assert torch.equal(plain.directions, again.directions)
+    assert plain.scale == 30 and remedy("gcl", "steps=1")(trained, given(features)).scale == 20
+    assert trained.scale == 30, "the trained classifier is left as it is"
+
+
+@pytest.mark.parametrize("option", ["margin=0.1", "amplitude=0.5", "gamma=1", "fresh=true", "scale=20"])
+def test_each_part_changes_where_it_ends(option):
+    features, trained = clouds()
+    name = option.partition("=")[0]
+    others = tuple(word for word in PLAIN if not word.startswith(name))
+    plain = remedy("gcl", "steps=2", *PLAIN)(trained, given(features))
+    other = remedy("gcl", "steps=2", *others, option)(trained, given(features))
+    assert not torch.equal(plain.directions, other.directions)
+
+
+def test_the_loss_of_a_pixel_is_the_papers():
+    """Pixel by pixel; the noise is drawn first, from the same generator. Only −ln p_y has a gradient."""
+    logits = (30 * torch.rand(5, 4) - 15).double().float().requires_grad_()
+    target = torch.tensor([0, 1, 2, 3, 3])
+    made = remedy("gcl").loss(given(), CPU)
+    torch.manual_seed(3)
+    e = (torch.randn(5, 4) / 3).clamp(-1, 1).abs()
+    torch.manual_seed(3)
+    losses = made(logits, target)
+
+    logs = [math.log(count) for count in PIXELS]
+    w = torch.tensor([(max(logs) - log) / (max(logs) - min(logs)) for log in logs])
+    for i, y in enumerate(target.tolist()):
+        z = logits[i] - 20 * (0.5 * e[i] * w + 0.1 * F.one_hot(target[i], 4))
+        plain = z.logsumexp(0) - z[y]
+        factor = 1 - (-plain.detach()).exp()
+        torch.testing.assert_close(losses[i], factor * plain)
+        expected = torch.autograd.grad(factor * plain, logits, retain_graph=True)[0]
+        torch.testing.assert_close(torch.autograd.grad(losses[i], logits, retain_graph=True)[0], expected)
+
+
+def test_noise_follows_from_the_seed_alone():
+    features, trained = clouds()
+    torch.manual_seed(5)
+    first = remedy("gcl", "steps=3", "seed=1")(trained, given(features))
+    after = torch.rand(1)
+    torch.manual_seed(6)
+    second = remedy("gcl", "steps=3")(trained, given(features, seed=1))
+    assert torch.equal(first.directions, second.directions)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), after), "the generator is left as it was"
+
+
+def test_a_linear_classifier_has_no_angles():
+    with pytest.raises(ConfigError, match="remedy: run: the classifier is a Conv2d, .*; train with model.options.cla"):
+        remedy("gcl")(nn.Conv2d(8, 4, 1), given())
+
+
 # The program ----------------------------------------------------------------------------------------------------------
+
+
+def test_both_stages_of_gcl(config, monkeypatch, tmp_path):
+    """A network that was to be trained with `gcl`; the result has the second stage's scale, and is a run as others."""
+    first = untrained(config, "model.options.classifier=cosine", "remedies.logits.name=gcl")
+    out = tmp_path / "out"
+    call(monkeypatch, first, "gcl", "steps=5", "cache_mib=1", "--output", out, "--device", "cpu")
+    folder = RunFolder.load(out)
+    assert folder.tree["model"]["options"]["scale"] == 20
+    assert folder.evaluation["rebalance"]["options"]["margin"] == 0.1
+
+    made = rebalance.config_of_run(out / "checkpoints/last/model.safetensors", [])
+    network = load_model(made.model, out)
+    cfg = rebalance.config_of_run(first / "checkpoints/last/model.safetensors", [])
+    before = load_model(cfg.model, first).state_dict()
+    changed = [name for name, value in network.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["decode_head.conv_seg.directions"]
+    assert network.decode_head.conv_seg.scale == 20
+    scored = rebalance.Experiment(made, counted="labeled", train=False).score(network, CPU)
+    assert scored["confusion"] == folder.evaluation["confusion"]
 
 
 def test_a_calibrated_network_is_a_run(run, monkeypatch, tmp_path, fails):  # noqa: F811
