@@ -41,10 +41,22 @@ So the last two columns leave the update out; they are what a GPU has less to st
 GPU = """
 ## On a GPU
 
+"""
+UNMEASURED = """\
 Since these changes no GPU was at hand: what fused optimisers, TF32, channels last by default and fewer operators give
 there **was not measured**, nor was `train.compile=reduce-overhead` run. On a machine with one,
-`python scripts/benchmark.py gpu --out gpu.json` measures every system.
+`python scripts/benchmark.py gpu --forms eager compiled reduce-overhead --out docs/results/gpu.json` measures every
+system, and this page then has its rows.
+"""
+MEASURED_ON = """\
+`{command}` on {device}, torch {torch}, commit {commit}, the batch on the GPU, median of {rounds} steps
+([values](results/gpu.json)); busy is the sum of kernel times, warm what the first steps took more than others,
+processes those of the loader that the step needs:
 
+| step | ms | busy ms | busy | kernels | syncs | peak, MiB | warm, s | processes |
+|---|---|---|---|---|---|---|---|---|
+"""
+GPU_BEFORE = """
 {measured} ([values](results/gpu_before.json)); busy is the sum of kernel times:
 
 | step | ms | busy ms | busy | kernels |
@@ -84,17 +96,40 @@ def page() -> str:
     before = {row["name"]: row for row in read("operators_before")["rows"]}
     counted = [counts(before.get(row["name"]), row) for row in read("operators")["rows"]]
     head = "| system | before | now | | idle before | now | without the update, before | now |\n" + "|---" * 8 + "|\n"
-    gpu = read("gpu_before")
-    steps = [step(row) for row in gpu["rows"]]
+    earlier = read("gpu_before")
+    gpu = [GPU, *on_gpu(), GPU_BEFORE.format(**earlier), *(step(row) for row in earlier["rows"])]
     plain = [form(name, row) for name in MEASURED for row in read(name)["rows"]]
     full = [full_size(name, row) for name, row in sorted(read("full_size")["configs"].items())]
 
-    parts = [HEAD, "\n", OPERATORS, head, *counted, AFTER, GPU.format(**gpu), *steps, CPU, *plain, FULL, *full]
+    parts = [HEAD, "\n", OPERATORS, head, *counted, AFTER, *gpu, CPU, *plain, FULL, *full]
     return "".join(parts)
 
 
 def read(name: str) -> Mapping[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def on_gpu() -> list[str]:
+    """What `benchmark.py gpu` has measured since, or that it has not."""
+    if not (RESULTS / "gpu.json").is_file():
+        return [UNMEASURED]
+
+    result = read("gpu")
+    machine = result["machine"]
+    facts = {"device": machine["gpu"], "torch": machine["torch"]}
+    return [MEASURED_ON.format(**result, **facts), *(resident_step(row) for row in result["rows"])]
+
+
+def resident_step(row: Mapping[str, Any]) -> str:
+    """A row of a step that the benchmark has measured, or the reason why it has not."""
+    if "error" in row:
+        return line([row["name"], row["error"], *[""] * 7])
+
+    milliseconds, busy = row["ms"]["step"], row["busy_ms"]
+    times = [f"{milliseconds:.4g}", f"{busy:.4g}", f"{busy / milliseconds:.0%}"]
+    memory = f"{row['peak_mib']:.0f}"
+    waits = [row["kernels"], row["syncs"], memory, f"{row['warm_seconds']:.3g}", row["loader"]["processes"]]
+    return line([row["name"], *times, *waits])
 
 
 def counts(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -4,6 +4,9 @@ One row a system: milliseconds of a step, `busy_ms` of them in which kernels ran
 waits of the host for the GPU, the five most expensive operators, peak memory, and the images a second that one loader
 process makes beside those that the steps need. The batch lies on the GPU. `--device cpu` counts operators in the place
 of kernels; with `--quick` networks have all their layers, but narrow ones on tiny images.
+
+`--forms` has a row of each system as it is, compiled, and recorded as CUDA graphs (`train.compile`), side by side with
+what the first steps took more than others, which is compilation; a form that a method refuses has a row that says why.
 """
 
 import argparse
@@ -13,15 +16,20 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from common.config import ConfigError
+from common.engine.runtime import RECORDED
 from scripts.bench import measure, operators
-from scripts.bench.systems import SYSTEMS, Resident, resident
+from scripts.bench.systems import SYSTEMS, Resident, System, resident
 
+EAGER = "eager"
+FORMS = {EAGER: (), "compiled": ("train.compile=true",), RECORDED: (f"train.compile={RECORDED}",)}
 WARM = 2  # steps before the first that is measured: optimisers have their state, algorithms are chosen
 TOP = 5
 COPIES = ("Memcpy", "Memset")
@@ -30,6 +38,9 @@ COPIES = ("Memcpy", "Memset")
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--systems", nargs="+", metavar="NAME", default=list(SYSTEMS), help=", ".join(SYSTEMS))
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu to count operators (default cuda)")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=[EAGER], help=f"{', '.join(FORMS)} (default {EAGER})"
+    )
 
 
 def run(args: argparse.Namespace) -> list[measure.Row]:
@@ -41,31 +52,38 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds no GPU here; --device cpu counts operators in place of kernels")
 
-    return [row_of(name, device, args) for name in args.systems]
+    return [row_of(name, form, device, args) for name in args.systems for form in args.forms]
 
 
-def row_of(name: str, device: torch.device, args: argparse.Namespace) -> measure.Row:
-    """One system; where the GPU's memory is too small for it, the row says so."""
+def row_of(name: str, form: str, device: torch.device, args: argparse.Namespace) -> measure.Row:
+    """One system in one form; where the GPU's memory is too small for it, or its method refuses it, the row says so."""
+    system = SYSTEMS[name]
+    torch.compiler.reset()
     try:
-        system = resident(SYSTEMS[name], device, args.quick)
-        row = measured(system, device, args.rounds)
-    except torch.OutOfMemoryError as error:
+        row = measured(of_form(system, form), device, args)
+    except (torch.OutOfMemoryError, ConfigError) as error:
         row = {"ms": {}, "error": str(error).splitlines()[0]}
 
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    return {"name": name, **row, "device": str(device)}
+    shown = name if form == EAGER else f"{name}, {form}"
+    return {"name": shown, **row, "device": str(device)}
 
 
-def measured(system: Resident, device: torch.device, rounds: int) -> measure.Row:
-    for number in range(WARM):
-        system.step(number)
+def of_form(system: System, form: str) -> System:
+    return replace(system, words=(*system.words, *FORMS[form]))
+
+
+def measured(made: System, device: torch.device, args: argparse.Namespace) -> measure.Row:
+    system = resident(made, device, args.quick)
+    rounds = args.rounds
+    warming = sum(timed(system.step, number) for number in range(WARM))
 
     seconds = statistics.median(timed(system.step, WARM + turn) for turn in range(rounds))
     after = WARM + rounds
-    found = on_gpu(system, after) if device.type == "cuda" else on_cpu(system, after)
+    found = found_on(device, system, after)
     gc.collect()
     peak = measure.peak_memory(lambda: system.step(after + 2), device)
     cfg = system.trainer.cfg
@@ -73,6 +91,7 @@ def measured(system: Resident, device: torch.device, rounds: int) -> measure.Row
 
     return {
         "ms": {"step": 1000 * seconds},
+        "warm_seconds": max(warming - WARM * seconds, 0.0),  # what the first steps took more: compilation, choices
         **found,
         "peak_mib": measure.mebibytes(peak),
         "loader": {
@@ -84,6 +103,13 @@ def measured(system: Resident, device: torch.device, rounds: int) -> measure.Row
         "precision": cfg.train.precision,
         "parameters": sum(p.numel() for p in system.trainer.parameters),
     }
+
+
+def found_on(device: torch.device, system: Resident, number: int) -> dict[str, Any]:
+    """What a profile says of a step. Of a compiled one on the CPU nothing: its operators are not dispatched."""
+    if device.type == "cuda":
+        return on_gpu(system, number)
+    return {} if system.trainer.cfg.train.compile else on_cpu(system, number)
 
 
 def timed(step: Callable[[int], None], number: int) -> float:

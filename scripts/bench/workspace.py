@@ -78,6 +78,8 @@ def trainer(cfg: Config, family: Family, size: Size | None, device: torch.device
     write_scenes(cfg, Path.cwd(), size)
     family.prepare(cfg)
     cfg = family.resolved(cfg)
+    if cfg.train.compile:
+        runtime.rehearse(cfg, family.method())  # a method may refuse it
     runtime.configure(cfg.train, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """What a training step starts, counted: operators on the CPU held at the committed numbers, kernels of a profile."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
+from common.config import load_config
 from scripts import benchmark, performance_page
 from scripts.bench import gpu, operators
 from scripts.bench.systems import SYSTEMS, resident
 
 ROOT = Path(__file__).parents[2]
+SMALL = "fully_sup/configs/small/upernet_r18_camvid.yaml"
 CPU = torch.device("cpu")
 BARS = {"usrn": 0.5, "mask2former": 0.6}  # share of the operators that a step had before any were saved
 pytestmark = pytest.mark.usefixtures("unchanged", "one_thread")
@@ -87,6 +90,32 @@ def test_benchmark_of_a_gpu_on_the_cpu(tmp_path):
     assert loader["processes"] >= loader["needed"] / loader["images_per_second"] > 0
 
 
+def test_forms_of_a_step(monkeypatch):
+    """Each in a row of its own, the first steps beside the others; what a method refuses is said in its row."""
+    times = iter([5.0, 1.0, 1.0, 0.5, 0.5, 2.0])  # two that warm, a median of three, the peak's
+    monkeypatch.setattr(gpu, "timed", lambda step, number: next(times))
+    taken: list[int] = []
+    trainer = SimpleNamespace(cfg=load_config(ROOT / SMALL, ["train.compile=true"]), parameters=[torch.zeros(3)])
+    made = gpu.Resident(trainer, {}, 2, 10.0)
+    monkeypatch.setattr(gpu.Resident, "step", lambda self, number: taken.append(number))
+    built = []
+    monkeypatch.setattr(gpu, "resident", lambda system, device, tiny: built.append(system.words) or made)
+
+    args = SimpleNamespace(quick=True, rounds=3)
+    row = gpu.row_of("upernet-bf16", "compiled", torch.device("cpu"), args)
+    assert built == [("train.precision=bf16", "train.compile=true")] and row["name"] == "upernet-bf16, compiled"
+    assert row["ms"]["step"] == 500.0 and row["warm_seconds"] == 5.0
+    assert "operators" not in row, "those of a compiled step are not dispatched one by one"
+
+
+def test_forms_that_a_method_refuses_are_rows(tmp_path):
+    out = tmp_path / "a.json"
+    words = ["gpu", "--device", "cpu", "--quick", "--systems", "unimatch", "--forms", "compiled", "--out", str(out)]
+    assert benchmark.main(words) == 0
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["ms"] == {} and "UniMatch runs the network in parts" in row["error"]
+
+
 @pytest.mark.parametrize(
     "words, text",
     [
@@ -97,6 +126,24 @@ def test_benchmark_of_a_gpu_on_the_cpu(tmp_path):
 def test_benchmark_of_a_gpu_refuses(words, text, fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert text in fails(benchmark.main, *words)
+
+
+def test_the_page_has_what_a_gpu_was_measured_to_do(tmp_path, monkeypatch):
+    shutil.copytree(performance_page.RESULTS, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    (tmp_path / "gpu.json").unlink(missing_ok=True)
+    assert "was not measured" in performance_page.page()
+
+    row = {"name": "usrn", "ms": {"step": 80.0}, "busy_ms": 60.0, "kernels": 900, "syncs": 1, "peak_mib": 2048.4}
+    row |= {"warm_seconds": 12.345, "loader": {"processes": 3}}
+    refused = {"name": "usrn, compiled", "ms": {}, "error": "usrn: train.compile: no"}
+    result = {"command": "python x", "commit": "abc", "rounds": 8, "machine": {"gpu": "A GPU", "torch": "2"}}
+    (tmp_path / "gpu.json").write_text(json.dumps({**result, "rows": [row, refused]}))
+    text = performance_page.page()
+    assert "`python x` on A GPU, torch 2, commit abc" in text and "was not measured" not in text
+    assert "| usrn | 80 | 60 | 75% | 900 | 1 | 2048 | 12.3 | 3 |" in text
+    assert "| usrn, compiled | usrn: train.compile: no |" in text
+    assert "Before these changes, on one H200" in text, "what was before stays"
 
 
 def test_the_page_says_what_the_results_say():
