@@ -46,6 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=4, help="files (default 4)")
     parser.add_argument("--samples", type=int, default=16, help="samples that a form draws in a turn (default 16)")
     parser.add_argument("--cached", action="store_true", help="only the rows of the cache of decoded images")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 4, 16], help="of loaders (default 1 4 16)")
     parser.set_defaults(threads=1)
 
 
@@ -76,22 +77,25 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
 
 
 def cached_rows(folder: Path, root: Path, augment: Sample, args: argparse.Namespace, facts: Sample) -> list:
-    """Samples from 1, 2 and 4 loader processes (with --quick from this one), decoded or from the cache."""
+    """Samples from loader processes (with --quick from this one), decoded or from the cache: so many for each process,
+    which hold some ready that nobody waits for."""
     source = {"dataset": "cityscapes", "root": str(root)}
     stream = StreamConfig(**source, batch_size=1, augment=augment)
     rows = []
-    for workers in (0,) if args.quick else (1, 2, 4):
+    for workers in (0,) if args.quick else args.processes:
+        samples = facts["samples"] * max(workers, 1)
         data = DataConfig(**source, workers=workers, streams={"labeled": stream}, cache_size=1000.0)
         held, plain = (make_streams(data, seed=7) for _ in range(2))
         start = time.perf_counter()
         hold_images(held, data, folder / f"cache_{workers}")
         made = time.perf_counter() - start
         both = {"cached": held, "decoded": plain}
-        forms = {name: taken(streams, data, facts["samples"]) for name, streams in both.items()}
+        forms = {name: taken(streams, data, samples) for name, streams in both.items()}
         apart = max(difference(held["labeled"], plain["labeled"], draw) for draw in range(args.images))
         check = {"levels apart": measure.require("cached images", apart, 0)}
         name = f"samples of {workers or 'no'} loader process{'es' if workers != 1 else ''}"
-        row = measure.compare(name, forms, args.rounds, check=check, items=facts["samples"], **facts)
+        own = {**facts, "samples": samples}
+        row = measure.compare(name, forms, args.rounds, check=check, items=samples, **own)
         rates = {form: 1000 / ms for form, ms in row["ms"].items()}
         rows.append(row | {"images_per_second": rates, "made_seconds": made})
 
