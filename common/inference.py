@@ -17,6 +17,7 @@ from common.config import ConfigError, EvalConfig
 from common.ops.resize import resize, resize_rows
 
 Size = tuple[int, int]
+Span = tuple[int, int]  # pixels [a, b) of an axis
 Predict = Callable[[Tensor, Size | None], Tensor]
 Rescale = Callable[[Tensor, float], Tensor]
 BAND = 1 << 22  # scores that a band of rows holds at most
@@ -35,6 +36,7 @@ def slide(
     size: Size | None = None,
     window_batch: int = 4,
     softmax: bool = False,
+    cut: bool = False,
 ) -> Tensor:
     """Mean of the class scores of overlapping windows, then resized to `size` (MMSegmentation's rule).
 
@@ -42,51 +44,72 @@ def slide(
 
     crop, stride: height and width of a window and of its steps. An axis has max(⌈(length − crop) / stride⌉, 0) + 1
     windows; the last one is shifted back to fit, and an image smaller than the crop is one window, unpadded.
-    `window_batch` windows (of any images of the batch) go through the model at once.
+    cut: a window begins at every step within the image, and what lies beyond the border is cut off, as in UniMatch V1.
+    `window_batch` windows of one size (of any images of the batch) go through the model at once.
     """
     height, width = images.shape[-2:]
-    tall = min(crop[0], height)
-    wide = min(crop[1], width)
-    rows = window_starts(height, crop[0], stride[0])
-    columns = window_starts(width, crop[1], stride[1])
-    every = list(product(range(len(images)), rows, columns))
+    rows = window_spans(height, crop[0], stride[0], cut)
+    columns = window_spans(width, crop[1], stride[1], cut)
+    alike = _of_one_size(len(images), rows, columns)
     total: Tensor | None = None
 
-    for first in range(0, len(every), window_batch):
-        places = every[first : first + window_batch]
-        windows = torch.stack([images[b, :, y : y + tall, x : x + wide] for b, y, x in places])
+    for places in (part for group in alike for part in _split(group, window_batch)):
+        windows = torch.stack(
+            [images[b, :, y:bottom, x:right] for b, (y, bottom), (x, right) in places]
+        )
         scores = model.predict(windows, None)
         scores = scores.softmax(1) if softmax else scores
         if total is None:
             total = scores.new_zeros((len(images), scores.shape[1], height, width))
 
-        for (b, y, x), window in zip(places, scores, strict=True):
-            total[b, :, y : y + tall, x : x + wide] += window
+        for (b, (y, bottom), (x, right)), window in zip(places, scores, strict=True):
+            total[b, :, y:bottom, x:right] += window
 
     assert total is not None, "a batch holds at least one image"
     if len(rows) * len(columns) > 1:
-        total /= _coverage(rows, tall, height, total)[:, None] * _coverage(
-            columns, wide, width, total
-        )
+        total /= _coverage(rows, height, total)[:, None] * _coverage(columns, width, total)
 
     return total if size is None else resize(total, size, network(model).align_corners)
 
 
-def window_starts(length: int, crop: int, stride: int) -> list[int]:
-    """Offsets of the windows along one axis, in pixels."""
+def window_spans(length: int, crop: int, stride: int, cut: bool = False) -> list[Span]:
+    """The windows along one axis, in pixels; see `slide`."""
     if crop < 1 or stride < 1:
         raise ValueError(
             f"a window of {crop} pixels with a stride of {stride}: both must be at least 1"
         )
+    if cut:
+        return [(start, min(start + crop, length)) for start in range(0, length, stride)]
+
     last = max(length - crop, 0)
-    return [min(i * stride, last) for i in range(-(-last // stride) + 1)]
+    starts = [min(i * stride, last) for i in range(-(-last // stride) + 1)]
+    return [(start, start + min(crop, length)) for start in starts]
 
 
-def _coverage(starts: Sequence[int], window: int, length: int, like: Tensor) -> Tensor:
+Place = tuple[int, Span, Span]  # of a window: number of the image, rows, columns
+
+
+def _of_one_size(
+    images: int, rows: Sequence[Span], columns: Sequence[Span]
+) -> list[list[Place]]:
+    """All windows, those of one size together."""
+    groups: dict[Size, list[Place]] = {}
+    for b, row, column in product(range(images), rows, columns):
+        size = (row[1] - row[0], column[1] - column[0])
+        groups.setdefault(size, []).append((b, row, column))
+
+    return list(groups.values())
+
+
+def _split(places: list[Place], most: int) -> list[list[Place]]:
+    return [places[first : first + most] for first in range(0, len(places), most)]
+
+
+def _coverage(spans: Sequence[Span], length: int, like: Tensor) -> Tensor:
     """How many windows cover each of `length` positions; the windows of an image are a product of two axes."""
     counts = torch.zeros(length, dtype=like.dtype)
-    for start in starts:
-        counts[start : start + window] += 1
+    for start, end in spans:
+        counts[start:end] += 1
 
     return counts.to(like.device)
 
@@ -266,7 +289,7 @@ def _single(model: Any, cfg: EvalConfig) -> Predict:
 
     crop = cfg.crop
     stride = cfg.stride or cfg.crop
-    options = (cfg.window_batch, cfg.window_softmax)
+    options = (cfg.window_batch, cfg.window_softmax, cfg.windows == "cut")
 
     return lambda images, size: slide(model, images, crop, stride, size, *options)
 

@@ -173,6 +173,8 @@ class EvalConfig:
     mode: Literal["whole", "slide"] = "whole"
     crop: Size | None = None  # slide: window height, width
     stride: Size | None = None  # of the windows; None: their size
+    # slide, what reaches over the border: shifted back to fit, or cut off there (UniMatch V1)
+    windows: Literal["shifted", "cut"] = "shifted"
     window_batch: Count = 4
     window_softmax: bool = False  # slide: average the windows' probabilities, not their logits
     # shorter side of the net's input; None: the image's own size
@@ -212,6 +214,10 @@ class EvalConfig:
                 f"stride: {list(self.stride)} is more than crop {list(self.crop)}: {text}"
             )
 
+        if self.windows == "cut" and self.mode != "slide":
+            raise ValueError(
+                f"windows: cut has no effect in mode: {self.mode}; set mode: slide"
+            )
         if self.window_softmax and self.mode != "slide":
             raise ValueError(
                 f"window_softmax: has no effect in mode: {self.mode}; set mode: slide"

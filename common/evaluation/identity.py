@@ -61,6 +61,7 @@ def _settings(cfg: EvalConfig) -> dict[str, Any]:
         "mode": cfg.mode,
         "crop": list(cfg.crop) if slides else None,
         "stride": list(cfg.stride or cfg.crop) if slides else None,
+        "cut_windows": cfg.windows == "cut",
         "window_softmax": cfg.window_softmax,
         "short_edge": cfg.short_edge,
         "max_edge": cfg.max_edge,
@@ -111,7 +112,8 @@ def _grouped(classes: Sequence[Mapping[str, Any]], level: str) -> dict[str, str 
 
 def _known(result: Mapping[str, Any]) -> Mapping[str, Any]:
     known = result.get("identity") or {key: result[key] for key in LEGACY if key in result}
-    return {"logit_adjustment": 0.0, **known}  # which earlier versions did not have
+    # which earlier versions did not have
+    return {"logit_adjustment": 0.0, "cut_windows": False, **known}
 
 
 def _difference(key: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:

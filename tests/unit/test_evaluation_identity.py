@@ -80,6 +80,10 @@ def test_other_meanings_of_the_same_files_differ(tmp_path):
             {"mode": "slide", "crop": (8, 9), "window_softmax": True},
             ["mode slide against whole", "crop [8, 9]", "stride [8, 9]", "window_softmax True against False"],
         ),
+        (
+            {"mode": "slide", "crop": (8, 9), "windows": "cut"},
+            ["cut_windows True against False", "mode slide against whole", "crop [8, 9]", "stride [8, 9]"],
+        ),
         ({"crop": (8, 9)}, []),  # of no effect without sliding windows
         ({"batch_size": 4, "workers": 0, "window_batch": 1, "panels": 0, "best": "macc"}, []),
     ],

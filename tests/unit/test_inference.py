@@ -16,7 +16,7 @@ from common.inference import (
     score_bands,
     slide,
     whole,
-    window_starts,
+    window_spans,
 )
 from common.models.segmentor import SegmentationModel
 
@@ -66,8 +66,46 @@ def windows_by_a_loop(model, images, crop, stride, size):
         (2048, 769, 513, [0, 513, 1026, 1279]),
     ],
 )
-def test_window_starts(length, crop, stride, starts):
-    assert window_starts(length, crop, stride) == starts
+def test_windows_of_an_axis(length, crop, stride, starts):
+    assert window_spans(length, crop, stride) == [(start, start + min(crop, length)) for start in starts]
+
+
+def test_windows_that_the_border_cuts():
+    """The numbers of UniMatch V1 on Cityscapes."""
+    assert window_spans(1024, 801, 534, cut=True) == [(0, 801), (534, 1024)]
+    assert window_spans(2048, 801, 534, cut=True) == [(0, 801), (534, 1335), (1068, 1869), (1602, 2048)]
+    assert window_spans(5, 8, 8, cut=True) == [(0, 5)]
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("window_batch", [1, 3])
+@torch.no_grad()
+def test_cut_windows_equal_a_loop_over_them(window_batch, softmax):
+    """As the release sums them: a window at every step within the image, each of its own size."""
+    model, images = Contextual(), torch.randint(256, (2, 3, 21, 30), dtype=torch.uint8)
+    crop, stride = (9, 12), (6, 8)
+    total, count = torch.zeros(2, 4, 21, 30), torch.zeros(21, 30)
+    y = 0
+    while y < 21:
+        x = 0
+        while x < 30:
+            scores = model.predict(images[:, :, y : y + 9, x : x + 12], None)
+            total[:, :, y : y + 9, x : x + 12] += scores.softmax(1) if softmax else scores
+            count[y : y + 9, x : x + 12] += 1
+            x += 8
+        y += 6
+
+    got = slide(model, images, crop, stride, (21, 30), window_batch, softmax, cut=True)
+    torch.testing.assert_close(got, total / count)
+    assert got.argmax(1).equal(total.argmax(1)), "the mean has the sum's classes"
+    options = {"mode": "slide", "crop": crop, "stride": stride, "window_softmax": softmax, "window_batch": window_batch}
+    assert torch.equal(predict_labels(model, images, EvalConfig(**options, windows="cut"), (21, 30)), got.argmax(1))
+    assert not torch.equal(predict_labels(model, images, EvalConfig(**options), (21, 30)), got.argmax(1))
+
+
+def test_cut_windows_without_windows():
+    with pytest.raises(ValueError, match="windows: cut has no effect in mode: whole; set mode: slide"):
+        EvalConfig(windows="cut")
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
