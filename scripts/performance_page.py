@@ -45,8 +45,8 @@ GPU = """
 UNMEASURED = """\
 Since these changes no GPU was at hand: what fused optimisers, TF32, channels last by default and fewer operators give
 there **was not measured**, nor was `train.compile=reduce-overhead` run. On a machine with one,
-`python scripts/benchmark.py gpu --forms eager compiled reduce-overhead --out docs/results/gpu.json` measures every
-system, and this page then has its rows.
+`python scripts/benchmark.py gpu --forms eager compiled reduce-overhead --out gpu.json` measures every system; as
+`docs/results/gpu.json` its rows have a table here.
 """
 MEASURED_ON = """\
 `{command}` on {device}, torch {torch}, commit {commit}, the batch on the GPU, median of {rounds} steps
