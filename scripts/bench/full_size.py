@@ -2,10 +2,10 @@
 
 Names choose configs: a whole name that one, a part all that have it, none all. The images are toy scenes in the real
 layout and size. The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON
-file is written after each, and a later call measures what is missing: `seconds` of the step, `data_seconds` of them for
-loading, `cpu_seconds` that its threads worked, which other programs on the cores hardly change, `peak_gib` above what
-the process holds with weights, gradients and optimiser state, which are `held_gib`. Each row names its commit and
-machine.
+file is written after each, and a later call measures what is missing; where values are changed, the row's name has
+them. `seconds` of the step, `data_seconds` of them for loading, `cpu_seconds` that its threads worked, which other
+programs on the cores hardly change, `peak_gib` above what the process holds with weights, gradients and optimiser
+state, which are `held_gib`. Each row names its commit and machine.
 """
 
 import argparse
@@ -55,14 +55,15 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     with tempfile.TemporaryDirectory(prefix="full_size_") as folder:
         for name in chosen:
-            if not args.again and "error" not in results["configs"].get(name, {"error": ""}):
-                print(f"{name}: measured already", flush=True)
+            row = " ".join([name, *changes])  # another config than the official one
+            if not args.again and "error" not in results["configs"].get(row, {"error": ""}):
+                print(f"{row}: measured already", flush=True)
                 continue
             result = measure(name, args, changes, Path(folder))
             failed += "error" in result
-            results["configs"][name] = result
+            results["configs"][row] = result
             write_json(out, results)
-            print(f"{name}: {summary(result)}", flush=True)
+            print(f"{row}: {summary(result)}", flush=True)
     return int(failed > 0)
 
 

@@ -265,6 +265,11 @@ def test_full_size_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert benchmark.main([*words, "--again"]) == 0 and len(measured) == 5
     assert json.loads(out.read_text())["configs"] == dict.fromkeys(measured, good)
 
+    assert benchmark.main([*words, "train.precision=bf16", "--again"]) == 0
+    known = json.loads(out.read_text())["configs"]
+    other = f"fully_sup/{SEGFORMER} train.precision=bf16"
+    assert other in known and f"fully_sup/{SEGFORMER}" in known, "changed values are a row of their own"
+
 
 @pytest.mark.slow
 def test_full_size_takes_a_real_step(tmp_path):
@@ -272,7 +277,7 @@ def test_full_size_takes_a_real_step(tmp_path):
     words = ["full-size", f"{SEGFORMER}_blv", *SMALL, "--size", "64x128", "--out", str(out)]
     assert benchmark.main(words) == 0
     [(name, result)] = json.loads(out.read_text())["configs"].items()
-    assert name == f"fully_sup/{SEGFORMER}_blv" and result["crop"] == {"labeled": "64x64"}
+    assert name == " ".join([f"fully_sup/{SEGFORMER}_blv", *SMALL]) and result["crop"] == {"labeled": "64x64"}
     assert result["seconds"] > 0 and np.isfinite(result["loss"]) and result["batch"] == {"labeled": 1}
 
 
@@ -284,7 +289,7 @@ def test_full_size_of_domain_adaptation(tmp_path):
     words = [*crops, "model.backbone=mit_b0", "model.options.channels=8", "method.mask_block=16"]
     words += ["method.margins.bottom=0", "--size", "64x128"]
     assert benchmark.main(["full-size", name, *words, "--out", str(tmp_path / "full.json")]) == 0
-    result = json.loads((tmp_path / "full.json").read_text())["configs"][name]
+    [result] = json.loads((tmp_path / "full.json").read_text())["configs"].values()
     assert result["batch"] == {"source": 2, "target": 2} and np.isfinite(result["loss"])
     assert 0 < result["cpu_seconds"]
 
