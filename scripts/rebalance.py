@@ -13,6 +13,7 @@ folder for each, with its evaluation and no checkpoint; call this again with the
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -43,6 +44,7 @@ from common.rebalance.logit_adjustment import FoldedAdjustment, check_others, fo
 from common.steps import digest_of
 
 KIND = "rebalance"  # in the run.json of a result
+EARLIER = "rebalanced"  # in the metadata of a checkpoint: what has changed its classifier after training
 SCORES = {"mIoU": "miou", "mIoU(tail)": "miou_tail", "mAcc": "macc", "aAcc": "aacc"}
 
 
@@ -66,13 +68,15 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network that was trained, and its run. place: the name of its classifier, if it has one. file: the weights."""
+    """A network that was trained, and its run. place: the name of its classifier, if it has one. file: the weights.
+    earlier: the remedies that have changed it after training already."""
 
     file: Path
     experiment: Experiment
     network: SegmentationModel
     place: str | None
     device: torch.device
+    earlier: tuple[str, ...]
 
     @property
     def cfg(self) -> Config:
@@ -110,7 +114,7 @@ def rebalance(
     experiment = Experiment(cfg, counted=cli.labelled_stream(cfg), train=False)
     target = one_process(device)
     runtime.configure(cfg.train, target)
-    trained = Trained(file, experiment, load_network(cfg, file, target), place, target)
+    trained = Trained(file, experiment, load_network(cfg, file, target), place, target, changed_already(file, name))
 
     changes = changed(trained, remedies, folders, where)
 
@@ -145,6 +149,14 @@ def config_of_run(file: Path, overrides: list[str]) -> Config:
 
 def step_of(file: Path) -> int:
     return int(read_metadata(file).get("step", 0))
+
+
+def changed_already(file: Path, name: str) -> tuple[str, ...]:
+    """What has changed the classifier of a checkpoint after training; said where `name` does not train it anew."""
+    earlier = tuple(json.loads(read_metadata(file).get(EARLIER, "[]")))
+    if earlier and name != "crt":
+        warnings.warn(f"{file}: {', '.join(earlier)} changed it after training: {name} adds to that", stacklevel=2)
+    return earlier
 
 
 def refuse_unfinished(run: Path, file: Path, cfg: Config) -> None:
@@ -279,7 +291,7 @@ def leave(trained: Trained, change: Changed, result: Mapping[str, Any], started:
     cfg, counted = change.cfg, trained.experiment.counted
     cfg.folder.mkdir(parents=True, exist_ok=True)
     if alone:
-        save_network(trained, change)
+        save_network(trained, change, result[KIND]["name"])
 
     save_config(cfg, cfg.folder / "config.yaml")
     write_json(cfg.folder / "statistics.json", counts_of(counted.dataset, counted.statistics))
@@ -289,11 +301,14 @@ def leave(trained: Trained, change: Changed, result: Mapping[str, Any], started:
     write_json(cfg.folder / "evaluation.json", result)
 
 
-def save_network(trained: Trained, change: Changed) -> None:
+def save_network(trained: Trained, change: Changed, name: str) -> None:
     """The checkpoint of a result: the network alone, which everything that reads checkpoints takes as it is."""
+    earlier = list(trained.earlier)
     if change.classifier is not None:
         trained.network.set_submodule(trained.place, change.classifier)
+        earlier.append(name)
     metadata = {
+        EARLIER: json.dumps(earlier),
         "predict_prefix": "",
         "config": json.dumps(to_tree(change.cfg)),
         "class_pixels": json.dumps(trained.experiment.counted.statistics.pixel_count.tolist()),

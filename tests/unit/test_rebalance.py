@@ -1,6 +1,7 @@
 """Remedies after training: closed forms, one pass for many strengths, and what they leave."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +290,19 @@ def test_a_result_is_a_run(run, monkeypatch, tmp_path):
     tested = json.loads(again.read_text())
     assert tested["confusion"] == folder.evaluation["confusion"] and tested["identity"] == folder.evaluation["identity"]
     assert read_per_image(out / "per_image.npz").matrices.sum(0).tolist() == tested["confusion"]
+
+
+def test_a_second_change_is_said(run, monkeypatch, tmp_path):
+    """The weights alone do not show the first one. Where the classifier is trained anew there is nothing to add to."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    call(monkeypatch, run, "logit_adjustment", "tau=0.5", "--output", first, "--device", "cpu")
+    with pytest.warns(UserWarning, match="logit_adjustment changed it after training: logit_adjustment adds to that"):
+        call(monkeypatch, first, "logit_adjustment", "tau=0.5", "--output", second, "--device", "cpu")
+    with pytest.warns(UserWarning, match="logit_adjustment, logit_adjustment changed it after training: tau_norm adds"):
+        call(monkeypatch, second, "tau_norm", "--output", tmp_path / "third", "--device", "cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*changed it after training")
+        call(monkeypatch, first, "crt", "steps=1", "cache_mib=1", "--output", tmp_path / "anew", "--device", "cpu")
 
 
 def test_a_curve_is_a_folder_of_results(run, monkeypatch, tmp_path, capsys):
