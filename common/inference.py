@@ -20,6 +20,7 @@ Size = tuple[int, int]
 Span = tuple[int, int]  # pixels [a, b) of an axis
 Predict = Callable[[Tensor, Size | None], Tensor]
 Rescale = Callable[[Tensor, float], Tensor]
+NARROW = 16  # pixels that a window has at least where the border cuts it
 BAND = 1 << 22  # scores that a band of rows holds at most
 
 
@@ -79,7 +80,14 @@ def window_spans(length: int, crop: int, stride: int, cut: bool = False) -> list
             f"a window of {crop} pixels with a stride of {stride}: both must be at least 1"
         )
     if cut:
-        return [(start, min(start + crop, length)) for start in range(0, length, stride)]
+        spans = [(start, min(start + crop, length)) for start in range(0, length, stride)]
+        narrow = spans[-1][1] - spans[-1][0]
+        if len(spans) > 1 and narrow < NARROW:
+            raise ValueError(
+                f"eval.windows: cut leaves {narrow} of {length} pixels to the last window, too few for a network; "
+                f"change eval.stride ({stride}), or take windows: shifted"
+            )
+        return spans
 
     last = max(length - crop, 0)
     starts = [min(i * stride, last) for i in range(-(-last // stride) + 1)]

@@ -28,6 +28,7 @@ from common.files import MANIFEST, follow, load_json, write_json
 TRAINING = "checkpoints"
 CONFIGS = (".yaml", ".yml", ".json")
 DIGEST = "sha256:"
+LATER = {"eval.windows": "shifted"}  # keys of later versions, with what earlier ones did
 # keys that say where a result lies, how it is shown or how fast it comes, not what it is
 HARMLESS = {
     "name", "output", "runs", "data.workers", "data.cache", "train.threads", "train.log_every", "train.save_every",
@@ -229,6 +230,7 @@ def _record(path: Path) -> dict[str, Any] | None:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what two records of what was read differ, in words; [] where they are the same."""
+    then = {**{key: value for key, value in LATER.items() if key in now}, **then}
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
     return [_difference(key, then.get(key), now.get(key)) for key in keys]
 

@@ -24,6 +24,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for scripts.bench, which is not installed
@@ -88,8 +89,8 @@ def configure(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def write(name: str, rows: list[dict], args: argparse.Namespace, words: list[str]) -> None:
-    """The result as JSON: what was measured, on what, and how."""
+def write(name: str, rows: Iterable[dict], args: argparse.Namespace, words: list[str]) -> None:
+    """The result as JSON: what was measured, on what, and how. A file holds each row as soon as it is there."""
     from common.engine.logging import commit, describe_machine
     from common.files import write_json
 
@@ -101,16 +102,18 @@ def write(name: str, rows: list[dict], args: argparse.Namespace, words: list[str
         "machine": describe_machine(),
         "rounds": args.rounds,
         "quick": args.quick,
-        "rows": rounded(rows),
     }
     if args.out is None:
-        print(json.dumps(result, indent=1))
+        print(json.dumps({**result, "rows": rounded(list(rows))}, indent=1))
         return
+
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, result)
+    found: list[dict] = []
     for row in rows:
-        print(line(row))
+        found.append(rounded(row))
+        write_json(out, {**result, "rows": found})
+        print(line(row), flush=True)
     print(f"written to {out}")
 
 
@@ -125,6 +128,8 @@ def rounded(value):
 
 def line(row: dict) -> str:
     """One row for the console."""
+    if "error" in row:
+        return f"{row['name']}: {row['error']}"
     times = "  ".join(f"{form} {value:.2f}" for form, value in row["ms"].items())
     factors = "  ".join(f"{value:.2f}x of {form}" for form, value in row.get("faster", {}).items())
     bars = "".join(f"  [{key}: {row[key]}]" for key in ("met", "memory_met") if key in row)

@@ -213,7 +213,15 @@ def choose(plan: Plan, force: bool) -> None:
 def trainings(plan: Plan, name: str) -> dict[str, list[str]]:
     """Strength of a remedy → what it is tuned with, beside the command."""
     shared = [plan.config, *plan.settings, *plan.tune]
-    return {strength: [*shared, *said(plan, plan.entry(name, strength))] for strength in plan.remedies[name]}
+    if plan.trunk:
+        shared += [f"from step {plan.branch} of {plan.trunk}"]
+
+    found = {}
+    for strength in plan.remedies[name]:
+        before = [word for step in plan.before(name, strength) for word in (step, *said(plan, plan.step(step)))]
+        found[strength] = [*shared, *before, *said(plan, plan.entry(name, strength))]
+
+    return found
 
 
 def _tuned(run: Run) -> dict[str, float]:

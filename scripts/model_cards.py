@@ -184,7 +184,13 @@ def card(about: Card) -> str:
 def evidence_card(name: str) -> str:
     """The card of one file of scripts/evidence.py; of each of its splits the networks that were trained for it."""
     results = read(name)
-    late = f"; each but the baseline goes on from step {results['branch']} of it" if results["branch"] else ""
+    branch, trunk = results["branch"], results.get("trunk")
+    whose = (
+        f"each goes on from step {branch} of {trunk}"
+        if trunk
+        else f"each but the baseline goes on from step {branch} of it"
+    )
+    late = f"; {whose}" if branch else ""
     facts = {
         "configs": f"`{results['config']}`, {', '.join(f'`{word}`' for word in results['settings'])}{late}",
         "values": f"[{name}.json](results/{name}.json)",

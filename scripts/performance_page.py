@@ -50,8 +50,9 @@ there **was not measured**, nor was `train.compile=reduce-overhead` run. On a ma
 """
 MEASURED_ON = """\
 `{command}` on {device}, torch {torch}, commit {commit}, the batch on the GPU, median of {rounds} steps
-([values](results/gpu.json)); busy is the sum of kernel times, warm what the first steps took more than others,
-processes those of the loader that the step needs:
+([values](results/gpu.json)); busy is the sum of kernel times, peak what a step needs above what is held before it
+(– where a graph holds it), warm what the first steps took more than others, processes those of the loader that the
+step needs:
 
 | step | ms | busy ms | busy | kernels | syncs | peak, MiB | warm, s | processes |
 |---|---|---|---|---|---|---|---|---|
@@ -99,7 +100,8 @@ def page() -> str:
     earlier = read("gpu_before")
     gpu = [GPU, *on_gpu(), GPU_BEFORE.format(**earlier), *(step(row) for row in earlier["rows"])]
     plain = [form(name, row) for name in MEASURED for row in read(name)["rows"]]
-    full = [full_size(name, row) for name, row in sorted(read("full_size")["configs"].items())]
+    done = {name: row for name, row in read("full_size")["configs"].items() if "error" not in row}
+    full = [full_size(name, row) for name, row in sorted(done.items())]
 
     parts = [HEAD, "\n", OPERATORS, head, *counted, AFTER, *gpu, CPU, *plain, FULL, *full]
     return "".join(parts)
@@ -115,6 +117,9 @@ def on_gpu() -> list[str]:
         return [UNMEASURED]
 
     result = read("gpu")
+    if result["quick"] or result["machine"]["gpu"] is None:
+        raise ValueError("docs/results/gpu.json: was made with --quick, or without a GPU; measure again on one")
+
     machine = result["machine"]
     facts = {"device": machine["gpu"], "torch": machine["torch"]}
     return [MEASURED_ON.format(**result, **facts), *(resident_step(row) for row in result["rows"])]
@@ -127,7 +132,7 @@ def resident_step(row: Mapping[str, Any]) -> str:
 
     milliseconds, busy = row["ms"]["step"], row["busy_ms"]
     times = [f"{milliseconds:.4g}", f"{busy:.4g}", f"{busy / milliseconds:.0%}"]
-    memory = f"{row['peak_mib']:.0f}"
+    memory = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
     waits = [row["kernels"], row["syncs"], memory, f"{row['warm_seconds']:.3g}", row["loader"]["processes"]]
     return line([row["name"], *times, *waits])
 

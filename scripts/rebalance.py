@@ -114,7 +114,8 @@ def rebalance(
     experiment = Experiment(cfg, counted=cli.labelled_stream(cfg), train=False)
     target = one_process(device)
     runtime.configure(cfg.train, target)
-    trained = Trained(file, experiment, load_network(cfg, file, target), place, target, changed_already(file, name))
+    before = () if all(map(begins_anew, remedies.values())) else changed_already(file, cfg, name)
+    trained = Trained(file, experiment, load_network(cfg, file, target), place, target, before)
 
     changes = changed(trained, remedies, folders, where)
 
@@ -151,11 +152,18 @@ def step_of(file: Path) -> int:
     return int(read_metadata(file).get("step", 0))
 
 
-def changed_already(file: Path, name: str) -> tuple[str, ...]:
-    """What has changed the classifier of a checkpoint after training; said where `name` does not train it anew."""
+def begins_anew(remedy: Stage2) -> bool:
+    """Whether nothing of the trained classifier is left, so that earlier changes of it are gone."""
+    return getattr(remedy, "anew", False)
+
+
+def changed_already(file: Path, cfg: Config, name: str) -> tuple[str, ...]:
+    """What has changed the classifier of a checkpoint after training, which is said, as is what its config adds."""
     earlier = tuple(json.loads(read_metadata(file).get(EARLIER, "[]")))
-    if earlier and name != "crt":
-        warnings.warn(f"{file}: {', '.join(earlier)} changed it after training: {name} adds to that", stacklevel=2)
+    tau = cfg.eval.logit_adjustment
+    before = [*earlier, *([f"eval.logit_adjustment: {tau:g}"] if tau and name != "logit_adjustment" else [])]
+    if before:
+        warnings.warn(f"{file}: {', '.join(before)} changed it after training: {name} adds to that", stacklevel=2)
     return earlier
 
 

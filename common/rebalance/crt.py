@@ -7,7 +7,7 @@ of each class, and there are a tenth of the run's steps.
 import math
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ Classifier = TypeVar("Classifier", bound=nn.Module)
 @dataclass(frozen=True)
 class ClassifierRetraining(Fitting):
     """steps: None: a tenth of the run's."""
+
+    anew: ClassVar[bool] = True  # nothing of the trained classifier is left
 
     def __call__(self, classifier: nn.Module, given: Given) -> nn.Module:
         if isinstance(classifier, Aligned):

@@ -22,6 +22,7 @@ from common.models.cosine import CosineClassifier
 from common.rebalance.crt import initialised
 from common.rebalance.fitting import Fitting, fit, isolated
 from common.rebalance.given import Given
+from common.rebalance.place import other_classifiers
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class GaussianClouds(Fitting):
                 "one; train with model.options.classifier: cosine, or take crt"
             )
 
+        self._refuse_others(classifier, given)
         seed = given.cfg.seed if self.seed is None else self.seed
         made = initialised(classifier, seed) if self.fresh else deepcopy(classifier)
         made.scale = self.scale
@@ -61,6 +63,20 @@ class GaussianClouds(Fitting):
             )
 
         return made
+
+    @property
+    def anew(self) -> bool:
+        return self.fresh
+
+    def _refuse_others(self, classifier: CosineClassifier, given: Given) -> None:
+        """ConfigError where another scale would also be that of a classifier which is not trained here, but predicts:
+        a config has one for all."""
+        others = [] if self.scale == classifier.scale else other_classifiers(given.cfg.model)
+        if others:
+            raise ConfigError(
+                f"{given.where}: scale: {self.scale:g} would be that of {', '.join(others)} as well; "
+                f"give scale={classifier.scale:g}, that of the network"
+            )
 
     def loss(self, given: Given, device: torch.device) -> "Clouded":
         """The loss of a pixel, on the device of its features."""

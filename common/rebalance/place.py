@@ -35,9 +35,24 @@ def seek_classifier(config: ModelConfig) -> str | None:
         return last_module(network, torch.empty(1, 3, SIDE, SIDE))
 
 
-@torch.no_grad()
 def last_module(network: SegmentationModel, images: Tensor) -> str | None:
     """The name of the classifier whose output is the network's, None where that is none's."""
+    logits, outputs = _passed(network, images)
+    return next((name for name, output in outputs.items() if output is logits), None)
+
+
+def other_classifiers(config: ModelConfig) -> list[str]:
+    """The names of the classifiers that take part in a prediction, without the one whose output is the network's."""
+    with torch.device("meta"):
+        network = build_model(replace(config, pretrained=False, checkpoint=None)).eval()
+        logits, outputs = _passed(network, torch.empty(1, 3, SIDE, SIDE))
+
+    return [name for name, output in outputs.items() if output is not logits]
+
+
+@torch.no_grad()
+def _passed(network: SegmentationModel, images: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The network's logits, and what each of its classifiers that is called gives."""
     outputs: dict[str, Any] = {}
     hooks = []
     for name, module in pointwise(network).items():
@@ -51,7 +66,7 @@ def last_module(network: SegmentationModel, images: Tensor) -> str | None:
     for hook in hooks:
         hook.remove()
 
-    return next((name for name, output in outputs.items() if output is logits), None)
+    return logits, outputs
 
 
 def pointwise(network: SegmentationModel) -> dict[str, nn.Module]:

@@ -2,10 +2,10 @@
 
 Names choose configs: a whole name that one, a part all that have it, none all. The images are toy scenes in the real
 layout and size. The batch is 1, or 2 where a batch norm needs it. Each config runs in a process of its own. The JSON
-file is written after each, and a later call measures what is missing; where values are changed, the row's name has
-them. `seconds` of the step, `data_seconds` of them for loading, `cpu_seconds` that its threads worked, which other
-programs on the cores hardly change, `peak_gib` above what the process holds with weights, gradients and optimiser
-state, which are `held_gib`. Each row names its commit and machine.
+file is written after each, and a later call measures what is missing; changed values, another size and another device
+are part of a row's name. `seconds` of the step, `data_seconds` of them for loading, `cpu_seconds` that its threads
+worked, which other programs on the cores hardly change, `peak_gib` above what the process holds with weights, gradients
+and optimiser state, which are `held_gib`. Each row names its commit and machine.
 """
 
 import argparse
@@ -50,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(chosen))
         return 0
     out = Path(args.out)
+    others = otherwise(args, changes)
     results = read(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="full_size_") as folder:
         for name in chosen:
-            row = " ".join([name, *changes])  # another config than the official one
+            row = " ".join([name, *others])
             if not args.again and "error" not in results["configs"].get(row, {"error": ""}):
                 print(f"{row}: measured already", flush=True)
                 continue
@@ -65,6 +66,13 @@ def run(args: argparse.Namespace) -> int:
             write_json(out, results)
             print(f"{row}: {summary(result)}", flush=True)
     return int(failed > 0)
+
+
+def otherwise(args: argparse.Namespace, changes: list[str]) -> list[str]:
+    """What makes a row another one than the official config's at full size on a CPU."""
+    size = [f"--size {args.size}"] if args.size else []
+    device = [] if args.device == "cpu" else [f"--device {args.device}"]
+    return [*sorted(changes), *size, *device]
 
 
 def choose(words: list[str], names: list[str]) -> list[str]:

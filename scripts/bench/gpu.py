@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from common.config import ConfigError
 from common.engine.runtime import RECORDED
 from scripts.bench import measure, operators
 from scripts.bench.systems import SYSTEMS, Resident, System, resident
@@ -43,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> list[measure.Row]:
+def run(args: argparse.Namespace) -> Iterator[measure.Row]:
     for name in args.systems:
         if name not in SYSTEMS:
             raise ValueError(f"--systems {name}: unknown; known: {', '.join(SYSTEMS)}")
@@ -52,17 +51,21 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds no GPU here; --device cpu counts operators in place of kernels")
 
-    return [row_of(name, form, device, args) for name in args.systems for form in args.forms]
+    for name in args.systems:
+        for form in args.forms:
+            yield row_of(name, form, device, args)
 
 
 def row_of(name: str, form: str, device: torch.device, args: argparse.Namespace) -> measure.Row:
-    """One system in one form; where the GPU's memory is too small for it, or its method refuses it, the row says so."""
+    """One system in one form; where the GPU's memory is too small for it, or it cannot be compiled, the row says so."""
     system = SYSTEMS[name]
     torch.compiler.reset()
+    # a compiler may fail in any way; that costs its row, not those of others
+    expected = torch.OutOfMemoryError if form == EAGER else Exception
     try:
         row = measured(of_form(system, form), device, args)
-    except (torch.OutOfMemoryError, ConfigError) as error:
-        row = {"ms": {}, "error": str(error).splitlines()[0]}
+    except expected as error:
+        row = {"ms": {}, "error": (str(error).splitlines() or [type(error).__name__])[0]}
 
     gc.collect()
     if device.type == "cuda":
@@ -85,8 +88,9 @@ def measured(made: System, device: torch.device, args: argparse.Namespace) -> me
     after = WARM + rounds
     found = found_on(device, system, after)
     gc.collect()
-    peak = measure.peak_memory(lambda: system.step(after + 2), device)
     cfg = system.trainer.cfg
+    recorded = cfg.train.compile == RECORDED  # what a graph needs lies in its pool, where nothing counts it
+    peak = None if recorded else measure.peak_memory(lambda: system.step(after + 2), device)
     needed = system.images / seconds
 
     return {

@@ -36,6 +36,8 @@ except ImportError:
     cv2 = None
 
 BAR = 1.5  # times faster than Pillow
+READY = 2  # batches that torch's loader processes hold ready
+IDLE = 0.1  # seconds in which one of them is surely made
 PAD = (124, 116, 104)
 Sample = dict[str, Any]
 
@@ -44,7 +46,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="1024x2048", help="HEIGHTxWIDTH of the images (default 1024x2048)")
     parser.add_argument("--crop", default="512x1024", help="HEIGHTxWIDTH of the crop (default 512x1024)")
     parser.add_argument("--images", type=int, default=4, help="files (default 4)")
-    parser.add_argument("--samples", type=int, default=16, help="samples that a form draws in a turn (default 16)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=16,
+        help="samples that a form draws in a turn, and each loader process (default 16)",
+    )
     parser.add_argument("--cached", action="store_true", help="only the rows of the cache of decoded images")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 4, 16], help="of loaders (default 1 4 16)")
     parser.set_defaults(threads=1)
@@ -77,13 +84,17 @@ def run(args: argparse.Namespace) -> list[measure.Row]:
 
 
 def cached_rows(folder: Path, root: Path, augment: Sample, args: argparse.Namespace, facts: Sample) -> list:
-    """Samples from loader processes (with --quick from this one), decoded or from the cache: so many for each process,
-    which hold some ready that nobody waits for."""
+    """Samples from loader processes (with --quick from this one), decoded or from the cache.
+
+    A form draws `--samples` of each process. Those that the processes hold ready when its turn begins cost it nothing,
+    so they are not counted; and its turn begins when the other form's processes are idle again.
+    """
     source = {"dataset": "cityscapes", "root": str(root)}
     stream = StreamConfig(**source, batch_size=1, augment=augment)
     rows = []
-    for workers in (0,) if args.quick else args.processes:
+    for workers in (0,) if args.quick else dict.fromkeys(args.processes):
         samples = facts["samples"] * max(workers, 1)
+        ready = READY * workers
         data = DataConfig(**source, workers=workers, streams={"labeled": stream}, cache_size=1000.0)
         held, plain = (make_streams(data, seed=7) for _ in range(2))
         start = time.perf_counter()
@@ -95,7 +106,8 @@ def cached_rows(folder: Path, root: Path, augment: Sample, args: argparse.Namesp
         check = {"levels apart": measure.require("cached images", apart, 0)}
         name = f"samples of {workers or 'no'} loader process{'es' if workers != 1 else ''}"
         own = {**facts, "samples": samples}
-        row = measure.compare(name, forms, args.rounds, check=check, items=samples, **own)
+        pause = ready * IDLE
+        row = measure.compare(name, forms, args.rounds, check=check, items=samples - ready, pause=pause, **own)
         rates = {form: 1000 / ms for form, ms in row["ms"].items()}
         rows.append(row | {"images_per_second": rates, "made_seconds": made})
 

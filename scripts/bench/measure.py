@@ -21,8 +21,8 @@ LEAST = 0.05  # seconds that a measurement lasts at least: shorter calls are rep
 ALLOCATION = "[memory]"  # a profiler's event: bytes that are allocated, or, below 0, freed
 
 
-def median_seconds(forms: Mapping[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of one call of each form, after a warm-up.
+def median_seconds(forms: Mapping[str, Call], rounds: int, pause: float = 0.0) -> dict[str, float]:
+    """Median seconds of one call of each form, after a warm-up. pause: seconds before each turn.
 
     In every round all forms take their turn, in an order that alternates, so that what else the machine does and how
     warm it is hit all alike.
@@ -30,10 +30,12 @@ def median_seconds(forms: Mapping[str, Call], rounds: int) -> dict[str, float]:
     repeats = {}
     for name, call in forms.items():
         call()
+        time.sleep(pause)
         repeats[name] = max(1, math.ceil(LEAST / max(_timed(call, 1), 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for round_ in range(rounds):
         for name in list(forms)[:: -1 if round_ % 2 else 1]:
+            time.sleep(pause)
             seconds[name].append(_timed(forms[name], repeats[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -65,6 +67,7 @@ def compare(
     memory_bar: float | None = None,
     items: int = 1,
     device: torch.device | str = "cpu",
+    pause: float = 0.0,
     **facts: Any,
 ) -> Row:
     """A row of results: milliseconds per item of each form, and how many times faster the first form is.
@@ -72,11 +75,11 @@ def compare(
     The first form is ours. `check` says by how much the forms' numbers differ (see `require`). bar: how many times
     faster ours has to be than the form `against` (default: the second). memory: also the peak memory of a call, in
     MiB above what was held before, of which ours may need `memory_bar` times the other's. items: how many items a
-    call works through.
+    call works through. pause: seconds before each turn, for what a form still does after its own.
     """
     ours, *others = forms
     against = against or (others[0] if others else ours)
-    seconds = median_seconds(forms, rounds)
+    seconds = median_seconds(forms, rounds, pause)
     row: Row = {"name": name, "ms": {form: 1000 * value / items for form, value in seconds.items()}}
     row["faster"] = {form: seconds[form] / seconds[ours] for form in others}
     if bar is not None:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.study.plan import Entry, Plan, entry_of
+from scripts.study.plan import Entry, Plan
 
-TOLD = ("config", "settings", "branch")  # of a plan, what holds for all its runs
+TOLD = ("config", "settings", "branch", "trunk")  # of a plan, what holds for all its runs
 
 
 def told(plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -14,8 +14,9 @@ def told(plan: Plan, choices: Mapping[str, Any]) -> dict[str, Any]:
         "config": plan.from_root(plan.config),
         "settings": list(plan.settings),
         "branch": plan.branch,
+        "trunk": plan.trunk,
         "final": {name: list(own) for name, own in plan.final.items()},
-        "steps": {name: said(plan, entry_of(value, name)) for name, value in plan.steps.items()},
+        "steps": {name: said(plan, plan.step(name)) for name in plan.steps},
         "remedies": {name: said(plan, plan.entry(name, choices[name]["chosen"])) for name in plan.remedies},
         "before": {name: plan.before(name, choices[name]["chosen"]) for name in plan.remedies},
         "choices": choices,
@@ -118,6 +119,7 @@ def _unswept(change: Sequence[str]) -> set[str]:
 def _of_all(results: Mapping[str, Any]) -> dict[str, Any]:
     """What is said of all runs; earlier files say less."""
     splits = results.get("final", {})
+    results = {"trunk": "", **results}  # which earlier plans did not have
     return {key: results[key] for key in TOLD if key in results} | {
         f"final.{name}": own for name, own in splits.items()
     }

@@ -150,13 +150,17 @@ class Plan:
         """What is run for a strength of a remedy."""
         return entry_of(self.remedies[name][strength], f"remedies.{name}.{strength}")
 
+    def step(self, name: str) -> Entry:
+        """What a run of `steps` is."""
+        return entry_of(self.steps[name], f"steps.{name}")
+
     def before(self, name: str, strength: str) -> list[str]:
         """The steps that a strength of a remedy comes after, the nearest first."""
         found: list[str] = []
         step = self.trunk or self.entry(name, strength).after
         while step and step not in found:
             found.append(step)
-            step = entry_of(self.steps[step], f"steps.{step}").after if step in self.steps else ""
+            step = self.step(step).after if step in self.steps else ""
 
         return found
 
@@ -223,7 +227,7 @@ class Plan:
     def _jobs(self, part: str, runs: Mapping[str, Entry], own: tuple[str, ...], seeds: tuple[int, ...]) -> Jobs:
         """own: the settings of the part."""
         runs = {name: self._branched(part, name, entry) for name, entry in runs.items()}
-        steps = {name: entry_of(value, f"steps.{name}") for name, value in self.steps.items()}
+        steps = {name: self.step(name) for name in self.steps}
         return Jobs(
             command=self.command,
             config=self.config,

@@ -269,6 +269,10 @@ def test_full_size_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     known = json.loads(out.read_text())["configs"]
     other = f"fully_sup/{SEGFORMER} train.precision=bf16"
     assert other in known and f"fully_sup/{SEGFORMER}" in known, "changed values are a row of their own"
+    before = len(measured)
+    assert benchmark.main([*words, "--size", "64x128", "--device", "cuda"]) == 0
+    assert len(measured) == before + 2, "nothing of the rows of full size on the CPU"
+    assert f"fully_sup/{SEGFORMER} --size 64x128 --device cuda" in json.loads(out.read_text())["configs"]
 
 
 @pytest.mark.slow
@@ -277,7 +281,9 @@ def test_full_size_takes_a_real_step(tmp_path):
     words = ["full-size", f"{SEGFORMER}_blv", *SMALL, "--size", "64x128", "--out", str(out)]
     assert benchmark.main(words) == 0
     [(name, result)] = json.loads(out.read_text())["configs"].items()
-    assert name == " ".join([f"fully_sup/{SEGFORMER}_blv", *SMALL]) and result["crop"] == {"labeled": "64x64"}
+    assert name == " ".join([f"fully_sup/{SEGFORMER}_blv", *sorted(SMALL), "--size 64x128"]) and result["crop"] == {
+        "labeled": "64x64"
+    }
     assert result["seconds"] > 0 and np.isfinite(result["loss"]) and result["batch"] == {"labeled": 1}
 
 

@@ -117,7 +117,7 @@ def test_remedies_begin_at_a_step_of_the_baseline(plan, tmp_path, monkeypatch, c
     assert "**Read this.**" in text and "no strength was tuned" in text and "| good | strong | `gain=2.5` |" in text
 
 
-def test_remedies_and_their_strengths_begin_at_a_trunk(plan, tmp_path, monkeypatch):
+def test_remedies_and_their_strengths_begin_at_a_trunk(plan, tmp_path, monkeypatch, fails):
     edited(plan, steps={"trunk": []}, branch=40, trunk="trunk", seeds=[1, 2], final={"blocks": []})
     take(monkeypatch, ("tune", plan), ("choose", plan), ("final", plan), ("collect", plan), ("page", plan))
 
@@ -132,6 +132,19 @@ def test_remedies_and_their_strengths_begin_at_a_trunk(plan, tmp_path, monkeypat
     assert results["before"] == {"baseline": ["trunk"], "good": ["trunk"]}
     assert results["splits"]["blocks"]["starts"] == {}, "the trunk is evaluated at its end, where nothing begins"
     assert "Up to step 40 a seed's runs are one and the same" in (tmp_path / "page.md").read_text()
+
+    edited(plan, branch=10)
+    assert "baseline: was chosen among other strengths, or settings, than" in fails(evidence.main, "final", plan)
+    edited(plan, branch=40, steps={"trunk": ["gain=0.5"]})
+    assert "was chosen among other strengths, or settings, than" in fails(evidence.main, "final", plan)
+
+
+def test_runs_with_a_trunk_and_without_are_not_joined(plan, tmp_path, monkeypatch, fails):
+    fixed = {"baseline": {"a": []}, "good": {"strong": ["gain=2.5"]}}
+    edited(plan, remedies=fixed, branch=40, seeds=[1, 2], final={"blocks": []})
+    take(monkeypatch, ("choose", plan), ("final", plan), ("collect", plan))
+    edited(plan, steps={"trunk": []}, trunk="trunk", seeds=[1, 2, 3])
+    assert "its runs were trained with another value of trunk than the plan has" in fails(evidence.main, "final", plan)
 
 
 def test_what_comes_before_and_pairs_of_remedies(plan, tmp_path, monkeypatch, capsys, fails):

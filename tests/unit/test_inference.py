@@ -74,7 +74,12 @@ def test_windows_that_the_border_cuts():
     """The numbers of UniMatch V1 on Cityscapes."""
     assert window_spans(1024, 801, 534, cut=True) == [(0, 801), (534, 1024)]
     assert window_spans(2048, 801, 534, cut=True) == [(0, 801), (534, 1335), (1068, 1869), (1602, 2048)]
-    assert window_spans(5, 8, 8, cut=True) == [(0, 5)]
+    assert window_spans(801, 801, 534, cut=True) == [(0, 801), (534, 801)]
+    assert window_spans(5, 8, 8, cut=True) == [(0, 5)], "a small image is one window, as elsewhere"
+    with pytest.raises(
+        ValueError, match=r"cut leaves 1 of 65 pixels to the last window, .*; change eval.stride \(64\)"
+    ):
+        window_spans(65, 64, 64, cut=True)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -82,25 +87,25 @@ def test_windows_that_the_border_cuts():
 @torch.no_grad()
 def test_cut_windows_equal_a_loop_over_them(window_batch, softmax):
     """As the release sums them: a window at every step within the image, each of its own size."""
-    model, images = Contextual(), torch.randint(256, (2, 3, 21, 30), dtype=torch.uint8)
-    crop, stride = (9, 12), (6, 8)
-    total, count = torch.zeros(2, 4, 21, 30), torch.zeros(21, 30)
+    model, images = Contextual(), torch.randint(256, (2, 3, 58, 70), dtype=torch.uint8)
+    crop, stride = (30, 36), (20, 24)
+    total, count = torch.zeros(2, 4, 58, 70), torch.zeros(58, 70)
     y = 0
-    while y < 21:
+    while y < 58:
         x = 0
-        while x < 30:
-            scores = model.predict(images[:, :, y : y + 9, x : x + 12], None)
-            total[:, :, y : y + 9, x : x + 12] += scores.softmax(1) if softmax else scores
-            count[y : y + 9, x : x + 12] += 1
-            x += 8
-        y += 6
+        while x < 70:
+            scores = model.predict(images[:, :, y : y + 30, x : x + 36], None)
+            total[:, :, y : y + 30, x : x + 36] += scores.softmax(1) if softmax else scores
+            count[y : y + 30, x : x + 36] += 1
+            x += 24
+        y += 20
 
-    got = slide(model, images, crop, stride, (21, 30), window_batch, softmax, cut=True)
+    got = slide(model, images, crop, stride, (58, 70), window_batch, softmax, cut=True)
     torch.testing.assert_close(got, total / count)
     assert got.argmax(1).equal(total.argmax(1)), "the mean has the sum's classes"
     options = {"mode": "slide", "crop": crop, "stride": stride, "window_softmax": softmax, "window_batch": window_batch}
-    assert torch.equal(predict_labels(model, images, EvalConfig(**options, windows="cut"), (21, 30)), got.argmax(1))
-    assert not torch.equal(predict_labels(model, images, EvalConfig(**options), (21, 30)), got.argmax(1))
+    assert torch.equal(predict_labels(model, images, EvalConfig(**options, windows="cut"), (58, 70)), got.argmax(1))
+    assert not torch.equal(predict_labels(model, images, EvalConfig(**options), (58, 70)), got.argmax(1))
 
 
 def test_cut_windows_without_windows():

@@ -108,6 +108,32 @@ def test_forms_of_a_step(monkeypatch):
     assert "operators" not in row, "those of a compiled step are not dispatched one by one"
 
 
+def test_a_compiler_that_fails_costs_its_row_alone(tmp_path, monkeypatch):
+    """The file has each row as soon as it is there; a failure of the step itself is no row."""
+
+    def fake(system, device, args):
+        if "train.compile=true" in system.words:
+            raise RuntimeError("no kernel\nand more")
+        return {"ms": {"step": 1.0}}
+
+    monkeypatch.setattr(gpu, "measured", fake)
+    out, words = tmp_path / "a.json", ["gpu", "--device", "cpu", "--quick", "--systems", "usrn", "cpsl"]
+    assert benchmark.main([*words, "--forms", "compiled", "eager", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["usrn, compiled", "usrn", "cpsl, compiled", "cpsl"]
+    assert rows[0]["error"] == "no kernel" and rows[1]["ms"] == {"step": 1.0}
+
+    def broken(system, device, args):
+        if system is SYSTEMS["cpsl"] or system.config == SYSTEMS["cpsl"].config:
+            raise RuntimeError("wrong")
+        return {"ms": {"step": 1.0}}
+
+    monkeypatch.setattr(gpu, "measured", broken)
+    with pytest.raises(RuntimeError, match="wrong"):
+        benchmark.main([*words, "--out", str(tmp_path / "b.json")])
+    assert [row["name"] for row in json.loads((tmp_path / "b.json").read_text())["rows"]] == ["usrn"]
+
+
 def test_forms_that_a_method_refuses_are_rows(tmp_path):
     out = tmp_path / "a.json"
     words = ["gpu", "--device", "cpu", "--quick", "--systems", "unimatch", "--forms", "compiled", "--out", str(out)]
@@ -137,13 +163,18 @@ def test_the_page_has_what_a_gpu_was_measured_to_do(tmp_path, monkeypatch):
     row = {"name": "usrn", "ms": {"step": 80.0}, "busy_ms": 60.0, "kernels": 900, "syncs": 1, "peak_mib": 2048.4}
     row |= {"warm_seconds": 12.345, "loader": {"processes": 3}}
     refused = {"name": "usrn, compiled", "ms": {}, "error": "usrn: train.compile: no"}
-    result = {"command": "python x", "commit": "abc", "rounds": 8, "machine": {"gpu": "A GPU", "torch": "2"}}
+    result = {"command": "python x", "commit": "abc", "rounds": 8, "quick": False}
+    result["machine"] = {"gpu": "A GPU", "torch": "2"}
     (tmp_path / "gpu.json").write_text(json.dumps({**result, "rows": [row, refused]}))
     text = performance_page.page()
     assert "`python x` on A GPU, torch 2, commit abc" in text and "was not measured" not in text
     assert "| usrn | 80 | 60 | 75% | 900 | 1 | 2048 | 12.3 | 3 |" in text
     assert "| usrn, compiled | usrn: train.compile: no |" in text
     assert "Before these changes, on one H200" in text, "what was before stays"
+
+    (tmp_path / "gpu.json").write_text(json.dumps({**result, "quick": True, "rows": [row]}))
+    with pytest.raises(ValueError, match="was made with --quick, or without a GPU"):
+        performance_page.page()
 
 
 def test_the_page_says_what_the_results_say():

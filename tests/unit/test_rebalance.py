@@ -47,8 +47,8 @@ class Small(SegmentationModel):
         return {"logits": self.head(x)}
 
 
-def given(features=None, **changes):
-    cfg = Config(ModelConfig("none", 4), **changes)
+def given(features=None, model=None, **changes):
+    cfg = Config(model or ModelConfig("none", 4), **changes)
     return Given(cfg, Counts.from_pixels(PIXELS), "remedy: run", lambda mib: features)
 
 
@@ -300,9 +300,13 @@ def test_a_second_change_is_said(run, monkeypatch, tmp_path):
         call(monkeypatch, first, "logit_adjustment", "tau=0.5", "--output", second, "--device", "cpu")
     with pytest.warns(UserWarning, match="logit_adjustment, logit_adjustment changed it after training: tau_norm adds"):
         call(monkeypatch, second, "tau_norm", "--output", tmp_path / "third", "--device", "cpu")
+    anew = tmp_path / "anew"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*changed it after training")
-        call(monkeypatch, first, "crt", "steps=1", "cache_mib=1", "--output", tmp_path / "anew", "--device", "cpu")
+        call(monkeypatch, first, "crt", "steps=1", "cache_mib=1", "--output", anew, "--device", "cpu")
+    with pytest.warns(UserWarning, match=r": crt, eval.logit_adjustment: 0.5 changed it after training: tau_norm adds"):
+        words = ("--output", tmp_path / "last", "--device", "cpu", "eval.logit_adjustment=0.5")
+        call(monkeypatch, anew, "tau_norm", *words)
 
 
 def test_a_curve_is_a_folder_of_results(run, monkeypatch, tmp_path, capsys):

@@ -18,6 +18,7 @@ from common.models.disalign import Aligned, calibrated
 from common.rebalance.crt import initialised
 from common.rebalance.features import Features, chosen_pixels, per_class, read_features
 from common.rebalance.fitting import balanced_batch
+from common.rebalance.place import other_classifiers
 from common.report.runs import RunFolder
 from scripts import rebalance
 from tests.unit.test_models import SMALL
@@ -257,6 +258,8 @@ def test_cosine_classifiers_are_trained_again_or_calibrated():
 # GCL's second stage ---------------------------------------------------------------------------------------------------
 
 PLAIN = ("scale=30", "margin=0", "amplitude=0", "gamma=0")
+NO_AUX = SMALL["upernet_no_aux"]
+COSINE = replace(NO_AUX, options={**NO_AUX.options, "classifier": "cosine"})
 
 
 def clouds() -> tuple[Features, CosineClassifier]:
@@ -265,10 +268,10 @@ def clouds() -> tuple[Features, CosineClassifier]:
 
 def test_without_its_parts_it_is_retraining():
     features, trained = clouds()
-    plain = remedy("gcl", "steps=4", "fresh=true", *PLAIN)(trained, given(features))
-    again = remedy("crt", "steps=4")(trained, given(features))
+    plain = remedy("gcl", "steps=4", "fresh=true", *PLAIN)(trained, given(features, COSINE))
+    again = remedy("crt", "steps=4")(trained, given(features, COSINE))
     assert torch.equal(plain.directions, again.directions)
-    assert plain.scale == 30 and remedy("gcl", "steps=1")(trained, given(features)).scale == 20
+    assert plain.scale == 30 and remedy("gcl", "steps=1")(trained, given(features, COSINE)).scale == 20
     assert trained.scale == 30, "the trained classifier is left as it is"
 
 
@@ -277,8 +280,8 @@ def test_each_part_changes_where_it_ends(option):
     features, trained = clouds()
     name = option.partition("=")[0]
     others = tuple(word for word in PLAIN if not word.startswith(name))
-    plain = remedy("gcl", "steps=2", *PLAIN)(trained, given(features))
-    other = remedy("gcl", "steps=2", *others, option)(trained, given(features))
+    plain = remedy("gcl", "steps=2", *PLAIN)(trained, given(features, COSINE))
+    other = remedy("gcl", "steps=2", *others, option)(trained, given(features, COSINE))
     assert not torch.equal(plain.directions, other.directions)
 
 
@@ -306,13 +309,24 @@ def test_the_loss_of_a_pixel_is_the_papers():
 def test_noise_follows_from_the_seed_alone():
     features, trained = clouds()
     torch.manual_seed(5)
-    first = remedy("gcl", "steps=3", "seed=1")(trained, given(features))
+    first = remedy("gcl", "steps=3", "seed=1")(trained, given(features, COSINE))
     after = torch.rand(1)
     torch.manual_seed(6)
-    second = remedy("gcl", "steps=3")(trained, given(features, seed=1))
+    second = remedy("gcl", "steps=3")(trained, given(features, COSINE, seed=1))
     assert torch.equal(first.directions, second.directions)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(1), after), "the generator is left as it was"
+
+
+def test_a_scale_that_others_would_have_too():
+    """OCRNet's coarse head says where its regions are, with a cosine classifier of its own; auxiliary ones are idle."""
+    _, trained = clouds()
+    options = {"classifier": "cosine"}
+    alone = replace(SMALL["upernet"], options={**SMALL["upernet"].options, **options})
+    assert other_classifiers(alone) == [] and len(build_model(alone).pixel_classifiers) == 2
+    ocrnet = replace(SMALL["ocrnet"], options={**SMALL["ocrnet"].options, **options})
+    with pytest.raises(ConfigError, match="remedy: run: scale: 20 would be that of .* as well; give scale=30, that of"):
+        remedy("gcl")(trained, given(model=ocrnet))
 
 
 def test_a_linear_classifier_has_no_angles():

@@ -14,7 +14,7 @@ import pytest
 
 from common import steps
 from common.files import seal
-from common.steps import Step, digest_of
+from common.steps import Step, differences, digest_of
 
 ROOT = Path(__file__).parents[2]
 TREE = {"model": {"name": "upernet", "num_classes": 2}, "output": "runs", "method": {"teacher": "weights.pt", "a": 1}}
@@ -67,6 +67,13 @@ def test_settings_that_change_no_result_change_nothing(here):
     assert pipeline("train.log_every=3", "data.workers=0", "eval.panels=1") == []
     shutil.move("runs", "elsewhere")
     assert pipeline("output=elsewhere") == []
+
+
+def test_keys_of_later_versions_are_what_earlier_ones_did():
+    now = {"seed": 1, "eval.windows": "shifted"}
+    assert differences({"seed": 1}, now) == []
+    assert differences({"seed": 1}, {**now, "eval.windows": "cut"}) == ["eval.windows (was 'shifted', is 'cut')"]
+    assert differences({"$THREADS": "1"}, {"$THREADS": "1"}) == [], "of commands without a config"
 
 
 @pytest.mark.parametrize("change", ["seed", "file"])
