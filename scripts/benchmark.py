@@ -114,6 +114,8 @@ def write(name: str, rows: Iterable[dict], args: argparse.Namespace, words: list
         found.append(rounded(row))
         write_json(out, {**result, "rows": found})
         print(line(row), flush=True)
+    if not found:
+        write_json(out, {**result, "rows": []})
     print(f"written to {out}")
 
 

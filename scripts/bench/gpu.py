@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> Iterator[measure.Row]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("gpu: torch finds no GPU here; --device cpu counts operators in place of kernels")
 
-    for name in args.systems:
-        for form in args.forms:
-            yield row_of(name, form, device, args)
+    return (row_of(name, form, device, args) for name in args.systems for form in args.forms)
 
 
 def row_of(name: str, form: str, device: torch.device, args: argparse.Namespace) -> measure.Row:
