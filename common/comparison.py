@@ -78,27 +78,35 @@ def of_differences(
     return Difference(mean, n, sd, half_width, p)
 
 
-def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Holm's adjusted p-values of several tests (1979). Those without one, or with NaN, get and count for none."""
+def holm(
+    p_values: Mapping[str, float | None], planned: int | None = None
+) -> dict[str, float | None]:
+    """Holm's adjusted p-values of several tests (1979). Those without one, or with NaN, get none.
+
+    planned: how many tests there are to be, where not all are done yet: what is missing counts as if nothing came out
+    (p = 1), so that a result which is told of a part stands when the rest is there. None: those without count for none.
+    """
     known = sorted(
         (p, name) for name, p in p_values.items() if p is not None and math.isfinite(p)
     )
+    tests = len(known) if planned is None else max(planned, len(known))
     adjusted: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
 
     for i, (p, name) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - i) * p))
+        highest = max(highest, min(1.0, (tests - i) * p))
         adjusted[name] = highest
 
     return adjusted
 
 
 def paired_by_seed(
-    values: Mapping[str, Mapping[Any, float]], baseline: str
+    values: Mapping[str, Mapping[Any, float]], baseline: str, planned: int | None = None
 ) -> dict[str, tuple[Difference, float | None]]:
     """Method → its difference to the baseline over the seeds that both have, and Holm's p over the methods.
 
-    values: method → seed → score. Methods without a seed in common with the baseline are left out.
+    values: method → seed → score. Methods without a seed in common with the baseline are left out. planned: number of
+    methods beside the baseline, where that is more (see `holm`).
     """
     found = {}
 
@@ -108,7 +116,7 @@ def paired_by_seed(
             before = [values[baseline][seed] for seed in seeds]
             found[method] = paired([scored[seed] for seed in seeds], before)
 
-    adjusted = holm({method: difference.p for method, difference in found.items()})
+    adjusted = holm({method: difference.p for method, difference in found.items()}, planned)
     return {method: (difference, adjusted[method]) for method, difference in found.items()}
 
 

@@ -52,25 +52,31 @@ def unpaired(matrices: Mapping[str, Any], baseline: str) -> list[str]:
 
 
 def compare(
-    matrices: Mapping[str, Mapping[str, np.ndarray]], baseline: str, split: Mapping[str, Any], key: str
+    matrices: Mapping[str, Mapping[str, np.ndarray]],
+    baseline: str,
+    split: Mapping[str, Any],
+    key: str,
+    planned: int | None = None,
 ) -> dict[str, tuple[Difference, float | None]]:
-    """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies."""
+    """Remedy → its difference to the baseline over the seeds that both have, and Holm's p over the remedies, or over as
+    many as are `planned`."""
     values = {
         remedy: {seed: score(matrix, split, key) for seed, matrix in seeds.items()}
         for remedy, seeds in matrices.items()
     }
-    return paired_by_seed(values, baseline)
+    return paired_by_seed(values, baseline, planned)
 
 
 def between(split: Mapping[str, Any], pairs: Mapping[str, str], key: str) -> dict[str, tuple[Difference, float | None]]:
-    """Remedy → its difference to what `pairs` names over the seeds that both have, and Holm's p over the pairs."""
+    """Remedy → its difference to what `pairs` names over the seeds that both have, and Holm's p over the pairs, those
+    that are not run yet among them."""
     found = {}
     for remedy, other in pairs.items():
         matrices = matrices_of(split, [other, remedy])
         if len(matrices) == 2 and set(matrices[other]) & set(matrices[remedy]):
             found[remedy] = compare(matrices, other, split, key)[remedy][0]
 
-    adjusted = holm({remedy: difference.p for remedy, difference in found.items()})
+    adjusted = holm({remedy: difference.p for remedy, difference in found.items()}, len(pairs))
     return {remedy: (difference, adjusted[remedy]) for remedy, difference in found.items()}
 
 

@@ -34,8 +34,8 @@ HEAD = """# {title}
 Made by `python scripts/evidence.py page {plan}` from the results of its other steps; nothing here is written by hand.
 Differences are taken seed by seed, over the seeds that a row shares with what it is held against; means are of all
 seeds of a row. The last checkpoint counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better"
-and "worse" are said where Holm's p over all remedies of a table is below 0.05. Such intervals speak of other seeds on
-the same images, not of other scenes.
+and "worse" are said where Holm's p over all remedies that a table is to have, run or not, is below 0.05. Such intervals
+speak of other seeds on the same images, not of other scenes.
 """
 FREE_HEAD = (
     "Against what is free: of the baseline and all strengths of changes in it (below), the one with the highest "
@@ -172,7 +172,7 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
         return f"{head}\nNo run of the baseline is done, so nothing can be compared.\n"
 
     matrices = matrices_of(split, remedies)
-    compared = {key: compare(matrices, baseline, split, key) for key in SCORES}
+    compared = {key: compare(matrices, baseline, split, key, len(remedies) - 1) for key in SCORES}
     lines = [head]
     if changes_of(split, remedies, list(after)) is not None:
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
@@ -254,11 +254,11 @@ def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[s
     baseline = remedies[0]
     curve = [run for name, of in after.items() if of == baseline for run in of_curve(split, name)]
     further = [run for name, of in after.items() if of != baseline for run in of_curve(split, name)]
-    compared = [remedy for remedy in [*remedies[1:], *further] if curve and remedy in split["runs"]]
-    if not compared:
+    planned = dict.fromkeys([*remedies[1:], *further], baseline)
+    if not curve or not set(planned) & set(split["runs"]):
         return []
 
-    return free_tables(FREE_HEAD, split, dict.fromkeys(compared, baseline), {baseline: curve}, further)
+    return free_tables(FREE_HEAD, split, planned, {baseline: curve}, further)
 
 
 def against_free_in_others(split: Mapping[str, Any], pairs: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -267,39 +267,41 @@ def against_free_in_others(split: Mapping[str, Any], pairs: Mapping[str, str], a
         other: [run for name, of in after.items() if of == other for run in of_curve(split, name)]
         for other in dict.fromkeys(pairs.values())
     }
-    compared = {remedy: other for remedy, other in pairs.items() if curves[other] and remedy in split["runs"]}
-    return free_tables(FREE_IN_OTHERS_HEAD, split, compared, curves) if compared else []
+    planned = {remedy: other for remedy, other in pairs.items() if curves[other]}
+    return free_tables(FREE_IN_OTHERS_HEAD, split, planned, curves) if set(planned) & set(split["runs"]) else []
 
 
 def free_tables(
     head: str,
     split: Mapping[str, Any],
-    compared: Mapping[str, str],
+    planned: Mapping[str, str],
     curves: Mapping[str, list[str]],
     untold: Collection[str] = (),
 ) -> list[str]:
     """A sentence a remedy and choice of what is free: head alike, then any.
 
-    compared: remedy → whose networks what is free was made of; curves: those → what was made of them. untold: of the
-    remedies those that are not held against these networks elsewhere.
+    planned: remedy, run or not → whose networks what is free was made of; curves: those → what was made of them.
+    untold: of the remedies those that are not held against these networks elsewhere.
     """
     lines = [head]
-    told = {remedy: of for remedy, of in compared.items() if remedy not in untold}
+    told = {remedy: of for remedy, of in planned.items() if remedy not in untold}
+    compared = {remedy: of for remedy, of in planned.items() if remedy in split["runs"]}
     for words, allowed in (("", HEAD_ALLOWED), (FREE_AT_ANY_COST, math.inf)):
         found = {remedy: best_free(split, of, remedy, curves[of], allowed) for remedy, of in compared.items()}
-        lines += [words, *free_words(found, told), ""]
+        lines += [words, *free_words(found, told, len(planned)), ""]
 
     return lines
 
 
-def free_words(found: Mapping[str, tuple[str, Difference] | None], of: Mapping[str, str]) -> list[str]:
+def free_words(found: Mapping[str, tuple[str, Difference] | None], of: Mapping[str, str], planned: int) -> list[str]:
     """found: remedy → what is free and its difference to that. of: remedy → the network that it is held against.
+    planned: number of remedies, with those that are not run yet.
 
     Where that network itself is the best, the comparison stands above already, in a family of tests of its own.
     """
     above = [remedy for remedy, pair in found.items() if pair is not None and pair[0] == of.get(remedy)]
     tests = {remedy: pair[1].p for remedy, pair in found.items() if pair is not None and remedy not in above}
-    adjusted = holm(tests)
+    adjusted = holm(tests, planned - len(above))
     lines = []
     for remedy, pair in found.items():
         if pair is None:

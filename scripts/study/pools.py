@@ -94,7 +94,7 @@ def blocks_table(split: Mapping[str, Any], pool: Mapping[str, Any], remedies: Se
     if not found:
         return []
 
-    adjusted = {key: holm({name: changes[key].p for name, changes in found.items()}) for key in TOLD}
+    adjusted = {key: holm({name: changes[key].p for name, changes in found.items()}, len(remedies) - 1) for key in TOLD}
     lines = [BLOCKS_HEAD.format(blocks=len(set(pool["blocks"].values())))]
     lines += ["| | seeds | " + " | ".join(TOLD.values()) + " |", "|---" * (len(TOLD) + 2) + "|"]
     for name, changes in found.items():

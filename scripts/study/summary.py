@@ -30,8 +30,10 @@ def summary(results: Mapping[str, Any], split_name: str) -> str:
 
     matrices = matrices_of(split, [*remedies, *best])
     trained = [name for name in [*remedies[1:], *further] if name in matrices]
-    tails, heads = (compare(matrices, baseline, split, key) for key in ("miou_tail", "miou_head"))
-    against = [against_free(split, baseline, trained, curve, allowed) for allowed in (HEAD_ALLOWED, math.inf)]
+    planned = len(remedies) - 1 + len(best)
+    tails, heads = (compare(matrices, baseline, split, key, planned) for key in ("miou_tail", "miou_head"))
+    held = len(remedies) - 1 + len(further)
+    against = [against_free(split, baseline, trained, curve, allowed, held) for allowed in (HEAD_ALLOWED, math.inf)]
 
     lines = [HEAD]
     for name in sorted(tails, key=lambda name: -tails[name][0].mean):
@@ -49,11 +51,13 @@ def best_of(split: Mapping[str, Any], names: list[str]) -> str:
 
 
 def against_free(
-    split: Mapping[str, Any], baseline: str, remedies: list[str], curve: list[str], allowed: float
+    split: Mapping[str, Any], baseline: str, remedies: list[str], curve: list[str], allowed: float, planned: int
 ) -> dict[str, str]:
-    """Remedy → its difference in mIoU(tail) to what `best_free` finds."""
+    """Remedy → its difference in mIoU(tail) to what `best_free` finds; `planned` remedies are to be held so."""
     found = {remedy: best_free(split, baseline, remedy, curve, allowed) for remedy in remedies}
-    adjusted = holm({remedy: pair[1].p for remedy, pair in found.items() if pair is not None and pair[0] != baseline})
+    above = [remedy for remedy, pair in found.items() if pair is not None and pair[0] == baseline]
+    tests = {remedy: pair[1].p for remedy, pair in found.items() if pair is not None and remedy not in above}
+    adjusted = holm(tests, planned - len(above))
     cells = {}
     for remedy, pair in found.items():
         if pair is None:

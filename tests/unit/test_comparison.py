@@ -56,6 +56,18 @@ def test_holm_is_the_step_down_rule():
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
 
 
+def test_tests_that_are_planned_count_before_they_are_run():
+    """As if their p were 1: what is said of some of them is said of all."""
+    some = {"a": 0.02, "b": 0.03}
+    assert holm(some, 2) == holm(some) == {"a": pytest.approx(0.04), "b": pytest.approx(0.04)}
+    assert holm(some, 4) == {key: holm({**some, "c": 1.0, "d": 1.0})[key] for key in some}
+    assert holm(some, 1) == holm(some) and holm({}, 3) == {}
+
+    values = {"base": {0: 0.5, 1: 0.6, 2: 0.5}, "new": {0: 0.7, 1: 0.81, 2: 0.7}}
+    alone, of_three = paired_by_seed(values, "base"), paired_by_seed(values, "base", 3)
+    assert of_three["new"][1] == pytest.approx(3 * alone["new"][1])
+
+
 def test_what_is_undefined_has_no_p_and_does_not_count():
     """A score that no image defines is NaN, and so is its p: the others are a family without it, whatever its name."""
     others = holm({"b": 0.01, "c": 0.04})
