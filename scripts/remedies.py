@@ -1,11 +1,13 @@
 """Which remedies would do anything on a config's training data: python scripts/remedies.py CONFIG [key=value …].
 
-Nothing is trained. Printed are, of every class, its images and pixels, how large it is on the network's own grid, and
-what class weights, logit adjustment and samplers would give it; then, of every remedy by name, how much it would change
-with its default options, and which would change nothing. docs/remedies.md says what each of them does.
+Nothing is trained. Printed are, of every class, its images and pixels, how large it is on the network's own grid at the
+size at which the config evaluates, and what class weights, logit adjustment and samplers would give it; then, of every
+remedy by name, how much it would change with its default options, and which would change nothing. docs/remedies.md says
+what each of them does.
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -19,17 +21,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other scripts, which are not installed
 
 from common import cli
-from common.config import Config, ConfigError, load_config, typed
+from common.config import Config, ConfigError, EvalConfig, load_config, typed
 from common.data import SegmentationDataset, Statistics, class_statistics
+from common.data.decoding import opened, read_bytes
 from common.data.orders import SamplerConfig, images_of_classes, make_order, rare_class_probabilities
 from common.data.statistics import repeat_factors
 from common.engine.method import method_class
 from common.files import refuse_to_overwrite, write_json
+from common.inference import edge_size
 from common.losses.build import LOSSES, LossContext, Taken, build_loss
 from common.losses.counts import Counts
 from common.losses.pixel_loss import PixelLoss
 from common.models import SegmentationModel, build_model
 from common.models.cosine import SCALE, cosine_scale
+from common.ops.resize import Size
 from scripts.systems import system_of
 
 LOOKED_AT = 64  # labels that are opened for the width of the classes
@@ -81,7 +86,8 @@ def describe(
         "stream": stream,
         "images": statistics.num_images,
         "stride": stride,
-        "classes": classes_of(dataset, statistics, stride, losses, samplers),
+        "evaluated_at": in_words(cfg.eval),
+        "classes": classes_of(dataset, statistics, resized(dataset, cfg.eval) / stride, losses, samplers),
         "losses": {name: {"slot": LOSSES[name].slot, "span": span(values)} for name, values in losses.items()},
         "by": "images" if taken.by_images else "pixels",
         "refused": {name: why for name in LOSSES if (why := refusal(name, counts, taken, facts))},
@@ -169,25 +175,26 @@ def sampled_counts(cfg: Config, stream: str, dataset: SegmentationDataset, stati
 def classes_of(
     dataset: SegmentationDataset,
     statistics: Statistics,
-    stride: float,
+    grid: np.ndarray,
     losses: dict[str, list[float]],
     samplers: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """One row a class. `cells`: its median area in an image that shows it, `width`: its median horizontal run, both on
-    the network's grid, of images at their own size; None where no label that was looked at shows it."""
+    the network's grid; None where no label that was looked at shows it. grid: (N, 2), cells of that grid to a pixel of
+    each label, along its height and width."""
     total = statistics.pixel_count.sum()
-    widths = run_widths(dataset)
+    widths = run_widths(dataset, grid[:, 1])
+    areas = grid.prod(1)
     rows = []
     for k, name in enumerate(dataset.row.classes):
-        pixels = statistics.pixels[:, k]
-        shown = pixels[pixels > 0]
+        shown = statistics.presence[:, k]
         rows.append(
             {
                 "name": name,
                 "images": int(statistics.image_count[k]),
                 "share": float(statistics.pixel_count[k] / total),
-                "cells": float(np.median(shown)) / stride**2 if len(shown) else None,
-                "width": widths[k] / stride if k in widths else None,
+                "cells": float(np.median((statistics.pixels[:, k] * areas)[shown])) if shown.any() else None,
+                "width": widths.get(k),
                 "losses": {remedy: values[k] for remedy, values in losses.items()},
                 "rare_class": samplers["rare_class"][k],
                 "enough": samplers["enough"][k],
@@ -196,10 +203,50 @@ def classes_of(
     return rows
 
 
-def run_widths(dataset: SegmentationDataset) -> dict[int, float]:
-    """Class → the median length in pixels of its horizontal runs in at most LOOKED_AT labels, evenly spread."""
+def resized(dataset: SegmentationDataset, cfg: EvalConfig) -> np.ndarray:
+    """Sides of the network's input over those of each label (N, 2), height and width, where images of the labels' sizes
+    are evaluated at the largest of the config's scales."""
+    if cfg.short_edge is None:
+        return np.full((len(dataset), 2), max(cfg.scales))
+
+    found = []
+    for record in dataset.records:
+        with opened(read_bytes(record.label, "label")) as image:
+            size = (image.height, image.width)
+        found.append(np.divide(input_size(size, cfg), size))
+    return np.array(found)
+
+
+def input_size(size: Size, cfg: EvalConfig) -> Size:
+    """Height and width of the largest input that the network is given of an image (H, W) where `short_edge` is set."""
+    longest = cfg.max_edge or math.inf
+    once = edge_size(size, cfg.short_edge, longest)
+    if not cfg.flip and tuple(cfg.scales) == (1.0,):
+        return once
+
+    scale = max(cfg.scales)
+    return edge_size(once, cfg.short_edge * scale, cfg.scaled_max_edge or longest * scale)
+
+
+def in_words(cfg: EvalConfig) -> str:
+    """The size of `input_size`, as the legend has it."""
+    scale = max(cfg.scales)
+    if cfg.short_edge is None:
+        size = "their own size" if scale == 1 else f"{scale:g} times their size"
+    else:
+        size = f"a shorter side of {cfg.short_edge * scale:g} pixels"
+        size += ", less where the longer one has a limit" if cfg.max_edge or cfg.scaled_max_edge else ""
+
+    several = len(set(cfg.scales)) > 1
+    return f"{size} (the largest of eval.scales)" if several else size
+
+
+def run_widths(dataset: SegmentationDataset, cells: np.ndarray) -> dict[int, float]:
+    """Class → the median length of its horizontal runs in at most LOOKED_AT labels, evenly spread. cells: (N,), those
+    of the network's grid to a pixel of each label."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int))
-    classes, lengths = (np.concatenate(part) for part in zip(*(runs(dataset.label(k)) for k in chosen), strict=True))
+    found = [(classes, lengths * cells[i]) for i in chosen for classes, lengths in [runs(dataset.label(i))]]
+    classes, lengths = (np.concatenate(part) for part in zip(*found, strict=True))
     return {int(k): float(np.median(lengths[classes == k])) for k in np.unique(classes) if k >= 0}
 
 
@@ -238,6 +285,7 @@ def page(result: dict[str, Any]) -> str:
         *class_table(result["classes"]),
         "",
         "cells, width: median area and median horizontal run on the network's grid; a width below 1 is hard to show",
+        f"both at the size at which the config evaluates: images at {result['evaluated_at']}",
         "enough: images that rare_class sampling would show for the class, P: its probability to be drawn",
         f"weights and offsets of the loss's remedies go by the {result['by']} of each class",
         "",

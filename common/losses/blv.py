@@ -15,7 +15,7 @@ offset. And the offset is *added* for rare classes, opposite to logit adjustment
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "absent": "floor",
     },
     # GCL (Li et al., CVPR 2022) on a cosine classifier of scale s = 30: s · a · |ε| with a = ½, ε ~ N(0, ⅓) in ±1.
+    # Of another scale the amplitude is s / 2 as well (`BLV.from_section`).
     "gcl": {
         "coefficient": "max", "limit": "folded", "sigma": 1 / 3, "sign": -1, "amplitude": 15.0, "scale": 30.0,
     },
@@ -105,10 +106,17 @@ class BLV:
 
     @classmethod
     def from_section(cls, mapping: Mapping[str, Any], where: str) -> "BLV":
-        """Options from a config section: `preset` and what differs from it. Raises ConfigError."""
+        """Options from a config section: `preset` and what differs from it. Raises ConfigError.
+
+        A preset for a scale states its amplitude in that scale's logits: another scale has another one, unless it is
+        given.
+        """
         chosen = dict(mapping)
         preset = pick(PRESETS, chosen.pop("preset", "paper"), f"{where}.preset")
         made = typed(cls, preset | chosen, where)
+        if "scale" in preset and "amplitude" not in chosen and made.scale is not None:
+            made = replace(made, amplitude=preset["amplitude"] * made.scale / preset["scale"])
+
         usual = typed(cls, preset, where)
         for name, says in made.idle().items():
             if name in chosen and getattr(made, name) != getattr(usual, name):

@@ -15,18 +15,15 @@ A new loss is one file with a frozen dataclass of its options that does what its
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.config import ConfigError, pick, typed
-from common.config.bounds import Whole
 from common.losses.auc import AUC
 from common.losses.blv import BLV, PRESETS
 from common.losses.class_weights import EffectiveNumber, MedianFrequency, Power
-from common.losses.counts import Counts, PseudoUnit, RefreshedCounts
-from common.losses.cross_entropy import Average
+from common.losses.counts import Counts, RefreshedCounts
 from common.losses.equalization import Equalization
 from common.losses.focal import PAT, Focal
 from common.losses.hard_pixel import HardPixels
@@ -37,11 +34,8 @@ from common.losses.overlap import Dice, Tversky
 from common.losses.pixel_loss import PixelLoss
 from common.losses.pixel_seesaw import PixelSeesaw
 from common.losses.region import Region
-
-Slot = Literal["logits", "class_weight", "focus", "sets"]
-SLOTS: tuple[Slot, ...] = get_args(Slot)
-# a class's share of the draws over its share of the pixels, above which a sampler counts as a remedy of its own
-OVERSAMPLED = 1.5
+from common.losses.said import BY_CLASS, Basis, basis_of, remarks
+from common.losses.section import SLOTS, CountsConfig, LossContext, Remedies, Slot, Taken
 
 
 @dataclass(frozen=True)
@@ -77,77 +71,6 @@ LOSSES: dict[str, Row] = {
 }
 
 
-@dataclass(frozen=True)
-class CountsConfig:
-    """of: `dataset` counts every training image once, `sampled` as often as the stream's sampler is expected to show
-    it, as a whole (what crops and Copy-Paste show of it is not counted). refresh: after that many steps pseudo-labels
-    count beside labels; 0: never."""
-
-    of: Literal["dataset", "sampled"] = "dataset"
-    refresh: Whole = 0
-
-
-@dataclass(frozen=True)
-class Remedies:
-    """The section `remedies`; empty, it is plain cross-entropy.
-
-    pseudo_prior: a network trained with logit adjustment scores classes as if they were equally frequent, so that the
-    labels that it gives itself would have too many rare ones; with this, τ ln π is added back to the logits before.
-    """
-
-    logits: Mapping[str, Any] | None = None
-    class_weight: Mapping[str, Any] | None = None
-    focus: Mapping[str, Any] | None = None
-    sets: tuple[Mapping[str, Any], ...] = ()
-    counts: CountsConfig = CountsConfig()
-    pseudo_prior: bool = False
-    # of a network with several; the others keep cross-entropy
-    heads: tuple[str, ...] = ("decode",)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a method takes of the section `remedies`. refused: the slots that its loss has not, and why.
-
-    by_images: it does not classify pixels, and what remedies know as the pixels of a class is the number of images that
-    show it. full_size: see LossContext. features: it gives its loss what the network's classifier reads, of a network
-    that tells.
-    """
-
-    refused: Mapping[Slot, str] = field(default_factory=dict)
-    by_images: bool = False
-    full_size: bool = True
-    features: bool = True
-
-    def counted(self, counts: Counts) -> Counts:
-        """Counts as the remedies see them."""
-        return counts._replace(pixels=counts.images, area=None) if self.by_images else counts
-
-
-@dataclass(frozen=True)
-class LossContext:
-    """What a method tells about itself. `refused`: the slots that its loss has not, and why.
-
-    counts: of the training labels; sampled: the same as the sampler shows them. average: the pixels that a mean is
-    taken over. pseudo_labels: how its pseudo-labels join the counts, None where it makes none. full_size: it makes
-    logits at label size for a whole batch, which terms over regions and the choice of hard pixels may need. cosine:
-    the scale of the network's cosine classifier. features: the channels of what the network's classifier reads, where
-    the method gives it to the loss. labels_itself: its pseudo-labels are the answers of the network that it trains, or
-    of a moving average of that. several_heads: `heads` of the section may name those that remedies act on.
-    """
-
-    counts: Counts
-    average: Average = "valid"
-    pseudo_labels: PseudoUnit | None = None
-    full_size: bool = True
-    refused: Mapping[Slot, str] = field(default_factory=dict)
-    cosine: float | None = None
-    features: int | None = None
-    sampled: Counts | None = None
-    labels_itself: bool = False
-    several_heads: bool = False
-
-
 def build_loss(
     section: Mapping[str, Any], context: LossContext, where: str = "remedies"
 ) -> PixelLoss:
@@ -175,10 +98,34 @@ def build_loss(
     )
     loss = PixelLoss(counts, average, pseudo_prior=remedies.pseudo_prior, **chosen)
     _check_finite(loss, where)
-    _warn(remedies, loss, where)
-    _warn_of_sampler(remedies, loss, context, where)
+    for text in remarks(remedies, loss, context, where):
+        warnings.warn(text, stacklevel=2)
 
     return loss
+
+
+def goes_by_pixels(remedies: Mapping[str, Any], *, stated: bool = False) -> bool:
+    """Whether counts of the pixels of pseudo-labels would change how a remedy of the section treats one class beside
+    another, by its text alone. What is not to be read counts as one that does, so that `build_loss` refuses it.
+
+    stated: also a remedy whose counts the section gives, which pseudo-labels join where `counts.refresh` is set.
+    """
+    known = {"pixels", "stated"} if stated else {"pixels"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `build_loss` says what is chosen in vain
+        return any(_basis(remedies.get(slot), slot) in known for slot in BY_CLASS)
+
+
+def _basis(section: Any, slot: Slot) -> Basis | None:
+    """What the remedy of a slot goes by, see `basis_of`."""
+    if not section:
+        return None
+    if not isinstance(section, Mapping):
+        return "pixels"
+    try:
+        return basis_of(_read(section, slot, slot))
+    except ConfigError:
+        return "pixels"
 
 
 def _remedy(
@@ -195,6 +142,11 @@ def _remedy(
             f"{where}: this method's loss has no such slot ({context.refused[slot]}); it has: {slots}"
         )
 
+    return _read(section, slot, where)
+
+
+def _read(section: Mapping[str, Any], slot: Slot, where: str) -> Any:
+    """The dataclass of one remedy. ConfigError for an unknown name or option."""
     options = dict(section)
     name = options.pop("name", None)
     known = {key: row for key, row in LOSSES.items() if row.slot == slot}
@@ -219,10 +171,6 @@ def _labelled(chosen: CountsConfig, context: LossContext, where: str) -> Counts:
         raise ConfigError(
             f"{where}: sampled, but this loss is not told what is sampled; set it to dataset"
         )
-
-    if torch.allclose(context.sampled.pixels, context.counts.pixels):
-        text = "sampled changes nothing here: the sampler shows all images alike"
-        warnings.warn(f"{where}: {text}", stacklevel=4)
 
     return context.sampled
 
@@ -315,60 +263,13 @@ def _check_finite(loss: PixelLoss, where: str) -> None:
             )
 
 
-def _warn_of_sampler(
-    remedies: Remedies, loss: PixelLoss, context: LossContext, where: str
-) -> None:
-    """Say where a sampler that shows rare classes more often meets a loss that does not know of it."""
-    if context.sampled is None or remedies.counts.of == "sampled":
-        return
-
-    both = [("class_weight", remedies.class_weight)]
-    if isinstance(loss.logits, LogitAdjustment):
-        both.append(("logits", remedies.logits))
-    names = [f"{slot}: {section['name']}" for slot, section in both if section is not None]
-    before, after = context.counts.prior(), context.sampled.prior()
-    shown = before > 0
-    more = float((after[shown] / before[shown]).max())
-    if names and more > OVERSAMPLED:
-        text = (
-            f"{where}: the sampler shows a class up to {more:.1f} times as often, and {', '.join(names)} goes by the "
-            "data set's counts: rare classes gain twice; counts.of: sampled goes by what is shown"
-        )
-        warnings.warn(text, stacklevel=3)
-
-
-def _warn(remedies: Remedies, loss: PixelLoss, where: str) -> None:
-    """Say what is chosen in vain, or twice."""
-    if isinstance(loss.logits, Equalization) and not loss.offsets.any():
-        text = (
-            f"{where}.logits: equalization spares no class here: none is as rare as its `tail`"
-        )
-        warnings.warn(text, stacklevel=3)
-
-    if remedies.class_weight is not None and _equal(loss.weights):
-        name = remedies.class_weight["name"]
-        text = f"{where}.class_weight: {name} gives every class the same weight here: it changes nothing"
-        warnings.warn(text, stacklevel=3)
-
-    blv = loss.logits
-    if isinstance(blv, BLV) and blv.noise == "constant" and blv.centre:
-        text = (
-            f"{where}.logits: blv: centre takes noise: constant away again: it changes nothing"
-        )
-        warnings.warn(text, stacklevel=3)
-
-    by_counts = remedies.logits is not None and loss.seen is None
-    if remedies.counts.refresh and not by_counts and remedies.class_weight is None:
-        text = f"{where}.counts.refresh: no remedy that is chosen goes by counts: it changes nothing"
-        warnings.warn(text, stacklevel=3)
-
-    if isinstance(loss.logits, LogitAdjustment) and loss.class_weight is not None:
-        text = f"{where}: logits and class_weight both correct for class frequency: rare classes gain twice"
-        warnings.warn(text, stacklevel=3)
-
-
-def _equal(weights: Tensor) -> bool:
-    return float(weights.max() - weights.min()) < 1e-3 * float(weights.max())
-
-
-__all__ = ["LOSSES", "PRESETS", "LossContext", "Remedies", "build_loss"]
+__all__ = [
+    "LOSSES",
+    "PRESETS",
+    "LossContext",
+    "Remedies",
+    "Slot",
+    "Taken",
+    "build_loss",
+    "goes_by_pixels",
+]

@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from common.config.bounds import AtLeast, AtMost, NotNegative, Positive
+
+LEAST = torch.finfo(torch.float32).tiny  # the least number of full precision
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,10 @@ class Focal:
 
     def __call__(self, loss: Tensor, logits: Tensor, label: Tensor) -> Tensor:
         """Losses of pixels (…), from their cross-entropies (…)."""
-        p = (-loss).exp()
-        factor = (1 - p).clamp(min=0) ** self.gamma
+        # 1 − p_y, which float32 would round to 0 from a loss of 6e-8 down
+        missed = -torch.expm1(-loss)
+        # above 0, where the slope of a power with γ < 1 is infinite: its product with a loss of 0 would be NaN
+        factor = missed.clamp(min=LEAST) ** self.gamma
         return loss * (factor.detach() if self.detach else factor)
 
 

@@ -1,11 +1,14 @@
 """Which logits, labels and weights each part of the loss sees, however a method calls it."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common.losses.auc import AUC
 from common.losses.build import LossContext, build_loss
+from common.losses.focal import Focal
 from common.losses.lovasz import Lovasz
 from common.losses.overlap import Dice
 from tests.unit.remedy_examples import COUNTS, example, section
@@ -109,3 +112,65 @@ def test_pixels_that_are_surely_right_count_as_labelled():
     label = torch.tensor([[[0, 0, 0, -1, 1]]])
     loss = build_loss(section("hard_pixels", threshold=0.7, min_kept=100), LossContext(COUNTS))
     torch.testing.assert_close(loss(logits, label), torch.tensor(2.0).log() / 4)
+
+
+# Focal loss of pixels that are nearly or surely right -----------------------------------------------------------------
+
+MARGINS = (0.0, 1.0, 5.0, 12.0, 20.0, 100.0)
+
+
+def focal(gamma: float, margin: float, dtype: torch.dtype = torch.float32) -> tuple[float, float]:
+    """Loss and its derivative by the true class's logit, of two classes and a margin between their logits."""
+    logits = torch.tensor([[margin, 0.0]], dtype=dtype, requires_grad=True)
+    label = torch.tensor([0])
+    loss = Focal(gamma)(F.cross_entropy(logits, label, reduction="none"), logits, label).sum()
+    return loss.item(), torch.autograd.grad(loss, logits)[0][0, 0].item()
+
+
+def closed(gamma: float, margin: float) -> tuple[float, float]:
+    """With q = 1 − p and l = −ln p: q^γ · l, and −q^(γ+1) − γ · q^γ · p · l."""
+    q = math.exp(-margin) / (1 + math.exp(-margin))
+    l = math.log1p(math.exp(-margin))  # noqa: E741
+    return q**gamma * l, -(q ** (gamma + 1)) - gamma * q**gamma * (1 - q) * l
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("margin", MARGINS)
+def test_focal_loss_and_its_gradient_in_closed_form(gamma, margin):
+    """In double precision wherever that holds the loss (to a margin of 36); in float32 to what that resolves."""
+    expected = closed(gamma, margin)
+    if margin < 36:
+        assert focal(gamma, margin, torch.float64) == pytest.approx(expected, rel=1e-6, abs=0)
+    assert focal(gamma, margin) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("margin", [20.0, 100.0])
+@pytest.mark.parametrize("detach", [False, True])
+def test_focal_loss_of_sure_pixels_has_a_gradient_whatever_a_clamp_does_at_its_bound(
+    gamma, margin, detach, monkeypatch
+):
+    """1 − p is 0 in float32, where the slope of a power below 1 is infinite; some versions of torch pass it on."""
+
+    def passing(self, min):
+        return self + (torch.maximum(self, torch.full_like(self, min)) - self).detach()
+
+    monkeypatch.setattr(torch.Tensor, "clamp", passing)
+    logits = torch.tensor([[margin, 0.0]], requires_grad=True)
+    label = torch.tensor([0])
+    loss = Focal(gamma, detach)(F.cross_entropy(logits, label, reduction="none"), logits, label).sum()
+    gradient = torch.autograd.grad(loss, logits)[0]
+    assert loss == 0 and gradient.isfinite().all() and gradient.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("gamma", [1.0, 2.0])
+def test_focal_loss_is_the_plain_power_of_1_less_p(gamma):
+    """To what float32 keeps of 1 − p."""
+    generator = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(2000, 5, generator=generator)).requires_grad_()
+    label = torch.randint(5, (2000,), generator=generator)
+    each = F.cross_entropy(logits, label, reduction="none")
+    found, expected = Focal(gamma)(each, logits, label), (1 - (-each).exp()) ** gamma * each
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    gradients = (torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)

@@ -128,6 +128,20 @@ def test_gcl_is_a_preset_of_blv():
     assert draws.mean().item() == pytest.approx(0.266, abs=2e-3)
 
 
+@pytest.mark.parametrize("chosen", [section("gcl"), section("blv", preset="gcl")], ids=str)
+def test_gcl_of_another_scale_has_another_amplitude(chosen):
+    """s / 2 unless it is given; a preset for any classifier keeps its own."""
+
+    def amplitude(**options):
+        logits = chosen["logits"] | options
+        return build_loss({"logits": logits}, LossContext(COUNTS, cosine=logits.get("scale", 30.0))).logits.amplitude
+
+    assert [amplitude(), amplitude(scale=30), amplitude(scale=20), amplitude(scale=7.0)] == [15, 15, 10, 3.5]
+    assert amplitude(scale=20, amplitude=15) == 15
+    assert amplitude(scale=None) == 15
+    assert BLV.from_section({"scale": 20.0}, "test").amplitude == 1
+
+
 def test_closed_forms():
     two = torch.zeros(1, 2, 1, 1)
     label = torch.zeros(1, 1, 1, dtype=torch.long)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
-from common.config import Config, ConfigError, ModelConfig
+from common.config import Config, ConfigError, EvalConfig, ModelConfig
 from common.engine.method import method_class
+from common.evaluation.samples import network_input
+from common.inference import predict_scores
 from common.losses.build import LOSSES
 from common.losses.counts import Counts
 from scripts import remedies
@@ -77,6 +80,78 @@ def test_the_figures_are_those_of_the_labels(config, tmp_path, monkeypatch, caps
     assert "changes nothing" in lines["sampler repeat_factor, image 0.001"]
     assert "class2, from 2 of 4 images" in lines["sampler rare_class"]
     assert "changes nothing" in lines["counts of: sampled"]
+
+
+@pytest.mark.parametrize(
+    ("words", "factors", "said"),
+    [
+        ((), (1, 1), "images at their own size"),
+        (("eval.scales=[0.5]",), (0.5, 0.5), "images at 0.5 times their size"),
+        (("eval.scales=[0.5, 1.75]",), (1.75, 1.75), "images at 1.75 times their size (the largest of eval.scales)"),
+        (("eval.short_edge=20",), (0.5, 0.5), "images at a shorter side of 20 pixels"),
+        (
+            ("eval.short_edge=80", "eval.max_edge=96"),  # 64 → 96
+            (1.5, 1.5),
+            "images at a shorter side of 80 pixels, less where the longer one has a limit",
+        ),
+        (
+            ("eval.short_edge=20", "eval.scales=[1.0, 3.0]", "eval.scaled_max_edge=80"),
+            (1.25, 1.25),
+            "a shorter side of 60 pixels, less where the longer one has a limit (the largest of eval.scales)",
+        ),
+        (("eval.short_edge=25",), (0.625, 0.625), "images at a shorter side of 25 pixels"),
+        (("eval.short_edge=21",), (21 / 40, 34 / 64), "images at a shorter side of 21 pixels"),  # 33.6 is rounded
+    ],
+)
+def test_sizes_are_those_of_the_evaluation(words, factors, said, config, tmp_path, monkeypatch, capsys):
+    """The pole is 2 pixels wide and has 80 pixels of an image, at stride 4."""
+    out = tmp_path / "remedies.json"
+    printed = run(monkeypatch, capsys, config, *words, "--json", out)
+    first, _, pole, _ = json.loads(out.read_text())["classes"]
+    assert (pole["width"], pole["cells"]) == pytest.approx((2 / 4 * factors[1], 80 / 16 * factors[0] * factors[1]))
+    assert first["width"] == pytest.approx(52 / 4 * factors[1])
+    assert said in " ".join(printed.split()) and f"{pole['width']:.2f}" in printed
+
+
+def test_images_of_unlike_sizes_have_factors_of_their_own(config, tmp_path, monkeypatch, capsys):
+    """The two with a pole are 40×64, and halved; beside them a third of 80×128 has one of 6 pixels: a quarter."""
+    label = np.zeros((80, 128), np.uint8)
+    label[:, 20:26] = 2
+    for folder in ("images", "labels"):
+        (tmp_path / folder / "train" / "im3.png").unlink()
+    save(label, tmp_path / "labels" / "train" / "im3.png")
+    save(np.zeros((80, 128, 3), np.uint8), tmp_path / "images" / "train" / "im3.png")
+    out = tmp_path / "remedies.json"
+    run(monkeypatch, capsys, config, "eval.short_edge=20", "--json", out)
+    pole = json.loads(out.read_text())["classes"][2]
+    # runs of 40 rows of 2 · ½ twice, and 80 of 6 · ¼; areas of 80 · ¼ twice, and 480 / 16
+    assert pole["width"] == pytest.approx((1 + 1.5) / 2 / 4) and pole["cells"] == pytest.approx(20 / 16)
+
+
+OPTIONS = [
+    {"short_edge": 30},
+    {"short_edge": 30, "max_edge": 40},
+    {"short_edge": 30, "max_edge": 40, "scaled_max_edge": 30, "flip": True},
+    {"short_edge": 30, "scales": (0.5, 1.75), "max_edge": 40},
+    {"short_edge": 30, "scales": (0.5, 1.75), "scaled_max_edge": 50},
+    {"short_edge": 33, "scales": (0.75,)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [(40, 64), (64, 40), (37, 53)])
+def test_the_input_is_as_large_as_the_evaluation_makes_it(options, size):
+    cfg = EvalConfig(**options)
+    met = []
+
+    class Recorder:
+        def predict(self, images, size):
+            met.append(tuple(images.shape[-2:]))
+            return torch.zeros(1, 2, *size)
+
+    image = network_input(np.zeros((*size, 3), np.uint8), cfg)
+    predict_scores(Recorder(), image[None], cfg, size)
+    assert remedies.input_size(size, cfg) == max(met)
 
 
 def test_the_samplers_options_are_the_streams(config, monkeypatch, capsys):
