@@ -42,9 +42,10 @@ def main() -> None:
         print(f"{labelled}: there already")
     if labelled.exists() and (unlabelled is None or unlabelled.exists()):
         return
-    dataset = whole(cfg.data.streams["labeled"], args.among)
+    # where the labelled images are chosen already, the others need no label
+    dataset = whole(cfg.data.streams["labeled"], args.among, labels=not labelled.exists())
     if labelled.exists():
-        chosen = SegmentationDataset(replace(dataset.source, list=str(labelled))).records
+        chosen = SegmentationDataset(replace(dataset.source, list=str(labelled), labels=True)).records
     else:
         ruled = all(given is None for given in (args.labelled, args.among, args.seed))
         chosen = by_rule(dataset, labelled, cfg) if ruled else None
@@ -83,10 +84,10 @@ def number(path: Path, images: int) -> int:
     return PUBLISHED.get(images, {}).get(part) or -(-images // part)
 
 
-def whole(source: SourceConfig, among: str | None = None) -> SegmentationDataset:
+def whole(source: SourceConfig, among: str | None = None, labels: bool = True) -> SegmentationDataset:
     """The images to divide: those of the list `among`, or all of the training split. VOC without a list of train_aug:
-    all labelled ones that are not in val."""
-    plain = replace(source, list=among, maps={}, labels=True)
+    all labelled ones that are not in val. labels: whether each of them has to have one."""
+    plain = replace(source, list=among, maps={}, labels=labels)
     try:
         return SegmentationDataset(plain)
     except ValueError:

@@ -141,6 +141,13 @@ def refuse_other_labels(cfg: Config) -> None:
     if elsewhere:
         raise ConfigError(f"{cfg.name}: method.name: {cfg.method.get('name')} takes its labels from {elsewhere}")
 
+    options = method_class(system_of(cfg).methods, cfg, "supervised").options_of(cfg)
+    if getattr(options, "branch", False) and getattr(options, "gate", False):
+        text = (
+            "a step's labels are those that the branch lets through, which are not made here; set it to false to see "
+        )
+        raise ConfigError(f"{cfg.name}: method.gate: true: {text}those before the gate")
+
     if cfg.remedies.get("pseudo_prior"):
         text = "a step adds the prior to the logits that it makes labels of, which this does not; set it to false"
         raise ConfigError(f"{cfg.name}: remedies.pseudo_prior: {text}")

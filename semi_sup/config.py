@@ -4,7 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 
 from common.config import Config, ConfigError, SourceConfig
@@ -12,8 +12,9 @@ from common.data import SegmentationDataset
 from common.engine import Method, MethodContext
 from common.engine.method import make_method, method_class
 from common.files import load_json, read_artifact
+from common.losses.hard_pixel import HardPixels
 from semi_sup.baseline import OF_USRN, Baseline
-from semi_sup.streams import check_streams
+from semi_sup.streams import check_streams, counts_pseudo_labels
 from semi_sup.subclasses import check_counts, chosen_counts
 from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import Consistency, UniMatch
@@ -49,8 +50,8 @@ def resolve(cfg: Config) -> Config:
     """The config with the network that the method needs, its subclasses and the interval at which counts are refreshed.
 
     Subclasses come from the folder of subclass labels; numbers in the config that differ are an error, as are labels
-    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images. Streams that
-    do not give what the method reads are refused before a file is.
+    made for another list of images. Remedies' counts are refreshed once a pass over the unlabelled images, but
+    for those that a remedy states itself. Streams that do not give what the method reads are refused before a file is.
     """
     method = method_class(METHODS, cfg)
     if method is Baseline:
@@ -116,8 +117,7 @@ def single_branch(cfg: Config) -> Config:
 
 def _with_refresh(cfg: Config) -> Config:
     counts = cfg.remedies.get("counts", {})
-    goes_by_counts = cfg.remedies.get("logits") or cfg.remedies.get("class_weight")
-    if not goes_by_counts or "refresh" in counts:
+    if "refresh" in counts or not counts_pseudo_labels(cfg):
         return cfg
 
     unlabeled = cfg.data.streams["unlabeled"]
@@ -125,6 +125,24 @@ def _with_refresh(cfg: Config) -> Config:
     steps = ceil(len(images) / unlabeled.batch_size)
 
     return replace(cfg, remedies={**cfg.remedies, "counts": {**counts, "refresh": steps}})
+
+
+def say_mined(cfg: Config) -> None:
+    """Log how much of a batch `hard_pixels` keeps at least, where that is a number of pixels: of a batch that is divided
+    over another number of processes it is another share."""
+    focus = cfg.remedies.get("focus") or {}
+    crop = cfg.data.streams["labeled"].augment.get("crop")
+    if focus.get("name") != "hard_pixels" or focus.get("threshold") is None or crop is None:
+        return
+
+    kept = focus.get("min_kept", HardPixels.min_kept)
+    pixels = prod(crop) * cfg.data.streams["labeled"].batch_size // cfg.train.devices
+    text = (
+        "%s: remedies.focus.min_kept: at least %d of the %d pixels of a batch are kept, %.1f %%"
+    )
+    logging.getLogger(__name__).info(
+        text, cfg.name, min(kept, pixels), pixels, 100 * min(kept / pixels, 1)
+    )
 
 
 def _with_subclasses(cfg: Config) -> Config:

@@ -55,7 +55,8 @@ def seen(path: Path) -> dict[str, Tensor]:
     method = build_method(cfg, MethodContext(placeholder(cfg.model.num_classes)))
     if not isinstance(method, USRN) or not method.branches:
         raise ConfigError(
-            f"{cfg.name}: method: has no subclass branch, hence no gate; take a run of USRN"
+            f"{cfg.name}: method.name: {cfg.method.get('name')!r} is not USRN with its branch, the one whose gate is "
+            "looked at here; take a run of usrn"
         )
     if not cfg.data.streams["unlabeled"].labels:
         raise ConfigError(

@@ -36,6 +36,7 @@ from semi_sup.config import (
     build_method,
     labelled_source,
     resolve,
+    say_mined,
     single_branch,
 )
 from semi_sup.features import export
@@ -118,6 +119,7 @@ def train(cfg: Config, args: argparse.Namespace) -> None:
         check_resumed(cfg, Path(args.checkpoint))
 
     cfg = spread(resolve(cfg))
+    say_mined(cfg)
     rehearse(cfg, build_method)
     experiment = Experiment(cfg, counted="labeled")  # scans labels, so before the ranks join
     device = distributed.start(args.device)

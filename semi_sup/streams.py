@@ -12,6 +12,7 @@ from common.config import Config, ConfigError
 from common.data.recipes.recipe import Recipe
 from common.data.streams import transform_of
 from common.engine.method import Method
+from common.losses.build import goes_by_pixels
 from semi_sup.u2pl import U2PL
 from semi_sup.unimatch import Consistency, UniMatch
 from semi_sup.usrn import SelfTraining
@@ -41,6 +42,14 @@ def check_streams(cfg: Config, method: type[Method]) -> None:
                 f"{cfg.name}: data.streams.{name}.labels: false, but method {cfg.method['name']!r} learns them; set it "
                 "to true"
             )
+
+        if cfg.data.streams[name].labels and not (
+            wanted.labels or issubclass(method, SelfTraining)
+        ):
+            text = (
+                f"true, but method {cfg.method['name']!r} does not read them; set it to false"
+            )
+            warnings.warn(f"{cfg.name}: data.streams.{name}.labels: {text}", stacklevel=2)
 
         where = f"{cfg.name}: data.streams.{name}.augment"
         recipe = transform_of(cfg.data, name)
@@ -72,12 +81,18 @@ def read_by(cfg: Config, method: type[Method]) -> dict[str, Wanted]:
     elif issubclass(method, SelfTraining):
         unlabeled = Wanted(frozenset({"weak", "strong"}), {"recipe": "usrn", "views": True})
     elif issubclass(method, U2PL):
-        shown = {"shown"} if options.mask_padding else set()
+        shown = {"shown"} if options.mask_padding or counts_pseudo_labels(cfg) else set()
         unlabeled = Wanted(frozenset({"image", *shown}), {"recipe": "u2pl"})
     else:
         return {"labeled": labeled}
 
     return {"labeled": labeled, "unlabeled": unlabeled}
+
+
+def counts_pseudo_labels(cfg: Config) -> bool:
+    """Whether class counts are joined by those of pseudo-labels: where a remedy goes by them, unless `refresh` is 0."""
+    refresh = cfg.remedies.get("counts", {}).get("refresh")
+    return goes_by_pixels(cfg.remedies) if refresh is None else bool(refresh)
 
 
 def _views(method: type[Consistency], options: Any) -> Wanted:

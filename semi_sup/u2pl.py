@@ -14,7 +14,7 @@ in `supervised_steps` before them, too, there with the student's batch-norm stat
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class U2PL(Method):
             out = self.model(labeled["image"])
             return self.labelled_terms(out["logits"], out["aux"][0], labeled, progress)
 
-        images, label, shown = self.mixed(streams["unlabeled"])
+        images, label, shown, counted = self.mixed(streams["unlabeled"])
         count = len(labeled["image"])
         if labeled["image"].shape[1:] != images.shape[1:]:
             raise ValueError(
@@ -112,15 +112,17 @@ class U2PL(Method):
         terms = self.labelled_terms(
             out["logits"][:count], out["aux"][0][:count], labeled, progress
         )
-        kept = drop_uncertain(label, certain, shown, self.options.dropped * (1 - progress))
+        kept = drop_uncertain(label, certain, counted, self.options.dropped * (1 - progress))
         if self.loss.counts.every:
             # one number for all: CutMix has moved pixels between the images
             unlabeled = streams["unlabeled"]
-            self.loss.count(kept, native_area(unlabeled, unlabeled["shown"]).mean())
-        unlabelled = self.unlabelled_loss(out["logits"][count:], kept, shown, progress)
+            of_images = torch.where(shown, kept, IGNORE)
+            self.loss.count(of_images, native_area(unlabeled, unlabeled["shown"]).mean())
+        unlabelled = self.unlabelled_loss(out["logits"][count:], kept, counted, progress)
         loss = terms["loss"] + self.options.unsupervised * unlabelled
+        logged = {"Lu": unlabelled, "kept": share(kept, area(kept, counted))}
 
-        return {**terms, "loss": loss, "Lu": unlabelled, "kept": share(kept, area(kept, shown))}
+        return {**terms, "loss": loss, **logged}
 
     def labelled_terms(
         self, logits: Tensor, auxiliary: Tensor, batch: Batch, progress: float
@@ -134,17 +136,18 @@ class U2PL(Method):
         return {"loss": loss, "Lx": main, "Laux": side}
 
     @torch.no_grad()
-    def mixed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Unlabelled crops, the teacher's labels of them, and which pixels count; by CutMix where it is drawn."""
+    def mixed(self, batch: Batch) -> "Mixed":
+        """Unlabelled crops with the teacher's labels of them; by CutMix where it is drawn."""
         images = batch["image"]
         size = size_of(images)
         answer = self.answer(self.teacher.eval(), images)
         label = resize(answer.float(), size, True).argmax(1)
-        shown = batch["shown"] if self.options.mask_padding else torch.ones_like(label).bool()
+        every = torch.ones_like(label).bool()
+        shown = batch.get("shown", every)
 
         # torch's generator on the host: the step is not held up by reading a GPU's
         if not self.options.cutmix or torch.rand(()) >= 0.5:
-            return images, label, shown
+            return Mixed(images, label, shown, shown if self.options.mask_padding else every)
 
         boxes = to_device(torch.stack([half_box(size) for _ in images]), images.device)
         inside = in_boxes(boxes, size)
@@ -152,7 +155,7 @@ class U2PL(Method):
         label = torch.where(inside, label.roll(-1, 0), label)
         shown = torch.where(inside, shown.roll(-1, 0), shown)
 
-        return images, label, shown
+        return Mixed(images, label, shown, shown if self.options.mask_padding else every)
 
     @torch.no_grad()
     def certainty(self, images: Tensor) -> Tensor:
@@ -183,6 +186,15 @@ class U2PL(Method):
         # in the supervised stage the teacher runs on no batch that could give it statistics
         statistics: Literal["copied", "own"] = "copied" if learnt < 0 else "own"
         move_average(self.teacher, self.model, momentum, statistics)
+
+
+class Mixed(NamedTuple):
+    """Unlabelled crops (B, 3, H, W), labels (B, H, W), which pixels are of an image, and which take part."""
+
+    images: Tensor
+    label: Tensor
+    shown: Tensor
+    counted: Tensor
 
 
 def drop_uncertain(label: Tensor, entropy: Tensor, shown: Tensor, part: float) -> Tensor:

@@ -46,6 +46,7 @@ from semi_sup.consistency import (
     pseudo_labels,
 )
 
+MAJORITY = 0.5  # above it a class that reaches the threshold is the likeliest one
 PERTURBED = 0.5  # weight of L_fp among the unlabelled losses; the strong views share the rest
 
 
@@ -251,6 +252,13 @@ def say_ignored(cfg: Config, options: ConsistencyConfig) -> None:
     if options.class_thresholds is not None and options.threshold == 0:
         text = f"{where}.class_thresholds: parts of method.threshold, which is 0: it changes nothing"
         warnings.warn(text, stacklevel=4)
+    if options.branch and options.gate and options.threshold <= MAJORITY:
+        text = (
+            f"{where}.gate: with method.threshold: {options.threshold:g} a class that is not the likeliest can reach "
+            f"it, so the gate changes labels where USRN's takes them away; set threshold above {MAJORITY:g}, or gate: "
+            "false"
+        )
+        warnings.warn(text, stacklevel=4)
 
 
 class UniMatch(Consistency):
@@ -299,6 +307,8 @@ class UniMatch(Consistency):
         sub_logits = None if self.branch is None else self.branch(maps)
         labels = self.judged(self.model.decode(maps), sub_logits, batch["partner_shown"])
         self.train(training)
+        # made without a gradient: the passes that need one must not find these casts of the weights
+        torch.clear_autocast_cache()
 
         return labels
 

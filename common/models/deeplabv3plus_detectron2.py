@@ -108,7 +108,8 @@ class PyramidPooling(nn.Module):
         )
         if alone and self.training and len(x) < 2:
             raise ValueError(
-                "DeepLabV3+ cannot train on one image at a time: its pooled branch needs a variance"
+                "DeepLabV3+ cannot train on one image at a time, its pooled branch needs a variance: set "
+                "data.streams.labeled.batch_size to 2 or more in each process"
             )
 
         pooled = F.relu(self.pool(x.mean((2, 3), keepdim=True))).expand(-1, -1, *x.shape[2:])

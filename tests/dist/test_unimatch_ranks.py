@@ -19,7 +19,7 @@ def test_two_ranks_resume_bit_for_bit(config, data):  # noqa: F811
     words = settings(config, data, crop)
     here(prepare_splits, path, *words)
     words += [f"data.streams.{key}.batch_size=4" for key in ("labeled", "unlabeled")]
-    words += ["remedies.logits={name: blv}", "remedies.counts.refresh=2", "method.class_thresholds=0.9"]
+    words += ["remedies.logits={name: blv}", "remedies.counts.refresh=2", "method.class_thresholds=0.9", "method.threshold=0.06"]
     words += ["name=two_ranks", f"output={data}/{path.stem}", "--device", "cpu"]
 
     call(*TORCHRUN, "--config", path, *words)

@@ -89,6 +89,17 @@ def test_what_is_drawn_is_said_to_be_no_published_list(family, name, words, coun
     assert len(said) == 1 and said[0].endswith("drawn with seed 0, these are not the images of a published list")
 
 
+def test_images_that_stay_unlabelled_need_no_label(voc, monkeypatch):
+    """As COCO's official route has it: the labelled list is there, and masks of its images alone."""
+    labelled = voc.parent / "splits" / "others" / "4" / "labeled.txt"
+    labelled.parent.mkdir(parents=True)
+    labelled.write_text("\n".join(NAMES[5:9]))
+    for name in {*NAMES} - {*NAMES[5:9]}:
+        (voc / "SegmentationClassAug" / f"{name}.png").unlink()
+    found = made(voc, "others", "4", monkeypatch)
+    assert found[0] == NAMES[5:9] and sorted(found[1]) == sorted({*NAMES} - {*NAMES[5:9]})
+
+
 def test_a_train_that_is_all_of_train_aug_leaves_no_unlabelled_image(voc, monkeypatch):
     (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(NAMES))
     with pytest.raises(ValueError, match="40 labelled images of 40: take between 1 and 39"):

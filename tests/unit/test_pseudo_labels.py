@@ -184,6 +184,8 @@ def test_the_network_that_labels(names, labels, expected, tmp_path):
         (config_of({"name": "cpsl"}), "method.name: cpsl takes its labels from files of soft labels"),
         (config_of({"name": "distill"}), "method.name: distill takes its labels from the files of an earlier stage"),
         (config_of({}, eval=EvalConfig(logit_adjustment=0.5)), "eval.logit_adjustment: 0.5: it changes predictions"),
+        (config_of({"name": "usrn"}), "method.gate: true: a step's labels are those that the branch lets through"),
+        (config_of({"name": "unimatch", "branch": True}), "method.gate: true: .*set it to false to see those before"),
         (config_of({}, remedies={"pseudo_prior": True}), "remedies.pseudo_prior: a step adds the prior"),
     ],
 )

@@ -112,7 +112,7 @@ def test_u2pl_labels_and_drops_by_it():
     method = test_u2pl.method(remedies={**ADJUSTED, "pseudo_prior": True}, cutmix=False)
     method.loss.offsets.copy_(TAU * prior.log())
     seen, batch = spied(method), test_u2pl.batches()["unlabeled"]
-    _, label, _ = method.mixed(batch)
+    label = method.mixed(batch).label
     entropy = method.certainty(batch["image"])
     answers = [F.interpolate(z, size_of(label), mode="bilinear", align_corners=True) for z in seen]
     adjusted = [z + TAU * prior.log().view(-1, 1, 1) for z in answers]

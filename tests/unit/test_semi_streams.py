@@ -111,6 +111,19 @@ def test_views_that_nobody_reads_are_said(config, words, message):
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("config", [V1, V2, U2PL])
+def test_labels_that_nobody_reads_are_said(config):
+    """USRN's self-training measures its pseudo-labels by them."""
+    words = ["data.streams.unlabeled.labels=true"]
+    cfg, usrn = (load_config(named(name), words) for name in (config, USRN))
+    with pytest.warns(UserWarning, match="data.streams.unlabeled.labels: true, but method .* does not read") as said:
+        check_streams(cfg, METHODS[cfg.method["name"]])
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_streams(usrn, METHODS[usrn.method["name"]])
+
+
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.*") if "_base_" not in p.parts and p.suffix in (".yaml", ".json"))
 
 

@@ -137,7 +137,7 @@ def test_cutmix_pastes_image_label_and_mask(monkeypatch):
     images = streams["unlabeled"]["image"]
     mixed = [d for d in draws if not torch.equal(d[0], images)]
     assert 4 <= len(mixed) <= 16 and torch.equal(plain[0], images)
-    new, _, shown = mixed[0]
+    new, _, shown, _ = mixed[0]
     assert torch.equal(new[..., :20], images.flip(0)[..., :20]) and torch.equal(new[..., 20:], images[..., 20:])
     assert torch.equal(shown, torch.cat((shown[:1], shown[1:]))) and not shown[0, :, 25:].any() and shown[1].all()
 
@@ -191,8 +191,8 @@ def test_padding_of_unlabelled_crops():
     streams = batches()
     masked, release = method(), method(mask_padding=False)
     release.load_state_dict(masked.state_dict())
-    assert masked.mixed(streams["unlabeled"])[2].sum() == streams["unlabeled"]["shown"].sum()
-    assert release.mixed(streams["unlabeled"])[2].all()
+    assert masked.mixed(streams["unlabeled"]).counted.sum() == streams["unlabeled"]["shown"].sum()
+    assert release.mixed(streams["unlabeled"]).counted.all()
 
 
 def test_remedies_act_on_both_terms_but_not_on_the_auxiliary_head():
@@ -208,6 +208,19 @@ def test_remedies_act_on_both_terms_but_not_on_the_auxiliary_head():
     assert float(changed.loss.counts.running.sum()) == pytest.approx(float(kept) * area, rel=1e-5)
 
 
+def test_padding_is_not_counted_for_a_class():
+    """Whether it takes part in the loss or not: all pixels are kept but the least certain one."""
+    remedies = {"logits": {"name": "logit_adjustment"}, "counts": {"refresh": 9}}
+    streams = batches()
+    shown = int(streams["unlabeled"]["shown"].sum())
+    area = (2 * 33 / 33 + 2 * 33 / 25) / 2
+    for mask_padding in (True, False):
+        m = method(remedies=remedies, dropped=0.0, mask_padding=mask_padding)
+        m(streams, 0)
+        counted = float(m.loss.counts.running.sum()) / area
+        assert round(counted) in (shown - 1, shown) and counted == pytest.approx(round(counted), rel=1e-6)
+
+
 def test_hard_pixels_are_mined_of_both_heads():
     focus = {"name": "hard_pixels", "threshold": 0.2, "min_kept": 50}
     plain, mined = method(), method(remedies={"focus": focus})
@@ -221,7 +234,7 @@ def test_pseudo_labels_are_those_of_float32(monkeypatch):
     m = method(cutmix=False)
     logits = (torch.randn(2, 5, 9, 9, generator=torch.Generator().manual_seed(0)) / 8).bfloat16()
     monkeypatch.setattr(m, "answer", lambda net, images: logits)
-    _, label, _ = m.mixed(batches()["unlabeled"])
+    _, label, _, _ = m.mixed(batches()["unlabeled"])
     assert torch.equal(label, resize(logits.float(), (33, 33), True).argmax(1))
     assert not torch.equal(label, resize(logits, (33, 33), True).argmax(1))
 

@@ -204,6 +204,56 @@ def test_counts_of_crops_are_those_of_whole_images(name):
     torch.testing.assert_close(m.loss.counts.running.sum(), torch.tensor(100 * 200 + 30 * 40.0).double())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gate", [False, True])
+def test_counts_are_of_confident_labels_after_the_gate(name, gate):
+    """Class by class, by the definition of both, of pixels that show an image."""
+    m = branched(name, gate=gate, threshold=0.6, remedies={"logits": {"name": "blv"}, "counts": {"refresh": 9}})
+    g = torch.Generator().manual_seed(3)
+    logits, sub_logits = 3 * torch.randn(2, 5, 6, 7, generator=g), 4 * torch.randn(2, 9, 6, 7, generator=g)
+    shown = torch.ones(2, 6, 7, dtype=torch.bool)
+    shown[1, :, 5:] = False
+    geometry = torch.tensor([[6, 7, 6, 7, 0, 0, 0], [6, 10, 6, 5, 0, 0, 0]])  # the second: two pixels for each one
+    m.count(m.judged(logits, sub_logits, shown), logits, {"geometry": geometry})
+
+    expected = torch.zeros(5, dtype=torch.float64)
+    for b, y, x in shown.nonzero().tolist():
+        z = logits[b, :, y, x]
+        found = by_definition(z, sub_logits[b, :, y, x], parents(COUNTS), 0.6)
+        if not gate:
+            found = int(z.argmax()) if float(z.softmax(0).max()) >= 0.6 else -1
+        if found >= 0:
+            expected[found] += 1 + b
+    assert expected.count_nonzero() > 2
+    torch.testing.assert_close(m.loss.counts.running, expected)
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_labels_of_v2_are_the_moving_averages(branch):
+    """Not the student's, of the network and of the branch: by hand from what they hold."""
+    options = {"threshold": 0.3, "complementary": False, "gate": branch}
+    m = branched("unimatch_v2", **options) if branch else method("unimatch_v2", threshold=0.3, complementary=False)
+    with torch.no_grad():
+        for p in [*m.teacher.parameters(), *(m.teacher_branch.parameters() if branch else [])]:
+            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    found, _ = m.label(streams()["unlabeled"])
+
+    given = streams()["unlabeled"]
+
+    def by(net, head):
+        with torch.no_grad():
+            maps = net.eval().encode(given["weak"])
+            logits = net.decode(maps)
+            if head is None:
+                return pseudo_labels(logits, given["shown"])
+            return gated_labels(logits, head.eval()(maps), parents(COUNTS), given["shown"])[0]
+
+    expected, student = by(m.teacher, m.teacher_branch), by(m.model, m.branch)
+    assert torch.equal(found.classes.label, expected.label)
+    torch.testing.assert_close(found.classes.confidence, expected.confidence)
+    assert not torch.allclose(expected.confidence, student.confidence, atol=1e-3)
+
+
 # Off
 
 
@@ -214,6 +264,12 @@ def test_what_is_off_leaves_no_trace(name, fixmatch):
     assert not any(key.startswith(("branch", "thresholds", "teacher_branch")) for key in m.state_dict())
     terms = run(m, batches())
     assert set(terms) == {"loss", "Lx", "Ls", "kept"} | ({"Lfp"} if name == "unimatch" and not fixmatch else set())
+
+
+def test_a_gate_that_changes_labels_is_said():
+    """USRN's takes them away: above a half no other class reaches the threshold."""
+    with pytest.warns(UserWarning, match="method.gate: with method.threshold: 0.3 a class that is not the likeliest"):
+        branched("unimatch", threshold=0.3)
 
 
 IGNORED = [

@@ -1,5 +1,6 @@
 """UniMatch's configs under their official names: they load, and build what the release builds."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from common.config import load_config
 from common.data import build_transform
-from semi_sup.config import build_method, single_branch
+from semi_sup.config import build_method, say_mined, single_branch
 from tests.contexts import context
 
 FOLDER = Path(__file__).parents[2] / "semi_sup" / "configs"
@@ -93,6 +94,17 @@ def test_hard_pixels_are_the_releases_share_of_a_process(path):
     assert PROCESSES[method] * cfg.remedies["focus"]["min_kept"] == 800_000
     assert cfg.train.devices == (4 if method == "unimatch_v2" else 1)
     assert (cfg.model.name == "dpt") == (method == "unimatch_v2")
+
+
+@pytest.mark.parametrize("processes, share", [(1, "3.9"), (4, "15.6")])
+def test_the_share_that_is_mined_is_said(processes, share, caplog):
+    cfg = load("unimatch/cityscapes_1_16_r50.yaml")
+    with caplog.at_level("INFO"):
+        say_mined(replace(cfg, train=replace(cfg.train, devices=processes)))
+        say_mined(load("unimatch/pascal_366_r101.yaml"))
+    assert len(caplog.messages) == 1
+    pixels = 8 * 801 * 801 // processes
+    assert caplog.messages[0].endswith(f"at least 200000 of the {pixels} pixels of a batch are kept, {share} %")
 
 
 def test_every_run_has_a_folder_of_its_own():
