@@ -7,7 +7,7 @@ file, or an official MMSegmentation file. With CONFIG alone it is the best one o
 import argparse
 
 from common import cli, distributed
-from common.engine.runtime import use_tf32
+from common.engine.runtime import arranged, use_tf32
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
@@ -35,11 +35,12 @@ def main() -> None:
     refuse_to_overwrite([*predictions, *filter(None, [args.json])], args.force)
     device = distributed.start(args.device)
     use_tf32(cfg.train, device)
-    model = load_model(cfg.model, args.checkpoint)
+    model = load_model(cfg.model, args.checkpoint).to(device)
+    model = arranged(model, cfg.train.channels_last, device)
 
     folder = folder_of_test(cfg, experiment.val, args.checkpoint)
     outputs = {"save_predictions": args.save_predictions, **kept_in(folder, args.json)}
-    result = experiment.score(model.to(device), device, args.checkpoint, **outputs)
+    result = experiment.score(model, device, args.checkpoint, **outputs)
     result |= {"checkpoint": args.checkpoint}
     print_result(result)
     write_test(folder, cfg, result, args.json)

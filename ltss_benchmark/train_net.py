@@ -21,7 +21,7 @@ from pathlib import Path
 from common import cli, distributed
 from common.config import Config, ConfigError, EvalConfig
 from common.engine import fit, prepare, rehearse
-from common.engine.runtime import use_tf32
+from common.engine.runtime import arranged, use_tf32
 from common.evaluation.folder import folder_of_test, kept_in, write_test
 from common.evaluation.pictures import prediction_files
 from common.experiment import Experiment, print_result
@@ -231,6 +231,7 @@ def evaluate_only(cfg: Config, args: argparse.Namespace) -> None:
     device = distributed.start(args.device)
     use_tf32(cfg.train, device)
     model = load_model(cfg.model, weights).to(device)
+    model = arranged(model, cfg.train.channels_last, device)
     single = plain(cfg.eval)
 
     for options in [cfg.eval] if single == cfg.eval else [single, cfg.eval]:

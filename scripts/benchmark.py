@@ -55,7 +55,8 @@ def main(words: list[str] | None = None) -> int:
     args = parse(name, module, rest)
     if name not in ("full-size", CHILD):
         refuse_to_overwrite(filter(None, [args.out]), args.force)
-    configure(args.threads)
+    # full-size leaves all work to processes of its own
+    configure(args.threads, None if name == "full-size" else getattr(args, "device", None))
     if name == CHILD:
         return module.one_step(args)
     if name == "full-size":
@@ -82,11 +83,16 @@ def parse(name: str, module, words: list[str]) -> argparse.Namespace:
     return args
 
 
-def configure(threads: int | None) -> None:
+def configure(threads: int | None, device: str | None) -> None:
+    """CPU threads, and which GPU is meant where none is named: by a kernel of Triton's, or a wait for the GPU."""
     import torch
+
+    from common import distributed
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if device is not None and device.startswith("cuda:"):
+        distributed.start(device)
 
 
 def write(name: str, rows: Iterable[dict], args: argparse.Namespace, words: list[str]) -> None:
@@ -94,12 +100,14 @@ def write(name: str, rows: Iterable[dict], args: argparse.Namespace, words: list
     from common.engine.logging import commit, describe_machine
     from common.files import write_json
 
+    machine = describe_machine()
+    del machine["tf32"]  # of each row, as what is measured switches it
     result = {
         "benchmark": name,
         "command": shlex.join(["python", "scripts/benchmark.py", *words]),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(),
+        "machine": machine,
         "rounds": args.rounds,
         "quick": args.quick,
     }

@@ -24,7 +24,7 @@ from common.data import DatasetRow
 from common.data.catalogue import registry
 from common.data.catalogue.lists import IMAGE_SUFFIXES, read_list
 from common.data.images import read_image
-from common.engine.runtime import use_tf32
+from common.engine.runtime import arranged, use_tf32
 from common.evaluation import mirrored_classes, network_input, write_label
 from common.evaluation.adjustment import offsets_of
 from common.files import refuse_to_overwrite
@@ -59,8 +59,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     device = distributed.start(args.device)
     use_tf32(cfg.train, device)
-    model = load_model(cfg.model, args.checkpoint)
-    model = model.to(device).eval()
+    model = load_model(cfg.model, args.checkpoint).to(device).eval()
+    model = arranged(model, cfg.train.channels_last, device)
     offsets = offsets_of(cfg, args.checkpoint)
     count = 0
     for name, path in console.bar(pictures.items(), what="predicting"):

@@ -202,7 +202,7 @@ def one_process(device: str | None) -> torch.device:
 def load_network(cfg: Config, file: Path, device: torch.device) -> SegmentationModel:
     """The network that predicts, as the run evaluated it."""
     network = load_model(cfg.model, file).to(device)
-    return network.to(memory_format=torch.channels_last) if cfg.train.channels_last else network
+    return runtime.arranged(network, cfg.train.channels_last, device)
 
 
 def given_of(trained: Trained, where: str) -> Given:

@@ -63,21 +63,19 @@ def check_padding(recipe: object, where: str) -> None:
 
 
 @torch.no_grad()
-def pseudo_labels(
-    logits: Tensor, threshold: float, shown: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Labels int64 (B, H, W) of logits (B, K, H, W), and the share of the batch's pixels that are confident, a scalar.
+def confident_share(
+    probability: Tensor, threshold: float, shown: Tensor | None = None
+) -> Tensor:
+    """The share of a batch's pixels whose class has a probability (B, H, W) of `threshold` or more, a scalar.
 
-    A pixel is confident where its class has a probability of `threshold` or more. shown: those that are counted, as
-    `shown_pixels` has them; None: all. Those in margins are, as in the release.
+    shown: those that are counted, as `shown_pixels` has them; None: all. Those in margins are, as in the release.
     """
-    probability, label = logits.float().softmax(1).max(1)
     confident = (probability >= threshold).float()
     if shown is None:
-        return label, confident.mean()
+        return confident.mean()
 
     shown = shown.expand_as(confident)
-    return label, (confident * shown).sum() / shown.sum().clamp(min=1)
+    return (confident * shown).sum() / shown.sum().clamp(min=1)
 
 
 def shown_pixels(target: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor | None:

@@ -38,13 +38,14 @@ from common.models import SegmentationModel, Segmentor, build_network
 from common.models.frozen import Frozen
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import blur, draw_jitter, jitter
-from common.ops.resize import resize, size_of
+from common.ops.resize import size_of
+from common.ops.upsampled_loss import upsampled_labels
 from uda.confidence import (
     Margins,
     check_image_margins,
     check_margins,
     check_padding,
-    pseudo_labels,
+    confident_share,
     shown_pixels,
     valid_pixels,
 )
@@ -284,10 +285,10 @@ class DAFormer(Method):
         set_teacher_mode(teacher, self.options.teacher_mode)
         size = size_of(target)
         answer = self.loss.with_prior(teacher.segment(target)["logits"])
-        logits = resize(answer, size, teacher.align_corners)
+        label, probability = upsampled_labels(answer, size, align_corners=teacher.align_corners)
 
         shown = shown_pixels(batch, size)
-        label, share = pseudo_labels(logits, self.options.threshold, shown)
+        share = confident_share(probability, self.options.threshold, shown)
         valid = valid_pixels(batch, size, self.options.margins, shown).expand_as(label)
         weight = share * valid
         self.loss.count(label.masked_fill(weight == 0, IGNORE))

@@ -17,7 +17,7 @@ from common import console
 from common.config import Config, ConfigError
 from common.data import SegmentationDataset
 from common.data.loading import batches, only
-from common.engine.runtime import use_tf32
+from common.engine.runtime import arranged, use_tf32
 from common.files import follow, load_array, read_artifact, replacing
 from common.ops.resize import resize_rows
 from uda.base import CONFIDENCE_STEPS, network_of
@@ -76,7 +76,8 @@ def open_network(
     prefix: the network inside a checkpoint of ours, e.g. "teacher."; None: the one that the method predicts with.
     """
     use_tf32(cfg.train, device)
-    return network_of(cfg.model, checkpoint_of(cfg, checkpoint), prefix).to(device).eval()
+    network = network_of(cfg.model, checkpoint_of(cfg, checkpoint), prefix).to(device).eval()
+    return arranged(network, cfg.train.channels_last, device)
 
 
 def images(

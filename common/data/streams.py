@@ -140,7 +140,8 @@ def make_loaders(
     streams = make_streams(data, seed, cache) if streams is None else streams
 
     slots = range(rank, train.devices, world)
-    on_gpu = torch.cuda.is_available()
+    # a GPU may be there and not be trained on: the pinning of memory would open a context on it
+    on_gpu = torch.cuda.is_initialized()
     loaders = {}
 
     for name, stream in streams.items():

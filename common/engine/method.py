@@ -61,7 +61,9 @@ class Method(nn.Module, ABC):
     backwards = 1
     # why `train.compile`, which compiles the call of the network, is refused
     uncompiled: str | None = None
-    records = False  # True: nothing of a step is decided on the host, so `train.compile: reduce-overhead` may record it
+    # True: checked that `train.compile: reduce-overhead` may record the network's calls, each of which overwrites what
+    # the one before gave
+    records = False
     # of images without labels, if not from confident answers of a network
     labels_from: str | None = None
     predict_prefix = MODEL  # where the network that `predict` uses stands in the state dict
@@ -221,8 +223,8 @@ def move_average(
     ours: list[Tensor] = list(teacher.parameters())
     theirs: list[Tensor] = list(student.parameters())
 
-    copies: list[Tensor] = []
-    originals: list[Tensor] = []
+    # one list a type: CUDA takes a mixed one tensor by tensor
+    copies: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
 
     pairs = zip(teacher.buffers(), student.buffers(), strict=True)
     for mine, other in pairs if statistics != "own" else ():
@@ -230,9 +232,10 @@ def move_average(
             ours.append(mine)
             theirs.append(other)
         else:
-            copies.append(mine)
-            originals.append(other)
+            to, of = copies.setdefault(mine.dtype, ([], []))
+            to.append(mine)
+            of.append(other)
 
     torch._foreach_lerp_(ours, theirs, 1.0 - momentum)
-    if copies:
-        torch._foreach_copy_(copies, originals)
+    for to, of in copies.values():
+        torch._foreach_copy_(to, of)

@@ -166,7 +166,7 @@ def _require_compilation(cfg: Config, method: Method) -> None:
 
     if not method.records:
         raise ConfigError(
-            f"{where}: {RECORDED}: a step of {name} needs the host; set it to true"
+            f"{where}: {RECORDED} has not been checked with {name}; set it to true"
         )
     if not torch.cuda.is_available():
         raise ConfigError(

@@ -13,7 +13,8 @@ from common.config.bounds import Above, AtMost, Below, Count
 from common.data import IGNORE
 from common.ops.resize import Size, resize_rows, size_of
 
-BAND = 1 << 22  # logits at full size that are made at a time
+# logits at full size that are made at a time: the cache, or 256 MiB
+BAND = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,16 @@ def _pixel_losses(logits: Tensor, label: Tensor, stride: int, align_corners: boo
     """(B, H, W) cross-entropies, 0 where ignored."""
     batch, classes, height, width = logits.shape
     size = (stride * height, stride * width)
-    step = max(BAND // (batch * classes * size[1]), 1)
+    band = BAND.get(logits.device.type, BAND["cuda"])
+    step = max(band // (batch * classes * size[1]), 1)
     bands = []
 
     for start in range(0, label.shape[1], step):
         rows = (start, min(start + step, label.shape[1]))
-        band = resize_rows(logits, size, rows, align_corners)[..., : label.shape[2]].float()
+        large = resize_rows(logits, size, rows, align_corners)[..., : label.shape[2]].float()
         bands.append(
             F.cross_entropy(
-                band, label[:, slice(*rows)].long(), ignore_index=IGNORE, reduction="none"
+                large, label[:, slice(*rows)].long(), ignore_index=IGNORE, reduction="none"
             )
         )
 

@@ -16,10 +16,12 @@ triton          one fused kernel each way (deform_attn_triton.py); keeps only it
 import logging
 import os
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -86,11 +88,19 @@ def _choose(device: str, deterministic: bool) -> Form:
 
 
 def triton_missing() -> str | None:
-    """Why the Triton kernel cannot run, or None: it needs Triton and, for its launcher, a C compiler at run time."""
+    """Why the Triton kernel cannot run, or None: it needs Triton and, for its launcher at run time, a C compiler and
+    Python's headers."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler (gcc, clang or $CC)"
+
+    scheme = sysconfig.get_default_scheme()
+    if scheme == "posix_local":  # Debian's, for which Triton takes the system's
+        scheme = "posix_prefix"
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        return f"Triton finds no Python.h in {headers} (Debian: python3-dev)"
     return None
 
 

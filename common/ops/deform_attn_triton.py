@@ -158,11 +158,12 @@ def launch(
     tile = max(1, elements // block)
     if rows == 0:
         return
-    kernel[(triton.cdiv(rows, tile),)](
-        *tensors, rows, positions, queries, heads, channels,
-        LEVELS=levels, POINTS=points, ROWS=tile, BLOCK=block,
-        ACC=tl.float64 if value.dtype == torch.float64 else tl.float32,
-    )  # fmt: skip
+    with torch.cuda.device_of(value):  # Triton launches on the current one
+        kernel[(triton.cdiv(rows, tile),)](
+            *tensors, rows, positions, queries, heads, channels,
+            LEVELS=levels, POINTS=points, ROWS=tile, BLOCK=block,
+            ACC=tl.float64 if value.dtype == torch.float64 else tl.float32,
+        )  # fmt: skip
 
 
 def forward(

@@ -154,12 +154,13 @@ def labels(
     block = min(CLASSES, max(LEAST, triton.next_power_of_2(classes)))
 
     if label.numel() > 0:
-        _label_kernel[(batch * height * tiles,)](
-            probability, masks, rows.low, rows.share, columns.low, columns.share,
-            out_rows.low, out_rows.share, out_columns.low, out_columns.share, label, confidence,
-            classes, queries, h, w, *inner, height, width, tiles, *probability.stride(), *masks.stride(),
-            TWICE=tuple(inner) != tuple(size), CLASSES=block, QUERIES=QUERIES, PIXELS=PIXELS,
-            TINY=torch.finfo(torch.float32).tiny, PRECISION=_precision(masks.device), num_warps=8, num_stages=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(masks):  # Triton launches on the current one
+            _label_kernel[(batch * height * tiles,)](
+                probability, masks, rows.low, rows.share, columns.low, columns.share,
+                out_rows.low, out_rows.share, out_columns.low, out_columns.share, label, confidence,
+                classes, queries, h, w, *inner, height, width, tiles, *probability.stride(), *masks.stride(),
+                TWICE=tuple(inner) != tuple(size), CLASSES=block, QUERIES=QUERIES, PIXELS=PIXELS,
+                TINY=torch.finfo(torch.float32).tiny, PRECISION=_precision(masks.device), num_warps=8, num_stages=1,
+            )  # fmt: skip
 
     return label, confidence

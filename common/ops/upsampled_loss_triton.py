@@ -306,11 +306,12 @@ def forward(
     sums = logits.new_empty(programs, dtype=torch.float32)
 
     if programs > 0:
-        _loss_kernel[(programs,)](
-            logits, pixels.label, rows.low, rows.share, columns.low, columns.share, *pixels[1:],
-            log_sums, sums, classes, h, w, height, width, tiles, *logits.stride(), noise.scale, noise.shift,
-            LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi, BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):  # Triton launches on the current one
+            _loss_kernel[(programs,)](
+                logits, pixels.label, rows.low, rows.share, columns.low, columns.share, *pixels[1:],
+                log_sums, sums, classes, h, w, height, width, tiles, *logits.stride(), noise.scale, noise.shift,
+                LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi, BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
+            )  # fmt: skip
 
     return sums.sum(), log_sums
 
@@ -337,13 +338,14 @@ def backward(
     wide, cells = tile
     tiles = triton.cdiv(w, cells)
     grid = (tiles * triton.cdiv(h, STRIP), triton.cdiv(classes, BLOCK), batch)
-    _gradient_kernel[grid](
-        gradient, log_sums, logits, pixels.label, rows.share, rows.start, *columns, *pixels[1:], out,
-        classes, h, w, height, width, tiles, cells, *logits.stride(), *out.stride(), noise.scale, noise.shift,
-        LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi,
-        BLOCK=BLOCK, PIXELS=wide, CELLS=max(16, triton.next_power_of_2(cells)), STRIP=STRIP,
-        num_warps=min(16, wide // 16), **REGISTERS,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):
+        _gradient_kernel[grid](
+            gradient, log_sums, logits, pixels.label, rows.share, rows.start, *columns, *pixels[1:], out,
+            classes, h, w, height, width, tiles, cells, *logits.stride(), *out.stride(), noise.scale, noise.shift,
+            LAW=noise.law, LIMIT=noise.limit, ROUNDS=ROUNDS, PI=math.pi,
+            BLOCK=BLOCK, PIXELS=wide, CELLS=max(16, triton.next_power_of_2(cells)), STRIP=STRIP,
+            num_warps=min(16, wide // 16), **REGISTERS,
+        )  # fmt: skip
 
     return out
 
@@ -360,9 +362,10 @@ def labels(
     tiles = triton.cdiv(width, PIXELS)
 
     if label.numel() > 0:
-        _label_kernel[(batch * height * tiles,)](
-            logits, rows.low, rows.share, columns.low, columns.share, label, confidence,
-            classes, h, w, height, width, tiles, *logits.stride(), BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(logits):
+            _label_kernel[(batch * height * tiles,)](
+                logits, rows.low, rows.share, columns.low, columns.share, label, confidence,
+                classes, h, w, height, width, tiles, *logits.stride(), BLOCK=BLOCK, PIXELS=PIXELS, num_warps=8,
+            )  # fmt: skip
 
     return label, confidence

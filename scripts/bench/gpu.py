@@ -1,9 +1,10 @@
 """A training step of every system on this machine's GPU: is it bound by the chip, by Python, or by the loader?
 
 One row a system: milliseconds of a step, `busy_ms` of them in which kernels ran (the sum of their times), kernels,
-waits of the host for the GPU, the five most expensive operators, peak memory, and the images a second that one loader
-process makes beside those that the steps need. The batch lies on the GPU. `--device cpu` counts operators in the place
-of kernels; with `--quick` networks have all their layers, but narrow ones on tiny images.
+waits of the host for the GPU, the five most expensive operators (of a recorded step: kernels), peak memory, and the
+images a second that one loader process makes beside those that the steps need. The batch lies on the GPU.
+`--device cpu` counts operators in the place of kernels; with `--quick` networks have all their layers, but narrow ones
+on tiny images.
 
 `--forms` has a row of each system as it is, compiled, and recorded as CUDA graphs (`train.compile`), side by side with
 what the first steps took more than others, which is compilation; a form that a method refuses has a row that says why.
@@ -103,6 +104,7 @@ def measured(made: System, device: torch.device, args: argparse.Namespace) -> me
         },
         "images": system.images,
         "precision": cfg.train.precision,
+        **measure.tf32(device),
         "parameters": sum(p.numel() for p in system.trainer.parameters),
     }
 
@@ -143,21 +145,37 @@ def on_gpu(system: Resident, number: int) -> dict[str, Any]:
         system.step(number)
         measure.synchronise()
 
-    top = sorted(profiler.key_averages(), key=lambda each: -each.self_device_time_total)[:TOP]
+    recorded = system.trainer.cfg.train.compile == RECORDED
     return {
         **kernels(profiler.events() or ()),
         "syncs": syncs(system.step, number + 1),
-        "top": {each.key: {"ms": each.self_device_time_total / 1000, "calls": each.count} for each in top},
+        "top": longest(profiler.key_averages(), DeviceType.CUDA if recorded else DeviceType.CPU),
     }
+
+
+def longest(averages: Iterable[Any], kind: DeviceType) -> dict[str, Any]:
+    """What takes most of the GPU's time, among a profiler's averages.
+
+    kind: CPU for operators, with the kernels that they start; CUDA for kernels, since what is replayed from a graph has
+    no operators. A profile has both, and the ranges that a program names, so that all together count time repeatedly.
+    """
+    found = [
+        each
+        for each in averages
+        if each.device_type == kind and not annotates(each) and each.self_device_time_total > 0
+    ]
+    found.sort(key=lambda each: -each.self_device_time_total)
+    return {each.key: {"ms": each.self_device_time_total / 1000, "calls": each.count} for each in found[:TOP]}
+
+
+def annotates(event: Any) -> bool:
+    """Whether it is a range that a program names, such as a step of an optimiser."""
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 def kernels(events: Iterable[Any]) -> dict[str, Any]:
     """Number of kernels, and milliseconds of them and of copies, among a profiler's events."""
-    ran = [
-        event
-        for event in events
-        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
+    ran = [event for event in events if event.device_type == DeviceType.CUDA and not annotates(event)]
     copies = [event for event in ran if event.name.startswith(COPIES)]
 
     return {

@@ -91,7 +91,15 @@ def compare(
         row["memory_ratio"] = small / large if small is not None and large else None
     if memory_bar is not None and row["memory_ratio"] is not None:
         row |= {"memory_bar": memory_bar, "memory_met": row["memory_ratio"] <= memory_bar}
-    return {**row, "check": dict(check), "device": str(device), **facts}
+    return {**row, "check": dict(check), "device": str(device), **tf32(device), **facts}
+
+
+def tf32(device: torch.device | str) -> Row:
+    """Whether products of float32 keep TF32's digits alone, of a row that was measured on a GPU just now: configs
+    switch it."""
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 def require(what: str, difference: float, limit: float) -> float:

@@ -209,6 +209,7 @@ def whole_step(name: str, forms: dict[str, Form], args: argparse.Namespace) -> m
         "first_step": first,
         "batch": {key: batch_of(form) for key, form in forms.items()},
         "device": args.device,
+        **measure.tf32(args.device),
     }
     return row | bars(row, ours)
 

@@ -66,6 +66,14 @@ SYSTEMS: dict[str, System] = {
         ),
         ("train.precision=bf16",),
     ),
+    "deeplabv3plus": System(
+        "ltss_benchmark/ade20k_full/deeplabv3p/deeplabv3p_R50_bs16_200k",
+        16,
+        (
+            "model.options={channels: 32, lateral_channels: 8}",
+            "data.streams.labeled.augment.crop=[64,64]",
+        ),
+    ),
     "usrn": System(
         "semi_sup/voc_1over32_usrn",
         4,

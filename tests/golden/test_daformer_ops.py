@@ -8,9 +8,10 @@ from common.losses.feature_distance import cells_of, feature_distance, main_clas
 from common.ops.block_mask import block_mask, block_noise
 from common.ops.class_mix import class_mask, paste
 from common.ops.colour import Jitter, blur, jitter
+from common.ops.upsampled_loss import upsampled_labels
 from tests.golden.fill import image
 from tests.golden.test_mmseg_models import assert_close, reference
-from uda.confidence import Margins, crop_margins, pseudo_labels
+from uda.confidence import Margins, confident_share, crop_margins
 
 THINGS = (6, 7, 11, 12, 13, 14, 15, 16, 17, 18)
 
@@ -60,7 +61,8 @@ def test_jitter(ops, order):
 
 def test_pseudo_labels(ops):
     logits = float(ops["pl_logits_scale"]) * normal(ops["pl_logits_seed"], (2, 7, 24, 40))
-    label, share = pseudo_labels(logits, 0.968)
+    label, probability = upsampled_labels(logits, (24, 40), align_corners=False)
+    share = confident_share(probability, 0.968)
     assert torch.equal(label, ops["pl_label"])
     torch.testing.assert_close(share, ops["pl_weight"])
 

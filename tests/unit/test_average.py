@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import Config, ConfigError, EvalConfig, ModelConfig, config_of
 from common.engine import checkpoint, fit, prepare
+from common.engine.method import move_average
 from common.models import build_model, load_model
 from fully_sup.supervised import build_method
 from tests.contexts import BareMethod, context
@@ -149,3 +151,25 @@ def test_bounds(override, words):
     with pytest.raises(ConfigError, match=words):
         config_of(tree, (), "run")
     assert isinstance(config_of({**tree, "train": {}}, (), "run"), Config)
+
+
+class Copies(TorchDispatchMode):
+    """The types in each list of tensors that is copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._foreach_copy_.default:
+            self.types.append({tensor.dtype for tensor in args[0]})
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("statistics, lists", [("averaged", 1), ("copied", 2), ("own", 0)])
+def test_lists_of_buffers_are_of_one_type(statistics, lists):
+    """CUDA would take a mixed one tensor by tensor."""
+    student = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    with Copies() as copies:
+        move_average(deepcopy(student), student, 0.8, statistics)
+    assert len(copies.types) == lists and all(len(types) == 1 for types in copies.types)

@@ -11,7 +11,7 @@ from common.losses.feature_distance import cells_of, feature_distance, main_clas
 from common.ops.block_mask import block_mask, block_noise
 from common.ops.class_mix import choose_classes, class_mask, paste
 from common.ops.colour import Jitter, blur, draw_jitter, jitter, taps, to_hsv, to_rgb
-from uda.confidence import Margins, crop_margins, image_margins, pseudo_labels, shown_pixels, valid_pixels
+from uda.confidence import Margins, confident_share, crop_margins, image_margins, shown_pixels, valid_pixels
 
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)
 
@@ -114,14 +114,13 @@ def test_share_of_visible_blocks():
 
 
 def test_a_probability_equal_to_the_threshold_is_confident():
-    logits = torch.zeros(1, 4, 2, 2)  # every class at ¼ exactly
-    assert pseudo_labels(logits, 0.25)[1] == 1 and pseudo_labels(logits, 0.2500001)[1] == 0
+    probability = torch.full((1, 2, 2), 0.25)
+    assert confident_share(probability, 0.25) == 1 and confident_share(probability, 0.2500001) == 0
 
 
 def test_one_share_for_the_whole_batch():
-    sure = torch.tensor([100.0, 0.0])[:, None, None].expand(2, 4, 4)
-    label, share = pseudo_labels(torch.stack((sure, torch.zeros(2, 4, 4))), 0.968)
-    assert share == 0.5 and label.shape == (2, 4, 4)
+    probability = torch.stack((torch.ones(4, 4), torch.full((4, 4), 0.5)))
+    assert confident_share(probability, 0.968) == 0.5
 
 
 def test_margins_of_the_crop():
@@ -179,13 +178,13 @@ def test_padding_of_small_images_never_counts():
 def test_padding_has_no_part_in_the_confident_share(small):
     """It is that of the images alone, whatever the teacher says of padding, by the recipe or by the network."""
     g = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(2, 4, 32, 32, generator=g)
+    probability = (3 * torch.randn(2, 4, 32, 32, generator=g)).softmax(1).amax(1)
     extents = [(20, 30), (30, 12)] if small else [(30, 30), (30, 30)]
     target = {"image": torch.zeros(2, 3, 30, 30)}
     if small:
         target["extent"] = torch.tensor(extents)
-    confident = [(logits[i, :, :h, :w].softmax(0).amax(0) >= 0.9).flatten() for i, (h, w) in enumerate(extents)]
-    share = pseudo_labels(logits, 0.9, shown_pixels(target, (32, 32)))[1]
+    confident = [(probability[i, :h, :w] >= 0.9).flatten() for i, (h, w) in enumerate(extents)]
+    share = confident_share(probability, 0.9, shown_pixels(target, (32, 32)))
     torch.testing.assert_close(share, torch.cat(confident).float().mean())
     assert shown_pixels({"image": torch.zeros(2, 3, 32, 32)}, (32, 32)) is None
 

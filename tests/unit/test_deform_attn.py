@@ -176,6 +176,20 @@ def test_dispatch_says_once_what_runs(monkeypatch, caplog):
     deform_attn._choose.cache_clear()
 
 
+def test_triton_needs_pythons_headers(tmp_path, monkeypatch):
+    """Its first launch compiles a module of Python; Debian's own scheme is that of the system to it."""
+    asked = []
+    monkeypatch.setattr(deform_attn, "find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(deform_attn.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(
+        deform_attn.sysconfig, "get_paths", lambda scheme: asked.append(scheme) or {"include": str(tmp_path)}
+    )
+    assert triton_missing() == f"Triton finds no Python.h in {tmp_path} (Debian: python3-dev)"
+    (tmp_path / "Python.h").touch()
+    assert triton_missing() is None and set(asked) == {"posix_prefix"}
+
+
 needs_triton = pytest.mark.skipif(deform_attn.find_spec("triton") is None, reason="Triton is not installed")
 
 

@@ -1,13 +1,15 @@
 """Which device a process takes, and what is said of one that it cannot have."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from common import distributed
 from common.config import TrainConfig
-from common.engine.runtime import use_tf32
+from common.engine.runtime import arranged, use_tf32
 
 CPU = torch.device("cpu")
 
@@ -80,3 +82,25 @@ def test_digits_of_products_are_chosen_for_a_gpu_alone(switches):
         use_tf32(TrainConfig(tf32=not tf32), CPU)
         assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_memory_format_of_weights(kind, asked):
+    """Channels last is the default on CUDA, of networks of convolutions; on the CPU it has to be asked for."""
+    for module, convolutional in (
+        (nn.Conv2d(4, 4, 3), True),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(40, 40)), False),
+    ):
+        arranged(module, asked, torch.device(kind))
+        kernel = next(module.parameters())
+        expected = asked if asked is not None else kind == "cuda" and convolutional
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == expected
+
+
+def test_programs_arrange_weights_as_training_does():
+    """Those that evaluate a network whose config says how."""
+    root = Path(__file__).parents[2]
+    programs = ("fully_sup/test.py", "ltss_benchmark/train_net.py", "uda/pseudo_labels.py", "semi_sup/main.py")
+    for name in (*programs, "scripts/predict.py", "scripts/rebalance.py"):
+        assert "arranged(" in (root / name).read_text(encoding="utf-8"), name

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 
 from common.config import load_config
 from scripts import benchmark, performance_page
-from scripts.bench import gpu, operators
+from scripts.bench import gpu, measure, operators
 from scripts.bench.systems import SYSTEMS, resident
 
 ROOT = Path(__file__).parents[2]
@@ -80,12 +80,33 @@ def test_kernels_of_a_profile():
     assert gpu.kernels(events) == {"kernels": 2, "copies": 1, "busy_ms": 2.75}
 
 
+def average(key: str, microseconds: float, device=DeviceType.CPU, annotation=False) -> SimpleNamespace:
+    facts = {"device_type": device, "is_user_annotation": annotation}
+    return SimpleNamespace(key=key, self_device_time_total=microseconds, count=2, **facts)
+
+
+def test_the_time_of_operators_is_counted_once():
+    """Of a step operators with their kernels, of a recorded one the kernels; never what a program names."""
+    averages = [
+        average("Optimizer.step#SGD.step", 9000, annotation=True),
+        average("Optimizer.step#SGD.step", 9000, DeviceType.CUDA, annotation=True),
+        *(average(f"aten::op{n}", 100 * n) for n in range(7)),
+        *(average(f"kernel{n}", 100 * n, DeviceType.CUDA) for n in range(3)),
+    ]
+    found = gpu.longest(averages, DeviceType.CPU)
+    assert list(found) == [f"aten::op{n}" for n in (6, 5, 4, 3, 2)] and len(found) == gpu.TOP
+    assert found["aten::op6"] == {"ms": 0.6, "calls": 2}
+    assert list(gpu.longest(averages, DeviceType.CUDA)) == ["kernel2", "kernel1"], "and none that took no time"
+
+
 def test_benchmark_of_a_gpu_on_the_cpu(tmp_path):
     out = tmp_path / "a.json"
     words = ["gpu", "--device", "cpu", "--quick", "--systems", "usrn", "--out", str(out)]
     assert benchmark.main(words) == 0
-    [row] = json.loads(out.read_text())["rows"]
+    result = json.loads(out.read_text())
+    [row] = result["rows"]
     assert row["name"] == "usrn" and row["ms"]["step"] > 0 and len(row["top"]) == gpu.TOP
+    assert "tf32" not in row and "tf32" not in result["machine"]
     loader = row["loader"]
     assert loader["processes"] >= loader["needed"] / loader["images_per_second"] > 0
 
@@ -152,6 +173,45 @@ def test_forms_that_a_method_refuses_are_rows(tmp_path):
 def test_benchmark_of_a_gpu_refuses(words, text, fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert text in fails(benchmark.main, *words)
+
+
+def test_a_benchmark_runs_on_the_gpu_that_is_named(fails, monkeypatch):
+    """What names none, such as a kernel of Triton's, takes the current one."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in ("cpu", "cuda:1"):
+        assert "unknown" in fails(benchmark.main, "gpu", "--systems", "usnr", "--device", device)
+    assert taken == [torch.device("cuda", 1)]
+    text = "--device cuda:2: GPU 2 is asked for, and torch finds 2"
+    assert text in fails(benchmark.main, "loss", "--device", "cuda:2")
+    benchmark.main(["full-size", "--list", "--device", "cuda:1"])
+    assert len(taken) == 1, "its steps are processes of their own"
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_rows_say_whether_tf32_was_on(switch, monkeypatch):
+    """As it is after the step, whose config has switched it; on a CPU there is nothing to say."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    trainer = SimpleNamespace(cfg=load_config(ROOT / SMALL), parameters=[])
+    monkeypatch.setattr(gpu.Resident, "step", lambda self, number: None)
+    monkeypatch.setattr(gpu, "found_on", lambda device, system, number: {})
+    monkeypatch.setattr(measure, "peak_memory", lambda call, device: 0)
+
+    def resident(system, device, tiny):
+        torch.backends.cuda.matmul.allow_tf32 = switch
+        return gpu.Resident(trainer, {}, 2, 10.0)
+
+    monkeypatch.setattr(gpu, "resident", resident)
+    try:
+        rows = [
+            gpu.measured(None, torch.device(kind), SimpleNamespace(quick=True, rounds=1)) for kind in ("cuda", "cpu")
+        ]
+        compared = measure.compare("x", {"ours": lambda: None}, 1, check={}, device="cuda:1")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert [row.get("tf32") for row in (*rows, compared)] == [switch, None, switch] and "tf32" not in rows[1]
 
 
 def test_the_page_has_what_a_gpu_was_measured_to_do(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from common.ops import resampled_products as module
 from common.ops.resampled_products import NeighbourProducts, resampled_products
 from common.ops.resize_chain import feature_matrices, feature_reach, resample, resize_matrices
 
@@ -34,6 +35,17 @@ def test_gradients():
     vectors = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     rows, columns = banded(2, 5, 3, 2), banded(2, 4, 4, 2)
     assert torch.autograd.gradcheck(lambda m, v: resampled_products(m, v, rows, columns, 2), (maps, vectors))
+
+
+def test_any_number_of_channels_is_multiplied_at_a_time(monkeypatch):
+    found = []
+    for count in (1, 64, 150, 1 << 16):
+        monkeypatch.setitem(module.CHANNELS, "cpu", count)
+        maps = torch.randn(150, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        pairs = NeighbourProducts.apply(maps, 2)
+        found.append((pairs, *torch.autograd.grad(pairs.square().sum(), maps)))
+    for values in found:
+        torch.testing.assert_close(values, found[0])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 2)])

@@ -210,6 +210,17 @@ def test_errors_in_a_file_arrive_as_one_line(tmp_path, data, workers):
     assert type(error.value) is ValueError and "\n" not in str(error.value) and "worker" not in str(error.value)
 
 
+@pytest.mark.parametrize("trains_there", [True, False])
+def test_memory_is_pinned_where_a_gpu_trains(data, monkeypatch, trains_there):
+    """Not where one is there alone."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: trains_there)
+    monkeypatch.setattr("common.data.streams.batches", lambda *args, pin_memory, **more: asked.append(pin_memory))
+    make_loaders(data, TrainConfig())
+    assert asked == [trains_there] * 2
+
+
 def test_settings_that_cannot_work_are_refused(data):
     with pytest.raises(ValueError, match="batch_size 4 must be a multiple of train.devices 3"):
         run(data, 1, devices=3)
