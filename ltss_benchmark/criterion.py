@@ -274,6 +274,18 @@ class SetCriterion(nn.Module):
 
 
 def pad_label(label: Tensor, size: Size) -> Tensor:
-    """Label maps (B, H, W) filled up with −1 to the padded input whose features have `size` at stride 4."""
-    height, width = (STRIDE * side for side in size)
-    return F.pad(label, (0, width - label.shape[2], 0, height - label.shape[1]), value=-1)
+    """Label maps (B, H, W) filled up with −1 to the padded input whose features have `size` at
+    stride 4.
+
+    Raises ValueError where the features do not reach over the whole label: negative padding would
+    cut it.
+    """
+    height, width = label.shape[1:]
+    down, right = STRIDE * size[0] - height, STRIDE * size[1] - width
+    if down < 0 or right < 0:
+        raise ValueError(
+            f"labels of {height}×{width} pixels reach beyond features of {size[0]}×{size[1]} at "
+            f"stride {STRIDE}; the network has to give ⌈side/{STRIDE}⌉ of them"
+        )
+
+    return F.pad(label, (0, right, 0, down), value=-1)

@@ -128,8 +128,8 @@ def _with_refresh(cfg: Config) -> Config:
 
 
 def say_mined(cfg: Config) -> None:
-    """Log how much of a batch `hard_pixels` keeps at least, where that is a number of pixels: of a batch that is divided
-    over another number of processes it is another share."""
+    """Log how much of a batch `hard_pixels` keeps at least, where that is a number of pixels: of a batch that is
+    divided over another number of processes it is another share."""
     focus = cfg.remedies.get("focus") or {}
     crop = cfg.data.streams["labeled"].augment.get("crop")
     if focus.get("name") != "hard_pixels" or focus.get("threshold") is None or crop is None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from common.losses import hard_pixel
 from common.losses.build import LossContext, build_loss
 from common.losses.counts import Counts
 from common.losses.hard_pixel import HardPixels, hard_pixel_cross_entropy
@@ -283,7 +284,7 @@ def _seesaw_rank(rank, port, folder):
 
 @pytest.mark.parametrize(("size", "align_corners"), [((16, 20), False), ((14, 17), False), ((16, 20), True)])
 def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
-    monkeypatch.setattr("common.losses.hard_pixel.BAND", 300)  # several bands
+    monkeypatch.setitem(hard_pixel.BAND, "cpu", 300)  # several bands
     logits = torch.randn(2, 6, 4, 5, requires_grad=True)
     label = torch.randint(-1, 6, (2, *size)).to(torch.int16)
     full = F.interpolate(logits, scale_factor=4, mode="bilinear", align_corners=align_corners)
@@ -294,6 +295,19 @@ def test_hard_pixels_equal_full_size_losses(monkeypatch, size, align_corners):
     torch.testing.assert_close(ours, expected)
     grads = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, expected))
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_pixel_losses_are_those_of_any_band(monkeypatch, align_corners):
+    logits, label = torch.randn(2, 6, 4, 5), torch.randint(-1, 6, (2, 15, 18))
+    row = 2 * 6 * 20  # logits of one row at full size
+    found = []
+    for band in (1, 2 * row, 7 * row, 1 << 22):
+        monkeypatch.setitem(hard_pixel.BAND, "cpu", band)
+        found.append(hard_pixel._pixel_losses(logits, label, 4, align_corners))
+    assert found[0].shape == label.shape
+    for losses in found:
+        torch.testing.assert_close(losses, found[0])
 
 
 def test_hardest_counts_ignored_pixels():

@@ -13,6 +13,7 @@ from common.distributed import synchronise_batchnorm
 from common.models import build_backbone, build_model, load_model
 from common.models.backbones import IMAGENET, pixel_statistics
 from common.models.backbones.timm_features import timm_features
+from ltss_benchmark.criterion import pad_label
 from ltss_benchmark.deeplabv3plus import DeepLabV3PlusMethod
 from ltss_benchmark.mask2former import Mask2FormerMethod
 from scripts.export import Scores, export
@@ -235,6 +236,66 @@ def test_cpsl_takes_a_step(backbone, tmp_path):
     assert features.shape[2:] == tuple(-(-side // (stride or 16)) for side in CROP)
 
 
+# Sizes of images ----------------------------------------------------------------------------------------------------
+
+DIVISORS = {
+    "resnet18": 1,
+    "mobilevit_xxs": 1,
+    "poolformer_s12": 4,  # strides that round down
+    "caformer_s18": 4,
+    "legacy_seresnet18": 4,
+    "swin_tiny_patch4_window7_224": 4,
+    "vit_tiny_patch16_224": 16,
+    "convnext_atto": 32,
+    "mobilevitv2_050": 64,  # patches of 2×2 cells of stride 32
+    "maxvit_pico_rw_256": 256,
+}
+MANY = {"maxvit_pico_rw_256", "caformer_s18", "mobilevit_xxs"}  # layers, so seconds
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in MANY else n for n in DIVISORS])
+def test_maps_have_the_sides_over_the_stride(name):
+    """Rounded up, whatever is left over a multiple of 4, with no larger divisor than needed."""
+    with torch.device("meta"):
+        backbone = timm_features(name).eval()
+    assert backbone.divisor == DIVISORS[name]
+
+    for left in range(4):
+        height, width = 64 + left, 99 - left
+        maps = backbone(torch.zeros(1, 3, height, width, device="meta"))
+        wanted = [(-(-height // stride), -(-width // stride)) for stride in backbone.strides]
+        assert [tuple(m.shape[2:]) for m in maps] == wanted
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_deeplabv3plus_takes_a_network_that_rounds_down(left):
+    """At sides 1 and 2 over a multiple of 4: a step with plain cross-entropy, scores and labels."""
+    model = config("poolformer_s12", "deeplabv3plus_d2", backbone={"output_stride": None})
+    made = DeepLabV3PlusMethod(Config(model=model), context(5)).train()
+    height, width = 64 + left, 96 + left
+    label = torch.randint(0, 5, (2, height, width), dtype=torch.int16)
+    made({"labeled": {"image": images(height, width), "label": label}}, 0)["loss"].backward()
+
+    made.eval()
+    with torch.no_grad():
+        assert made.model.predict(images(height, width)).shape == (2, 5, height, width)
+    found, _ = made.model.labels(images(height, width))
+    assert found.shape == (2, height, width)
+
+
+def test_labels_are_not_cut():
+    """Features of stride 4 that end before the label does are an error, not negative padding."""
+    label = torch.zeros(1, 33, 32, dtype=torch.int16)
+    assert pad_label(label, (9, 8)).shape == (1, 36, 32)
+    for size in [(8, 9), (9, 7)]:
+        with pytest.raises(ValueError) as error:
+            pad_label(label, size)
+        assert str(error.value) == (
+            f"labels of 33×32 pixels reach beyond features of {size[0]}×{size[1]} at "
+            "stride 4; the network has to give ⌈side/4⌉ of them"
+        )
+
+
 # Settings -----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +303,7 @@ def test_cpsl_takes_a_step(backbone, tmp_path):
     ("net", "options", "message"),
     [
         ("hiera_tiny_224", {}, "model.backbone: timm:hiera_tiny_224 takes images of 224×224 alone; choose one that"),
+        ("inception_v3", {}, "has maps of other sides than ⌈side/stride⌉ (of 97×130 pixels 46×62 at stride 2, not 49×"),
         ("resnet1", {}, "model.backbone: timm has no model 'resnet1'; did you mean 'resnet18'"),
         ("resnet18.nothing", {}, "model.backbone: timm has no weights 'resnet18.nothing'; those of this model: "),
         ("resnet18", {"output_strid": 8}, "model.options.backbone (timm:resnet18): unknown key 'output_strid'"),

@@ -20,6 +20,7 @@ from common.config.bounds import AtLeast, AtMost, Length, Rate
 from common.lazy import Lazy
 from common.models.neck import MultiLevelNeck
 from common.models.pretrained.classifiers import classifier_weights
+from common.ops.resize import Size
 
 timm = Lazy("timm")
 
@@ -28,6 +29,10 @@ PREFIX = "timm:"
 SIZE_OPTIONS = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 FINEST = 4  # stride of the finest map that heads read
 PYRAMID = (4, 8, 16, 32)  # strides that the neck makes of a plain transformer's maps
+
+# images that a network of divisor 1 has to take: sides 1, 2 and 3 over a multiple of 4, as strides
+# that round down may show at any of them alone
+UNEVEN = ((97, 130), (99, 135))
 
 Level = Annotated[int, AtLeast(0), AtMost(1000)]
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -272,32 +277,63 @@ def _levels(
 
 
 def _divisor(name: str, draft: nn.Module) -> int:
-    """What the sides of an image have to be multiples of: nothing, a patch, the coarsest stride or whole windows."""
-    strides = draft.feature_info.reduction()
-    native = timm.get_pretrained_cfg(name)
-    window = max(native.input_size[1:]) if native is not None else max(strides)
+    """What the sides of an image have to be multiples of: nothing, a patch, a few of the coarsest
+    stride or whole windows; the least of them that works.
 
-    for divisor in dict.fromkeys((1, min(strides), max(strides), window)):
-        if _takes(draft, divisor):
+    Raises ConfigError where none does.
+    """
+    strides = draft.feature_info.reduction()
+    coarsest = max(strides)
+    native = timm.get_pretrained_cfg(name)
+    window = max(native.input_size[1:]) if native is not None else coarsest
+    # maps that are cut into patches of 2 or 4 cells need so many of them
+    tried = {1, min(strides), FINEST, coarsest, 2 * coarsest, 4 * coarsest, window}
+
+    misfit = ""
+    for divisor in sorted(tried):
+        found = _misfit(draft, divisor)
+        if found is None:
             return divisor
+        misfit = misfit or found
+
+    if misfit:
+        raise ConfigError(
+            f"model.backbone: timm:{name} has maps of other sides than ⌈side/stride⌉ ({misfit}); "
+            "choose another backbone"
+        )
 
     raise ConfigError(
-        f"model.backbone: timm:{name} takes images of {window}×{window} alone; choose one that takes any size"
+        f"model.backbone: timm:{name} takes images of {window}×{window} alone; "
+        "choose one that takes any size"
     )
 
 
-def _takes(draft: nn.Module, divisor: int) -> bool:
-    """Whether images whose sides are odd multiples of `divisor` give maps whose sides are those over the stride."""
-    height, width = (
-        divisor * (side // divisor + more | 1) for side, more in ((97, 2), (131, 4))
-    )
-    try:
-        maps = draft(torch.zeros(1, 3, height, width, device="meta"))
-    except (RuntimeError, AssertionError, ValueError):
-        return False
+def _sizes(divisor: int) -> tuple[Size, ...]:
+    """Images to try, in pixels: their sides are multiples of `divisor`."""
+    if divisor == 1:
+        return UNEVEN
 
+    # odd multiples, else they would be multiples of twice the divisor
+    return ((divisor * (97 // divisor + 2 | 1), divisor * (131 // divisor + 4 | 1)),)
+
+
+def _misfit(draft: nn.Module, divisor: int) -> str | None:
+    """The first map whose sides are not ⌈side/stride⌉, of images whose sides are multiples of
+    `divisor`; "" where the network does not take such an image, None where all is well."""
     features = TimmFeatures(draft, divisor, "")
-    shapes = [(m.shape[1:3] if features.width_last else m.shape[2:]) for m in maps]
-    wanted = [(-(-height // stride), -(-width // stride)) for stride in features.strides]
+    for height, width in _sizes(divisor):
+        try:
+            maps = draft(torch.zeros(1, 3, height, width, device="meta"))
+        except (RuntimeError, AssertionError, ValueError):
+            return ""
 
-    return [tuple(shape) for shape in shapes] == wanted
+        for made, stride in zip(maps, features.strides, strict=True):
+            found = tuple(made.shape[1:3] if features.width_last else made.shape[2:])
+            wanted = (-(-height // stride), -(-width // stride))
+            if found != wanted:
+                return (
+                    f"of {height}×{width} pixels {found[0]}×{found[1]} at stride {stride}, "
+                    f"not {wanted[0]}×{wanted[1]}"
+                )
+
+    return None
