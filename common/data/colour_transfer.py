@@ -38,9 +38,12 @@ def rgb_to_lab(pixels: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) → float32 (3, H, W): L in 0–100, a, b."""
     linear = torch.from_numpy(np.take(_LINEAR, np.ascontiguousarray(pixels.transpose(2, 0, 1))))
     xyz = (_FORWARD.float() @ linear.flatten(1)).view_as(linear)
-    x, y, z = torch.where(
-        xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116
-    )
+
+    # CIE's f: a cube root, but straight near black
+    root = xyz.clamp(min=0.008856) ** (1 / 3)
+    straight = 7.787 * xyz + 16 / 116
+    x, y, z = torch.where(xyz > 0.008856, root, straight)
+
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)))
 
 
