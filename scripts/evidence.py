@@ -16,7 +16,8 @@ comes before is trained once; with `trunk: NAME` at that step of a run of its ow
 in the final runs. Other runs that come before are the plan's `steps`; `--only NAME …` takes some of the rows
 and what they come after, `--splits SPLIT …` some of the splits. What `collect` finds joins what the file of results
 holds of earlier calls, whatever the machine; runs of a strength that is no longer chosen, or of other settings of their
-own than the plan has now, are left out. `pools` of a plan puts splits together, the folds of scripts/prepare_folds.py.
+own than the plan has now, are left out. `pools` of a plan puts splits together, the folds of scripts/prepare_folds.py;
+`scenes` tells a split apart.
 
 Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last` checkpoint counts, never the best.
 """
@@ -44,6 +45,7 @@ from scripts.study.page import page_of, pictures
 from scripts.study.plan import Plan, data_folder, runs_of
 from scripts.study.pools import pool_of, read_blocks
 from scripts.study.records import begun, changed_after, joined, scored, split_of, trained
+from scripts.study.scenes import blocks_of, pieces_of
 
 STEPS = ("tune", "choose", "final", "score", "after", "collect", "page")
 
@@ -84,7 +86,8 @@ def main() -> int:
 def train(plan: Plan, args: argparse.Namespace) -> int:
     """Run the trainings of a step; its exit code."""
     if args.splits:
-        plan = replace(plan, final={name: own for name, own in plan.final.items() if name in args.splits}, pools={})
+        final = {name: own for name, own in plan.final.items() if name in args.splits}
+        plan = replace(plan, final=final, pools={}, scenes={})
     write_lists(plan)
     runs = wanted(plan, args)
     ended = run_all(runs, args.at_once, args.minutes)
@@ -288,6 +291,7 @@ def collect(plan: Plan, only: list[str] | None = None) -> None:
         "after": changes(plan),
         "splits": splits,
         "pools": pools,
+        "scenes": {name: scenes_of(plan, name, splits[name]["images"]) for name in plan.scenes if name in splits},
     }
     path = ROOT / plan.results
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,6 +300,17 @@ def collect(plan: Plan, only: list[str] | None = None) -> None:
 
     done = {name: sum(len(seeds) for seeds in split["runs"].values()) for name, split in splits.items()}
     print(f"{path}: " + ", ".join(f"{count} runs of {name}" for name, count in done.items()))
+
+
+def scenes_of(plan: Plan, split: str, images: list[str]) -> dict[str, Any]:
+    """What the file of results holds of a split's scenes. ValueError where its images do not fit them."""
+    scenes = plan.scenes[split]
+    try:
+        if scenes.pieces is not None:
+            return {"of": "pieces", "parts": pieces_of(images, scenes.pieces)}
+        return {"of": "blocks", "parts": blocks_of(images, read_blocks(ROOT / scenes.blocks))}
+    except ValueError as error:
+        raise ValueError(f"scenes.{split}: {error}") from error
 
 
 def convention_of(plan: Plan, split: Mapping[str, Any]) -> str:

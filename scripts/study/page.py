@@ -26,6 +26,7 @@ from scripts.study.numbers import (
     unpaired,
 )
 from scripts.study.pools import blocks_table, folds_table, told_splits, unfinished
+from scripts.study.scenes import scenes_table
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
@@ -35,7 +36,7 @@ Made by `python scripts/evidence.py page {plan}` from the results of its other s
 Differences are taken seed by seed, over the seeds that a row shares with what it is held against; means are of all
 seeds of a row. The last checkpoint counts. In percent; ± is half of a 95 % interval by Student's t over seeds; "better"
 and "worse" are said where Holm's p over all remedies that a table is to have, run or not, is below 0.05. Such intervals
-speak of other seeds on the same images, not of other scenes.
+speak of other seeds on the same images, of other scenes only where a table says so.
 """
 FREE_HEAD = (
     "Against what is free: of the baseline and all strengths of changes in it (below), the one with the highest "
@@ -178,6 +179,8 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
         lines.append(f"![Change of mIoU(tail) against change of mIoU(head), by remedy]({picture})\n")
     lines += absent_words(matrices[baseline], split)
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
+    if name in results.get("scenes", {}):
+        lines += scenes_table(split, results["scenes"][name], remedies)
     lines += starts_table(split, results.get("before", {}))
     lines += further_tables(split, remedies)
     lines += [pairs_table(compared["miou_tail"]), *words(compared, unpaired(matrices, baseline))]

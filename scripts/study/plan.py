@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from common.config.bounds import Count, Whole
+from common.config.bounds import AtLeast, Count, Whole
 from common.jobs import Run
 from common.jobs.plan import ROOT, Entry, Jobs, entry_of, plan_of
 from common.metrics import Convention
@@ -48,6 +48,21 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Scenes:
+    """How the images of a split are told apart.
+
+    blocks: file of scripts/prepare_folds.py, relative to the repository; else pieces: so many consecutive parts.
+    """
+
+    blocks: str = ""
+    pieces: Annotated[int, AtLeast(2)] | None = None
+
+    def __post_init__(self):
+        if bool(self.blocks) == (self.pieces is not None):
+            raise ValueError("scenes: takes either a file of blocks or a number of pieces")
+
+
+@dataclass(frozen=True)
 class Plan:
     """A comparison. Files but `output` are relative to the repository.
 
@@ -83,6 +98,7 @@ class Plan:
     after: Mapping[str, After] = field(default_factory=dict)
     lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # name → list files that make one, in {data}
     pools: Mapping[str, Pool] = field(default_factory=dict)  # name → the folds of a cross-validation
+    scenes: Mapping[str, Scenes] = field(default_factory=dict)  # split → its scenes, each of which the page tells
 
     def __post_init__(self):
         if not self.remedies:
@@ -115,6 +131,9 @@ class Plan:
                     raise ValueError(f"pools.{name}: {split!r} is no split of the plan: {', '.join(self.final)}")
             if len(set(pool.splits)) < max(2, len(pool.splits)):
                 raise ValueError(f"pools.{name}: names fewer than two splits, or one twice")
+        for name in self.scenes:
+            if name not in self.final:
+                raise ValueError(f"scenes: {name!r} is no split of the plan: {', '.join(self.final)}")
         if self.convention and self.tuned():
             raise ValueError("convention: strengths are chosen by that of the runs; set eval.convention in `settings`")
         if not self.seeds or not self.final:
