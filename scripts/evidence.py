@@ -24,6 +24,7 @@ Runs, logs, exit codes and refusals are those of scripts/run_many.py. The `last`
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,7 +33,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other scripts, which are not installed
 
+import numpy as np
+
 from common import cli
+from common.comparison import head_and_tail
 from common.config import read_tree, typed
 from common.data.catalogue.lists import read_list, write_list
 from common.files import load_json, read_artifact, read_json, refuse_to_overwrite, replacing, write_json
@@ -231,7 +235,10 @@ def _tuned(run: Run) -> dict[str, float]:
     if state_of(run) != "done":
         raise ValueError(f"{run.title}: is {state_of(run)}; end the step `tune` first")
     result = read_json(run.folder / "evaluation.json")
-    return {key: result[key] if result[key] is not None else float("-inf") for key in ("miou", "miou_tail")}
+    tail = [item["id"] for item in result["per_class"] if item["tail"]]
+    head = head_and_tail(np.array(result["confusion"]), tail, result["convention"])["miou_head"]
+    scores = {key: result[key] if result[key] is not None else float("-inf") for key in ("miou", "miou_tail")}
+    return {**scores, "miou_head": head if math.isfinite(head) else float("-inf")}
 
 
 def read_choices(plan: Plan) -> dict[str, Any]:

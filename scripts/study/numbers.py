@@ -5,11 +5,14 @@ results: what the step `collect` of scripts/evidence.py has left; split: one of 
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from common.comparison import LEVEL, Difference, head_and_tail, holm, number, paired, paired_by_seed
+from common.metrics import Convention
 
 Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
@@ -18,10 +21,9 @@ HEAD_ALLOWED = 0.005  # of mIoU(head): what may be given up for the tail, as the
 
 def total_of(images: list[list[int]], num_classes: int) -> np.ndarray:
     """The confusion matrix (K, K) of all images, from the packed ones of each."""
-    total = np.zeros(num_classes**2, np.int64)
-    for image in images:
-        np.add.at(total, image[0::2], image[1::2])
-    return total.reshape(num_classes, num_classes)
+    pairs = np.fromiter(chain.from_iterable(images), np.int64)  # place, count, place, count, …
+    total = np.bincount(pairs[0::2], weights=pairs[1::2], minlength=num_classes**2)
+    return total.astype(np.int64).reshape(num_classes, num_classes)
 
 
 def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -34,7 +36,14 @@ def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[st
 
 
 def score(matrix: np.ndarray, split: Mapping[str, Any], key: str) -> float:
-    return head_and_tail(matrix, split["tail"], split["convention"])[key]
+    """matrix: (K, K), whole numbers."""
+    counts = np.asarray(matrix, np.int64).tobytes()
+    return _scores(counts, len(matrix), tuple(split["tail"]), split["convention"])[key]
+
+
+@lru_cache(maxsize=1 << 14)  # a page asks for those of a run a dozen times
+def _scores(counts: bytes, size: int, tail: tuple[int, ...], convention: Convention) -> dict[str, float]:
+    return head_and_tail(np.frombuffer(counts, np.int64).reshape(size, size), tail, convention)
 
 
 def of_curve(split: Mapping[str, Any], name: str) -> list[str]:

@@ -27,6 +27,7 @@ from scripts.study.numbers import (
 )
 from scripts.study.pools import blocks_table, folds_table, told_splits, unfinished
 from scripts.study.scenes import scenes_table
+from scripts.study.strengths import STRENGTHS, curves_of, strengths
 
 SCORES = {"miou": "mIoU", "miou_tail": "mIoU(tail)", "miou_head": "mIoU(head)", "macc": "mean accuracy"}
 EFFECTS = (2, 3, 5)  # points of mIoU(tail)
@@ -57,7 +58,6 @@ FREE_IN_OTHERS_HEAD = (
 )
 FREE_AT_ANY_COST = "The same against the highest mIoU(tail) that is free, whatever it costs of the head:\n"
 NOTHING_FREE = "nothing that is free comes within half a point of its mean mIoU(head) on the same seeds."
-UNTUNED = "One strength each, fixed before any result of its own: **no strength was tuned.**"
 NOT_YET = "## Split {name}\n\nNo run is done of {splits}, so its splits are not put together yet.\n"
 NOTHING = "\n**Nothing has been run yet**: there is no file of results, hence no numbers.\n"
 
@@ -68,7 +68,7 @@ def page_of(results: Mapping[str, Any] | None, plan: str, title: str) -> str:
     if results is None:
         return head + NOTHING
 
-    parts = [head, protocol(results), strengths(results)]
+    parts = [head, protocol(results), strengths(results, picture_of(plan, STRENGTHS))]
     pools = results.get("pools", {})
     for name, split in told_splits(results).items():
         parts.append(section(name, split, results, picture_of(plan, name)))
@@ -85,12 +85,15 @@ def picture_of(plan: str, split: str) -> str:
 
 
 def pictures(results: Mapping[str, Any], plan: str) -> dict[str, str]:
-    """File, seen from the page → SVG, of each split with something to compare."""
+    """File, seen from the page → SVG, of each split with something to compare, and of the strengths that were tried."""
     found = {}
     for name, split in told_splits(results).items():
         changes = changes_of(split, list(results["remedies"]), list(results["after"]))
         if changes is not None:
             found[picture_of(plan, name)] = plot.plot(*changes, changed(results))
+
+    if tried := curves_of(results):
+        found[picture_of(plan, STRENGTHS)] = plot.plot_strengths(tried)
 
     return found
 
@@ -131,37 +134,6 @@ def machines(results: Mapping[str, Any]) -> list[str]:
                 found[f"{chip}, torch {machine.get('torch')}, commit {run['commit']}"] = None
 
     return list(found)
-
-
-def strengths(results: Mapping[str, Any]) -> str:
-    """The settings of every remedy; where several strengths were tried, which was chosen, and what they scored."""
-    lines = ["## Strengths", "", "| remedy | strength | settings |", "|---|---|---|"]
-    for name, settings in results.get("steps", {}).items():
-        lines.append(f"| {name} | comes before others | `{' '.join(settings)}` |")
-    for name, settings in results["remedies"].items():
-        lines.append(f"| {name} | {results['choices'][name]['chosen']} | `{' '.join(settings)}` |")
-
-    tuned = {name: choice for name, choice in results["choices"].items() if choice["tried"]}
-    if tuned:
-        lines += ["", "Chosen on images of their own, with a seed of their own:", "", choices_table(tuned)]
-    else:
-        lines += ["", UNTUNED]
-
-    return "\n".join([*lines, ""])
-
-
-def choices_table(choices: Mapping[str, Any]) -> str:
-    """What was chosen, and among what."""
-    lines = ["| remedy | chosen | best for the tail | tried: mIoU / mIoU(tail) |"]
-    lines.append("|---|---|---|---|")
-    for name, choice in choices.items():
-        tried = "; ".join(
-            f"{strength}: {100 * scores['miou']:.1f} / {100 * scores['miou_tail']:.1f}"
-            for strength, scores in choice["tried"].items()
-        )
-        lines.append(f"| {name} | {choice['chosen']} | {choice['by_tail']} | {tried} |")
-
-    return "\n".join(lines)
 
 
 def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], picture: str) -> str:

@@ -23,6 +23,7 @@ STYLE = "text{font:13px system-ui,sans-serif;fill:#1b2027}.soft{fill:#5b6572}.gr
 
 def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]], of: Mapping[str, str]) -> str:
     """SVG. curves: of each change after training its strengths in order; of: the remedy whose networks it changes."""
+    curves = {name: curve for name, curve in curves.items() if curve}
     bare = [change for curve in curves.values() for change in curve]  # drawn without intervals
     across = Axis(_reach([change[0] for change in remedies.values()], [change[0] for change in bare]), LEFT, RIGHT)
     up = Axis(_reach([change[1] for change in remedies.values()], [change[1] for change in bare]), BOTTOM, TOP)
@@ -36,11 +37,58 @@ def plot(remedies: Mapping[str, Change], curves: Mapping[str, Sequence[Change]],
     for name, change in remedies.items():
         parts += _point(change, across, up, colours[name])
     for i, name in enumerate(names):
-        parts += _entry(i, name, colours[name], name in curves)
+        parts += _entry(TOP + 16 + 22 * i, name, colours[name], name in curves)
 
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
-    title = "<title>Change of mIoU(tail) against change of mIoU(head), by remedy</title>"
-    paper = f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
+    return _picture("by remedy", parts)
+
+
+def plot_strengths(curves: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    """SVG. curves: remedy → strength → its change of mIoU(head) and of mIoU(tail), in points. A line joins the
+    strengths of a remedy, which have the numbers of the legend; a dashed one those that no other beats in both."""
+    places = [change for curve in curves.values() for change in curve.values()]
+    across = Axis([0.0, *(head for head, _ in places)], LEFT, RIGHT)
+    up = Axis([0.0, *(tail for _, tail in places)], BOTTOM, TOP)
+
+    best = " ".join(f"{across(head):.1f},{up(tail):.1f}" for head, tail in front(places))
+    dashes = 'stroke="#9aa5b3" stroke-width="6" stroke-opacity="0.5" stroke-dasharray="9 5"'
+    parts = [*_grid(across, up), f'<polyline points="{best}" fill="none" {dashes}/>']
+    y = TOP + 16
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        parts += _numbered([(across(head), up(tail)) for head, tail in curve.values()], colour)
+        parts += _entry(y, name, colour, is_curve=True)
+        for number, strength in enumerate(curve, 1):
+            y += 16
+            parts.append(f'<text x="{RIGHT + 40}" y="{y + 4.5}" class="soft">{number}  {escape(strength)}</text>')
+        y += 26
+
+    return _picture("by strength", parts, max(HEIGHT, y))
+
+
+def _numbered(spots: Sequence[tuple[float, float]], colour: str) -> list[str]:
+    """A line through dots, which are numbered from 1."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>']
+    for number, (x, y) in enumerate(spots, 1):
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 6:.1f}" y="{y - 5:.1f}" style="font-size:11px;fill:{colour}">{number}</text>')
+
+    return parts
+
+
+def front(places: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The Pareto front: the places that no other is above in one direction and at least equal to in the other."""
+    found: list[tuple[float, float]] = []
+    for place in sorted(set(places), reverse=True):
+        if not found or place[1] > found[-1][1]:
+            found.append(place)
+    return found
+
+
+def _picture(what: str, parts: Iterable[str], height: float = HEIGHT) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">'
+    title = f"<title>Change of mIoU(tail) against change of mIoU(head), {what}</title>"
+    paper = f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>'
     return "\n".join([head, title, f"<style>{STYLE}</style>", paper, *parts, "</svg>", ""])
 
 
@@ -119,9 +167,9 @@ def _point(change: Change, across: Axis, up: Axis, colour: str) -> list[str]:
     return parts
 
 
-def _entry(i: int, name: str, colour: str, is_curve: bool) -> list[str]:
+def _entry(y: int, name: str, colour: str, is_curve: bool) -> list[str]:
     """A line of the legend."""
-    x, y = RIGHT + 24, TOP + 16 + 22 * i
+    x = RIGHT + 24
     if is_curve:
         mark = f'<line x1="{x - 6}" x2="{x + 8}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
     else:

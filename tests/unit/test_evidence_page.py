@@ -1,6 +1,7 @@
 """What the evidence script says of its results: numbers, picture, page and the README's table; the project's plans."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ from common.comparison import Difference, head_and_tail, of_differences, pairs_n
 from common.config import load_config, read_tree, typed
 from common.report.compared import Change
 from scripts import evidence
-from scripts.study import numbers, page, plot, records, summary
+from scripts.study import numbers, page, plot, records, strengths, summary
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 ROOT = Path(__file__).parents[2]
@@ -141,10 +142,57 @@ def tail_of(run: dict) -> float:
     return head_and_tail(numbers.total_of(run["matrices"], 3), [2])["miou_tail"]
 
 
+def test_the_front_is_what_no_other_beats():
+    """Against every pair of places."""
+    places = [tuple(pair) for pair in np.random.default_rng(2).integers(0, 30, (40, 2)).tolist()]
+
+    def beaten(place):
+        return any(other != place and other[0] >= place[0] and other[1] >= place[1] for other in places)
+
+    expected = {place for place in places if not beaten(place)}
+    got = plot.front(places)
+    assert set(got) == expected and len(got) == len(expected) > 1
+    assert got == sorted(got, reverse=True)
+
+
+def test_the_picture_of_the_strengths():
+    """Each lies where its scores are, against the chosen strength of the baseline, and has the legend's number."""
+    tried = {
+        "base": {"low": (0.5, 0.2, 0.7), "high": (0.6, 0.3, 0.8)},
+        "good": {"weak": (0.6, 0.35, 0.79), "<strong>": (0.6, 0.4, 0.7)},
+    }
+    choices = {
+        name: {
+            "chosen": list(strengths)[-1],
+            "tried": {
+                strength: dict(zip(("miou", "miou_tail", "miou_head"), scores, strict=True))
+                for strength, scores in strengths.items()
+            },
+        }
+        for name, strengths in tried.items()
+    }
+    results = {"remedies": {"base": [], "good": []}, "choices": choices}
+    curves = strengths.curves_of(results)
+    assert curves["base"]["high"] == (0, 0)
+    assert curves["good"]["<strong>"] == pytest.approx((-10, 10))
+
+    drawn = ElementTree.fromstring(plot.plot_strengths(curves))
+    dots = [(float(c.get("cx")), float(c.get("cy"))) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
+    low, high, weak, strong = dots
+    assert strong[0] == pytest.approx(low[0], abs=0.11) and low[0] < weak[0] < high[0]
+    assert strong[1] < weak[1] < high[1] < low[1]
+    words = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"1  weak", "2  <strong>"} <= set(words) and words.count("2") == 2
+
+    del choices["good"]["tried"]["weak"]["miou_head"]  # a file of choices that was made before
+    assert strengths.curves_of(results) == {}
+
+
 def test_the_plans_of_the_project():
     """Four strengths a remedy, seeds that did not choose, configs that load; the page is what the results say."""
     for path in sorted((ROOT / "scripts" / "evidence_plans").glob("*.yaml")):
         plan = typed(evidence.Plan, read_tree(path), path.name)
+        plan = replace(plan, seeds=plan.seeds[:1])  # the others differ in their number
         assert {len(tried) for tried in plan.remedies.values()} in ({4}, {1}), "tuned alike, or not at all"
         runs = evidence.runs_of(plan.tuning()) if plan.tuned() else []
         choices = {name: {"chosen": next(iter(tried))} for name, tried in plan.remedies.items()}
