@@ -281,8 +281,7 @@ def collect(plan: Plan, only: list[str] | None = None) -> None:
         if plan.after:
             results_of_split += changed_after(runs_of(plan.afters()[name]))
 
-        starts = [step for step in plan.steps if step != plan.trunk]  # the trunk's evaluation is of its end
-        found = split_of(results_of_split, begun(planned, starts))
+        found = split_of(results_of_split, begun(planned, list(plan.steps)))
         if found is not None:
             found["convention"] = convention_of(plan, found)
             splits[name] = joined(splits.get(name), found, f"{plan.results}: {name}")

@@ -52,6 +52,10 @@ ABSENT = {  # convention of common/metrics.py → what a class without a true pi
     "detectron2": "such a class is in no mean",
 }
 AGAINST_HEAD = "Against each other, Holm's p over these pairs:\n"
+TRUNK_HEAD = (
+    "Against {trunk} to its own end ({seeds} seeds: {means}), from which a row differs by its settings and nothing "
+    "else; Holm's p over these pairs:\n"
+)
 FREE_IN_OTHERS_HEAD = (
     "Against what is free in the networks that a remedy is held against: of them and all strengths of changes in them, "
     "the one with the highest mIoU(tail), its mIoU(head) and its choice as above."
@@ -153,10 +157,11 @@ def section(name: str, split: Mapping[str, Any], results: Mapping[str, Any], pic
     lines += [main_table(matrices, baseline, split, compared), tail_table(matrices, split)]
     if name in results.get("scenes", {}):
         lines += scenes_table(split, results["scenes"][name], remedies)
-    lines += starts_table(split, results.get("before", {}))
+    lines += starts_table(split, results)
     lines += further_tables(split, remedies)
     lines += [pairs_table(compared["miou_tail"]), *words(compared, unpaired(matrices, baseline))]
     lines += against_others(split, results.get("against", {}))
+    lines += against_trunk(split, results)
     absent = [name for name in remedies if name not in split["runs"]]
     if absent:
         lines.append(f"Not run yet: {', '.join(absent)}.\n")
@@ -209,18 +214,31 @@ def words(compared: Mapping[str, Compared], without: list[str]) -> list[str]:
     return [*lines, ""]
 
 
-def against_others(split: Mapping[str, Any], pairs: Mapping[str, str]) -> list[str]:
+def against_others(split: Mapping[str, Any], pairs: Mapping[str, str], head: str = AGAINST_HEAD) -> list[str]:
     """A sentence a pair of remedies, neither of which need be the baseline."""
     compared = {key: between(split, pairs, key) for key in ("miou", "miou_tail", "miou_head")}
     if not compared["miou"]:
         return []
 
-    lines = [AGAINST_HEAD]
+    lines = [head]
     for remedy in compared["miou"]:
         said = [f"{SCORES[key]} {verdict(*differences[remedy])}" for key, differences in compared.items()]
         lines.append(f"- **{remedy}** against {pairs[remedy]}: {'; '.join(said)}.")
 
     return [*lines, ""]
+
+
+def against_trunk(split: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """A sentence a remedy: what it changes where all else, the learning rate too, is as in the trunk to its end."""
+    trunk = results.get("trunk")
+    if not trunk or trunk not in split["starts"]:
+        return []
+
+    together = {**split, "runs": {**split["runs"], trunk: split["starts"][trunk]}}
+    seeds = matrices_of(together, [trunk])[trunk].values()
+    means = [f"{SCORES[key]} {percent(np.mean([score(m, split, key) for m in seeds]))}" for key in SCORES]
+    head = TRUNK_HEAD.format(trunk=trunk, seeds=len(seeds), means=", ".join(means))
+    return against_others(together, dict.fromkeys(results["remedies"], trunk), head)
 
 
 def against_free(split: Mapping[str, Any], remedies: list[str], after: Mapping[str, str]) -> list[str]:
@@ -321,12 +339,11 @@ def main_table(
     return "\n".join([*lines, ""])
 
 
-def starts_table(split: Mapping[str, Any], before: Mapping[str, list[str]]) -> list[str]:
-    """How far each remedy went from the weights that it began at; nothing where no start was evaluated.
-
-    before: remedy → the steps that it comes after, the nearest first.
-    """
-    recorded = split.get("starts", {})
+def starts_table(split: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    """How far each remedy went from the weights that it began at; nothing where no start was evaluated. That of the
+    trunk is of its end, where no remedy began."""
+    recorded = {step: seeds for step, seeds in split.get("starts", {}).items() if step != results.get("trunk")}
+    before = results.get("before", {})  # remedy → the steps that it comes after, the nearest first
     begins = {remedy: next((step for step in steps if step in recorded), None) for remedy, steps in before.items()}
     pairs = {remedy: step for remedy, step in begins.items() if step and remedy in split["runs"]}
     if not pairs:

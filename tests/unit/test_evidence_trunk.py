@@ -23,8 +23,15 @@ def test_remedies_and_their_strengths_begin_at_a_trunk(plan, tmp_path, monkeypat
     assert "branch" not in json.loads((tmp_path / "out/tune/trunk_0/job.json").read_text())["command"]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["before"] == {"baseline": ["trunk"], "good": ["trunk"]}
-    assert results["splits"]["blocks"]["starts"] == {}, "the trunk is evaluated at its end, where nothing begins"
-    assert "Up to step 40 a seed's runs are one and the same" in (tmp_path / "page.md").read_text()
+    text = (tmp_path / "page.md").read_text()
+    assert "Up to step 40 a seed's runs are one and the same" in text
+    assert list(results["splits"]["blocks"]["starts"]) == ["trunk"]
+    assert "Where they begin" not in text, "the trunk is evaluated at its end, where nothing begins"
+    told = text.split("Against trunk to its own end (2 seeds: ")[1]
+    assert "mIoU(tail) 62.0, " in told.splitlines()[0], "of seed 1 60 + 3, of seed 2 60 + 1 hits in a hundred pixels"
+    good = next(line for line in told.splitlines() if line.startswith("- **good** against trunk: "))
+    assert "mIoU(tail) +25.0 ± 0.0 points over 2 pairs: better" in good, "ten more hits for each point of gain"
+    assert "- **baseline** against trunk: mIoU +0.0 ± 0.0 points over 2 pairs: not told apart" in told
 
     edited(plan, branch=10)
     assert "baseline: was chosen among other strengths, or settings, than" in fails(evidence.main, "final", plan)
