@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from common.comparison import LEVEL, Difference, head_and_tail, holm, number, paired, paired_by_seed
-from common.metrics import Convention
+from common.comparison import LEVEL, Difference, holm, number, paired, paired_by_seed, scores_of_counts
+from common.metrics import Convention, class_counts
 
 Compared = Mapping[str, tuple[Difference, float | None]]  # remedy → difference to the baseline, Holm's p
 Change = tuple[Difference, Difference]  # of mIoU(head) and of mIoU(tail)
@@ -36,14 +36,15 @@ def matrices_of(split: Mapping[str, Any], names: list[str]) -> dict[str, dict[st
 
 
 def score(matrix: np.ndarray, split: Mapping[str, Any], key: str) -> float:
-    """matrix: (K, K), whole numbers."""
-    counts = np.asarray(matrix, np.int64).tobytes()
-    return _scores(counts, len(matrix), tuple(split["tail"]), split["convention"])[key]
+    """One of the scores of `head_and_tail`, of a matrix (K, K)."""
+    return _scores(class_counts(matrix).tobytes(), tuple(split["tail"]), split["convention"])[key]
 
 
-@lru_cache(maxsize=1 << 14)  # a page asks for those of a run a dozen times
-def _scores(counts: bytes, size: int, tail: tuple[int, ...], convention: Convention) -> dict[str, float]:
-    return head_and_tail(np.frombuffer(counts, np.int64).reshape(size, size), tail, convention)
+@lru_cache(maxsize=1 << 12)  # a page asks for those of a run a dozen times; of 847 classes these keys are 80 MB
+def _scores(counts: bytes, tail: tuple[int, ...], convention: Convention) -> dict[str, float]:
+    """counts: `class_counts` (3, K)."""
+    found = scores_of_counts(np.frombuffer(counts).reshape(3, -1), tail, convention)
+    return {name: float(value) for name, value in found.items() if name != "iou"}
 
 
 def of_curve(split: Mapping[str, Any], name: str) -> list[str]:

@@ -231,7 +231,7 @@ def against_others(split: Mapping[str, Any], pairs: Mapping[str, str], head: str
 def against_trunk(split: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     """A sentence a remedy: what it changes where all else, the learning rate too, is as in the trunk to its end."""
     trunk = results.get("trunk")
-    if not trunk or trunk not in split["starts"]:
+    if not trunk or trunk not in split.get("starts", {}):
         return []
 
     together = {**split, "runs": {**split["runs"], trunk: split["starts"][trunk]}}

@@ -1,5 +1,6 @@
 """A split told apart: whether what a remedy does to the tail holds in every scene, and in every part of a clip."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def scenes_table(split: Mapping[str, Any], scenes: Mapping[str, Any], remedies: 
     if not told:
         return []
 
-    over = {name: of_differences([part[name][0].mean for part in changes]) for name in told}
+    over = {name: _over_scenes([part[name][0].mean for part in changes]) for name in told}
     adjusted = holm({name: difference.p for name, difference in over.items()}, len(remedies) - 1)
     by_scene = scenes["of"] == "blocks"
     heads = [f"{part[0]} ({len(part)})" for part in scenes["parts"]] + ["mean change"] * by_scene
@@ -71,6 +72,12 @@ def scenes_table(split: Mapping[str, Any], scenes: Mapping[str, Any], remedies: 
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
     return ["\n".join([*lines, ""])]
+
+
+def _over_scenes(values: Sequence[float]) -> Difference:
+    """Of the scenes that show a class of the tail."""
+    defined = [value for value in values if math.isfinite(value)]
+    return of_differences(defined) if defined else Difference(math.nan, 0)
 
 
 def _tails(split: Mapping[str, Any], part: Sequence[str], remedies: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """The strengths of an evidence plan: what was tried on the images that choose, and what was chosen."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,10 +49,13 @@ def choices_table(choices: Mapping[str, Any]) -> str:
 
 def curves_of(results: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
     """Remedy → strength → its change of mIoU(head) and of mIoU(tail), in points, on the images that choose, against the
-    chosen strength of the baseline. Nothing where that was not tuned, or the file of choices tells no mIoU(head)."""
+    chosen strength of the baseline. Nothing where that was not tuned, or a strength has no mIoU(head) or mIoU(tail)."""
     tuned = {name: choice for name, choice in results["choices"].items() if choice["tried"]}
     baseline = next(iter(results["remedies"]))
     if baseline not in tuned or not _have_heads(tuned):
+        return {}
+    every = [scores for choice in tuned.values() for scores in choice["tried"].values()]
+    if not all(math.isfinite(scores[key]) for scores in every for key in ("miou_head", "miou_tail")):
         return {}
 
     start = tuned[baseline]["tried"][tuned[baseline]["chosen"]]

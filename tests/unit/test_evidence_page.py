@@ -142,6 +142,14 @@ def tail_of(run: dict) -> float:
     return head_and_tail(numbers.total_of(run["matrices"], 3), [2])["miou_tail"]
 
 
+def test_scores_are_the_librarys():
+    matrix = np.random.default_rng(4).integers(0, 50, (3, 3))
+    for convention in ("nan_mean", "absent_zero", "detectron2"):
+        expected = head_and_tail(matrix, [2], convention)
+        split = {"tail": [2], "convention": convention}
+        assert {key: numbers.score(matrix, split, key) for key in expected} == expected
+
+
 def test_the_front_is_what_no_other_beats():
     """Against every pair of places."""
     places = [tuple(pair) for pair in np.random.default_rng(2).integers(0, 30, (40, 2)).tolist()]
@@ -184,6 +192,8 @@ def test_the_picture_of_the_strengths():
     words = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert {"1  weak", "2  <strong>"} <= set(words) and words.count("2") == 2
 
+    choices["good"]["tried"]["weak"]["miou_tail"] = float("-inf")  # images without a class of the tail
+    assert strengths.curves_of(results) == {}
     del choices["good"]["tried"]["weak"]["miou_head"]  # a file of choices that was made before
     assert strengths.curves_of(results) == {}
 

@@ -93,6 +93,21 @@ def test_nothing_to_compare_is_no_table(split):
     assert scenes.scenes_table(split, {"of": "blocks", "parts": PARTS}, ["base", "good", "other"]) == []
 
 
+def test_a_scene_without_a_class_of_the_tail_is_in_no_mean(split, matrices):
+    """The first scene loses its only one."""
+    for name, seeds in matrices.items():
+        for seed, matrix in seeds.items():
+            matrix[:2, 1:] = 0
+            split["runs"][name][seed]["matrices"] = records.packed(matrix)
+
+    (text,) = scenes.scenes_table(split, {"of": "blocks", "parts": PARTS}, ["base", "other"])
+    sides = matrices["other"], matrices["base"]
+    changes = [np.mean([tail_of(sides[0][s], rows) - tail_of(sides[1][s], rows) for s in "12"]) for rows in ROWS[1:]]
+    low, high = stats.ttest_1samp(changes, 0).confidence_interval()
+    assert cells(text, "base")[0] == cells(text, "other")[0] == "–"
+    assert cells(text, "other")[3] == f"{np.mean(changes):+.1f} ± {(high - low) / 2:.1f}"
+
+
 def test_which_images_are_of_one():
     assert scenes.pieces_of(IMAGES, 3) == [list("abc"), list("de"), list("fg")]
     blocks = dict(zip(IMAGES, (7, 7, 2, 2, 2, 9, 9), strict=True))
